@@ -1,0 +1,65 @@
+//! Every bound of the system, checked against the others at compile time.
+//!
+//! A count or length that comes from a guest, an agent or a client is compared with one of these before it is used.
+
+/// Smallest ftrace sub-buffer (the host's and the guest's page size on x86-64).
+pub const PAGE_BYTES_MIN: usize = 4096;
+/// Largest ftrace sub-buffer (`buffer_subbuf_size_kb` refuses more than 512 KiB pages' worth).
+pub const PAGE_BYTES_MAX: usize = 512 << 10;
+
+/// Ports of one vhost-user device: kick and call messages carry a ring index of 8 bits, each port has two rings,
+/// and two more rings are the control queue (virtio 1.3, 5.3.2).
+pub const PORTS_MAX: usize = 127;
+/// Rings of one device.
+pub const RINGS_MAX: usize = 2 * (PORTS_MAX + 1);
+/// Descriptors of one ring; QEMU's vhost-user-base refuses more.
+pub const RING_ENTRIES_MAX: u16 = 1024;
+/// Descriptors of one chain, indirect tables included: a 1 MiB pipe is 256 pages; one more pipe's worth of room.
+pub const CHAIN_SEGMENTS_MAX: usize = 512;
+/// Bytes of one chain.
+pub const CHAIN_BYTES_MAX: usize = CHAIN_SEGMENTS_MAX * (64 << 10);
+/// Memory regions of one guest (vhost-user: 8 without CONFIGURE_MEM_SLOTS).
+pub const MEMORY_REGIONS_MAX: usize = 64;
+/// Bytes of one port name (virtio-console PORT_NAME).
+pub const PORT_NAME_BYTES_MAX: usize = 64;
+
+/// Guests of one server.
+pub const GUESTS_MAX: usize = 256;
+/// Lanes of one guest: data ports of a device.
+pub const LANES_MAX: usize = PORTS_MAX - 1;
+/// CPUs of a machine as a trace.dat may name them.
+pub const CPUS_MAX: usize = 4096;
+/// Clients of one server at a time.
+pub const CLIENTS_MAX: usize = 64;
+
+/// Payload of one wire frame.
+pub const FRAME_BYTES_MAX: usize = 64 << 10;
+/// Bytes of text in one describe piece; leaves room for the rest of the frame.
+pub const PIECE_BYTES_MAX: usize = 48 << 10;
+/// Bytes of a guest's name.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Bytes of any one text in a message (event name, filter, path, reason).
+pub const TEXT_BYTES_MAX: usize = 4096;
+/// Event patterns in one request.
+pub const EVENTS_MAX: usize = 4096;
+/// Near matches named for an event that does not exist.
+pub const NEAR_MAX: usize = 5;
+/// Bytes of everything a machine tells about itself in one session (formats, symbols, command lines).
+pub const METADATA_BYTES_MAX: usize = 128 << 20;
+/// Event formats of one machine: the kernel's event ids have 16 bits.
+pub const FORMATS_MAX: usize = 1 << 16;
+/// Bytes of saved command lines in a file.
+pub const CMDLINES_BYTES_MAX: usize = 1 << 20;
+/// Frames waiting between a device and its client; beyond it the agent's ring is left alone.
+pub const FRAMES_WAITING_MAX: usize = 256;
+/// Bytes of one chain on the control port: Linux's write(2) makes chains of 32 KiB at most.
+pub const CONTROL_CHAIN_BYTES_MAX: usize = 1 << 20;
+/// Probes of one agent that wait for their echo; the oldest is forgotten.
+pub const PROBES_WAITING_MAX: usize = 64;
+/// Round trips of one clock measurement.
+pub const CLOCK_ROUNDS_MAX: usize = 1024;
+
+const _: () = assert!(PIECE_BYTES_MAX + TEXT_BYTES_MAX < FRAME_BYTES_MAX);
+const _: () = assert!(RINGS_MAX <= 256);
+const _: () = assert!(CHAIN_SEGMENTS_MAX <= 1024, "one chain must fit one vectored write (IOV_MAX)");
+const _: () = assert!(NAME_BYTES_MAX <= TEXT_BYTES_MAX);

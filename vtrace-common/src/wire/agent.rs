@@ -1,0 +1,289 @@
+//! Server (on behalf of record) ⇄ agent, over the control port.
+//!
+//! One session: `Arm` → `Describe`* `Armed`; `Start` → `Started`; `Probe` → `Echo` and `Mark` → `Marked` at any time;
+//! `Stop` → `Lane`* `Describe`* `Stopped`; `Close` → `Closed`. `Failed` answers any request; after a failed `Arm` the
+//! agent is idle again. `Close` is allowed in every state and always answered.
+
+use alloc::{string::String, vec::Vec};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Family, Fault, Message, bounded, text};
+use crate::{
+    ids::Cpu,
+    limits::{CPUS_MAX, EVENTS_MAX, LANES_MAX, NEAR_MAX, PIECE_BYTES_MAX},
+    time::GuestTsc,
+};
+
+extern crate alloc;
+
+/// Requests to an agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ToAgent {
+    /// Prepare a session: instance, clock, events, taps. Tracing stays off.
+    Arm(Arm),
+    /// Switch tracing on and write `marker` as the first event.
+    Start {
+        /// Text of the start marker.
+        marker: String,
+    },
+    /// Read the TSC on `cpu` and answer at once. The server stamps both ends with the host's TSC.
+    Probe {
+        /// Comes back in the echo.
+        id: u32,
+        /// Where the answering thread has to run.
+        cpu: Cpu,
+    },
+    /// Write `text` into the trace.
+    Mark {
+        /// Text of the marker.
+        text: String,
+    },
+    /// Are you there?
+    Ping {
+        /// Comes back in the pong.
+        id: u32,
+    },
+    /// Switch tracing off, move what is left, report.
+    Stop,
+    /// Remove the instance and forget the session.
+    Close,
+}
+
+/// What to record in a guest.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Arm {
+    /// Chosen by record, shown in the agent's log.
+    pub session: u64,
+    /// Trace clock (`x86-tsc`).
+    pub clock: String,
+    /// Events in the order given.
+    pub events: Vec<EventRequest>,
+    /// Ring buffer per CPU; 0 leaves the kernel's default.
+    pub buffer_kb: u32,
+    /// Whether kernel symbols are wanted.
+    pub kallsyms: bool,
+}
+
+/// One `-e`: `system`, `system:event`, globs in either part, or `all`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EventRequest {
+    /// As the person wrote it.
+    pub pattern: String,
+}
+
+/// Answers of an agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FromAgent {
+    /// Follows the hello: the machine the agent runs on.
+    Machine(Machine),
+    /// A piece of what a trace.dat needs.
+    Describe(Piece),
+    /// The session is ready to start.
+    Armed(Armed),
+    /// Tracing is on.
+    Started {
+        /// TSC right before tracing was switched on.
+        before: GuestTsc,
+        /// TSC right after the start marker was written.
+        after: GuestTsc,
+    },
+    /// Answer to a probe.
+    Echo(Echo),
+    /// Answer to a mark.
+    Marked {
+        /// TSC right before the write.
+        before: GuestTsc,
+        /// TSC right after it.
+        after: GuestTsc,
+    },
+    /// Answer to a ping.
+    Pong {
+        /// The ping's.
+        id: u32,
+    },
+    /// One lane's end.
+    Lane(LaneReport),
+    /// All lanes are reported and all pages are in the ports.
+    Stopped,
+    /// The instance is gone.
+    Closed,
+    /// A request could not be met.
+    Failed(Failure),
+}
+
+/// Where an agent runs.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Machine {
+    /// `uname`: "Linux node release machine".
+    pub uname: String,
+    /// /proc/sys/kernel/random/boot_id.
+    pub boot_id: String,
+    /// CPUs that are online.
+    pub cpus: Vec<Cpu>,
+    /// CPUs that have a data port.
+    pub lanes: Vec<Cpu>,
+}
+
+/// What a piece belongs to. Each kind's text is the file of that name in tracefs or procfs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub enum Part {
+    /// events/header_page
+    HeaderPage,
+    /// events/header_event
+    HeaderEvent,
+    /// events/ftrace/NAME/format
+    FtraceFormat,
+    /// events/SYSTEM/NAME/format; the piece's name is the system
+    EventFormat,
+    /// printk_formats
+    PrintkFormats,
+    /// /proc/kallsyms
+    Kallsyms,
+    /// saved_cmdlines, completed from /proc/PID/comm
+    Cmdlines,
+}
+
+/// Up to [`PIECE_BYTES_MAX`] of one text.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Piece {
+    /// Which part of the description.
+    pub part: Part,
+    /// The system of an event format, else empty.
+    pub name: String,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The text ends here; the next piece of this part starts another.
+    pub last: bool,
+}
+
+/// A session is armed.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Armed {
+    /// Lanes that will carry pages.
+    pub lanes: Vec<Cpu>,
+    /// Bytes of one page.
+    pub page_bytes: u32,
+    /// Contents of trace_clock, the chosen one in brackets.
+    pub clock: String,
+    /// Events that were switched on.
+    pub events: u32,
+}
+
+/// Answer to a probe, as the guest saw it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Echo {
+    /// The probe's.
+    pub id: u32,
+    /// Where the answering thread ran.
+    pub cpu: Cpu,
+    /// TSC when the probe had been read.
+    pub received: GuestTsc,
+    /// TSC right before the echo was sent.
+    pub sent: GuestTsc,
+}
+
+/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LaneReport {
+    /// Which lane.
+    pub cpu: Cpu,
+    /// Pages taken out of the ring buffer.
+    pub pages_tapped: u64,
+    /// Pages put into the port.
+    pub pages_sent: u64,
+    /// Pages taken and not sent: a splice that moved nothing, a port that vanished.
+    pub pages_lost: u64,
+    /// Bytes put into the port.
+    pub bytes_sent: u64,
+    /// per_cpu/cpuN/stats before tracing was switched on.
+    pub stats_before: String,
+    /// The same after it was switched off and the ring buffer was emptied.
+    pub stats_after: String,
+    /// Why a lane ended early, empty if it did not.
+    pub trouble: String,
+}
+
+/// Which rule a request broke.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// No tracefs, and none could be mounted.
+    NoTracefs,
+    /// An event pattern matched nothing; `near` names some that exist.
+    NoSuchEvent,
+    /// The clock does not exist there; `near` names those that do.
+    NoSuchClock,
+    /// The kernel refused: the object is the file, the detail its error.
+    Kernel,
+    /// A session is running already, or none is.
+    State,
+    /// Not enough memory for the ring buffers asked for.
+    Memory,
+    /// A data port is missing for a CPU.
+    NoPort,
+    /// The driver did not accept VIRTIO_RING_F_INDIRECT_DESC: pages would be lost unseen.
+    NoIndirect,
+}
+
+/// Why a request could not be met.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// Which rule.
+    pub kind: FailureKind,
+    /// On what.
+    pub object: String,
+    /// Why, in the kernel's or the agent's words.
+    pub detail: String,
+    /// Names that exist and look like the object.
+    pub near: Vec<String>,
+}
+
+impl Message for ToAgent {
+    const FAMILY: Family = Family::ToAgent;
+    fn check(&self) -> Result<(), Fault> {
+        match self {
+            Self::Arm(arm) => {
+                bounded(arm.events.len(), EVENTS_MAX)?;
+                arm.events.iter().try_for_each(|event| text(&event.pattern))?;
+                text(&arm.clock)
+            }
+            Self::Start { marker: words } | Self::Mark { text: words } => text(words),
+            Self::Probe { .. } | Self::Ping { .. } | Self::Stop | Self::Close => Ok(()),
+        }
+    }
+}
+
+impl Message for FromAgent {
+    const FAMILY: Family = Family::FromAgent;
+    fn check(&self) -> Result<(), Fault> {
+        match self {
+            Self::Machine(machine) => {
+                bounded(machine.cpus.len(), CPUS_MAX)?;
+                bounded(machine.lanes.len(), LANES_MAX)?;
+                text(&machine.uname)?;
+                text(&machine.boot_id)
+            }
+            Self::Describe(piece) => {
+                bounded(piece.bytes.len(), PIECE_BYTES_MAX)?;
+                text(&piece.name)
+            }
+            Self::Armed(armed) => {
+                bounded(armed.lanes.len(), LANES_MAX)?;
+                text(&armed.clock)
+            }
+            Self::Lane(lane) => {
+                text(&lane.stats_before)?;
+                text(&lane.stats_after)?;
+                text(&lane.trouble)
+            }
+            Self::Failed(failure) => {
+                bounded(failure.near.len(), NEAR_MAX)?;
+                failure.near.iter().try_for_each(|name| text(name))?;
+                text(&failure.object)?;
+                text(&failure.detail)
+            }
+            Self::Started { .. } | Self::Echo(_) | Self::Marked { .. } => Ok(()),
+            Self::Pong { .. } | Self::Stopped | Self::Closed => Ok(()),
+        }
+    }
+}
