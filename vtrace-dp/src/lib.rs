@@ -1,0 +1,30 @@
+//! vtrace: host and guests in one trace.
+//!
+//! Read the modules in the order a page travels:
+//!
+//! | where | module | what happens |
+//! |---|---|---|
+//! | guest | [`agent`] | tap ─► pump ─► port: pages leave the ring buffer by splice |
+//! | both | [`tracefs`] | instances, events, descriptions of a machine |
+//! | host | [`device`] | the vhost-user virtio-console device; a page lies in guest memory |
+//! | host | [`drain`] | ring ─► lane ─► sink: the page is checked, counted, written to its final place |
+//! | host | [`trace`] | the layout of trace.dat |
+//! | host | [`clock`] | guest time becomes host time |
+//! | host | [`server`] | `vtrace server`: sockets, guests, clients |
+//! | host | [`recorder`] | `vtrace record`: plan, session, summary |
+//! | host | [`cli`] | what a person types and reads |
+//! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
+
+pub mod agent;
+pub mod cli;
+pub mod clock;
+pub mod device;
+pub mod drain;
+pub mod recorder;
+pub mod server;
+pub mod sys;
+pub mod trace;
+pub mod tracefs;
+
+/// What this program calls itself in every hello.
+pub const SOFTWARE: &str = concat!("vtrace ", env!("CARGO_PKG_VERSION"));

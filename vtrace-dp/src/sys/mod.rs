@@ -1,0 +1,48 @@
+//! The only system calls, and with `device::memory` the only unsafe code.
+//!
+//! In:    descriptors and plain values
+//! Out:   plain values, or a [`SysError`]: which call, which errno
+//! Runs:  on the caller's thread; nothing here keeps state
+//! Full:  a call that would block on a non-blocking descriptor says so with [`SysError::would_block`]
+//! Trust: the kernel
+
+pub mod cpuid;
+pub mod perf;
+pub mod signal;
+pub mod socket;
+pub mod splice;
+pub mod tsc;
+pub mod uring;
+pub mod wait;
+
+use std::io;
+
+use nix::errno::Errno;
+
+/// A system call that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{call}: {errno}")]
+pub struct SysError {
+    /// Its name.
+    pub call: &'static str,
+    /// Why.
+    pub errno: Errno,
+}
+
+impl SysError {
+    /// Nothing to move now: ask again when `poll` says so.
+    pub fn would_block(&self) -> bool {
+        self.errno == Errno::EAGAIN
+    }
+
+    /// Turns nix's answer into ours.
+    pub(crate) fn of(call: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self { call, errno }
+    }
+}
+
+impl From<SysError> for io::Error {
+    fn from(error: SysError) -> Self {
+        Self::from_raw_os_error(error.errno as i32)
+    }
+}

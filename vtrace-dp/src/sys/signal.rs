@@ -1,0 +1,76 @@
+//! Signals as a descriptor: SIGINT and SIGTERM ask to stop, SIGCHLD says that the command has ended.
+
+#![expect(unsafe_code, reason = "sigaction; pre_exec: the command must not inherit our blocked signals")]
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+use nix::sys::{
+    signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    signalfd::{SfdFlags, SignalFd},
+};
+
+/// The signals a recording listens to. They stay blocked for the rest of the process.
+#[derive(Debug)]
+pub struct Signals {
+    stop: SignalFd,
+    child: SignalFd,
+}
+
+impl Signals {
+    /// Blocks them for this thread and those it starts: call it before any thread is started.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { stop: open(&[Signal::SIGINT, Signal::SIGTERM])?, child: open(&[Signal::SIGCHLD])? })
+    }
+
+    /// How many requests to stop have come since the last call.
+    pub fn take_stop(&self) -> u32 {
+        let mut count = 0;
+        while let Ok(Some(_)) = self.stop.read_signal() {
+            count += 1;
+        }
+        count
+    }
+
+    /// Forgets that children have ended.
+    pub fn take_child(&self) {
+        while let Ok(Some(_)) = self.child.read_signal() {}
+    }
+
+    /// Readable when a stop was asked for.
+    pub fn stop(&self) -> BorrowedFd<'_> {
+        self.stop.as_fd()
+    }
+
+    /// Readable when a child has ended.
+    pub fn child(&self) -> BorrowedFd<'_> {
+        self.child.as_fd()
+    }
+}
+
+/// A file that hits the process's size limit shall fail with EFBIG instead of ending the process.
+pub fn ignore_file_size() -> io::Result<()> {
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed, so no code of ours can run in a signal's context. Nobody else sets SIGXFSZ.
+    unsafe { sigaction(Signal::SIGXFSZ, &ignore) }?;
+    Ok(())
+}
+
+/// Lets `command` hear the signals that [`Signals`] keeps from this process: a child inherits the mask.
+pub fn unblock_in(command: &mut Command) {
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; this is one sigprocmask(2) on the
+    // child's only thread, on a set built before. Nobody else can touch the child's mask.
+    let _ = unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
+}
+
+fn open(signals: &[Signal]) -> io::Result<SignalFd> {
+    let set: SigSet = signals.iter().copied().collect();
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}

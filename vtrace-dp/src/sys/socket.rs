@@ -1,0 +1,186 @@
+//! Unix sockets: descriptors that travel with bytes, a look at what has come, who is on the other side.
+//!
+//! In:    connected or listening unix stream sockets
+//! Out:   bytes and owned descriptors
+//! Runs:  on the caller's thread; nothing here blocks unless the socket does
+//! Full:  more descriptors in one message than [`DESCRIPTORS_MAX`] are closed by the kernel
+//! Trust: the other side with nothing: whatever descriptors come are owned and closed when dropped
+#![expect(unsafe_code, reason = "descriptors that the kernel hands out as numbers become owned ones")]
+
+use std::{
+    io::{IoSlice, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::unix::net::UnixStream,
+};
+
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    sys::socket::{
+        ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recv, recvmsg, send, sendmsg,
+        sockopt::{AcceptConn, PeerCredentials},
+    },
+};
+
+use super::SysError;
+
+/// Descriptors taken from one message.
+pub const DESCRIPTORS_MAX: usize = 4;
+
+/// The process that connected, as it was when it did (SO_PEERCRED).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer {
+    /// Its process id.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+}
+
+impl Peer {
+    /// Who connected `socket`.
+    pub fn of(socket: &UnixStream) -> Result<Self, SysError> {
+        let credentials = getsockopt(socket, PeerCredentials).map_err(SysError::of("getsockopt SO_PEERCRED"))?;
+        // 0 is what the kernel gives for a process of another pid namespace.
+        Ok(Self { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
+    }
+}
+
+/// Whether `socket` accepts connections (SO_ACCEPTCONN).
+pub fn is_listening(socket: BorrowedFd<'_>) -> Result<bool, SysError> {
+    getsockopt(&socket, AcceptConn).map_err(SysError::of("getsockopt SO_ACCEPTCONN"))
+}
+
+/// Takes what has come, without waiting: bytes (0: the other side closed) and the descriptors that came with them.
+/// Descriptors are close-on-exec.
+pub fn receive(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), SysError> {
+    let mut space = cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut slices = [IoSliceMut::new(into)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message =
+        recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags).map_err(SysError::of("recvmsg"))?;
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs().map_err(SysError::of("recvmsg"))? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            // SAFETY: the kernel has just made these descriptors for us; nobody else knows their numbers.
+            descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+        }
+    }
+    Ok((message.bytes, descriptors))
+}
+
+/// Sends what fits now, without waiting; the descriptor, if any, goes with the first byte.
+pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_>>) -> Result<usize, SysError> {
+    transmit(socket, bytes, with, MsgFlags::MSG_DONTWAIT)
+}
+
+/// Sends everything; waits as the socket does. The descriptor, if any, goes with the first byte.
+pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_>>) -> Result<(), SysError> {
+    let (mut done, mut with) = (0, with);
+    while done < bytes.len() {
+        match transmit(socket, &bytes[done..], with, MsgFlags::empty()) {
+            Ok(sent) => (done, with) = (done + sent, None),
+            Err(SysError { errno: Errno::EINTR, .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn transmit(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    with: Option<BorrowedFd<'_>>,
+    flags: MsgFlags,
+) -> Result<usize, SysError> {
+    let flags = flags | MsgFlags::MSG_NOSIGNAL;
+    let Some(descriptor) = with else {
+        return send(socket.as_raw_fd(), bytes, flags).map_err(SysError::of("send"));
+    };
+    let numbers = [descriptor.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&numbers)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, flags, None).map_err(SysError::of("sendmsg"))
+}
+
+/// Looks at the first bytes that have come without taking them, nor waiting; 0: the other side closed.
+pub fn peek(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<usize, SysError> {
+    recv(socket.as_raw_fd(), into, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map_err(SysError::of("recv"))
+}
+
+/// Bytes that have come and nobody has taken (FIONREAD).
+pub fn waiting_bytes(socket: BorrowedFd<'_>) -> Result<usize, SysError> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD stores one int at the address given, which is a local variable's.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    Errno::result(result).map_err(SysError::of("ioctl FIONREAD"))?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// A descriptor that was open when this program started and that the person named by its number (`--fd`).
+/// Call it once for a number, before anything else was opened.
+pub fn inherited(number: RawFd) -> Result<OwnedFd, SysError> {
+    // SAFETY: F_GETFD touches no memory; it fails if the descriptor is not open.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    Errno::result(flags).map_err(SysError::of("fcntl F_GETFD"))?;
+    // SAFETY: it is open, and it is the caller's to give away: nothing in this program opened it.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    // It must not leak into children.
+    let close_on_exec = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
+    nix::fcntl::fcntl(descriptor.as_fd(), close_on_exec).map_err(SysError::of("fcntl F_SETFD"))?;
+    Ok(descriptor)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write};
+
+    use super::*;
+
+    #[test]
+    fn descriptor_travels_with_its_bytes() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        send_all(ours.as_fd(), b"plain", None).unwrap();
+        send_all(ours.as_fd(), b"with", Some(file.as_fd())).unwrap();
+        let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
+        while bytes.len() < 9 {
+            let mut piece = [0; 64];
+            let (count, more) = receive(theirs.as_fd(), &mut piece).unwrap();
+            bytes.extend_from_slice(&piece[..count]);
+            descriptors.extend(more);
+        }
+        assert_eq!((&bytes[..], descriptors.len()), (&b"plainwith"[..], 1));
+    }
+
+    #[test]
+    fn bytes_and_descriptors_that_were_peeked_at_are_still_there() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send_all(ours.as_fd(), b"twelve bytes", Some(ours.as_fd())).unwrap();
+        let mut first = [0; 6];
+        assert_eq!(peek(theirs.as_fd(), &mut first).unwrap(), 6);
+        assert_eq!((&first, waiting_bytes(theirs.as_fd()).unwrap()), (b"twelve", 12));
+        let (count, descriptors) = receive(theirs.as_fd(), &mut [0; 64]).unwrap();
+        assert_eq!((count, descriptors.len()), (12, 1));
+    }
+
+    #[test]
+    fn closed_socket_reads_as_nothing_and_an_empty_one_would_block() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        assert!(peek(theirs.as_fd(), &mut [0; 4]).unwrap_err().would_block());
+        ours.write_all(b"x").unwrap();
+        drop(ours);
+        assert_eq!(receive(theirs.as_fd(), &mut [0; 4]).unwrap().0, 1);
+        assert_eq!(receive(theirs.as_fd(), &mut [0; 4]).unwrap().0, 0);
+    }
+
+    #[test]
+    fn number_that_is_not_open_is_refused() {
+        assert_eq!(inherited(1 << 20).unwrap_err().errno, Errno::EBADF);
+    }
+
+    #[test]
+    fn peer_is_this_process() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(Peer::of(&ours).unwrap().pid, std::process::id());
+        assert!(!is_listening(ours.as_fd()).unwrap());
+    }
+}

@@ -1,0 +1,171 @@
+//! io_uring without pointers: poll, splice, cancel.
+//!
+//! In:    descriptors and a tag per operation
+//! Out:   completions: the tag and what the system call would have returned
+//! Runs:  on the caller's thread; splices run in kernel workers of the process (a splice never completes inline)
+//! Full:  a full submission queue is submitted; completions that find no room are kept by the kernel (5.5 and later)
+//! Trust: the kernel
+//!
+//! Works from Linux 5.7 on (IORING_OP_SPLICE).
+#![expect(unsafe_code, reason = "the kernel reads submission entries that only unsafe code may push")]
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use io_uring::{IoUring, Probe, opcode, squeue, types::Fd};
+use nix::{errno::Errno, libc};
+
+use super::SysError;
+
+/// What a poll waits for: there is something to read.
+pub const READABLE: u32 = libc::POLLIN.unsigned_abs() as u32;
+
+/// One operation's end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Completion {
+    /// The operation's.
+    pub tag: u64,
+    /// A count, or a negative errno.
+    pub result: i32,
+}
+
+/// A submission and a completion queue.
+pub struct Ring {
+    ring: IoUring,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("fd", &self.ring.as_raw_fd()).finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// A ring with room for `operations` at a time.
+    ///
+    /// # Errors
+    /// `ENOSYS` without io_uring or without its splice, `EPERM` when `kernel.io_uring_disabled` or a seccomp filter
+    /// forbids it, `ENOMEM` when the memlock limit is too low (kernels before 5.12).
+    pub fn new(operations: usize) -> Result<Self, SysError> {
+        let entries = u32::try_from(operations.next_power_of_two()).unwrap_or(u32::MAX);
+        let ring = IoUring::new(entries).map_err(failed("io_uring_setup"))?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe).map_err(failed("io_uring_register"))?;
+        let needed = [opcode::PollAdd::CODE, opcode::Splice::CODE, opcode::AsyncCancel::CODE];
+        if !needed.into_iter().all(|code| probe.is_supported(code)) {
+            return Err(SysError { call: "IORING_OP_SPLICE", errno: Errno::ENOSYS });
+        }
+        Ok(Self { ring })
+    }
+
+    /// Completes once, when `fd` is ready for `events` (or in error). Hot.
+    pub fn push_poll(&mut self, fd: BorrowedFd<'_>, events: u32, tag: u64) -> Result<(), SysError> {
+        self.push(&opcode::PollAdd::new(Fd(fd.as_raw_fd()), events).build().user_data(tag))
+    }
+
+    /// splice(2) of up to `bytes_max`; one of the two is a pipe. Hot.
+    ///
+    /// The descriptors are looked up when the kernel starts the operation: keep them open until it completes.
+    pub fn push_splice(
+        &mut self,
+        source: BorrowedFd<'_>,
+        target: BorrowedFd<'_>,
+        bytes_max: u32,
+        flags: super::splice::SpliceFlags,
+        tag: u64,
+    ) -> Result<(), SysError> {
+        let entry = opcode::Splice::new(Fd(source.as_raw_fd()), -1, Fd(target.as_raw_fd()), -1, bytes_max);
+        self.push(&entry.flags(flags.bits()).build().user_data(tag))
+    }
+
+    /// Asks for the end of the operation tagged `target`, which completes with what it had got or an error. The
+    /// request completes too, with `tag`.
+    pub fn push_cancel(&mut self, target: u64, tag: u64) -> Result<(), SysError> {
+        self.push(&opcode::AsyncCancel::new(target).build().user_data(tag))
+    }
+
+    /// Hands over what was pushed and sleeps until something has completed. Hot.
+    pub fn submit_and_wait(&mut self) -> Result<(), SysError> {
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                // The completion queue has overflowed, or the kernel is short of memory: reap, then go on.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+                Err(error) => return Err(failed("io_uring_enter")(error)),
+            }
+        }
+    }
+
+    /// The next completion, if there is one. Hot.
+    pub fn pop(&mut self) -> Option<Completion> {
+        let entry = self.ring.completion().next()?;
+        Some(Completion { tag: entry.user_data(), result: entry.result() })
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> Result<(), SysError> {
+        if self.ring.submission().is_full() {
+            self.ring.submit().map_err(failed("io_uring_enter"))?;
+        }
+        // SAFETY: the entries built here hold descriptor numbers and no addresses, so nothing in this process has to
+        // outlive the operation. A number whose descriptor is closed too early names nothing (EBADF) or another file:
+        // wrong, but no memory is touched.
+        unsafe { self.ring.submission().push(entry) }
+            .map_err(|_| SysError { call: "io_uring submission", errno: Errno::EBUSY })
+    }
+}
+
+fn failed(call: &'static str) -> impl FnOnce(io::Error) -> SysError {
+    move |error| SysError { call, errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::AsFd};
+
+    use super::*;
+    use crate::sys::splice::{Pipe, SpliceFlags};
+
+    #[test]
+    fn splice_reports_what_it_moved() {
+        let (source, target) = (Pipe::new(1 << 16).unwrap(), Pipe::new(1 << 16).unwrap());
+        std::fs::File::from(source.writer.try_clone().unwrap()).write_all(b"page").unwrap();
+        let mut ring = Ring::new(4).unwrap();
+        ring.push_splice(source.reader.as_fd(), target.writer.as_fd(), 100, SpliceFlags::empty(), 7).unwrap();
+        ring.submit_and_wait().unwrap();
+        assert_eq!(ring.pop(), Some(Completion { tag: 7, result: 4 }));
+    }
+
+    #[test]
+    fn cancelled_poll_completes_with_an_error() {
+        let pipe = Pipe::new(1 << 16).unwrap();
+        let mut ring = Ring::new(4).unwrap();
+        ring.push_poll(pipe.reader.as_fd(), READABLE, 1).unwrap();
+        ring.push_cancel(1, 2).unwrap();
+        let mut ends = Vec::new();
+        while ends.len() < 2 {
+            ring.submit_and_wait().unwrap();
+            ends.extend(std::iter::from_fn(|| ring.pop()));
+        }
+        ends.sort_unstable_by_key(|end| end.tag);
+        assert_eq!(ends, [Completion { tag: 1, result: -libc::ECANCELED }, Completion { tag: 2, result: 0 }]);
+    }
+
+    #[test]
+    fn more_operations_than_entries_are_taken() {
+        let pipe = Pipe::new(1 << 16).unwrap();
+        let mut ring = Ring::new(2).unwrap();
+        for tag in 0..9 {
+            ring.push_poll(pipe.reader.as_fd(), READABLE, tag).unwrap();
+        }
+        std::fs::File::from(pipe.writer.try_clone().unwrap()).write_all(b"x").unwrap();
+        let mut count = 0;
+        while count < 9 {
+            ring.submit_and_wait().unwrap();
+            count += std::iter::from_fn(|| ring.pop()).count();
+        }
+        assert_eq!(count, 9);
+    }
+}
