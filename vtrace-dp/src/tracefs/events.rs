@@ -1,0 +1,239 @@
+//! The events of a kernel: which there are, which are meant, which files switch them on.
+//!
+//! In:    `available_events` or `set_event` (lines `system:event`), requests
+//! Out:   the files to write 1 to, as few as will do; or a [`Failure`] with names that exist
+//! Runs:  on the caller's thread
+//! Trust: the kernel for names; nothing for requests
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use vtrace_common::wire::agent::{EventRequest, Failure, FailureKind};
+
+use super::{failure, nearest, pattern::Pattern, read, write};
+
+/// Events by system.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Events {
+    systems: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl Events {
+    /// Parses lines of `system:event`. Others (a module's events that are waited for: `:mod:name`) are passed over.
+    pub(super) fn parse(text: &str) -> Self {
+        let mut systems: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let names = text.lines().filter_map(|line| line.trim().split_once(':'));
+        for (system, event) in names.filter(|(system, event)| is_name(system) && is_name(event)) {
+            systems.entry(system.into()).or_default().insert(event.into());
+        }
+        Self { systems }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.systems.values().map(BTreeSet::len).sum()
+    }
+
+    pub(super) fn each(&self) -> impl Iterator<Item = (&str, &str)> {
+        let of = |(system, events)| {
+            let system: &String = system;
+            let events: &BTreeSet<String> = events;
+            events.iter().map(move |event| (system.as_str(), event.as_str()))
+        };
+        self.systems.iter().flat_map(of)
+    }
+
+    fn contains(&self, system: &str, event: &str) -> bool {
+        self.systems.get(system).is_some_and(|events| events.contains(event))
+    }
+
+    /// The events that `requests` mean.
+    ///
+    /// # Errors
+    /// `NoSuchEvent` for the first request that means none.
+    pub(super) fn choose(&self, requests: &[EventRequest]) -> Result<Self, Failure> {
+        let mut chosen = Self::default();
+        for request in requests {
+            let pattern = Pattern::parse(&request.pattern);
+            let before = chosen.count();
+            let mut found = false;
+            for (system, event) in self.each().filter(|(system, event)| pattern.matches(system, event)) {
+                found = true;
+                chosen.systems.entry(system.into()).or_default().insert(event.into());
+            }
+            if !found {
+                return Err(self.no_such(&request.pattern));
+            }
+            log::debug!("{} means {} more events", request.pattern, chosen.count() - before);
+        }
+        Ok(chosen)
+    }
+
+    fn no_such(&self, pattern: &str) -> Failure {
+        let wanted = pattern.replace(['*', '?'], "");
+        let distance_max = (wanted.len() / 3).max(2);
+        let both: Vec<String> = self.each().map(|(system, event)| format!("{system}:{event}")).collect();
+        let mut near = nearest(&wanted, both.iter().map(String::as_str), distance_max);
+        if !wanted.contains(':') {
+            let words = self.systems.keys().map(String::as_str).chain(self.each().map(|(_, event)| event));
+            near = nearest(&wanted, words, distance_max);
+        }
+        let detail = format!("none of {} events is meant by it", both.len());
+        Failure { near, ..failure(FailureKind::NoSuchEvent, pattern, &detail) }
+    }
+
+    /// The `enable` files under `events/` that switch on `chosen` and nothing else.
+    fn switches(&self, chosen: &Self) -> Vec<PathBuf> {
+        if chosen == self {
+            return vec!["enable".into()];
+        }
+        let mut switches = Vec::new();
+        for (system, events) in &chosen.systems {
+            if self.systems.get(system) == Some(events) {
+                switches.push(Path::new(system).join("enable"));
+            } else {
+                switches.extend(events.iter().map(|event| Path::new(system).join(event).join("enable")));
+            }
+        }
+        switches
+    }
+}
+
+fn is_name(part: &str) -> bool {
+    !part.is_empty() && !part.contains([':', '/', ' ']) && part != "." && part != ".."
+}
+
+/// Switches on in `instance` what `requests` mean, out of what `available` lists. Returns the events that are on.
+///
+/// A whole system (or all) whose file is refused may still be on in part: the kernel tries every event and reports the
+/// first error. So what is on is read back; an event asked for by its full name has to be among it.
+///
+/// # Errors
+/// `NoSuchEvent` when a request means nothing; `Kernel` when an event asked for by its full name, or every event,
+/// was refused.
+pub(super) fn switch_on(instance: &Path, available: &Events, requests: &[EventRequest]) -> Result<Events, Failure> {
+    let chosen = available.choose(requests)?;
+    let directory = instance.join("events");
+    let mut refusals = Vec::new();
+    for switch in available.switches(&chosen) {
+        if let Err(refusal) = write(&directory.join(&switch), "1") {
+            log::warn!("{}: {}", refusal.object, refusal.detail);
+            refusals.push((switch, refusal));
+        }
+    }
+    let on = Events::parse(&read(&instance.join("set_event"))?);
+    let missing = |request: &EventRequest| {
+        let pattern = Pattern::parse(&request.pattern);
+        let of_it = chosen.each().find(|(system, event)| pattern.matches(system, event));
+        of_it.filter(|(system, event)| pattern.is_exact() && !on.contains(system, event))
+    };
+    let named = requests.iter().find_map(missing);
+    if named.is_none() && (on.count() > 0 || chosen.count() == 0) {
+        return Ok(on);
+    }
+    let covers = |switch: &Path| named.is_none_or(|(system, event)| covers(switch, system, event));
+    let refusal = refusals.into_iter().find(|(switch, _)| covers(switch)).map(|(_, refusal)| refusal);
+    let (system, event) = named.unwrap_or(("events", "enable"));
+    Err(refusal.unwrap_or_else(|| failure(FailureKind::Kernel, &format!("{system}:{event}"), "it stayed off")))
+}
+
+/// Whether an `enable` file switches this event.
+fn covers(switch: &Path, system: &str, event: &str) -> bool {
+    let directory = switch.parent().unwrap_or(Path::new(""));
+    Path::new(system).join(event).starts_with(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const AVAILABLE: &str = "sched:sched_switch\nsched:sched_waking\nsched:sched_wakeup\nirq:softirq_entry\n\
+                             irq:softirq_exit\nkvm:kvm_entry\nkvm:kvm_exit\nkvm:kvm_pio\n";
+
+    fn requests(patterns: &[&str]) -> Vec<EventRequest> {
+        patterns.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect()
+    }
+
+    fn switches(patterns: &[&str]) -> Vec<String> {
+        let available = Events::parse(AVAILABLE);
+        let chosen = available.choose(&requests(patterns)).unwrap();
+        available.switches(&chosen).iter().map(|path| path.to_str().unwrap().into()).collect()
+    }
+
+    #[test]
+    fn whole_system_is_one_write() {
+        assert_eq!(switches(&["sched"]), ["sched/enable"]);
+        assert_eq!(switches(&["kvm:kvm_*"]), ["kvm/enable"]);
+        assert_eq!(switches(&["softirq_entry", "irq:softirq_exit"]), ["irq/enable"]);
+    }
+
+    #[test]
+    fn everything_is_one_write() {
+        assert_eq!(switches(&["all"]), ["enable"]);
+        assert_eq!(switches(&["kvm", "irq", "sched"]), ["enable"]);
+    }
+
+    #[test]
+    fn part_of_a_system_is_a_write_per_event() {
+        assert_eq!(switches(&["kvm:kvm_e*"]), ["kvm/kvm_entry/enable", "kvm/kvm_exit/enable"]);
+        assert_eq!(switches(&["sched_switch"]), ["sched/sched_switch/enable"]);
+    }
+
+    #[test]
+    fn events_asked_for_twice_count_once() {
+        let available = Events::parse(AVAILABLE);
+        assert_eq!(available.choose(&requests(&["sched", "sched_switch", "sched:*"])).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn misspelled_event_names_its_neighbours() {
+        let available = Events::parse(AVAILABLE);
+        let fault = available.choose(&requests(&["irq", "sched:sched_swich"])).unwrap_err();
+        assert_eq!(fault.kind, FailureKind::NoSuchEvent);
+        assert_eq!(fault.object, "sched:sched_swich");
+        assert_eq!(fault.near[0], "sched:sched_switch");
+        let near = |pattern| available.choose(&requests(&[pattern])).unwrap_err().near;
+        assert_eq!(near("shced"), ["sched"]);
+        assert_eq!(near("kvm_exti")[0], "kvm_exit");
+        assert_eq!(near("no_event_looks_like_this"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn lines_that_name_no_event_are_passed_over() {
+        let events = Events::parse("sched:sched_switch\n:mod:kvm\nkvm:kvm_exit:mod:kvm\n\nno\na/b:c\n..:x\n");
+        assert_eq!(events.each().collect::<Vec<_>>(), [("sched", "sched_switch")]);
+    }
+
+    #[test]
+    fn refused_file_is_found_for_the_event_it_switches() {
+        assert!(covers(Path::new("enable"), "irq", "softirq_exit"));
+        assert!(covers(Path::new("irq/enable"), "irq", "softirq_exit"));
+        assert!(covers(Path::new("irq/softirq_exit/enable"), "irq", "softirq_exit"));
+        assert!(!covers(Path::new("irq/softirq/enable"), "irq", "softirq_exit"));
+    }
+
+    proptest! {
+        #[test]
+        fn switches_cover_what_was_chosen_and_nothing_else(picked in proptest::collection::vec(0usize..8, 1..8)) {
+            let available = Events::parse(AVAILABLE);
+            let lines: Vec<&str> = AVAILABLE.lines().collect();
+            let patterns: Vec<&str> = picked.iter().map(|index| lines[*index]).collect();
+            let chosen = available.choose(&requests(&patterns)).unwrap();
+            let switches = available.switches(&chosen);
+            for (system, event) in available.each() {
+                let is_on = switches.iter().filter(|switch| covers(switch, system, event)).count();
+                prop_assert_eq!(is_on, usize::from(chosen.contains(system, event)));
+            }
+        }
+
+        #[test]
+        fn any_text_gives_names_that_are_safe_in_a_path(text in "[a-z:./ \n]{0,64}") {
+            for (system, event) in Events::parse(&text).each() {
+                prop_assert!(is_name(system) && is_name(event));
+            }
+        }
+    }
+}

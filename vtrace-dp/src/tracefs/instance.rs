@@ -1,0 +1,319 @@
+//! An instance of our own: a ring buffer with its clock, size and events, removed when we are done.
+//!
+//! In:    an [`Arm`], `start`, marks
+//! Out:   taps to read pages from; stats
+//! Runs:  on the caller's thread
+//! Full:  the kernel overwrites the oldest page and counts it; a reader never stops a writer
+//! Trust: the kernel
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, ErrorKind, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    thread::sleep,
+    time::Duration,
+};
+
+use vtrace_common::{
+    ids::Cpu,
+    limits::{PAGE_BYTES_MAX, PAGE_BYTES_MIN},
+    wire::agent::{Arm, Failure, FailureKind, Piece},
+};
+
+use super::{
+    INSTANCE_PREFIX, Tap, Tracefs, describe,
+    events::{Events, switch_on},
+    failure, nearest, read, refused, shortened, write,
+};
+
+/// How full a CPU's buffer is when its readers wake up, in percent.
+///
+/// A wake-up costs an interrupt on the traced CPU and a pass of the pump; what is left above is the time the pump has
+/// before pages are overwritten. With the kernel's default of 1.4 MiB a CPU, 10 % is about 35 pages a wake-up, an
+/// eighth of a 1 MiB pipe, and 9/10 of the buffer is head room. The kernel's own default (50) leaves half of it.
+pub const BUFFER_PERCENT: u32 = 10;
+
+const REMOVE_TRIES_MAX: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(4);
+
+/// An instance of our own; removed when dropped. Taps have to be closed before, or it stays and says so in the log.
+#[derive(Debug)]
+pub struct Instance {
+    tracefs: PathBuf,
+    path: PathBuf,
+    switch: Option<File>,
+    marker: Option<File>,
+    cpus: Vec<Cpu>,
+    page_bytes: u32,
+    on: Events,
+}
+
+impl Tracefs {
+    /// Makes the instance `name` and prepares everything `arm` asks for; tracing stays off.
+    ///
+    /// # Errors
+    /// `NoSuchEvent`, `NoSuchClock`, `Memory` (the ring buffers do not fit), `State` (an instance of that name is in
+    /// use), else `Kernel`. Nothing stays behind.
+    pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
+        let mut instance = self.make_instance(name)?;
+        instance.set_tracing(false)?;
+        instance.set_clock(&arm.clock)?;
+        write(&instance.path.join("buffer_percent"), &BUFFER_PERCENT.to_string())?;
+        if arm.buffer_kb > 0 {
+            write(&instance.path.join("buffer_size_kb"), &arm.buffer_kb.to_string())?;
+        }
+        instance.page_bytes = page_bytes(&read(&instance.path.join("events/header_page"))?)?;
+        let available = Events::parse(&read(&self.root().join("available_events"))?);
+        instance.on = switch_on(&instance.path, &available, &arm.events)?;
+        Ok(instance)
+    }
+
+    fn make_instance(&self, name: &str) -> Result<Instance, Failure> {
+        assert!(name.starts_with(INSTANCE_PREFIX) && !name.contains('/'), "{name} is not a name of ours");
+        let path = self.root().join("instances").join(name);
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                let in_use = |error: io::Error| {
+                    failure(FailureKind::State, &path.to_string_lossy(), &format!("it is in use: {error}"))
+                };
+                remove_directory(&path).map_err(in_use)?;
+                fs::create_dir(&path).map_err(|error| refused(&path, &error))?;
+            }
+            made => made.map_err(|error| refused(&path, &error))?,
+        }
+        let mut instance = Instance {
+            tracefs: self.root().into(),
+            path,
+            switch: None,
+            marker: None,
+            cpus: Vec::new(),
+            page_bytes: 0,
+            on: Events::default(),
+        };
+        instance.switch = Some(instance.open_to_write("tracing_on")?);
+        instance.marker = Some(instance.open_to_write("trace_marker")?);
+        instance.cpus = instance.online()?;
+        Ok(instance)
+    }
+}
+
+impl Instance {
+    /// CPUs that were online when it was made, in order.
+    pub fn cpus(&self) -> &[Cpu] {
+        &self.cpus
+    }
+
+    /// Bytes of one page (sub-buffer), header included.
+    pub fn page_bytes(&self) -> u32 {
+        self.page_bytes
+    }
+
+    /// Contents of trace_clock: all clocks, the chosen one in brackets.
+    pub fn clock(&self) -> String {
+        let text = read(&self.path.join("trace_clock")).unwrap_or_default();
+        shortened(text.trim_end())
+    }
+
+    /// How many events are on.
+    pub fn events(&self) -> u32 {
+        u32::try_from(self.on.count()).unwrap_or(u32::MAX)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a CPU's ring buffer, non-blocking. Two taps of one CPU take different pages.
+    ///
+    /// # Errors
+    /// `Kernel`, when the CPU does not exist or the kernel refuses.
+    pub fn tap(&self, cpu: Cpu) -> Result<Tap, Failure> {
+        let path = self.path.join(format!("per_cpu/{cpu}/trace_pipe_raw"));
+        let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&path);
+        opened.map(|file| Tap { cpu, fd: file.into() }).map_err(|error| refused(&path, &error))
+    }
+
+    /// Switches tracing on or off: one write to an open file.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn set_tracing(&self, on: bool) -> Result<(), Failure> {
+        let mut switch = self.switch.as_ref().expect("open until it is removed");
+        switch.write_all(if on { b"1" } else { b"0" }).map_err(|error| refused(&self.path.join("tracing_on"), &error))
+    }
+
+    /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page.
+    ///
+    /// # Errors
+    /// `Kernel`; tracing is off (`EBADF`)
+    pub fn mark(&self, text: &str) -> Result<(), Failure> {
+        let mut marker = self.marker.as_ref().expect("open until it is removed");
+        let written = marker.write(text.as_bytes()); // not write_all: what was cut would become a second event
+        written.map(|_| ()).map_err(|error| refused(&self.path.join("trace_marker"), &error))
+    }
+
+    /// per_cpu/cpuN/stats as the kernel writes it; empty if it cannot be read. [`super::stats::Stats`] parses it.
+    pub fn stats(&self, cpu: Cpu) -> String {
+        let text = read(&self.path.join(format!("per_cpu/{cpu}/stats"))).unwrap_or_default();
+        shortened(&text)
+    }
+
+    /// What is known before the trace: header page to kernel symbols, in the order of a trace.dat.
+    ///
+    /// # Errors
+    /// `Kernel`, when a file cannot be read. Files that this kernel does not have give an empty text.
+    pub fn describe(&self, kallsyms: bool, each: &mut dyn FnMut(Piece)) -> Result<(), Failure> {
+        describe::before(&self.tracefs, &self.path, &self.on, kallsyms, each)
+    }
+
+    /// What is known only after it: command lines.
+    ///
+    /// # Errors
+    /// `Kernel`, when saved_cmdlines cannot be read.
+    pub fn describe_end(&self, each: &mut dyn FnMut(Piece)) -> Result<(), Failure> {
+        describe::after(&self.tracefs, each)
+    }
+
+    /// Removes it, and says if that failed: a tap is still open somewhere.
+    ///
+    /// # Errors
+    /// `Kernel` (`EBUSY`)
+    pub fn remove(mut self) -> Result<(), Failure> {
+        self.take_down()
+    }
+
+    fn take_down(&mut self) -> Result<(), Failure> {
+        let Some(mut switch) = self.switch.take() else { return Ok(()) };
+        let stopped = switch.write_all(b"0");
+        drop((switch, self.marker.take()));
+        let removed = stopped.and(remove_directory(&self.path));
+        removed.map_err(|error| refused(&self.path, &error))
+    }
+
+    fn open_to_write(&self, name: &str) -> Result<File, Failure> {
+        let path = self.path.join(name);
+        OpenOptions::new().write(true).open(&path).map_err(|error| refused(&path, &error))
+    }
+
+    fn set_clock(&self, wanted: &str) -> Result<(), Failure> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let path = self.path.join("trace_clock");
+        let text = read(&path)?;
+        let clocks: Vec<&str> = text.split_whitespace().map(|clock| clock.trim_matches(['[', ']'])).collect();
+        if !clocks.contains(&wanted) {
+            let near = nearest(wanted, clocks.iter().copied(), usize::MAX);
+            let detail = format!("this kernel has {}", clocks.join(", "));
+            return Err(Failure { near, ..failure(FailureKind::NoSuchClock, wanted, &detail) });
+        }
+        write(&path, wanted)
+    }
+
+    /// CPUs that are online; where sysfs does not say, those that have a buffer.
+    fn online(&self) -> Result<Vec<Cpu>, Failure> {
+        if let Some(cpus) = online_cpus() {
+            return Ok(cpus);
+        }
+        let path = self.path.join("per_cpu");
+        let entries = fs::read_dir(&path).map_err(|error| refused(&path, &error))?;
+        let number = |name: std::ffi::OsString| name.to_str()?.strip_prefix("cpu")?.parse().ok().map(Cpu);
+        let mut cpus: Vec<Cpu> = entries.flatten().filter_map(|entry| number(entry.file_name())).collect();
+        cpus.sort_unstable();
+        Ok(cpus)
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if let Err(refusal) = self.take_down() {
+            log::warn!("{} stays: {}", refusal.object, refusal.detail);
+        }
+    }
+}
+
+/// Removes an instance. One whose files are just being closed by another thread is tried again, for 0.2 s.
+pub(super) fn remove_directory(path: &Path) -> io::Result<()> {
+    for _ in 1..REMOVE_TRIES_MAX {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => sleep(REMOVE_PAUSE),
+            removed => return removed,
+        }
+    }
+    fs::remove_dir(path)
+}
+
+/// Bytes of one page: where its data begins plus how much fits (`field: char data; offset:16; size:4080; …`).
+fn page_bytes(header_page: &str) -> Result<u32, Failure> {
+    let number = |line: &str, key: &str| line.split_once(key)?.1.split(';').next()?.trim().parse::<u32>().ok();
+    let data = header_page.lines().find(|line| line.contains("char data;"));
+    let sum = data.and_then(|line| number(line, "offset:")?.checked_add(number(line, "size:")?));
+    let is_possible = |bytes: &u32| {
+        let bytes = usize::try_from(*bytes).unwrap_or(usize::MAX);
+        bytes.is_power_of_two() && (PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes)
+    };
+    sum.filter(is_possible).ok_or_else(|| failure(FailureKind::Kernel, "events/header_page", header_page))
+}
+
+/// CPUs that are online as sysfs lists them; `None` where it does not say.
+pub fn online_cpus() -> Option<Vec<Cpu>> {
+    parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?)
+}
+
+/// Parses a list of CPUs such as `0-3,8`.
+fn parse_cpus(text: &str) -> Option<Vec<Cpu>> {
+    let mut cpus = Vec::new();
+    for part in text.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        if first > last || usize::try_from(last).ok()? >= vtrace_common::limits::CPUS_MAX {
+            return None;
+        }
+        cpus.extend((first..=last).map(Cpu));
+    }
+    Some(cpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn page_is_its_header_and_its_data() {
+        let text = "\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n\tfield: local_t commit;\toffset:8;\t\
+                    size:8;\tsigned:1;\n\tfield: int overwrite;\toffset:8;\tsize:1;\tsigned:1;\n\
+                    \tfield: char data;\toffset:16;\tsize:4080;\tsigned:0;\n";
+        assert_eq!(page_bytes(text), Ok(4096));
+        assert_eq!(page_bytes(&text.replace("4080", "65520")), Ok(65536));
+        for odd in ["4081", "x", "4294967295", "16"] {
+            assert_eq!(page_bytes(&text.replace("4080", odd)).unwrap_err().kind, FailureKind::Kernel, "{odd}");
+        }
+    }
+
+    #[test]
+    fn lists_of_cpus_are_understood_or_refused() {
+        assert_eq!(parse_cpus("0-2,5\n"), Some(vec![Cpu(0), Cpu(1), Cpu(2), Cpu(5)]));
+        for odd in ["", "2-1", "0-4294967295", "a", "1,,2"] {
+            assert_eq!(parse_cpus(odd), None, "{odd}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_gives_an_answer(text: String) {
+            let _ = page_bytes(&text);
+            let _ = parse_cpus(&text);
+        }
+
+        #[test]
+        fn list_of_single_cpus_comes_back(mut cpus in proptest::collection::vec(0u32..4096, 1..20)) {
+            cpus.sort_unstable();
+            let text = cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+            prop_assert_eq!(parse_cpus(&text), Some(cpus.into_iter().map(Cpu).collect()));
+        }
+    }
+}

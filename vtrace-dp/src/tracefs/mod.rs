@@ -1,0 +1,159 @@
+//! tracefs: mounting it, instances of our own, events, taps, and what a machine tells about itself.
+//!
+//! In:    an [`Arm`](vtrace_common::wire::agent::Arm): clock, events, buffer size
+//! Out:   an [`Instance`] (taps, switch, marker, stats) and pieces of description; or a [`Failure`] that says on what
+//! Runs:  on the caller's thread; every call may block on the kernel, none on another program
+//! Full:  descriptions come in pieces of `limits::PIECE_BYTES_MAX`; command lines end at `limits::CMDLINES_BYTES_MAX`
+//! Trust: the kernel, and names inside instances of ours; the top buffer is never written to
+//!
+//! Works from Linux 5.10 on (`buffer_percent` is older, larger sub-buffers are newer and optional).
+
+mod describe;
+mod events;
+mod instance;
+mod pattern;
+pub mod stats;
+mod symbols;
+
+use std::{
+    fs,
+    io::{self, Read},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{TRACEFS_MAGIC, statfs},
+};
+use vtrace_common::{
+    ids::Cpu,
+    limits::{NEAR_MAX, TEXT_BYTES_MAX},
+    wire::agent::{Failure, FailureKind},
+};
+
+pub use instance::{BUFFER_PERCENT, Instance, online_cpus};
+
+/// What the names of our instances begin with; a process id follows, then anything.
+pub const INSTANCE_PREFIX: &str = "vtrace-";
+
+/// A longer name is not compared with others: the distance costs the product of both lengths.
+const RANKED_BYTES_MAX: usize = 128;
+
+const READ_BYTES: usize = 16 << 10;
+
+const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+/// A mounted tracefs.
+#[derive(Debug)]
+pub struct Tracefs {
+    root: PathBuf,
+}
+
+/// An open `trace_pipe_raw`.
+#[derive(Debug)]
+pub struct Tap {
+    /// Whose.
+    pub cpu: Cpu,
+    /// Non-blocking.
+    pub fd: OwnedFd,
+}
+
+impl Tracefs {
+    /// Finds tracefs at one of its usual places, or mounts it at the first.
+    ///
+    /// # Errors
+    /// `NoTracefs` when it is nowhere and cannot be mounted (no CONFIG_FTRACE, no privilege).
+    pub fn find_or_mount() -> Result<Self, Failure> {
+        let is_tracefs = |path: &&str| statfs(*path).is_ok_and(|found| found.filesystem_type() == TRACEFS_MAGIC);
+        let root = match MOUNT_POINTS.iter().copied().find(is_tracefs) {
+            Some(root) => root,
+            None => mount(Some("tracefs"), MOUNT_POINTS[0], Some("tracefs"), MsFlags::empty(), None::<&str>)
+                .map(|()| MOUNT_POINTS[0])
+                .map_err(|errno| failure(FailureKind::NoTracefs, MOUNT_POINTS[0], errno.desc()))?,
+        };
+        fs::read_dir(root)
+            .map_err(|error| failure(FailureKind::NoTracefs, root, &error.to_string()))
+            .map(|_| Self { root: root.into() })
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Removes instances whose owner (the process id in the name) is dead. Returns how many.
+    pub fn remove_stale(&self) -> usize {
+        self.remove_instances(|owner| owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()))
+    }
+
+    /// Removes every instance that is named like ours: for a guest, where one agent is the only owner. One whose tap
+    /// is open in a living process stays. Returns how many.
+    pub fn remove_ours(&self) -> usize {
+        self.remove_instances(|_| true)
+    }
+
+    fn remove_instances(&self, wanted: impl Fn(Option<u32>) -> bool) -> usize {
+        let Ok(entries) = fs::read_dir(self.root.join("instances")) else { return 0 };
+        let stale = entries.flatten().filter(|entry| {
+            let name = entry.file_name();
+            name.to_str().and_then(|name| name.strip_prefix(INSTANCE_PREFIX)).is_some_and(|rest| wanted(owner(rest)))
+        });
+        stale.filter(|entry| instance::remove_directory(&entry.path()).is_ok()).count()
+    }
+}
+
+/// The process id in front of what follows the prefix.
+fn owner(rest: &str) -> Option<u32> {
+    let end = rest.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(rest.len());
+    rest[..end].parse().ok()
+}
+
+/// A failure whose texts keep to their bounds.
+fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
+    Failure { kind, object: shortened(object), detail: shortened(detail), near: Vec::new() }
+}
+
+/// What the kernel said about a file of its own.
+fn refused(path: &Path, error: &io::Error) -> Failure {
+    let kind = if error.raw_os_error() == Some(nix::libc::ENOMEM) { FailureKind::Memory } else { FailureKind::Kernel };
+    failure(kind, &path.to_string_lossy(), &error.to_string())
+}
+
+fn shortened(text: &str) -> String {
+    text[..text.floor_char_boundary(TEXT_BYTES_MAX)].into()
+}
+
+/// A whole file. Its first read asks for [`READ_BYTES`]: some files of tracefs (events/header_page) give everything to
+/// the first read and nothing to a second, and std's first read of a file of unknown size asks for 32 bytes.
+fn read(path: &Path) -> Result<String, Failure> {
+    let mut bytes = Vec::with_capacity(READ_BYTES);
+    let read = fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map(|_| String::from_utf8_lossy(&bytes).into_owned()).map_err(|error| refused(path, &error))
+}
+
+/// Writes without creating or truncating: a missing file is the kernel's way to say "not here".
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()));
+    written.map_err(|error| refused(path, &error))
+}
+
+/// The names that look most like `wanted`, nearest first, at most [`NEAR_MAX`].
+fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>, distance_max: usize) -> Vec<String> {
+    if wanted.len() > RANKED_BYTES_MAX {
+        return Vec::new();
+    }
+    let mut ranked: Vec<(usize, &str)> = names
+        .map(|name| (strsim::osa_distance(wanted, name), name))
+        .filter(|(distance, _)| *distance <= distance_max)
+        .collect();
+    ranked.sort_unstable();
+    ranked.dedup();
+    ranked.into_iter().take(NEAR_MAX).map(|(_, name)| name.into()).collect()
+}
+
+#[cfg(test)]
+mod tests;

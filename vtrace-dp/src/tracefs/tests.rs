@@ -1,0 +1,126 @@
+//! Against this machine's kernel. Without privilege or tracefs they say so and test nothing.
+
+use vtrace_common::{
+    limits::PIECE_BYTES_MAX,
+    wire::agent::{Arm, EventRequest, FailureKind, Part, Piece},
+};
+
+use super::{stats::Stats, *};
+
+fn tracefs() -> Option<Tracefs> {
+    let found = Tracefs::find_or_mount().ok().filter(|_| nix::unistd::geteuid().is_root());
+    if found.is_none() {
+        println!("skipped: tracefs is not writable here");
+    }
+    found
+}
+
+fn arm(events: &[&str]) -> Arm {
+    let events = events.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect();
+    Arm { session: 1, clock: "x86-tsc".into(), events, buffer_kb: 512, kallsyms: true }
+}
+
+fn name(suffix: &str) -> String {
+    format!("{INSTANCE_PREFIX}{}-{suffix}", std::process::id())
+}
+
+#[test]
+fn armed_instance_is_as_asked_and_gone_when_dropped() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("armed"), &arm(&["sched", "irq:softirq_entry"])).unwrap();
+    let path = instance.path().to_owned();
+    let text = |file: &str| fs::read_to_string(path.join(file)).unwrap().trim().to_owned();
+    assert_eq!(text("tracing_on"), "0");
+    assert_eq!(text("buffer_percent"), BUFFER_PERCENT.to_string());
+    assert!((512..528).contains(&text("buffer_size_kb").parse().unwrap()), "whole pages, at least what was asked for");
+    assert!(instance.clock().contains("[x86-tsc]"));
+    assert_eq!(text("events/sched/enable"), "1");
+    assert_eq!(text("events/irq/enable"), "X");
+    assert_eq!(usize::try_from(instance.events()).unwrap(), text("set_event").lines().count());
+    assert!(!instance.cpus().is_empty());
+    drop(instance);
+    assert!(!path.exists());
+}
+
+#[test]
+fn tap_that_is_open_keeps_the_instance_and_is_reported() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("busy"), &arm(&[])).unwrap();
+    let path = instance.path().to_owned();
+    let tap = instance.tap(instance.cpus()[0]).unwrap();
+    let refusal = instance.remove().unwrap_err();
+    assert_eq!(refusal.kind, FailureKind::Kernel);
+    assert!(path.exists());
+    drop(tap);
+    instance::remove_directory(&path).unwrap();
+}
+
+#[test]
+fn failed_arm_leaves_nothing_behind_and_says_on_what() {
+    let Some(tracefs) = tracefs() else { return };
+    let name = name("failed");
+    let no_clock = Arm { clock: "x86-tcs".into(), ..arm(&[]) };
+    let failure = tracefs.arm(&name, &no_clock).unwrap_err();
+    assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NoSuchClock, "x86-tcs"));
+    assert_eq!(failure.near[0], "x86-tsc");
+    let failure = tracefs.arm(&name, &arm(&["sched:sched_swich"])).unwrap_err();
+    assert_eq!((failure.kind, failure.near[0].as_str()), (FailureKind::NoSuchEvent, "sched:sched_switch"));
+    let failure = tracefs.arm(&name, &Arm { buffer_kb: u32::MAX, ..arm(&[]) }).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Memory, "{failure:?}");
+    assert!(!tracefs.root().join("instances").join(&name).exists());
+}
+
+#[test]
+fn marker_is_in_the_trace_only_while_tracing_is_on() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("mark"), &arm(&[])).unwrap();
+    assert!(instance.mark("too early").is_err());
+    instance.set_tracing(true).unwrap();
+    instance.mark("in time").unwrap();
+    instance.set_tracing(false).unwrap();
+    let trace = fs::read_to_string(instance.path().join("trace")).unwrap();
+    assert!(trace.contains("in time") && !trace.contains("too early"));
+    let entries = instance.cpus().iter().map(|cpu| Stats::parse(&instance.stats(*cpu)).unwrap().entries);
+    assert_eq!(entries.sum::<u64>(), 1);
+}
+
+#[test]
+fn instance_of_a_dead_owner_is_stale_and_ours_is_not() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("alive"), &arm(&[])).unwrap();
+    let dead = tracefs.root().join("instances").join(format!("{INSTANCE_PREFIX}{}-dead", u32::MAX));
+    fs::create_dir(&dead).unwrap();
+    assert!(tracefs.remove_stale() >= 1);
+    assert!(!dead.exists());
+    assert!(instance.path().exists());
+}
+
+#[test]
+fn owner_is_the_number_in_front() {
+    assert_eq!(owner("12-x"), Some(12));
+    assert_eq!(owner("12"), Some(12));
+    assert_eq!(owner("x-12"), None);
+    assert_eq!(owner("99999999999"), None);
+}
+
+#[test]
+fn description_has_every_part_in_order_and_the_formats_of_what_is_on() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("describe"), &arm(&["sched:sched_switch"])).unwrap();
+    let mut pieces: Vec<Piece> = Vec::new();
+    instance.describe(true, &mut |piece| pieces.push(piece)).unwrap();
+    instance.describe_end(&mut |piece| pieces.push(piece)).unwrap();
+    assert!(pieces.iter().all(|piece| piece.bytes.len() <= PIECE_BYTES_MAX));
+    assert!(pieces.is_sorted_by_key(|piece| piece.part));
+    let text = |part: Part| {
+        let bytes: Vec<u8> = pieces.iter().filter(|piece| piece.part == part).flat_map(|p| p.bytes.clone()).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    assert!(text(Part::HeaderPage).contains("char data"));
+    assert!(text(Part::HeaderEvent).contains("type_len"));
+    assert!(text(Part::FtraceFormat).contains("name: print\n"));
+    assert!(text(Part::EventFormat).starts_with("name: sched_switch\n"));
+    assert_eq!(text(Part::EventFormat).matches("name: ").count(), 1);
+    assert_eq!(text(Part::Kallsyms), fs::read_to_string("/proc/kallsyms").unwrap());
+    assert!(text(Part::Cmdlines).lines().any(|line| line.starts_with(&format!("{} ", std::process::id()))));
+}
