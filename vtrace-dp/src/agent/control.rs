@@ -1,0 +1,414 @@
+//! The control loop: hears the host, does what its session allows, answers.
+//!
+//! In:    frames on the control port, the pump's end, the wish to quit
+//! Out:   answers; [`End`] says why the loop is over
+//! Runs:  on the main thread; sleeps in epoll. Idle: no wake-ups. In a session: one per message of the host
+//! Full:  one request at a time; the host's next ones wait in the port
+//! Trust: nothing of the host but its right to ask; a host that is silent in a session for 10 s is gone
+//!
+//! Hello: each side says it when it sees the other, without waiting. A host that closes the port and opens it again at
+//! once is not seen to do so: its hello, in whatever state, ends the session of the one before and is answered. A host
+//! that speaks another version hears our hello and nothing else.
+
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    unistd::Pid,
+};
+use vtrace_common::{
+    ids::Cpu,
+    time::GuestTsc,
+    wire::{
+        Family, Frame, Hello, VERSION,
+        agent::{Arm, Echo, Failure, FailureKind, FromAgent, ToAgent},
+    },
+};
+
+use super::{
+    link::{Gone, HOST_SILENCE, Heard, Link},
+    machine,
+    port::Ports,
+    session::{Effect, Outcome, State},
+    work::{Refused, Work},
+};
+use crate::sys::{SysError, tsc};
+
+/// Why the loop is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum End {
+    /// It was asked to quit.
+    Asked,
+    /// The control port is gone; another may come.
+    Unplugged,
+    /// One session was to be served, and it is over.
+    Served,
+}
+
+/// What the loop is told once.
+#[derive(Debug)]
+pub(super) struct Options {
+    /// Copies of the pages go there.
+    pub(super) tee: Option<PathBuf>,
+    /// Serve one session.
+    pub(super) once: bool,
+    /// Trace over ports that may lose pages (they are counted).
+    pub(super) without_indirect: bool,
+}
+
+/// How far the greetings are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Greeting {
+    /// No host is there.
+    Absent,
+    /// We have said hello.
+    Said,
+    /// Both have, and understand each other.
+    Met,
+    /// Both have, and do not.
+    Foreign,
+}
+
+const PORT: u64 = 0;
+const QUIT: u64 = 1;
+const PUMP: u64 = 2;
+
+/// The loop's state.
+pub(super) struct Control<'a> {
+    options: &'a Options,
+    ports: &'a Ports,
+    quit: BorrowedFd<'a>,
+    epoll: Epoll,
+    link: Link,
+    greeting: Greeting,
+    state: State,
+    work: Option<Work>,
+    heard: Instant,
+    served: bool,
+    affinity: CpuSet,
+    pinned: Option<Cpu>,
+}
+
+impl<'a> Control<'a> {
+    /// A loop over an open, non-blocking control port that ends when `quit` becomes readable.
+    pub(super) fn new(
+        port: OwnedFd,
+        ports: &'a Ports,
+        options: &'a Options,
+        quit: BorrowedFd<'a>,
+    ) -> Result<Self, SysError> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(SysError::of("epoll_create1"))?;
+        let link = Link::new(port);
+        let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        epoll.add(&link, EpollEvent::new(edges, PORT)).map_err(SysError::of("epoll_ctl"))?;
+        epoll.add(quit, EpollEvent::new(EpollFlags::EPOLLIN, QUIT)).map_err(SysError::of("epoll_ctl"))?;
+        let affinity = sched_getaffinity(Pid::from_raw(0)).map_err(SysError::of("sched_getaffinity"))?;
+        Ok(Self {
+            options,
+            ports,
+            quit,
+            epoll,
+            link,
+            greeting: Greeting::Absent,
+            state: State::default(),
+            work: None,
+            heard: Instant::now(),
+            served: false,
+            affinity,
+            pinned: None,
+        })
+    }
+
+    /// Serves hosts until there is a reason to end. Whatever the reason: nothing is left in tracefs.
+    pub(super) fn serve(mut self) -> Result<End, SysError> {
+        let end = self.run();
+        self.remove();
+        end
+    }
+
+    fn run(&mut self) -> Result<End, SysError> {
+        // The port may have been open at the host before it was here: no edge will say so.
+        let mut gone = self.hear_all().err();
+        loop {
+            match gone.take() {
+                Some(Gone::Asked) => return Ok(End::Asked),
+                Some(reason @ Gone::Unplugged(_)) => {
+                    log::warn!("{reason}");
+                    return Ok(End::Unplugged);
+                }
+                Some(Gone::Absent) => self.host_has_hung_up(),
+                Some(reason @ (Gone::Silent | Gone::Stalled | Gone::Replaced)) => self.drop_session(reason),
+                None => {}
+            }
+            if self.options.once && self.served {
+                return Ok(End::Served);
+            }
+            gone = self.turn()?.err();
+        }
+    }
+
+    /// Sleeps until something has happened, and does it.
+    fn turn(&mut self) -> Result<Result<(), Gone>, SysError> {
+        let mut events = [EpollEvent::empty(); 3];
+        let count = match self.epoll.wait(&mut events, self.patience()) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(errno) => return Err(SysError::of("epoll_wait")(errno)),
+        };
+        let happened = |tag| events[..count].iter().any(|event| event.data() == tag);
+        if happened(QUIT) {
+            return Ok(Err(Gone::Asked));
+        }
+        let mut result = Ok(());
+        if happened(PORT) {
+            result = self.hear_all();
+        }
+        if result.is_ok() && happened(PUMP) {
+            result = self.pump_has_ended();
+        }
+        if result.is_ok() && self.work.is_some() && self.heard.elapsed() >= HOST_SILENCE {
+            result = Err(Gone::Silent);
+        }
+        Ok(result)
+    }
+
+    fn patience(&self) -> EpollTimeout {
+        if self.work.is_none() {
+            return EpollTimeout::NONE;
+        }
+        let left = HOST_SILENCE.saturating_sub(self.heard.elapsed()) + Duration::from_millis(1);
+        EpollTimeout::try_from(left).expect("ten seconds are milliseconds")
+    }
+
+    /// Reads all there is and does it.
+    fn hear_all(&mut self) -> Result<(), Gone> {
+        loop {
+            let heard = match self.link.hear() {
+                Err(Gone::Absent) if self.greeting == Greeting::Absent => return Ok(()),
+                heard => heard?,
+            };
+            if self.greeting == Greeting::Absent {
+                self.greeting = Greeting::Said;
+                self.say_hello()?;
+            }
+            let Heard::Bytes(stamp) = heard else { return Ok(()) };
+            self.heard = Instant::now();
+            self.take_frames(stamp)?;
+        }
+    }
+
+    fn take_frames(&mut self, stamp: GuestTsc) -> Result<(), Gone> {
+        loop {
+            match self.link.next_frame() {
+                Ok(Some(frame)) => self.take_frame(&frame, stamp)?,
+                Ok(None) => return Ok(()),
+                Err(fault) => {
+                    log::warn!("the host's bytes are not understood: {fault}");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn take_frame(&mut self, frame: &Frame, stamp: GuestTsc) -> Result<(), Gone> {
+        if frame.family == Family::Hello {
+            return match frame.open::<Hello>() {
+                Ok(hello) => self.greet(&hello),
+                Err(fault) => self.refuse_frame(&fault.to_string()),
+            };
+        }
+        match frame.open::<ToAgent>() {
+            Ok(_) if self.greeting == Greeting::Said => self.refuse_frame("a request before the hello"),
+            Ok(_) if self.greeting != Greeting::Met => {
+                self.refuse_frame(&format!("this agent speaks wire version {VERSION} only"))
+            }
+            Ok(request) => self.request(request, stamp),
+            Err(fault) => self.refuse_frame(&fault.to_string()),
+        }
+    }
+
+    fn greet(&mut self, hello: &Hello) -> Result<(), Gone> {
+        self.drop_session(Gone::Replaced);
+        if self.greeting != Greeting::Said {
+            self.say_hello()?;
+        }
+        if !hello.speaks_ours() {
+            self.greeting = Greeting::Foreign;
+            let (min, max) = (hello.version_min, hello.version_max);
+            log::error!(
+                "the host ({}) speaks wire versions {min} to {max}, this agent speaks {VERSION}: its requests are refused",
+                hello.software
+            );
+            return Ok(());
+        }
+        self.greeting = Greeting::Met;
+        log::info!("the host is {}", hello.software);
+        self.tell(&FromAgent::Machine(machine::describe(self.ports.lanes())))
+    }
+
+    fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), Gone> {
+        if !matches!(request, ToAgent::Probe { .. }) {
+            self.unpin();
+        }
+        let done = match self.state.on(request) {
+            Effect::Arm(arm) => self.arm(&arm),
+            Effect::Start { marker } => self.start(&marker),
+            Effect::Mark { text } => self.mark(&text),
+            Effect::Echo { id, cpu } => self.echo(id, cpu, stamp),
+            Effect::Pong { id } => self.tell(&FromAgent::Pong { id }).map_err(Refused::Gone),
+            Effect::Drain => self.drain(),
+            Effect::Close => self.close(),
+            Effect::Refuse(failure) => Err(Refused::Failed(failure)),
+        };
+        match done {
+            Ok(()) => Ok(()),
+            Err(Refused::Gone(gone)) => Err(gone),
+            Err(Refused::Failed(failure)) => self.tell_failure(failure),
+        }
+    }
+
+    fn arm(&mut self, arm: &Arm) -> Result<(), Refused> {
+        let Options { tee, without_indirect, .. } = self.options;
+        let work = Work::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
+        let done = work.done().expect("it has just been started");
+        let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
+        watched.map_err(|errno| failure(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+        log::info!("session {:#x} is armed", arm.session);
+        self.work = Some(work);
+        self.state = self.state.after(Outcome::Armed);
+        Ok(())
+    }
+
+    fn start(&mut self, marker: &str) -> Result<(), Refused> {
+        let started = self.armed().start(marker)?;
+        self.state = self.state.after(Outcome::Started);
+        Ok(self.tell(&started)?)
+    }
+
+    fn mark(&mut self, text: &str) -> Result<(), Refused> {
+        let marked = self.armed().mark(text)?;
+        Ok(self.tell(&marked)?)
+    }
+
+    /// Answers a probe on its CPU. The thread stays there until another request comes: the next probe of a series is
+    /// then read where it is to be answered, and costs no migration.
+    fn echo(&mut self, id: u32, cpu: Cpu, stamp: GuestTsc) -> Result<(), Refused> {
+        let received = if self.pinned == Some(cpu) {
+            stamp
+        } else {
+            self.pin(cpu).map_err(|errno| failure(FailureKind::Kernel, &cpu.to_string(), errno.desc()))?;
+            GuestTsc(tsc::read())
+        };
+        Ok(self.tell(&FromAgent::Echo(Echo { id, cpu, received, sent: GuestTsc(tsc::read()) }))?)
+    }
+
+    fn drain(&mut self) -> Result<(), Refused> {
+        self.armed().drain();
+        self.state = self.state.after(Outcome::Draining);
+        match self.armed().done() {
+            Some(_) => Ok(()), // the report follows when the pump has ended
+            None => self.report(),
+        }
+    }
+
+    fn close(&mut self) -> Result<(), Refused> {
+        self.served |= self.work.is_some();
+        self.remove();
+        Ok(self.tell(&FromAgent::Closed)?)
+    }
+
+    fn report(&mut self) -> Result<(), Refused> {
+        self.armed().report(&|message| self.tell(message))?;
+        self.state = self.state.after(Outcome::Reported);
+        Ok(())
+    }
+
+    fn pump_has_ended(&mut self) -> Result<(), Gone> {
+        let Some(work) = &mut self.work else { return Ok(()) };
+        if let Some(done) = work.done() {
+            self.epoll.delete(done).expect("it was added when it was made");
+        }
+        work.pumped();
+        if self.state != State::Stopping {
+            return Ok(()); // in trouble, which is logged; the report comes with the stop
+        }
+        match self.report() {
+            Ok(()) => Ok(()),
+            Err(Refused::Gone(gone)) => Err(gone),
+            Err(Refused::Failed(failure)) => self.tell_failure(failure),
+        }
+    }
+
+    fn armed(&self) -> &Work {
+        self.work.as_ref().expect("State::on allows this only while a session exists")
+    }
+
+    fn host_has_hung_up(&mut self) {
+        self.drop_session(Gone::Absent);
+        self.link.reset();
+        self.greeting = Greeting::Absent;
+    }
+
+    fn drop_session(&mut self, reason: Gone) {
+        if self.work.is_some() {
+            log::warn!("the session is dropped: {reason}");
+            self.served = true;
+        }
+        self.remove();
+    }
+
+    fn remove(&mut self) {
+        self.unpin();
+        if let Some(work) = self.work.take() {
+            work.remove();
+        }
+        self.state = self.state.after(Outcome::Removed);
+    }
+
+    fn say_hello(&self) -> Result<(), Gone> {
+        self.link.send(&Hello::ours(concat!("vtrace agent ", env!("CARGO_PKG_VERSION"))), self.quit)
+    }
+
+    fn tell(&self, message: &FromAgent) -> Result<(), Gone> {
+        self.link.send(message, self.quit)
+    }
+
+    fn tell_failure(&self, failure: Failure) -> Result<(), Gone> {
+        log::warn!("refused: {:?}: {}: {}", failure.kind, failure.object, failure.detail);
+        self.tell(&FromAgent::Failed(failure))
+    }
+
+    fn refuse_frame(&self, detail: &str) -> Result<(), Gone> {
+        self.tell_failure(failure(FailureKind::State, "message", detail))
+    }
+
+    fn pin(&mut self, cpu: Cpu) -> Result<(), Errno> {
+        let mut only = CpuSet::new();
+        only.set(usize::try_from(cpu.0).map_err(|_| Errno::EINVAL)?)?;
+        sched_setaffinity(Pid::from_raw(0), &only)?;
+        self.pinned = Some(cpu);
+        Ok(())
+    }
+
+    fn unpin(&mut self) {
+        if self.pinned.take().is_some()
+            && let Err(errno) = sched_setaffinity(Pid::from_raw(0), &self.affinity)
+        {
+            log::warn!("the control thread stays where it was pinned: {errno}");
+        }
+    }
+}
+
+fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
+    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
+}
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -1,0 +1,344 @@
+//! The control loop over a socket, this machine's tracefs and FIFOs as data ports. Without privilege: said, and nothing
+//! tested.
+
+use std::{
+    io::{Read, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::atomic::{AtomicU64, Ordering},
+    thread::JoinHandle,
+};
+
+use nix::sys::eventfd::EventFd;
+use proptest::prelude::*;
+use vtrace_common::wire::{
+    Decoder, Message,
+    agent::{EventRequest, Piece},
+    encode,
+};
+
+use super::{super::port::tests as made, *};
+use crate::tracefs::{INSTANCE_PREFIX, Tracefs, online_cpus};
+
+/// The host's end, and the loop in a thread of its own.
+struct Rig {
+    socket: UnixStream,
+    decoder: Decoder,
+    quit: std::sync::Arc<EventFd>,
+    thread: Option<JoinHandle<End>>,
+    session: u64,
+    drains: Vec<JoinHandle<usize>>,
+    root: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(indirect: bool, once: bool) -> Option<Self> {
+        static SESSION: AtomicU64 = AtomicU64::new(0xc0de_0000);
+        if Tracefs::find_or_mount().is_err() || !nix::unistd::geteuid().is_root() {
+            println!("skipped: tracefs is not writable here");
+            return None;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let names: Vec<String> = online_cpus().unwrap().iter().map(|cpu| format!("trace-path-cpu{}", cpu.0)).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let ports = made::fifo_ports(root.path(), &names, &made::features(indirect));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let quit = std::sync::Arc::new(EventFd::new().unwrap());
+        let inside = quit.clone();
+        let thread = std::thread::spawn(move || {
+            let options = Options { tee: None, once, without_indirect: false };
+            Control::new(theirs.into(), &ports, &options, inside.as_fd()).unwrap().serve().unwrap()
+        });
+        let session = SESSION.fetch_add(1, Ordering::Relaxed);
+        Some(Self {
+            socket: ours,
+            decoder: Decoder::default(),
+            quit,
+            thread: Some(thread),
+            session,
+            drains: vec![],
+            root,
+        })
+    }
+
+    fn met(indirect: bool, once: bool) -> Option<Self> {
+        let mut rig = Self::new(indirect, once)?;
+        assert!(rig.next::<Hello>().speaks_ours());
+        rig.say(&Hello::ours("test"));
+        assert!(matches!(rig.next(), FromAgent::Machine(machine) if machine.lanes == machine.cpus));
+        Some(rig)
+    }
+
+    fn say<M: Message>(&mut self, message: &M) {
+        self.socket.write_all(&encode(message).unwrap()).unwrap();
+    }
+
+    fn frame(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame().unwrap() {
+                return Some(frame);
+            }
+            let mut buffer = [0; 65536];
+            match self.socket.read(&mut buffer).unwrap() {
+                0 => return None,
+                count => self.decoder.push(&buffer[..count]),
+            }
+        }
+    }
+
+    fn next<M: Message>(&mut self) -> M {
+        self.frame().expect("the agent goes on speaking").open().unwrap()
+    }
+
+    fn ask(&mut self, request: &ToAgent) -> FromAgent {
+        self.say(request);
+        self.next()
+    }
+
+    /// The first answer that is no description, and how many bytes were described.
+    fn answer(&mut self) -> (FromAgent, usize) {
+        let mut described = 0;
+        loop {
+            match self.next() {
+                FromAgent::Describe(Piece { bytes, .. }) => described += bytes.len(),
+                answer => return (answer, described),
+            }
+        }
+    }
+
+    fn arm(&self) -> ToAgent {
+        let events = vec![EventRequest { pattern: "sched:sched_switch".into() }];
+        ToAgent::Arm(Arm { session: self.session, clock: "x86-tsc".into(), events, buffer_kb: 0, kallsyms: false })
+    }
+
+    /// Counts the bytes that come out of every FIFO; the loop's open keeps each of them open.
+    fn read_ports(&mut self) {
+        for entry in std::fs::read_dir(self.root.path().join("dev")).unwrap() {
+            let mut fifo = std::fs::File::open(entry.unwrap().path()).unwrap();
+            self.drains.push(std::thread::spawn(move || fifo.read_to_end(&mut Vec::new()).unwrap()));
+        }
+    }
+
+    fn instance_exists(&self) -> bool {
+        let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), self.session);
+        Tracefs::find_or_mount().unwrap().root().join("instances").join(name).exists()
+    }
+
+    fn finish(mut self) -> End {
+        self.quit.write(1).unwrap();
+        let end = self.thread.take().unwrap().join().expect("the loop does not panic");
+        assert!(!self.instance_exists());
+        end
+    }
+}
+
+#[test]
+fn whole_session_is_answered_in_order_and_its_bytes_are_in_the_ports() {
+    let Some(mut rig) = Rig::met(true, true) else { return };
+    rig.say(&rig.arm());
+    let (FromAgent::Armed(armed), described) = rig.answer() else { panic!("not armed") };
+    assert!(described > 1000 && armed.events == 1 && armed.clock.contains("[x86-tsc]"));
+    rig.read_ports();
+    let FromAgent::Started { before, after } = rig.ask(&ToAgent::Start { marker: "go".into() }) else { panic!() };
+    assert!(before < after);
+    let FromAgent::Echo(echo) = rig.ask(&ToAgent::Probe { id: 9, cpu: armed.lanes[0] }) else { panic!() };
+    assert!(echo.id == 9 && echo.cpu == armed.lanes[0] && after < echo.received && echo.received < echo.sent);
+    assert!(
+        matches!(rig.ask(&ToAgent::Mark { text: "here".into() }), FromAgent::Marked { before, after } if before < after)
+    );
+    assert_eq!(rig.ask(&ToAgent::Ping { id: 3 }), FromAgent::Pong { id: 3 });
+    std::thread::sleep(Duration::from_millis(50));
+    rig.say(&ToAgent::Stop);
+    let mut bytes_sent = 0;
+    for cpu in &armed.lanes {
+        let (FromAgent::Lane(lane), _) = rig.answer() else { panic!("no report of {cpu}") };
+        assert_eq!((lane.cpu, lane.pages_tapped, lane.pages_lost), (*cpu, lane.pages_sent, 0));
+        assert!(lane.stats_before.contains("entries: 0") && lane.stats_after.contains("entries: 0"), "{lane:?}");
+        bytes_sent += lane.bytes_sent;
+    }
+    assert!(matches!(rig.answer(), (FromAgent::Stopped, _)));
+    assert!(rig.instance_exists());
+    assert_eq!(rig.ask(&ToAgent::Close), FromAgent::Closed);
+    assert!(!rig.instance_exists());
+    let received: usize = rig.drains.drain(..).map(|drain| drain.join().unwrap()).sum();
+    assert!(received > 0 && u64::try_from(received).unwrap() == bytes_sent);
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+}
+
+#[test]
+fn driver_without_indirect_descriptors_is_refused_and_the_agent_is_idle_again() {
+    let Some(mut rig) = Rig::met(false, false) else { return };
+    for _ in 0..2 {
+        let FromAgent::Failed(failure) = rig.ask(&rig.arm()) else { panic!() };
+        assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NoIndirect, "trace-path-cpu0"));
+    }
+    assert!(!rig.instance_exists());
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn missing_port_is_named_and_nothing_stays() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    let cpu = online_cpus().unwrap().len() - 1;
+    std::fs::remove_dir_all(rig.root.path().join(format!("class/vport0p{cpu}"))).unwrap();
+    let FromAgent::Failed(failure) = rig.ask(&rig.arm()) else { panic!() };
+    assert_eq!((failure.kind, failure.object), (FailureKind::NoPort, format!("trace-path-cpu{cpu}")));
+    assert!(!rig.instance_exists());
+}
+
+#[test]
+fn host_that_hangs_up_takes_its_session_along() {
+    let Some(mut rig) = Rig::met(true, true) else { return };
+    rig.say(&rig.arm());
+    assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
+    assert!(matches!(rig.ask(&ToAgent::Start { marker: "go".into() }), FromAgent::Started { .. }));
+    assert!(rig.instance_exists());
+    rig.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+    assert!(!rig.instance_exists());
+}
+
+#[test]
+fn hello_of_another_host_ends_the_session_of_the_one_before() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    rig.say(&rig.arm());
+    assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
+    rig.say(&Hello::ours("another"));
+    assert!(rig.next::<Hello>().speaks_ours());
+    assert!(matches!(rig.next(), FromAgent::Machine(_)));
+    assert!(!rig.instance_exists());
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn silent_host_loses_its_session_after_ten_seconds() {
+    let Some(mut rig) = Rig::met(true, true) else { return };
+    rig.say(&rig.arm());
+    assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
+    let begun = Instant::now();
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+    assert!((9.0..12.0).contains(&begun.elapsed().as_secs_f64()), "{:?}", begun.elapsed());
+    assert!(!rig.instance_exists());
+}
+
+#[test]
+fn host_that_reads_nothing_for_ten_seconds_finds_whole_frames_and_an_idle_agent_when_it_reads_again() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    let ToAgent::Arm(arm) = rig.arm() else { unreachable!() };
+    rig.say(&ToAgent::Arm(Arm { kallsyms: true, ..arm })); // megabytes, more than a socket holds
+    let begun = Instant::now();
+    while begun.elapsed() < HOST_SILENCE || rig.instance_exists() {
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(begun.elapsed() < 3 * HOST_SILENCE, "the session stays");
+    }
+    rig.say(&ToAgent::Ping { id: 1 });
+    let mut pieces = 0;
+    while rig.next::<FromAgent>() != (FromAgent::Pong { id: 1 }) {
+        pieces += 1;
+    }
+    assert!(pieces > 1);
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn agent_that_is_asked_to_quit_removes_its_session() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    rig.say(&rig.arm());
+    assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
+    assert!(matches!(rig.ask(&ToAgent::Start { marker: "go".into() }), FromAgent::Started { .. }));
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn host_of_another_version_hears_hello_and_refusals_only() {
+    let Some(mut rig) = Rig::new(true, false) else { return };
+    let foreign = Hello { version_min: VERSION + 1, version_max: VERSION + 1, software: "newer".into() };
+    rig.next::<Hello>();
+    rig.say(&foreign);
+    assert!(
+        matches!(rig.ask(&ToAgent::Ping { id: 1 }), FromAgent::Failed(failure) if failure.kind == FailureKind::State)
+    );
+    rig.say(&foreign);
+    assert!(rig.next::<Hello>().speaks_ours());
+    rig.say(&Hello::ours("older after all"));
+    assert!(rig.next::<Hello>().speaks_ours());
+    assert!(matches!(rig.next(), FromAgent::Machine(_)));
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn request_before_the_hello_is_refused() {
+    let Some(mut rig) = Rig::new(true, false) else { return };
+    rig.next::<Hello>();
+    assert!(matches!(rig.ask(&rig.arm()), FromAgent::Failed(failure) if failure.kind == FailureKind::State));
+    assert!(!rig.instance_exists());
+}
+
+#[test]
+fn probe_of_a_cpu_that_is_not_there_is_refused() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    for cpu in [Cpu(1023), Cpu(u32::MAX)] {
+        let FromAgent::Failed(failure) = rig.ask(&ToAgent::Probe { id: 1, cpu }) else { panic!() };
+        assert_eq!((failure.kind, failure.object), (FailureKind::Kernel, cpu.to_string()));
+    }
+}
+
+fn hostile() -> impl Strategy<Value = Vec<u8>> {
+    let message = |message: ToAgent| encode(&message).unwrap();
+    let session = 0xbad0_0000u64 + u64::from(std::process::id());
+    prop_oneof![
+        3 => Just(message(ToAgent::Arm(Arm { session, ..Arm::default() }))),
+        1 => "[a-z:*]{0,9}".prop_map(move |pattern| message(ToAgent::Arm(Arm {
+            session,
+            events: vec![EventRequest { pattern }],
+            ..Arm::default()
+        }))),
+        3 => Just(message(ToAgent::Start { marker: "m".into() })),
+        2 => any::<(u32, u32)>().prop_map(move |(id, cpu)| message(ToAgent::Probe { id, cpu: Cpu(cpu % 4) })),
+        2 => Just(message(ToAgent::Mark { text: "t".repeat(4096) })),
+        2 => Just(message(ToAgent::Stop)),
+        2 => Just(message(ToAgent::Close)),
+        1 => Just(encode(&Hello::ours("again")).unwrap()),
+        1 => Just(encode(&Hello { version_min: 9, version_max: 9, software: "new".into() }).unwrap()),
+        1 => Just(encode(&FromAgent::Stopped).unwrap()),
+        1 => proptest::collection::vec(any::<u8>(), 0..64),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_frames_in_any_order_leave_nothing_after_close(frames in proptest::collection::vec(hostile(), 0..12)) {
+        let Some(mut rig) = Rig::met(true, false) else { return Ok(()) };
+        rig.session = 0xbad0_0000u64 + u64::from(std::process::id());
+        let mut socket = rig.socket.try_clone().unwrap();
+        let (answered, answer) = std::sync::mpsc::channel::<()>();
+        let writer = std::thread::spawn(move || {
+            for frame in frames {
+                socket.write_all(&frame).unwrap();
+            }
+            // Whatever half a frame stands there: enough to end it. What comes in one read with it is forgotten too.
+            socket.write_all(&[0xff; 70_000]).unwrap();
+            let hello = encode(&Hello::ours("last")).unwrap();
+            let end = [hello, encode(&ToAgent::Close).unwrap(), encode(&ToAgent::Ping { id: 77 }).unwrap()].concat();
+            while answer.recv_timeout(Duration::from_millis(100)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                socket.write_all(&end).unwrap();
+            }
+        });
+        let mut last = None;
+        loop {
+            let frame = rig.frame().expect("the agent goes on speaking");
+            let message = frame.open::<FromAgent>().ok();
+            if message == Some(FromAgent::Pong { id: 77 }) && last == Some(FromAgent::Closed) {
+                break;
+            }
+            last = message;
+        }
+        drop(answered);
+        writer.join().unwrap();
+        prop_assert!(!rig.instance_exists());
+        prop_assert_eq!(rig.finish(), End::Asked);
+    }
+}

@@ -1,0 +1,164 @@
+//! Messages over an open control port.
+//!
+//! In:    bytes of the host
+//! Out:   frames, each read stamped with the TSC; messages, written whole
+//! Runs:  on the control thread; reading never blocks, sending waits for the host or for a signal
+//! Full:  sending waits at most [`HOST_SILENCE`] for a host that takes nothing, then the host counts as gone
+//! Trust: nothing; a stream that is no wire is forgotten up to the next read
+//!
+//! virtio_console (drivers/char/virtio_console.c): read(2) gives 0 while no host has the port open, EAGAIN while one
+//! has; ENODEV once the port is unplugged. poll says HUP all the time in the first case, so waiting is edge-triggered.
+
+use std::{
+    cell::RefCell,
+    io::Read,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd,
+};
+use vtrace_common::{
+    time::GuestTsc,
+    wire::{Decoder, Fault, Frame, Message, encode},
+};
+
+use crate::sys::tsc;
+
+/// A host that says nothing, or takes nothing, for so long is gone: it pings every second.
+pub(super) const HOST_SILENCE: Duration = Duration::from_secs(10);
+
+/// Why nothing can be said to the host any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub(super) enum Gone {
+    /// No host has the port open; one may come.
+    #[error("no host has the control port open")]
+    Absent,
+    /// The host takes no bytes.
+    #[error("the host has not read for {} s", HOST_SILENCE.as_secs())]
+    Stalled,
+    /// The host sends none.
+    #[error("the host has said nothing for {} s", HOST_SILENCE.as_secs())]
+    Silent,
+    /// Another host says hello: the one before went without our seeing it.
+    #[error("another host has come")]
+    Replaced,
+    /// The port is unplugged or broken: it has to be found and opened again.
+    #[error("the control port is gone: {0}")]
+    Unplugged(Errno),
+    /// This agent was asked to end.
+    #[error("the agent was asked to end")]
+    Asked,
+}
+
+/// What a read gave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Heard {
+    /// Bytes, which had come at this time.
+    Bytes(GuestTsc),
+    /// Nothing now: a host is there.
+    Nothing,
+}
+
+/// The control port and what was read of the next frame.
+#[derive(Debug)]
+pub(super) struct Link {
+    port: std::fs::File,
+    decoder: Decoder,
+    buffer: Vec<u8>,
+    /// The end of a message that a stalled host has not taken: it goes before everything else.
+    owed: RefCell<Vec<u8>>,
+}
+
+impl Link {
+    /// Takes a non-blocking port.
+    pub(super) fn new(port: OwnedFd) -> Self {
+        Self { port: port.into(), decoder: Decoder::default(), buffer: vec![0; 4096], owed: RefCell::default() }
+    }
+
+    /// Reads once.
+    pub(super) fn hear(&mut self) -> Result<Heard, Gone> {
+        match self.port.read(&mut self.buffer) {
+            Ok(0) => Err(Gone::Absent),
+            Ok(count) => {
+                let stamp = GuestTsc(tsc::read());
+                self.decoder.push(&self.buffer[..count]);
+                Ok(Heard::Bytes(stamp))
+            }
+            Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO)) {
+                Errno::EAGAIN => Ok(Heard::Nothing),
+                Errno::EINTR => self.hear(),
+                Errno::ECONNRESET | Errno::EPIPE => Err(Gone::Absent),
+                errno => Err(Gone::Unplugged(errno)),
+            },
+        }
+    }
+
+    /// The next whole frame. After a fault everything that was read is forgotten.
+    pub(super) fn next_frame(&mut self) -> Result<Option<Frame>, Fault> {
+        let frame = self.decoder.next_frame();
+        if frame.is_err() {
+            self.decoder.reset();
+        }
+        frame
+    }
+
+    /// Forgets what was read and what was not taken: another host speaks from now on.
+    pub(super) fn reset(&mut self) {
+        self.decoder.reset();
+        self.owed.take();
+    }
+
+    /// Writes one message. Gives up when `quit` is readable.
+    pub(super) fn send<M: Message>(&self, message: &M, quit: BorrowedFd<'_>) -> Result<(), Gone> {
+        let mut owed = self.owed.borrow_mut();
+        self.write(&mut owed, quit)?;
+        *owed = encode(message).expect("our own messages keep to their bounds");
+        let whole = owed.len();
+        let written = self.write(&mut owed, quit);
+        if owed.len() == whole {
+            owed.clear(); // nothing of it is in the stream: nothing has to be finished
+        }
+        written
+    }
+
+    /// Writes until nothing of `bytes` is left.
+    fn write(&self, bytes: &mut Vec<u8>, quit: BorrowedFd<'_>) -> Result<(), Gone> {
+        while !bytes.is_empty() {
+            match unistd::write(&self.port, bytes) {
+                Ok(count) => drop(bytes.drain(..count)),
+                Err(Errno::EAGAIN) => self.wait_writable(quit)?,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Gone::Absent),
+                Err(errno) => return Err(Gone::Unplugged(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_writable(&self, quit: BorrowedFd<'_>) -> Result<(), Gone> {
+        let mut fds = [PollFd::new(self.port.as_fd(), PollFlags::POLLOUT), PollFd::new(quit, PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(HOST_SILENCE).expect("ten seconds are milliseconds");
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Err(Gone::Stalled),
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(()),
+            Err(errno) => return Err(Gone::Unplugged(errno)),
+        }
+        let said = |fd: &PollFd<'_>, flags| fd.revents().is_some_and(|events| events.intersects(flags));
+        if said(&fds[1], PollFlags::POLLIN) {
+            return Err(Gone::Asked);
+        }
+        let hung_up = said(&fds[0], PollFlags::POLLHUP) && !said(&fds[0], PollFlags::POLLOUT);
+        if hung_up { Err(Gone::Absent) } else { Ok(()) }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.port.as_fd()
+    }
+}

@@ -1,0 +1,213 @@
+//! The guest side: `vtrace agent`.
+//!
+//! | file | what happens |
+//! |---|---|
+//! | [`port`] | ports are found by name, opened, waited for |
+//! | [`link`] | messages over the control port |
+//! | [`control`] | the control loop |
+//! | [`session`] | what a session allows: pure |
+//! | [`work`] | what a session owns |
+//! | [`pump`] | tap ─► pipe ─► port, io_uring |
+//! | [`lane`] | one lane's states and counts: pure |
+//!
+//! In:    requests of one host over `agent-ctl-path`
+//! Out:   pages of every CPU over `trace-path-cpuN`; answers
+//! Runs:  two threads: control (main) and pump; the kernel's io_uring workers
+//! Full:  a slow host blocks the ports; the ring buffers overwrite and count
+//! Trust: the kernel; the host may ask anything, in any order, and gets an answer or a refusal
+//!
+//! Depends on `sys`, `tracefs` and `vtrace-common` only, and needs nothing of a C library at run time that a static
+//! one lacks. Works from Linux 5.10 on; needs io_uring and the right to use it.
+
+mod control;
+mod lane;
+mod link;
+mod machine;
+mod port;
+mod pump;
+mod session;
+mod work;
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+};
+use vtrace_common::ids::Cpu;
+
+use crate::{
+    sys::SysError,
+    tracefs::{Tracefs, online_cpus},
+};
+use control::{Control, End, Options};
+use port::{Found, Ports, Uevents};
+
+/// How long data ports may come after the control port before the host is answered without them.
+const LANES_WAIT: Duration = Duration::from_millis(500);
+
+/// How to run an agent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AgentConfig {
+    /// Name of the control port.
+    pub control_port: String,
+    /// What the names of data ports begin with; the CPU's number follows.
+    pub lane_port_prefix: String,
+    /// End after one session instead of waiting for the next host.
+    pub once: bool,
+    /// Verification: a copy of every page goes to `DIR/cpuN.raw` before it goes to its port. Its sha256 and that of
+    /// what the host received agree, or pages were lost. Costs as much as the sending.
+    pub tee: Option<PathBuf>,
+    /// Verification: trace even where the driver has no VIRTIO_RING_F_INDIRECT_DESC. Pages are lost, and counted.
+    pub without_indirect: bool,
+}
+
+impl Default for AgentConfig {
+    fn default() -> Self {
+        Self {
+            control_port: "agent-ctl-path".into(),
+            lane_port_prefix: "trace-path-cpu".into(),
+            once: false,
+            tee: None,
+            without_indirect: false,
+        }
+    }
+}
+
+/// Why an agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The control port has one opener at a time, and has one.
+    #[error("control port {0} is in use: another agent runs in this guest")]
+    Busy(String),
+    /// The control port cannot be opened.
+    #[error("control port {name}")]
+    Port {
+        /// Which.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something every Linux has was refused.
+    #[error(transparent)]
+    System(#[from] SysError),
+}
+
+/// Serves hosts until SIGTERM or SIGINT (both are blocked in the calling thread from now on), or one session with
+/// `once`. Nothing is left in tracefs.
+///
+/// # Errors
+/// [`AgentError`]; a host that goes, or a port that is unplugged, is none.
+pub fn run(config: AgentConfig) -> Result<(), AgentError> {
+    let quit = signals()?;
+    let news = Uevents::listen()?;
+    let ports = Ports {
+        class: "/sys/class/virtio-ports".into(),
+        nodes: "/dev".into(),
+        control: config.control_port,
+        lane_prefix: config.lane_port_prefix,
+    };
+    let options = Options { tee: config.tee, once: config.once, without_indirect: config.without_indirect };
+    let mut cleaned = false;
+    while let Some(port) = open_control(&ports, &news, &quit)? {
+        // Only the owner of the control port may clean up: another agent's instance is not stale.
+        if !std::mem::replace(&mut cleaned, true) {
+            remove_stale();
+        }
+        match Control::new(port, &ports, &options, quit.as_fd())?.serve()? {
+            End::Unplugged => {}
+            End::Asked | End::Served => break,
+        }
+    }
+    Ok(())
+}
+
+fn signals() -> Result<SignalFd, SysError> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block().map_err(SysError::of("sigprocmask"))?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(SysError::of("signalfd"))
+}
+
+/// Waits for the control port and opens it; `None` when asked to quit.
+fn open_control(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<Option<OwnedFd>, AgentError> {
+    let mut said = false;
+    loop {
+        if let Some(found) = ports.control()
+            && let Some(port) = try_open(ports, &found)?
+        {
+            return Ok(await_lanes(ports, news, quit)?.then_some(port));
+        }
+        if !std::mem::replace(&mut said, true) {
+            log::info!("waiting for control port {}", ports.control);
+        }
+        if !await_news(news, quit, None)? {
+            return Ok(None);
+        }
+    }
+}
+
+/// `None` when the port goes away while it is being opened.
+fn try_open(ports: &Ports, found: &Found) -> Result<Option<OwnedFd>, AgentError> {
+    match ports.open_control(found) {
+        Ok(port) => Ok(Some(port)),
+        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EBUSY | Errno::EMFILE) => Err(AgentError::Busy(found.name.clone())),
+            Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT) => Ok(None),
+            _ => Err(AgentError::Port { name: found.name.clone(), source: error }),
+        },
+    }
+}
+
+/// Ports of one device come one by one: waits a little until every CPU has its own. False when asked to quit.
+fn await_lanes(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<bool, SysError> {
+    let cpus = online_cpus().unwrap_or_default();
+    let until = Instant::now() + LANES_WAIT;
+    let complete = |lanes: Vec<Cpu>| cpus.iter().all(|cpu| lanes.contains(cpu));
+    while !complete(ports.lanes()) && Instant::now() < until {
+        if !await_news(news, quit, Some(until))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Sleeps until something has happened to a virtio port, or until then. False when asked to quit.
+fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result<bool, SysError> {
+    loop {
+        if news.take() {
+            return Ok(true);
+        }
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).expect("less than a second")
+        });
+        let mut fds = [PollFd::new(news.as_fd(), PollFlags::POLLIN), PollFd::new(quit.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Ok(true),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(SysError::of("poll")(errno)),
+        }
+        if fds[1].any() == Some(true) {
+            return Ok(false);
+        }
+    }
+}
+
+/// A killed predecessor leaves its instance behind. Without tracefs there is none; a session will say so.
+fn remove_stale() {
+    let removed = Tracefs::find_or_mount().map(|tracefs| tracefs.remove_ours()).unwrap_or(0);
+    if removed > 0 {
+        log::warn!("removed {removed} tracefs instance(s) of a killed agent");
+    }
+}

@@ -1,0 +1,262 @@
+//! The virtio-serial ports of this guest: finding them by name, opening them, waiting for them.
+//!
+//! In:    sysfs (`/sys/class/virtio-ports/vportNpM/{name,dev}`, `device/features`), kernel uevents
+//! Out:   open ports, or a [`Failure`] that names the port
+//! Runs:  on the control thread; [`Uevents::wait`] sleeps until the kernel has news
+//! Full:  uevents that were lost (ENOBUFS) count as news
+//! Trust: the kernel; names come from the host and are only compared
+//!
+//! A small guest has no udev: names are looked up in sysfs, nodes come from devtmpfs or are made here.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket},
+        stat::{Mode, SFlag, makedev, mknod},
+    },
+};
+use vtrace_common::{
+    ids::Cpu,
+    wire::agent::{Failure, FailureKind},
+};
+
+use crate::sys::SysError;
+
+/// VIRTIO_RING_F_INDIRECT_DESC (virtio 1.3, 6): its place in the `features` file, a string of one digit per bit.
+const INDIRECT_DESC: usize = 28;
+
+/// Where ports are looked for.
+#[derive(Clone, Debug)]
+pub(super) struct Ports {
+    /// `/sys/class/virtio-ports`.
+    pub(super) class: PathBuf,
+    /// `/dev`.
+    pub(super) nodes: PathBuf,
+    /// Name of the control port.
+    pub(super) control: String,
+    /// What the names of data ports begin with; the CPU's number follows.
+    pub(super) lane_prefix: String,
+}
+
+/// A port that exists.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Found {
+    /// As the host named it.
+    pub(super) name: String,
+    /// `vportNpM`.
+    node: String,
+}
+
+impl Ports {
+    /// The control port, if it exists.
+    pub(super) fn control(&self) -> Option<Found> {
+        self.all().into_iter().find(|port| port.name == self.control)
+    }
+
+    /// The CPUs that have a data port, in order.
+    pub(super) fn lanes(&self) -> Vec<Cpu> {
+        let mut cpus: Vec<Cpu> = self.all().iter().filter_map(|port| self.cpu(port)).collect();
+        cpus.sort_unstable();
+        cpus.dedup();
+        cpus
+    }
+
+    /// Opens the data port of `cpu` for splices that block.
+    ///
+    /// # Errors
+    /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
+    /// allow that; `Kernel` when it cannot be opened.
+    pub(super) fn open_lane(&self, cpu: Cpu, without_indirect: bool) -> Result<OwnedFd, Failure> {
+        let found = self.all().into_iter().find(|port| self.cpu(port) == Some(cpu));
+        let name = format!("{}{}", self.lane_prefix, cpu.0);
+        let found = found.ok_or_else(|| failure(FailureKind::NoPort, &name, "no virtio port has this name"))?;
+        if !without_indirect && !self.has_indirect(&found) {
+            let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
+            return Err(failure(FailureKind::NoIndirect, &name, detail));
+        }
+        self.open(&found, 0).map_err(|error| failure(FailureKind::Kernel, &name, &error.to_string()))
+    }
+
+    /// Opens the control port, non-blocking.
+    pub(super) fn open_control(&self, found: &Found) -> io::Result<OwnedFd> {
+        self.open(found, libc::O_NONBLOCK)
+    }
+
+    fn open(&self, found: &Found, flags: i32) -> io::Result<OwnedFd> {
+        let node = self.nodes.join(&found.node);
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).custom_flags(flags | libc::O_CLOEXEC);
+        match options.open(&node) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.make_node(found, &node)?;
+                options.open(&node)
+            }
+            opened => opened,
+        }
+        .map(OwnedFd::from)
+    }
+
+    /// Makes the device node that devtmpfs would have made.
+    fn make_node(&self, found: &Found, node: &Path) -> io::Result<()> {
+        let numbers = fs::read_to_string(self.class.join(&found.node).join("dev"))?;
+        let parsed = numbers.trim().split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        let (major, minor) = parsed.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        mknod(node, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, makedev(major, minor))?;
+        Ok(())
+    }
+
+    fn all(&self) -> Vec<Found> {
+        let Ok(entries) = fs::read_dir(&self.class) else { return Vec::new() };
+        let nodes = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        // A port has no name until its host has sent one.
+        nodes.filter_map(|node| Some(Found { name: self.attribute(&node, "name")?, node })).collect()
+    }
+
+    fn attribute(&self, node: &str, name: &str) -> Option<String> {
+        let text = fs::read_to_string(self.class.join(node).join(name)).ok()?;
+        Some(text.trim_end_matches('\n').into())
+    }
+
+    fn has_indirect(&self, found: &Found) -> bool {
+        let features = self.attribute(&found.node, "device/features");
+        features.is_some_and(|bits| bits.as_bytes().get(INDIRECT_DESC) == Some(&b'1'))
+    }
+
+    fn cpu(&self, port: &Found) -> Option<Cpu> {
+        let number = port.name.strip_prefix(&self.lane_prefix)?;
+        // "+1" and "007" are names of something else.
+        number.parse().ok().map(Cpu).filter(|cpu| cpu.0.to_string() == number)
+    }
+}
+
+/// The kernel's news about devices (netlink, lib/kobject_uevent.c). Ports that come, get their name, or go are there.
+#[derive(Debug)]
+pub(super) struct Uevents {
+    socket: OwnedFd,
+}
+
+impl Uevents {
+    /// Listens from now on.
+    pub(super) fn listen() -> Result<Self, SysError> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let protocol = SockProtocol::NetlinkKObjectUEvent;
+        let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol)
+            .map_err(SysError::of("socket(NETLINK_KOBJECT_UEVENT)"))?;
+        let kernel_group = NetlinkAddr::new(0, 1);
+        bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &kernel_group)
+            .map_err(SysError::of("bind(NETLINK_KOBJECT_UEVENT)"))?;
+        Ok(Self { socket })
+    }
+
+    /// Takes the news that have come; true when a virtio port was among them.
+    pub(super) fn take(&self) -> bool {
+        let mut ours = false;
+        let mut message = [0; 8192];
+        loop {
+            match recv(std::os::fd::AsRawFd::as_raw_fd(&self.socket), &mut message, MsgFlags::empty()) {
+                Ok(count) => ours |= message[..count].windows(12).any(|window| window == b"virtio-ports"),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ENOBUFS) => ours = true,
+                Err(_) => return ours,
+            }
+        }
+    }
+}
+
+impl AsFd for Uevents {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
+    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    /// A made-up sysfs and /dev: the ports are FIFOs.
+    pub(in crate::agent) fn fifo_ports(root: &Path, names: &[&str], features: &str) -> Ports {
+        let ports = Ports {
+            class: root.join("class"),
+            nodes: root.join("dev"),
+            control: "agent-ctl-path".into(),
+            lane_prefix: "trace-path-cpu".into(),
+        };
+        fs::create_dir_all(&ports.nodes).unwrap();
+        for (index, name) in names.iter().enumerate() {
+            let node = format!("vport0p{index}");
+            let device = ports.class.join(&node).join("device");
+            fs::create_dir_all(&device).unwrap();
+            fs::write(device.join("features"), features).unwrap();
+            fs::write(ports.class.join(&node).join("name"), format!("{name}\n")).unwrap();
+            mkfifo(&ports.nodes.join(&node), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        }
+        ports
+    }
+
+    pub(in crate::agent) fn features(indirect: bool) -> String {
+        (0..64).map(|bit| if bit == INDIRECT_DESC && indirect { '1' } else { '0' }).collect()
+    }
+
+    #[test]
+    fn lanes_are_the_ports_whose_names_end_in_a_cpu() {
+        let root = tempfile::tempdir().unwrap();
+        let names =
+            ["agent-ctl-path", "trace-path-cpu10", "trace-path-cpu2", "trace-path-cpu", "trace-path-cpu02", "x"];
+        let ports = fifo_ports(root.path(), &names, &features(true));
+        assert_eq!(ports.lanes(), [Cpu(2), Cpu(10)]);
+        assert_eq!(ports.control().map(|found| found.node), Some("vport0p0".into()));
+    }
+
+    #[test]
+    fn missing_port_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
+        let failure = ports.open_lane(Cpu(3), false).unwrap_err();
+        assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NoPort, "trace-path-cpu3"));
+    }
+
+    #[test]
+    fn port_without_indirect_descriptors_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(false));
+        assert_eq!(ports.open_lane(Cpu(0), false).unwrap_err().kind, FailureKind::NoIndirect);
+        assert!(ports.open_lane(Cpu(0), true).is_ok());
+        assert!(
+            fifo_ports(&root.path().join("b"), &["trace-path-cpu0"], &features(true)).open_lane(Cpu(0), false).is_ok()
+        );
+    }
+
+    #[test]
+    fn missing_node_is_made_from_its_numbers() {
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
+        fs::remove_file(ports.nodes.join("vport0p0")).unwrap();
+        fs::write(ports.class.join("vport0p0/dev"), "1:3\n").unwrap(); // /dev/null
+        ports.open_lane(Cpu(0), false).unwrap();
+        assert!(ports.nodes.join("vport0p0").exists());
+    }
+
+    #[test]
+    fn uevent_of_another_device_is_no_news() {
+        let news = Uevents::listen().unwrap();
+        // "change" makes the kernel say so about this device.
+        fs::write("/sys/devices/virtual/mem/null/uevent", "change").unwrap();
+        assert!(!news.take());
+    }
+}

@@ -1,0 +1,228 @@
+//! What a session allows: states, and pure answers to requests.
+//!
+//! In:    requests of the host, outcomes of what was done
+//! Out:   the one thing to do next ([`Effect`]); whoever does it reports an [`Outcome`]
+//! Runs:  in the control loop; does nothing itself
+//! Full:  one session at a time: a second `Arm` is refused, never queued
+//! Trust: nothing: any request may come in any state
+//!
+//! | state | Arm | Start | Mark | Stop | Close |
+//! |---|---|---|---|---|---|
+//! | Idle | → Armed | refused | refused | refused | answered |
+//! | Armed | refused | → Running | done | → Stopping | → Idle |
+//! | Running | refused | refused | done | → Stopping | → Idle |
+//! | Stopping (pages on their way) | refused | refused | refused | refused | → Idle |
+//! | Stopped (reported) | refused | refused | refused | refused | → Idle |
+//!
+//! `Probe` and `Ping` are answered in every state. A host that goes away counts as a `Close` that nobody reads.
+
+use vtrace_common::{
+    ids::Cpu,
+    wire::agent::{Arm, Failure, FailureKind, ToAgent},
+};
+
+/// Where a session stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) enum State {
+    /// There is none.
+    #[default]
+    Idle,
+    /// Instance, taps and ports are open; tracing is off.
+    Armed,
+    /// Tracing is on.
+    Running,
+    /// Tracing is off; the pump moves what is left.
+    Stopping,
+    /// Everything is reported; the instance still exists.
+    Stopped,
+}
+
+/// What to do for a request.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Effect {
+    /// Prepare everything, describe, answer `Armed`.
+    Arm(Arm),
+    /// Tracing on, marker, answer `Started`.
+    Start {
+        /// Its text.
+        marker: String,
+    },
+    /// Write the marker, answer `Marked`.
+    Mark {
+        /// Its text.
+        text: String,
+    },
+    /// Answer `Echo` from that CPU.
+    Echo {
+        /// The probe's.
+        id: u32,
+        /// Where to run.
+        cpu: Cpu,
+    },
+    /// Answer `Pong`.
+    Pong {
+        /// The ping's.
+        id: u32,
+    },
+    /// Tracing off, let the pump move what is left; the report follows when it has.
+    Drain,
+    /// Remove everything (there may be nothing), answer `Closed`.
+    Close,
+    /// Answer `Failed`.
+    Refuse(Failure),
+}
+
+/// What has been done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Outcome {
+    /// After [`Effect::Arm`], successfully. A failed one leaves no trace and changes nothing.
+    Armed,
+    /// After [`Effect::Start`]. A failed one changes nothing.
+    Started,
+    /// After [`Effect::Drain`].
+    Draining,
+    /// The pump has moved everything and the report is sent.
+    Reported,
+    /// Everything is removed: after a `Close`, or because the host or the pump has gone.
+    Removed,
+}
+
+impl State {
+    /// What to do for `request` now.
+    pub(super) fn on(self, request: ToAgent) -> Effect {
+        match (self, request) {
+            (_, ToAgent::Ping { id }) => Effect::Pong { id },
+            (_, ToAgent::Probe { id, cpu }) => Effect::Echo { id, cpu },
+            (_, ToAgent::Close) => Effect::Close,
+            (Self::Idle, ToAgent::Arm(arm)) => Effect::Arm(arm),
+            (Self::Armed, ToAgent::Start { marker }) => Effect::Start { marker },
+            (Self::Armed | Self::Running, ToAgent::Mark { text }) => Effect::Mark { text },
+            (Self::Armed | Self::Running, ToAgent::Stop) => Effect::Drain,
+            (state, request) => Effect::Refuse(state.refusal(&request)),
+        }
+    }
+
+    /// Where the session stands after `outcome`.
+    pub(super) fn after(self, outcome: Outcome) -> Self {
+        match (self, outcome) {
+            (Self::Idle, Outcome::Armed) => Self::Armed,
+            (Self::Armed, Outcome::Started) => Self::Running,
+            (Self::Armed | Self::Running, Outcome::Draining) => Self::Stopping,
+            (Self::Stopping, Outcome::Reported) => Self::Stopped,
+            (_, Outcome::Removed) => Self::Idle,
+            (state, outcome) => unreachable!("{outcome:?} cannot follow {state:?}: State::on allows no such effect"),
+        }
+    }
+
+    fn refusal(self, request: &ToAgent) -> Failure {
+        let object = match request {
+            ToAgent::Arm(_) => "Arm",
+            ToAgent::Start { .. } => "Start",
+            ToAgent::Mark { .. } => "Mark",
+            ToAgent::Stop => "Stop",
+            ToAgent::Probe { .. } => "Probe",
+            ToAgent::Ping { .. } => "Ping",
+            ToAgent::Close => "Close",
+        };
+        let detail = match self {
+            Self::Idle => "no session is armed",
+            Self::Armed => "a session is armed",
+            Self::Running => "a session is running",
+            Self::Stopping => "the session is stopping",
+            Self::Stopped => "the session has stopped and is not closed yet",
+        };
+        Failure { kind: FailureKind::State, object: object.into(), detail: detail.into(), near: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn requests() -> impl Strategy<Value = ToAgent> {
+        prop_oneof![
+            Just(ToAgent::Arm(Arm::default())),
+            Just(ToAgent::Start { marker: "m".into() }),
+            Just(ToAgent::Mark { text: "t".into() }),
+            any::<u32>().prop_map(|id| ToAgent::Ping { id }),
+            any::<(u32, u32)>().prop_map(|(id, cpu)| ToAgent::Probe { id, cpu: Cpu(cpu) }),
+            Just(ToAgent::Stop),
+            Just(ToAgent::Close),
+        ]
+    }
+
+    fn outcome(effect: &Effect) -> Option<Outcome> {
+        match effect {
+            Effect::Arm(_) => Some(Outcome::Armed),
+            Effect::Start { .. } => Some(Outcome::Started),
+            Effect::Drain => Some(Outcome::Draining),
+            Effect::Close => Some(Outcome::Removed),
+            Effect::Mark { .. } | Effect::Echo { .. } | Effect::Pong { .. } | Effect::Refuse(_) => None,
+        }
+    }
+
+    #[test]
+    fn whole_session_passes_every_state_in_order() {
+        let mut state = State::default();
+        let mut seen = vec![];
+        for request in [ToAgent::Arm(Arm::default()), ToAgent::Start { marker: "m".into() }, ToAgent::Stop] {
+            let done = outcome(&state.on(request)).expect("each of them changes the state");
+            state = state.after(done);
+            seen.push(state);
+        }
+        state = state.after(Outcome::Reported);
+        assert_eq!(seen, [State::Armed, State::Running, State::Stopping]);
+        assert_eq!(state, State::Stopped);
+        assert_eq!(state.on(ToAgent::Close), Effect::Close);
+        assert_eq!(state.after(Outcome::Removed), State::Idle);
+    }
+
+    #[test]
+    fn second_arm_is_refused_while_a_session_exists() {
+        for state in [State::Armed, State::Running, State::Stopping, State::Stopped] {
+            let Effect::Refuse(failure) = state.on(ToAgent::Arm(Arm::default())) else { panic!("{state:?} took it") };
+            assert_eq!(failure.kind, FailureKind::State);
+        }
+    }
+
+    #[test]
+    fn close_is_answered_in_every_state() {
+        for state in [State::Idle, State::Armed, State::Running, State::Stopping, State::Stopped] {
+            assert_eq!(state.on(ToAgent::Close), Effect::Close);
+        }
+    }
+
+    proptest! {
+        /// Any requests, any failures, the pump finishing whenever it may: resources are never taken twice, never used
+        /// when there are none, and are gone after a close.
+        #[test]
+        fn any_order_of_requests_keeps_at_most_one_session(
+            steps in proptest::collection::vec((requests(), any::<bool>(), any::<bool>()), 0..64),
+        ) {
+            let mut state = State::default();
+            let mut exists = false;
+            for (request, fails, drained) in steps {
+                if drained && state == State::Stopping {
+                    state = state.after(Outcome::Reported);
+                }
+                let effect = state.on(request.clone());
+                match &effect {
+                    Effect::Arm(_) => prop_assert!(!exists),
+                    Effect::Start { .. } | Effect::Mark { .. } | Effect::Drain => prop_assert!(exists),
+                    _ => {}
+                }
+                let may_fail = matches!(effect, Effect::Arm(_) | Effect::Start { .. });
+                if let Some(done) = outcome(&effect).filter(|_| !(fails && may_fail)) {
+                    state = state.after(done);
+                    exists = done != Outcome::Removed;
+                }
+                if request == ToAgent::Close {
+                    prop_assert_eq!(effect, Effect::Close);
+                    prop_assert!(!exists && state == State::Idle);
+                }
+            }
+        }
+    }
+}

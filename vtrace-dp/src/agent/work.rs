@@ -1,0 +1,193 @@
+//! What a session owns while it exists: the instance, the pump, the counts from before.
+//!
+//! In:    an [`Arm`]; ports
+//! Out:   messages for the host, given to `tell` one by one
+//! Runs:  on the control thread
+//! Full:  `tell` waits for the host
+//! Trust: the kernel
+//!
+//! Order of the end: pump (it holds the taps), then instance: an instance with an open tap cannot be removed.
+
+use std::{os::fd::BorrowedFd, path::Path};
+
+use vtrace_common::{
+    ids::Cpu,
+    limits::TEXT_BYTES_MAX,
+    time::GuestTsc,
+    wire::agent::{Arm, Armed, Failure, FailureKind, FromAgent, LaneReport, Piece},
+};
+
+use super::{
+    link::Gone,
+    port::Ports,
+    pump::{LaneEnd, Pump},
+};
+use crate::{
+    sys::tsc,
+    tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs},
+};
+
+/// Why something was not done.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// The request cannot be met: the host is told.
+    Failed(Failure),
+    /// There is nobody to tell.
+    Gone(Gone),
+}
+
+impl From<Failure> for Refused {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Gone> for Refused {
+    fn from(gone: Gone) -> Self {
+        Self::Gone(gone)
+    }
+}
+
+/// How messages reach the host.
+pub(super) type Tell<'a> = &'a dyn Fn(&FromAgent) -> Result<(), Gone>;
+
+/// An armed session.
+#[derive(Debug)]
+pub(super) struct Work {
+    // Fields are dropped in this order.
+    pump: Option<Pump>,
+    ends: Vec<LaneEnd>,
+    stats_before: Vec<(Cpu, String)>,
+    instance: Instance,
+}
+
+impl Work {
+    /// Makes everything `arm` asks for, describes the machine, says `Armed`. Nothing is left of a failed one.
+    pub(super) fn arm(
+        arm: &Arm,
+        ports: &Ports,
+        without_indirect: bool,
+        tee: Option<&Path>,
+        tell: Tell<'_>,
+    ) -> Result<Self, Refused> {
+        let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
+        let instance = Tracefs::find_or_mount()?.arm(&name, arm)?;
+        let mut lanes = Vec::new();
+        for cpu in instance.cpus() {
+            lanes.push((instance.tap(*cpu)?, ports.open_lane(*cpu, without_indirect)?));
+        }
+        described(|each| instance.describe(arm.kallsyms, each), tell)?;
+        let armed = Armed {
+            lanes: instance.cpus().to_vec(),
+            page_bytes: instance.page_bytes(),
+            clock: instance.clock(),
+            events: instance.events(),
+        };
+        let stats_before = instance.cpus().iter().map(|cpu| (*cpu, instance.stats(*cpu))).collect();
+        let pump = start_pump(lanes, instance.page_bytes(), tee)?;
+        let work = Self { pump: Some(pump), ends: Vec::new(), stats_before, instance };
+        tell(&FromAgent::Armed(armed))?;
+        Ok(work)
+    }
+
+    /// Readable when the pump has ended; `None` once [`Work::pumped`] was called.
+    pub(super) fn done(&self) -> Option<BorrowedFd<'_>> {
+        self.pump.as_ref().map(Pump::done)
+    }
+
+    /// Tracing on, start marker written: the TSC around both.
+    pub(super) fn start(&self, marker: &str) -> Result<FromAgent, Failure> {
+        let before = GuestTsc(tsc::read());
+        self.instance.set_tracing(true)?;
+        if let Err(failure) = self.instance.mark(marker) {
+            self.instance.set_tracing(false)?;
+            return Err(failure);
+        }
+        Ok(FromAgent::Started { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// Writes a marker.
+    pub(super) fn mark(&self, text: &str) -> Result<FromAgent, Failure> {
+        let before = GuestTsc(tsc::read());
+        self.instance.mark(text)?;
+        Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// Tracing off; the pump moves what is left, then [`Work::done`] is readable.
+    pub(super) fn drain(&self) {
+        if let Err(failure) = self.instance.set_tracing(false) {
+            log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
+        }
+        if let Some(pump) = &self.pump {
+            pump.drain();
+        }
+    }
+
+    /// The pump has ended: takes its counts.
+    pub(super) fn pumped(&mut self) {
+        let Some(pump) = self.pump.take() else { return };
+        self.ends = pump.join().unwrap_or_else(|| {
+            log::error!("the pump has panicked");
+            let cpus = self.stats_before.iter().map(|(cpu, _)| *cpu);
+            cpus.map(|cpu| LaneEnd::nothing(cpu, "the pump has panicked".into())).collect()
+        });
+    }
+
+    /// Says what the lanes did, the command lines, and `Stopped`.
+    pub(super) fn report(&self, tell: Tell<'_>) -> Result<(), Refused> {
+        for (end, (cpu, stats_before)) in self.ends.iter().zip(&self.stats_before) {
+            assert_eq!(end.cpu, *cpu, "the pump keeps the order of the taps");
+            let report = LaneReport {
+                cpu: *cpu,
+                pages_tapped: end.pages_tapped,
+                pages_sent: end.pages_sent,
+                pages_lost: end.pages_lost,
+                bytes_sent: end.bytes_sent,
+                stats_before: stats_before.clone(),
+                stats_after: self.instance.stats(*cpu),
+                trouble: end.trouble.clone(),
+            };
+            log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
+            tell(&FromAgent::Lane(report))?;
+        }
+        described(|each| self.instance.describe_end(each), tell)?;
+        tell(&FromAgent::Stopped)?;
+        Ok(())
+    }
+
+    /// Abandons what is on its way and removes the instance.
+    pub(super) fn remove(self) {
+        drop(self.pump);
+        if let Err(failure) = self.instance.remove() {
+            log::error!("{} stays: {}", failure.object, failure.detail);
+        }
+    }
+}
+
+fn start_pump(lanes: Vec<(Tap, std::os::fd::OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Pump, Failure> {
+    Pump::start(lanes, page_bytes, tee).map_err(|error| Failure {
+        kind: FailureKind::Kernel,
+        object: shortened(error.object),
+        detail: error.source.to_string(),
+        near: Vec::new(),
+    })
+}
+
+/// Passes pieces on; the first failure to tell one is the answer.
+fn described(
+    describe: impl FnOnce(&mut dyn FnMut(Piece)) -> Result<(), Failure>,
+    tell: Tell<'_>,
+) -> Result<(), Refused> {
+    let mut told = Ok(());
+    describe(&mut |piece| {
+        if told.is_ok() {
+            told = tell(&FromAgent::Describe(piece));
+        }
+    })?;
+    told.map_err(Refused::Gone)
+}
+
+fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(TEXT_BYTES_MAX));
+    text
+}
