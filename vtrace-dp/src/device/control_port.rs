@@ -1,0 +1,298 @@
+//! Port 0: frames between the server and the agent, over two data rings.
+//!
+//! In:    chains of the guest's out ring (bytes of an agent); requests of the server
+//! Out:   [`AgentEvent`]s; frames cut into the guest's in-buffers, one piece in each
+//! Runs:  on the device's thread
+//! Full:  no chain is taken while bytes of the last one are unread; requests beyond [`FRAMES_WAITING_MAX`] are refused
+//! Trust: nothing: after the first malformed frame the agent is not listened to until the port is opened again
+//!
+//! The host's clock is read right after a chain came out of the ring (echoes) and right before one is published (probes),
+//! so that what the two stamps enclose is the guest and the two notifications, and nothing of ours.
+
+use std::collections::VecDeque;
+
+use vtrace_common::{
+    limits::{CONTROL_CHAIN_BYTES_MAX, FRAMES_WAITING_MAX, PROBES_WAITING_MAX},
+    time::HostTsc,
+    wire::{
+        Decoder, Family, Fault, Frame, Hello,
+        agent::{Echo, FromAgent, ToAgent},
+        encode,
+    },
+};
+
+use super::{
+    memory::{Memory, Outside, Span},
+    ring::{Chain, Ring, RingFault},
+};
+use crate::sys::tsc;
+
+/// Bytes that are given to the decoder at a time: it moves what it holds for every frame it cuts off.
+const PIECE_BYTES: usize = 4096;
+
+/// What happens on the control port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum AgentEvent {
+    /// A process in the guest opened the port; it has said nothing yet.
+    Opened,
+    /// The first thing it says.
+    Hello(Hello),
+    /// Anything else but an echo.
+    Says(FromAgent),
+    /// An echo and the host's stamps around its way.
+    Echo {
+        /// Right before the probe was published.
+        host_sent: HostTsc,
+        /// What the guest says.
+        echo: Echo,
+        /// Right after the echo was taken.
+        host_received: HostTsc,
+    },
+    /// It does not speak our language; nothing more will come from it.
+    Garbled(Fault),
+    /// The port was closed, or the driver is gone.
+    Gone,
+}
+
+/// The agent does not read what it was sent: nothing more is queued for it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{FRAMES_WAITING_MAX} requests wait for the agent already")]
+pub struct Full;
+
+/// How far the conversation has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Listening {
+    /// Nobody has the port open: bytes are discarded.
+    Closed,
+    /// The first frame must be a hello.
+    Greeting,
+    /// Frames of an agent of our version.
+    Agent,
+    /// After a fault, or a hello of another version: bytes are discarded until the port is opened again.
+    Deaf,
+}
+
+/// A frame on its way to the guest.
+#[derive(Debug)]
+struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    probe: Option<u32>,
+}
+
+/// The control port of one device.
+#[derive(Debug)]
+pub struct ControlPort {
+    listening: Listening,
+    decoder: Decoder,
+    /// The last chain's bytes, and how many of them the decoder has.
+    unread: Vec<u8>,
+    read: usize,
+    taken_at: HostTsc,
+    outgoing: VecDeque<Outgoing>,
+    /// Probes that were sent and not answered.
+    probes: VecDeque<(u32, HostTsc)>,
+    fault: Option<Fault>,
+}
+
+impl ControlPort {
+    /// A port that nobody has open.
+    pub fn new() -> Self {
+        Self {
+            listening: Listening::Closed,
+            decoder: Decoder::default(),
+            unread: Vec::new(),
+            read: 0,
+            taken_at: HostTsc(0),
+            outgoing: VecDeque::new(),
+            probes: VecDeque::new(),
+            fault: None,
+        }
+    }
+
+    /// Whether a process in the guest has the port open.
+    pub fn is_open(&self) -> bool {
+        self.listening != Listening::Closed
+    }
+
+    /// A process opened the port: nothing that was said before concerns it. It is greeted.
+    pub fn opened(&mut self) {
+        *self = Self { listening: Listening::Greeting, ..Self::new() };
+        let hello = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
+        self.outgoing.push_back(Outgoing { bytes: hello, sent: 0, probe: None });
+    }
+
+    /// The port was closed.
+    pub fn closed(&mut self) {
+        *self = Self::new();
+    }
+
+    /// Listens no more until the port is opened again.
+    pub fn deafen(&mut self) {
+        let listening = if self.is_open() { Listening::Deaf } else { Listening::Closed };
+        *self = Self { listening, ..Self::new() };
+    }
+
+    /// Queues a request. A `Close` always finds room: it is what ends a session.
+    pub fn send(&mut self, request: &ToAgent) -> Result<(), Full> {
+        if self.outgoing.len() >= FRAMES_WAITING_MAX && *request != ToAgent::Close {
+            return Err(Full);
+        }
+        let probe = if let ToAgent::Probe { id, .. } = request { Some(*id) } else { None };
+        let bytes = encode(request).expect("requests are checked when they come from a client");
+        self.outgoing.push_back(Outgoing { bytes, sent: 0, probe });
+        Ok(())
+    }
+
+    /// The next thing that happened among the bytes taken so far.
+    pub fn next_event(&mut self) -> Option<AgentEvent> {
+        loop {
+            if let Some(fault) = self.fault.take() {
+                return Some(self.garbled(fault));
+            }
+            if matches!(self.listening, Listening::Closed | Listening::Deaf) {
+                (self.unread, self.read) = (Vec::new(), 0);
+                return None;
+            }
+            match self.next_frame().and_then(|frame| frame.map(|frame| self.understand(&frame)).transpose()) {
+                Ok(Some(Some(event))) => return Some(event),
+                // A frame that meant nothing: the next one.
+                Ok(Some(None)) => {}
+                Ok(None) => return None,
+                Err(fault) => return Some(self.garbled(fault)),
+            }
+        }
+    }
+
+    fn garbled(&mut self, fault: Fault) -> AgentEvent {
+        self.deafen();
+        AgentEvent::Garbled(fault)
+    }
+
+    fn next_frame(&mut self) -> Result<Option<Frame>, Fault> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame()? {
+                return Ok(Some(frame));
+            }
+            let rest = &self.unread[self.read..];
+            if rest.is_empty() {
+                (self.unread, self.read) = (Vec::new(), 0);
+                return Ok(None);
+            }
+            let piece = &rest[..rest.len().min(PIECE_BYTES)];
+            self.decoder.push(piece);
+            self.read += piece.len();
+        }
+    }
+
+    fn understand(&mut self, frame: &Frame) -> Result<Option<AgentEvent>, Fault> {
+        if self.listening == Listening::Greeting {
+            let hello: Hello = frame.open()?;
+            self.listening = if hello.speaks_ours() { Listening::Agent } else { Listening::Deaf };
+            return Ok(Some(AgentEvent::Hello(hello)));
+        }
+        if frame.family == Family::Hello {
+            return Err(Fault::Family(Family::Hello as u16));
+        }
+        match frame.open()? {
+            FromAgent::Echo(echo) => Ok(self.stamped(echo)),
+            answer => Ok(Some(AgentEvent::Says(answer))),
+        }
+    }
+
+    /// An echo of a probe that was not sent, or was forgotten, means nothing.
+    fn stamped(&mut self, echo: Echo) -> Option<AgentEvent> {
+        let at = self.probes.iter().position(|(id, _)| *id == echo.id)?;
+        let (_, host_sent) = self.probes.remove(at)?;
+        Some(AgentEvent::Echo { host_sent, echo, host_received: self.taken_at })
+    }
+
+    /// Takes one chain of the guest's; false if there is none and the guest will kick at the next.
+    pub fn take(&mut self, ring: &mut Ring, spans: &mut Vec<Span>) -> Result<bool, RingFault> {
+        debug_assert!(self.unread.is_empty(), "the last chain was read first");
+        spans.clear();
+        let Some(chain) = ring.take(spans)? else { return ring.arm_kick() };
+        self.taken_at = HostTsc(tsc::read());
+        let bytes = usize::try_from(chain.readable_bytes).unwrap_or(usize::MAX);
+        if bytes > CONTROL_CHAIN_BYTES_MAX {
+            self.fault = Some(Fault::Length(bytes));
+        } else if matches!(self.listening, Listening::Greeting | Listening::Agent) {
+            self.unread.resize(bytes, 0);
+            copy_readable(ring.memory(), spans, &mut self.unread)?;
+        }
+        ring.complete(chain, 0)?;
+        ring.publish()?;
+        Ok(true)
+    }
+
+    /// Puts waiting frames into the guest's buffers; true if there may be more to do at once.
+    pub fn give(&mut self, ring: &mut Ring, spans: &mut Vec<Span>) -> Result<bool, RingFault> {
+        for _ in 0..ring.entries() {
+            if self.outgoing.is_empty() {
+                return Ok(false);
+            }
+            spans.clear();
+            match ring.take(spans)? {
+                Some(chain) => self.fill(ring, chain, spans)?,
+                None if ring.arm_kick()? => {}
+                None => return Ok(false),
+            }
+        }
+        Ok(!self.outgoing.is_empty())
+    }
+
+    fn fill(&mut self, ring: &mut Ring, chain: Chain, spans: &[Span]) -> Result<(), RingFault> {
+        let frame = self.outgoing.front_mut().expect("the caller looked");
+        let written = copy_writable(ring.memory(), chain, spans, &frame.bytes[frame.sent..])?;
+        frame.sent += written;
+        let done = frame.sent == frame.bytes.len();
+        ring.complete(chain, u32::try_from(written).expect("a frame is far below 2^32 bytes"))?;
+        let probe = frame.probe.filter(|_| done);
+        if done {
+            self.outgoing.pop_front();
+        }
+        if let Some(id) = probe {
+            if self.probes.len() == PROBES_WAITING_MAX {
+                self.probes.pop_front();
+            }
+            self.probes.push_back((id, HostTsc(tsc::read())));
+        }
+        ring.publish()?;
+        Ok(())
+    }
+}
+
+impl Default for ControlPort {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Copies what the device may read, from the first byte, as much as `into` holds; returns how many bytes.
+pub(super) fn copy_readable(memory: &Memory, spans: &[Span], into: &mut [u8]) -> Result<usize, Outside> {
+    let mut done = 0;
+    for span in spans {
+        if done == into.len() {
+            break;
+        }
+        done += memory.copy_out(*span, &mut into[done..])?;
+    }
+    Ok(done)
+}
+
+/// Copies into what the device may write, from its first byte; returns how many bytes found room.
+pub(super) fn copy_writable(memory: &Memory, chain: Chain, spans: &[Span], from: &[u8]) -> Result<usize, Outside> {
+    let (mut readable, mut done) = (chain.readable_bytes, 0);
+    for span in spans {
+        if readable > 0 {
+            // Readable spans come first and end at a span's border.
+            readable = readable.saturating_sub(span.bytes);
+            continue;
+        }
+        if done == from.len() {
+            break;
+        }
+        done += memory.copy_in(*span, &from[done..])?;
+    }
+    Ok(done)
+}

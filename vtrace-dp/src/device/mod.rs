@@ -1,0 +1,63 @@
+//! The vhost-user virtio-console device of one guest.
+//!
+//! In:    vhost-user requests of a VMM; rings in guest memory; commands of the server through its [`Owner`]
+//! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`Drain`]
+//! Runs:  one thread a device, which never waits for a disk, except when the VMM asks to stop a ring (GET_VRING_BASE):
+//!        then the guest does not run and the VMM waits for the writes to be done
+//! Full:  the agent's ring is left alone while the owner has no room; the control queue is served whatever happens
+//! Trust: the VMM with what any device is trusted with; the guest with nothing
+//!
+//! A control queue that nobody serves makes a guest's CPU spin for ever, and a socket that closes while the guest runs
+//! can end the VMM. So nothing that goes wrong here ends the thread or closes the socket.
+//!
+//! [`Drain`]: crate::drain::Drain
+
+mod arrival;
+pub mod console;
+pub mod control_port;
+mod front;
+#[cfg(test)]
+pub(crate) mod machine;
+pub mod memory;
+pub mod negotiate;
+mod requests;
+pub mod ring;
+mod served;
+pub mod socket;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+use std::{os::fd::BorrowedFd, time::Instant};
+
+use vtrace_common::wire::client::DriverState;
+
+pub use control_port::{AgentEvent, ControlPort};
+
+use crate::sys::socket::Peer;
+
+/// Who a device belongs to. Everything is called on the device's thread and must not block.
+pub trait Owner: Send {
+    /// Becomes readable (again) whenever [`Owner::turn`] has something to do. Watched edge-triggered, never read.
+    fn wake(&self) -> BorrowedFd<'_>;
+    /// Does what was asked for since the last turn, and what is due.
+    fn turn(&mut self, port: &mut ControlPort) -> Turn;
+    /// When the next turn is due without being woken.
+    fn deadline(&self) -> Option<Instant>;
+    /// Whether the next thing an agent says can be taken. After a no, `wake` says when to ask again.
+    fn has_room(&mut self) -> bool;
+    /// A VMM connected, or went away and took the driver and the agent along.
+    fn vmm(&mut self, peer: Option<Peer>);
+    /// The driver's state changed; `ports` is how many the device has.
+    fn driver(&mut self, state: DriverState, ports: usize);
+    /// Something happened on the control port.
+    fn agent(&mut self, event: AgentEvent, port: &mut ControlPort);
+}
+
+/// Whether the device goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// It does.
+    Continue,
+    /// It ends: the socket closes.
+    Stop,
+}
