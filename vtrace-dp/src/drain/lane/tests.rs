@@ -1,0 +1,193 @@
+//! Streams cut anywhere, files that fail anywhere.
+
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
+
+use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+
+use proptest::prelude::*;
+use vtrace_common::ids::Cpu;
+
+use super::*;
+use crate::{
+    device::{
+        memory::Memory,
+        testing::{guest_memory, memory_file, sealed_file},
+    },
+    drain::sink::FileSink,
+};
+
+const PAGE: usize = 4096;
+const START: u64 = 2 * PAGE as u64;
+
+fn page(number: u8, good: bool) -> Vec<u8> {
+    let mut page = vec![number; PAGE];
+    page[..8].copy_from_slice(&u64::from(number).to_le_bytes());
+    let commit: u64 = if good { 4080 } else { 4081 };
+    page[8..16].copy_from_slice(&commit.to_le_bytes());
+    page
+}
+
+struct Bench {
+    memory: Arc<Memory>,
+    lane: Lane,
+    batch: Batch,
+    sink: FileSink,
+    file: File,
+    next: u64,
+}
+
+impl Bench {
+    fn new(file: File, pages_max: u64) -> Self {
+        let memory = guest_memory(&[(0, 1 << 20)]);
+        let area = Area { cpu: Cpu(3), offset: START, bytes_max: pages_max * PAGE as u64 };
+        let lane = Lane::new(area, PAGE as u32, Arc::new(Counters::new(Cpu(3))));
+        let sink = FileSink::new(file.try_clone().unwrap()).unwrap();
+        Self { batch: Batch::new(Arc::clone(&memory)), memory, lane, sink, file, next: 0 }
+    }
+
+    /// Bytes come, in memory of their own, never next to those before.
+    fn come(&mut self, bytes: &[u8]) {
+        let span = Span { gpa: self.next, bytes: bytes.len() as u32 };
+        self.memory.copy_in(span, bytes).unwrap();
+        self.next += bytes.len() as u64 + 1;
+        self.lane.accept(span, &mut self.batch, &mut self.sink).unwrap();
+    }
+
+    fn write(&mut self) {
+        self.lane.write(&mut self.batch, &mut self.sink);
+    }
+
+    /// The ledger, and what the area holds.
+    fn close(mut self, sent: Option<u64>) -> (Ledger, Vec<u8>) {
+        let ledger = self.lane.close(&mut self.batch, &mut self.sink, sent);
+        let bytes = self.file.metadata().unwrap().len().saturating_sub(START);
+        let mut area = vec![0; bytes as usize];
+        self.file.read_exact_at(&mut area, START).unwrap();
+        (ledger, area)
+    }
+}
+
+fn bench() -> Bench {
+    Bench::new(memory_file(0).unwrap(), 1000)
+}
+
+#[test]
+fn page_lies_at_its_place_byte_for_byte() {
+    let mut bench = bench();
+    let pages = [page(1, true), page(2, true)].concat();
+    bench.come(&pages);
+    let (ledger, area) = bench.close(Some(pages.len() as u64));
+    assert_eq!(area, pages);
+    let (pages_in, pages_out, bytes_in) = (2, 2, pages.len() as u64);
+    assert_eq!(ledger, Ledger { bytes_in, pages_in, pages_out, ..Ledger::default() });
+}
+
+#[test]
+fn page_with_a_bad_header_is_refused_and_the_next_takes_its_place() {
+    let mut bench = bench();
+    bench.come(&[page(1, true), page(2, false), page(3, true)].concat());
+    let (ledger, area) = bench.close(None);
+    assert_eq!(area, [page(1, true), page(3, true)].concat());
+    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (3, 2, 1));
+}
+
+#[test]
+fn header_cut_by_a_write_is_still_checked() {
+    let mut bench = bench();
+    let bad = page(1, false);
+    bench.come(&bad[..9]);
+    bench.write();
+    bench.come(&bad[9..]);
+    bench.come(&page(2, true));
+    let (ledger, area) = bench.close(None);
+    assert_eq!(area, page(2, true));
+    assert_eq!((ledger.pages_in, ledger.pages_refused), (2, 1));
+}
+
+#[test]
+fn torn_tail_is_counted_and_leaves_nothing_in_the_file() {
+    for written_before in [false, true] {
+        let mut bench = bench();
+        bench.come(&page(1, true));
+        bench.come(&page(2, true)[..100]);
+        if written_before {
+            bench.write();
+        }
+        let (ledger, area) = bench.close(Some(2 * PAGE as u64));
+        assert_eq!(area[..PAGE], page(1, true));
+        assert!(area[PAGE..].iter().all(|&byte| byte == 0));
+        assert_eq!((ledger.pages_in, ledger.bytes_torn), (1, 100));
+        assert_eq!(ledger.bytes_missing, PAGE as u64 - 100);
+    }
+}
+
+#[test]
+fn pages_behind_the_end_of_the_area_are_refused() {
+    let mut bench = Bench::new(memory_file(0).unwrap(), 2);
+    for number in 0..5 {
+        bench.come(&page(number, true));
+        bench.write();
+    }
+    let (ledger, area) = bench.close(None);
+    assert_eq!(area, [page(0, true), page(1, true)].concat());
+    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (5, 2, 3));
+}
+
+#[test]
+fn pages_that_do_not_fit_the_disk_are_counted_with_the_reason() {
+    // What lies behind the end of this file cannot be written: two pages and no more.
+    let mut bench = Bench::new(sealed_file(START + 2 * PAGE as u64).unwrap(), 1000);
+    for number in 0..4 {
+        bench.come(&page(number, true));
+    }
+    bench.come(&page(4, true)[..50]);
+    bench.write();
+    bench.come(&page(4, true)[50..]);
+    bench.come(&page(5, true));
+    let (ledger, area) = bench.close(None);
+    assert_eq!(area, [page(0, true), page(1, true)].concat());
+    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (6, 2, 4));
+    assert_eq!(ledger.write_errno, libc::EPERM);
+}
+
+#[test]
+fn batch_that_is_full_is_written_in_the_middle_of_a_page() {
+    let mut bench = bench();
+    let page = page(9, true);
+    page.chunks(2).for_each(|two| bench.come(two));
+    assert!(bench.batch.bytes() < PAGE as u64, "2048 spans are more than a batch takes");
+    let (ledger, area) = bench.close(None);
+    assert_eq!((area, ledger.pages_out), (page, 1));
+}
+
+proptest! {
+    #[test]
+    fn any_cutting_gives_the_good_pages_in_order(
+        good in prop::collection::vec(any::<bool>(), 0..12), torn in 0..PAGE, pages_max in 0u64..14,
+        cuts in prop::collection::vec((1usize..9000, any::<bool>()), 0..60),
+    ) {
+        let pages: Vec<_> = good.iter().enumerate().map(|(n, &good)| page(n as u8, good)).collect();
+        let mut stream = pages.concat();
+        stream.extend(&page(99, true)[..torn]);
+        let mut bench = Bench::new(memory_file(0).unwrap(), pages_max);
+        let mut rest = &stream[..];
+        for (bytes, write) in cuts {
+            let (piece, after) = rest.split_at(bytes.min(rest.len()));
+            bench.come(piece);
+            if write {
+                bench.write();
+            }
+            rest = after;
+        }
+        bench.come(rest);
+        let (ledger, area) = bench.close(Some(stream.len() as u64 + 5));
+        let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page.clone())
+            .take(pages_max as usize).collect();
+        let expected = kept.concat();
+        prop_assert_eq!(&area[..expected.len()], &expected[..]);
+        prop_assert!(area[expected.len()..].iter().all(|&byte| byte == 0));
+        prop_assert_eq!((ledger.pages_in, ledger.pages_out), (pages.len() as u64, kept.len() as u64));
+        prop_assert_eq!((ledger.bytes_torn, ledger.bytes_missing), (torn as u64, 5));
+        prop_assert!(ledger.balanced());
+    }
+}

@@ -1,0 +1,196 @@
+//! Empties rings into files: one worker thread per guest.
+//!
+//! In:    rings as the VMM starts and stops them; a file and areas of it as a client asks for them
+//! Out:   whole pages at their final place; a ledger for each lane
+//! Runs:  [`Drain`] is a handle: its calls are messages to the thread `drain-NAME`, and those that must be over when
+//!        they return wait for it, for as long as the write takes that it may be in
+//! Full:  a slow file blocks the guest's ports; nothing is dropped here without a count
+//! Trust: guests with nothing, the VMM with its guest's memory, clients with the file they gave
+//!
+//! | file | what |
+//! |---|---|
+//! | [`worker`] | the thread: kicks, timer, commands |
+//! | [`road`] | one CPU: its ring and its lane |
+//! | [`lane`] | byte stream ─► pages ─► batches |
+//! | [`sink`] | batches ─► file |
+//! | [`ledger`] | counts |
+
+pub mod lane;
+pub mod ledger;
+mod road;
+pub mod sink;
+mod worker;
+
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam::channel::{Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vtrace_common::{
+    ids::{Cpu, GuestId},
+    limits::{LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
+    wire::client::{Area, LaneEnd, LaneLedger},
+};
+
+use self::{
+    lane::Lane,
+    ledger::Counters,
+    sink::{FileSink, Sink},
+    worker::{Attachment, Command, Worker},
+};
+use crate::device::{memory::Memory, ring::Ring};
+
+/// Handle of a guest's drain worker. Every call is a message to its thread; those that answer wait for it. When it is
+/// dropped the lanes are closed and the thread ends.
+#[derive(Debug)]
+pub struct Drain {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    counters: Mutex<Vec<Arc<Counters>>>,
+    discarded_bytes: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drain {
+    /// Starts the thread.
+    pub fn spawn(guest: GuestId, name: &str) -> io::Result<Self> {
+        let (commands, receiver) = unbounded();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let discarded_bytes = Arc::default();
+        let worker = Worker::new(guest, receiver, Arc::clone(&wake), Arc::clone(&discarded_bytes))?;
+        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(move || worker.run())?;
+        Ok(Self { commands, wake, counters: Mutex::default(), discarded_bytes, thread: Some(thread) })
+    }
+
+    /// A lane's ring runs from now on. One that ran before is stopped.
+    pub fn ring_started(&self, cpu: Cpu, ring: Ring) {
+        self.tell(Command::RingStarted(cpu, Box::new(ring)));
+    }
+
+    /// Finishes writes in flight, publishes, gives the ring up: the answer to GET_VRING_BASE. The lane stays and goes on
+    /// with the next ring. None if there is no such ring. Waits.
+    pub fn ring_stopped(&self, cpu: Cpu) -> Option<u16> {
+        self.ask(|answer| Command::RingStopped(cpu, answer)).flatten()
+    }
+
+    /// The memory table changed: writes in flight are finished, then the rings are remapped. Waits: afterwards the old
+    /// mapping is not used any more.
+    pub fn remap(&self, memory: Arc<Memory>) {
+        self.ask(|answer| Command::Remap(memory, answer));
+    }
+
+    /// QEMU gave another call eventfd for a running ring.
+    pub fn call_changed(&self, cpu: Cpu, call: Option<std::os::fd::OwnedFd>) {
+        self.tell(Command::CallChanged(cpu, call));
+    }
+
+    /// Pages are written to these areas of `file` from now on. Without lanes, what comes is discarded. Rings may start
+    /// later. Waits.
+    ///
+    /// Errors: `InvalidInput` for a file or an area that cannot be used, `ResourceBusy` if there are lanes.
+    pub fn attach(&self, file: File, page_bytes: u32, areas: Vec<Area>) -> io::Result<()> {
+        self.attach_sink(Box::new(FileSink::new(file)?), page_bytes, areas)
+    }
+
+    /// Like [`Drain::attach`], with any sink.
+    pub fn attach_sink(&self, sink: Box<dyn Sink>, page_bytes: u32, areas: Vec<Area>) -> io::Result<()> {
+        check(page_bytes, &areas)?;
+        let counters: Vec<_> = areas.iter().map(|area| Arc::new(Counters::new(area.cpu))).collect();
+        let lane = |(area, counters): (Area, &Arc<_>)| (area.cpu, Lane::new(area, page_bytes, Arc::clone(counters)));
+        let lanes = areas.into_iter().zip(&counters).map(lane).collect();
+        let attachment = Attachment { sink, lanes, counters: counters.clone() };
+        // Held until the answer is there: two clients at a time must not see each other's counts.
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.ask(|answer| Command::Attach(attachment, answer)) {
+            Some(true) => *known = counters,
+            Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
+            None => return Err(io::ErrorKind::BrokenPipe.into()),
+        }
+        Ok(())
+    }
+
+    /// Waits until each lane has received what its agent sent (or `wait_ms_max` has passed, or the rings are gone),
+    /// writes everything, closes the lanes. The answer comes to `done` from the worker's thread, which must not call
+    /// back into this handle; without lanes it is empty. Lanes without an end are not waited for.
+    pub fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
+        self.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+    }
+
+    /// Forgets the lanes at once, after writing what they hold; what comes is discarded. Waits: afterwards the file is
+    /// closed.
+    pub fn detach(&self) {
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ask(Command::Detach);
+        known.clear();
+    }
+
+    /// What has come so far; after the lanes are closed, what has come at all, until they are detached.
+    pub fn ledger(&self) -> Vec<LaneLedger> {
+        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.iter().map(|counters| counters.read()).collect()
+    }
+
+    /// Bytes that came while nobody wanted them.
+    pub fn discarded_bytes(&self) -> u64 {
+        self.discarded_bytes.load(Ordering::Relaxed)
+    }
+
+    fn tell(&self, command: Command) {
+        // The worker outlives this handle; were it gone, there would be nobody left to do it.
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+        let (answer, answered) = bounded(1);
+        self.tell(command(answer));
+        answered.recv().ok()
+    }
+}
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        self.tell(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A page size and areas that a file can have.
+fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
+    let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    let size = usize::try_from(page_bytes).unwrap_or(usize::MAX);
+    if !page_bytes.is_power_of_two() || !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&size) {
+        return invalid("no sub-buffer has this size");
+    }
+    if areas.is_empty() || areas.len() > LANES_MAX {
+        return invalid("no areas, or more than lanes");
+    }
+    for (index, area) in areas.iter().enumerate() {
+        let end = area.offset.checked_add(area.bytes_max).filter(|&end| i64::try_from(end).is_ok());
+        let Some(end) = end.filter(|_| area.offset.is_multiple_of(page_bytes.into())) else {
+            return invalid("an area is not aligned to pages, or ends behind the largest file");
+        };
+        let clash = |other: &Area| {
+            let meets = other.offset < end && area.offset < other.offset.saturating_add(other.bytes_max);
+            other.cpu == area.cpu || meets
+        };
+        if areas[..index].iter().any(clash) {
+            return invalid("two areas are of one CPU or overlap");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,196 @@
+//! The drain under load: what it may not do (allocate), and how fast it is beside the plain write that it wraps.
+//! One test at a time: allocations are counted by thread.
+
+#![expect(unsafe_code, reason = "an allocator that counts is an unsafe trait")]
+#![expect(clippy::unwrap_used, reason = "all of it is a test")]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    fs::File,
+    os::fd::AsFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI32, AtomicU64, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+use vtrace_common::{
+    ids::{Cpu, GuestId},
+    wire::client::{Area, LaneEnd, LaneLedger},
+};
+use vtrace_dp::{
+    device::{
+        memory::{Batch, Memory, Span},
+        ring::Ring,
+        testing::{Driver, guest_memory, memory_file},
+    },
+    drain::{
+        Drain,
+        sink::{FileSink, NullSink, Sink},
+    },
+};
+
+const PAGE: u32 = 4096;
+const BUFFER: u32 = 64 << 10;
+const ENTRIES: u16 = 128;
+
+/// Counts what one thread allocates.
+struct Counting;
+
+static WATCHED: AtomicI32 = AtomicI32::new(0);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static ALONE: Mutex<()> = Mutex::new(());
+
+// SAFETY: every call goes to the system's allocator as it came; counting touches atomics only.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if WATCHED.load(Ordering::Relaxed) != 0 && WATCHED.load(Ordering::Relaxed) == nix::unistd::gettid().as_raw() {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller keeps the contract, which is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the pointer came from `alloc` above, that is from the system's allocator.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The thread of this process that has this name.
+fn thread_named(name: &str) -> i32 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let named = |task: &std::path::PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|c| c.trim() == name);
+    tasks.filter(named).last().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+/// A guest with one lane whose buffers hold sound pages.
+fn guest() -> (Arc<Memory>, Driver) {
+    let bytes = Driver::footprint(ENTRIES, BUFFER);
+    let memory = guest_memory(&[(0, bytes)]);
+    let buffers = bytes - u64::from(ENTRIES) * u64::from(BUFFER);
+    for gpa in (buffers..bytes).step_by(PAGE as usize) {
+        memory.copy_in(Span { gpa: gpa + 8, bytes: 8 }, &4000u64.to_le_bytes()).unwrap();
+    }
+    let driver = Driver::new(Arc::clone(&memory), 0, ENTRIES, BUFFER, true);
+    (memory, driver)
+}
+
+fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>) -> Drain {
+    let drain = Drain::spawn(GuestId(0), name).unwrap();
+    drain.ring_started(Cpu(0), Ring::start(driver.setup(0), Arc::clone(memory)).unwrap());
+    drain.attach_sink(sink, PAGE, vec![Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40 }]).unwrap();
+    drain
+}
+
+fn finish(drain: &Drain, bytes_sent: u64) -> LaneLedger {
+    let (done, ledgers) = mpsc::channel();
+    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent }];
+    drain.finish(ends, 60_000, Box::new(move |lanes| done.send(lanes[0]).unwrap()));
+    ledgers.recv_timeout(Duration::from_secs(60)).unwrap()
+}
+
+#[test]
+fn nothing_is_allocated_while_pages_flow() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let (memory, mut driver) = guest();
+    let file = memory_file(0).unwrap();
+    let drain = start("counted", &memory, &driver, Box::new(FileSink::new(file).unwrap()));
+    driver.send_again_blocking(BUFFER, PAGE);
+    while drain.ledger()[0].pages_out == 0 {
+        std::thread::yield_now();
+    }
+    WATCHED.store(thread_named("drain-counted"), Ordering::Relaxed);
+    // Bursts, so that the timer and the half ring both give back, and pages that no area takes.
+    for chain in 0..2000u32 {
+        driver.send_again_blocking(if chain % 7 == 0 { 4000 } else { BUFFER }, PAGE);
+        if chain % 300 == 0 {
+            std::thread::sleep(Duration::from_millis(4));
+        }
+    }
+    let counted = ALLOCATIONS.load(Ordering::Relaxed);
+    finish(&drain, 0);
+    assert_eq!(counted, 0, "allocations of the worker");
+    assert!(ALLOCATIONS.load(Ordering::Relaxed) > 0, "the counter counts: the answer to finish is allocated");
+    WATCHED.store(0, Ordering::Relaxed);
+}
+
+/// Bytes moved, and what it took.
+struct Cost {
+    bytes: u64,
+    began: Instant,
+    cpu_began: Duration,
+}
+
+impl Cost {
+    fn of(bytes: u64) -> Self {
+        Self { bytes, began: Instant::now(), cpu_began: Self::cpu() }
+    }
+
+    /// Of all threads of this process, the driver's among them.
+    fn cpu() -> Duration {
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap().into()
+    }
+
+    fn tell(&self) -> String {
+        let (seconds, cpu) = (self.began.elapsed().as_secs_f64(), (Self::cpu() - self.cpu_began).as_secs_f64());
+        let bytes = self.bytes as f64;
+        format!("{:6.2} GB/s  {:6.3} CPU s/GiB", bytes / 1e9 / seconds, cpu / (bytes / f64::from(1 << 30)))
+    }
+}
+
+/// The cost of a run that sends `bytes` through the drain.
+fn through_drain(sink: Box<dyn Sink>, bytes: u64) -> (String, u64, u64) {
+    let (memory, mut driver) = guest();
+    let drain = start("measured", &memory, &driver, sink);
+    let cost = Cost::of(bytes);
+    for _ in 0..bytes / u64::from(BUFFER) {
+        driver.send_again_blocking(BUFFER, PAGE);
+    }
+    let ledger = finish(&drain, bytes);
+    let told = cost.tell();
+    assert_eq!(ledger.pages_out, bytes / u64::from(PAGE));
+    driver.reclaim();
+    (told, driver.kicks, driver.interrupts)
+}
+
+/// The cost of the same writes without ring, drain or guest: 64 chains of 16 pages at a time.
+fn plain(file: &File, bytes: u64) -> String {
+    let (memory, _driver) = guest();
+    let buffers = Driver::footprint(ENTRIES, BUFFER) - u64::from(ENTRIES) * u64::from(BUFFER);
+    let mut batch = Batch::new(memory);
+    let (cost, mut offset) = (Cost::of(bytes), 0);
+    let step = 64 * u64::from(BUFFER);
+    while offset < bytes {
+        let base = buffers + offset / step % 2 * step;
+        // Every second page first, so that the kernel gets as many entries as from a real guest.
+        for page in (0..step).step_by(2 * PAGE as usize).chain((4096..step).step_by(2 * PAGE as usize)) {
+            assert!(batch.push(Span { gpa: base + page, bytes: PAGE }).unwrap());
+        }
+        assert!(batch.write_at(file.as_fd(), offset).fault.is_none());
+        batch.clear();
+        offset += step;
+    }
+    cost.tell()
+}
+
+/// cargo test --release -p vtrace-dp --test drain_load -- --ignored --nocapture
+#[test]
+#[ignore = "a measurement, not a test: its numbers are to be read"]
+fn throughput_beside_a_plain_write() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    const BYTES: u64 = 4 << 30;
+    for round in 0..3 {
+        println!("{round} plain pwritev, 4 MiB a call  {}", plain(&memory_file(0).unwrap(), BYTES));
+        let file = FileSink::new(memory_file(0).unwrap()).unwrap();
+        for (name, sink) in [("file", Box::new(file) as Box<dyn Sink>), ("null", Box::new(NullSink))] {
+            let (told, kicks, interrupts) = through_drain(sink, BYTES);
+            println!("{round} drain, {name} sink            {told}  {kicks} kicks  {interrupts} interrupts");
+        }
+    }
+}
