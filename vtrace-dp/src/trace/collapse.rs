@@ -1,0 +1,307 @@
+//! Takes the holes between the lanes out of a file, in place.
+//!
+//! In:    a file, where its lanes lie ([`Areas`], closed), where the first one shall begin
+//! Out:   the lanes one behind the other; `areas` says where; the file ends with the last one
+//! Runs:  on the writer's thread, after the last page is written
+//! Full:  copying needs room for one step only; where there is none the lane stays where it is, behind its hole
+//! Trust: the file is ours and nobody writes to it
+//!
+//! Two ways. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes. Elsewhere bytes are copied downwards step by step
+//! with copy_file_range (which shares blocks on btrfs), and what was copied is punched out, so that no second copy of
+//! the data ever exists. Before each step that cannot be repeated, `save` has put the new places into the file.
+
+use std::{fs::File, io, os::unix::fs::FileExt};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FallocateFlags, copy_file_range, fallocate},
+};
+
+use super::areas::{Areas, Extent};
+
+/// How the holes went.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Way {
+    /// The file system took them out (or there were none).
+    Collapsed,
+    /// Bytes were copied downwards.
+    Copied,
+    /// There was no room to copy: holes are left. The file is as right, but sparse.
+    Left,
+}
+
+/// Most bytes copied between two saves.
+pub(super) const STEP_BYTES: u64 = 64 << 20;
+/// Bytes of the buffer where the kernel does not copy.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// What a collapse works on.
+pub(super) struct Collapse<'a> {
+    /// The file, readable and writable.
+    pub(super) file: &'a File,
+    /// Where its lanes are; in the order of their offsets.
+    pub(super) areas: &'a mut Areas,
+    /// Lanes begin at multiples of this; a power of two.
+    pub(super) unit: u64,
+    /// Most bytes copied between two saves; a multiple of the unit.
+    pub(super) step_bytes: u64,
+    /// Puts the areas into the file.
+    pub(super) save: &'a mut dyn FnMut(&Areas) -> io::Result<()>,
+}
+
+impl Collapse<'_> {
+    /// Moves the lanes together, the first one to `start` (a multiple of the unit, not behind it).
+    pub(super) fn run(&mut self, start: u64) -> io::Result<Way> {
+        self.cut()?;
+        match self.collapse(start) {
+            Ok(()) => return Ok(Way::Collapsed),
+            Err(error) if is_refusal(&error) || is_full(&error) => {}
+            Err(error) => return Err(error),
+        }
+        let way = self.copy(start)?;
+        self.cut()?;
+        Ok(way)
+    }
+
+    /// Ends the file with its last lane.
+    fn cut(&mut self) -> io::Result<()> {
+        let ends = self.areas.lanes.iter().filter(|lane| lane.rest.bytes > 0).map(|lane| lane.rest.end());
+        if let Some(end) = ends.max() {
+            self.areas.file_bytes = end;
+            (self.save)(self.areas)?;
+            self.file.set_len(self.areas.file_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn collapse(&mut self, start: u64) -> io::Result<()> {
+        let mut from = start;
+        let mut holes = Vec::new();
+        for lane in self.areas.lanes.iter().filter(|lane| lane.rest.bytes > 0) {
+            let bytes = lane.rest.offset - from;
+            if bytes > 0 {
+                holes.push(Extent { offset: from, bytes });
+            }
+            from = lane.rest.end().next_multiple_of(self.unit);
+        }
+        // From the last one on, so that the places of those in front stay right.
+        for hole in holes.into_iter().rev() {
+            self.areas.pending = hole;
+            (self.save)(self.areas)?;
+            let result = allocate(self.file, FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, hole);
+            if let Err(error) = result {
+                self.areas.pending = Extent::default();
+                (self.save)(self.areas)?;
+                return Err(error);
+            }
+            self.areas.take_out(hole);
+        }
+        (self.save)(self.areas)
+    }
+
+    fn copy(&mut self, start: u64) -> io::Result<Way> {
+        let mut to = start;
+        for index in 0..self.areas.lanes.len() {
+            let from = self.areas.lanes[index].rest;
+            if from.bytes == 0 {
+                continue;
+            }
+            if from.offset > to {
+                match self.move_lane(index, to) {
+                    Err(error) if is_full(&error) && self.areas.lanes[index].moved.bytes == 0 => {
+                        // What the failed step wrote in front of the lane is of no use.
+                        let dead = Extent { offset: to, bytes: from.offset - to };
+                        let _ = punch(self.file, dead);
+                        return Ok(Way::Left);
+                    }
+                    result => result?,
+                }
+            }
+            to = (to + from.bytes).next_multiple_of(self.unit);
+        }
+        Ok(Way::Copied)
+    }
+
+    fn move_lane(&mut self, index: usize, to: u64) -> io::Result<()> {
+        let from = self.areas.lanes[index].rest;
+        self.areas.lanes[index].moved = Extent { offset: to, bytes: 0 };
+        // A step never reaches into what is not copied yet: it can be repeated.
+        let mut step_max = self.step_bytes.min(from.offset - to);
+        while self.areas.lanes[index].rest.bytes > 0 {
+            let lane = self.areas.lanes[index];
+            let step = step_max.min(lane.rest.bytes);
+            match copy(self.file, lane.rest.offset, lane.moved.end(), step) {
+                Ok(()) => {}
+                Err(error) if is_full(&error) && step_max > self.unit => {
+                    step_max = (step_max / 2).next_multiple_of(self.unit).min(step_max - self.unit);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            let lane = &mut self.areas.lanes[index];
+            lane.moved.bytes += step;
+            lane.rest = Extent { offset: lane.rest.offset + step, bytes: lane.rest.bytes - step };
+            (self.save)(self.areas)?;
+            let copied = Extent { offset: self.areas.lanes[index].rest.offset - step, bytes: step };
+            let _ = punch(self.file, copied);
+        }
+        let lane = &mut self.areas.lanes[index];
+        lane.rest = std::mem::take(&mut lane.moved);
+        (self.save)(self.areas)
+    }
+}
+
+fn allocate(file: &File, flags: FallocateFlags, extent: Extent) -> io::Result<()> {
+    Ok(fallocate(file, flags, signed(extent.offset)?, signed(extent.bytes)?)?)
+}
+
+/// Gives the room of a stretch back. Where that is not possible it comes back when the file is cut.
+fn punch(file: &File, extent: Extent) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    allocate(file, flags, extent)
+}
+
+/// Takes room for a stretch, if the file system can, so that what is written there later does not meet a full disk.
+pub(super) fn reserve(file: &File, extent: Extent) {
+    let _ = allocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, extent);
+}
+
+fn signed(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::ErrorKind::FileTooLarge.into())
+}
+
+/// Copies within a file; the stretches do not overlap.
+fn copy(file: &File, from: u64, to: u64, bytes: u64) -> io::Result<()> {
+    let (mut from, mut to) = (signed(from)?, signed(to)?);
+    let end = from + signed(bytes)?;
+    while from < end {
+        let left = usize::try_from(end - from).unwrap_or(usize::MAX);
+        match copy_file_range(file, Some(&mut from), file, Some(&mut to), left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(Errno::EINTR) => {}
+            Err(error) if is_refusal(&error.into()) => copy_by_hand(file, &mut from, &mut to, end)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(file: &File, from: &mut i64, to: &mut i64, end: i64) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    while *from < end {
+        let bytes = usize::try_from(end - *from).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES);
+        file.read_exact_at(&mut buffer[..bytes], from.cast_unsigned())?;
+        file.write_all_at(&buffer[..bytes], to.cast_unsigned())?;
+        let bytes = i64::try_from(bytes).expect("a buffer is shorter than a file");
+        (*from, *to) = (*from + bytes, *to + bytes);
+    }
+    Ok(())
+}
+
+/// The file system does not do this; there is another way.
+fn is_refusal(error: &io::Error) -> bool {
+    let refusals = [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENOSYS, Errno::EXDEV, Errno::EPERM, Errno::ETXTBSY];
+    error.raw_os_error().is_some_and(|raw| refusals.contains(&Errno::from_raw(raw)))
+}
+
+/// No room.
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use vtrace_common::ids::Cpu;
+
+    use super::{
+        super::areas::{LaneArea, State},
+        *,
+    };
+
+    const UNIT: u64 = 4096;
+    const AREA: u64 = 64 * UNIT;
+    const COUNTS: [u64; 4] = [9, 0, 17, 1];
+
+    fn content(lane: u64) -> Vec<u8> {
+        (0..COUNTS[usize::try_from(lane).unwrap()])
+            .flat_map(|page| vec![u8::try_from(lane * 40 + page + 1).unwrap(); 4096])
+            .collect()
+    }
+
+    fn recorded(file: &File) -> Areas {
+        file.set_len(5 * AREA).unwrap();
+        let mut lanes = Vec::new();
+        for index in 0..4 {
+            let rest = Extent { offset: AREA * (index + 1), bytes: COUNTS[usize::try_from(index).unwrap()] * UNIT };
+            file.write_all_at(&content(index), rest.offset).unwrap();
+            lanes.push(LaneArea { cpu: Cpu(u32::try_from(index).unwrap()), moved: Extent::default(), rest });
+        }
+        Areas { state: State::Closed, page_bytes: 4096, file_bytes: 5 * AREA, pending: Extent::default(), lanes }
+    }
+
+    fn assert_whole(file: &File, areas: &Areas) {
+        for (index, lane) in (0..).zip(&areas.lanes) {
+            let mut found = Vec::new();
+            for extent in [lane.moved, lane.rest] {
+                let mut bytes = vec![0; usize::try_from(extent.bytes).unwrap()];
+                if extent.bytes > 0 {
+                    file.read_exact_at(&mut bytes, extent.offset).unwrap();
+                }
+                found.extend(bytes);
+            }
+            assert!(found == content(index), "lane {index}: {areas:?}");
+        }
+    }
+
+    /// Stops at every save in turn, as a crash would, and looks for all pages where the last save says they are.
+    fn crash_everywhere(folder: &Path, expected: Way) {
+        for limit in 0.. {
+            let file = tempfile::tempfile_in(folder).unwrap();
+            let mut areas = recorded(&file);
+            let (mut saves, mut saved) = (0, areas.clone());
+            let mut save = |areas: &Areas| {
+                saves += 1;
+                if saves > limit {
+                    return Err(io::Error::other("crash"));
+                }
+                saved = areas.clone();
+                Ok(())
+            };
+            let mut collapse =
+                Collapse { file: &file, areas: &mut areas, unit: UNIT, step_bytes: 2 * UNIT, save: &mut save };
+            let result = collapse.run(UNIT);
+            let file_bytes = file.metadata().unwrap().len();
+            assert_whole(&file, &saved.settle(file_bytes));
+            if let Ok(way) = result {
+                assert_whole(&file, &areas);
+                assert_eq!((way, areas.file_bytes, file_bytes), (expected, 28 * UNIT, 28 * UNIT));
+                assert!(limit > 4, "it was interrupted {limit} times");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn pages_are_found_after_a_crash_at_any_step_of_copying() {
+        crash_everywhere(Path::new("/dev/shm"), Way::Copied);
+    }
+
+    #[test]
+    fn pages_are_found_after_a_crash_at_any_step_of_a_collapse() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let probe = tempfile::tempfile_in(folder).unwrap();
+        probe.set_len(1 << 20).unwrap();
+        let hole = Extent { offset: 4096, bytes: 4096 };
+        match allocate(&probe, FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, hole) {
+            Ok(()) => crash_everywhere(folder, Way::Collapsed),
+            Err(error) => {
+                assert!(is_refusal(&error), "{error}");
+                crash_everywhere(folder, Way::Copied);
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! trace.dat: what stock tools read.
+//!
+//! In:    what a machine tells about itself ([`metadata::Metadata`]), where the pages of its lanes lie, options
+//! Out:   a version 7 file ([`writer::Writer`]); the contents of a version 6 or 7 file ([`reader::Reader`])
+//! Runs:  on the caller's thread; the writer is not used while pages are moved into its file
+//! Full:  a disk without room leaves every page where it was, and [`areas`] says where
+//! Trust: descriptions come from guests, files from anyone: bounds are checked before memory is asked for, and what
+//!        stock parsers would trip over is refused
+//!
+//! Sources: Documentation/trace-cmd/trace-cmd.dat.v{6,7}.5.txt of trace-cmd, and what its reader does.
+//!
+//! ```text
+//! head ─ HEADER_INFO ─ FTRACE_EVENTS ─ EVENT_FORMATS ─ KALLSYMS ─ PRINTK      written once, never moved
+//! AREAS (ours) ─ CMDLINES ─ OPTIONS ─ NOTES (ours) ─┐                          written again when the trace ends
+//! BUFFER ─ padding ─ lane ─ lane ─ …               ◄┘ holes are collapsed      pages, in their final place at once
+//! ```
+
+pub mod areas;
+pub mod collapse;
+pub mod format;
+pub mod input;
+pub mod layout;
+pub mod metadata;
+pub mod option;
+pub mod reader;
+pub mod section;
+pub mod walk;
+pub mod writer;
