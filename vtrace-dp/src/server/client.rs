@@ -1,0 +1,364 @@
+//! One client: its requests, its claims, its answers.
+//!
+//! In:    frames and descriptors of a process that may open the control socket
+//! Out:   commands to devices, calls of drains, frames to the client
+//! Runs:  one thread a client. It may wait for a drain's disk; nobody else waits for it.
+//! Full:  while [`ANSWERS_WAITING_MAX`] answers wait for the client to read, no request of it is read
+//! Trust: the socket's permissions decide who comes in; what comes is checked. A client never gets the server to open a
+//!        path, and a descriptor that comes uninvited is closed.
+//!
+//! A client that goes away has released everything.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vtrace_common::{
+    limits::FRAMES_WAITING_MAX,
+    wire::{
+        Decoder, Fault, Hello, Message,
+        client::{FromServer, LaneEnd, Lanes, Refusal, ToServer},
+        encode,
+    },
+};
+
+use super::{
+    guest::{Command, GuestSlot, Holder},
+    lanes::{check_areas, check_file},
+    outbox::{Bell, Outbox, Session},
+};
+use crate::sys::socket::{Peer, receive, send_now};
+
+/// Answers that may wait before a client's requests do.
+const ANSWERS_WAITING_MAX: usize = 4 * FRAMES_WAITING_MAX;
+/// Bytes read at a time.
+const PIECE_BYTES: usize = 16 << 10;
+/// Longest wait a client may ask for when it finishes.
+const WAIT_MS_MAX: u32 = 60_000;
+
+/// All guests of a server, by the order of `--dom`.
+pub(super) type Registry = Arc<Vec<Arc<GuestSlot>>>;
+
+/// How far a claim has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Asked,
+    Held,
+    /// Held, and its pages go to a file.
+    Attached,
+    Releasing,
+}
+
+#[derive(Debug)]
+struct Held {
+    slot: Arc<GuestSlot>,
+    session: Arc<Session>,
+    phase: Phase,
+}
+
+/// Why a client is let go.
+#[derive(Debug, thiserror::Error)]
+enum Farewell {
+    #[error("it closed its socket")]
+    Closed,
+    #[error("it speaks wire versions {} to {}", .0.version_min, .0.version_max)]
+    Version(Hello),
+    #[error("{0}")]
+    Fault(Fault),
+    #[error("{0}")]
+    Socket(#[from] crate::sys::SysError),
+    #[error("poll: {0}")]
+    Poll(nix::errno::Errno),
+    #[error("the server ends")]
+    Stop,
+}
+
+impl From<Fault> for Farewell {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// One connection.
+pub(super) struct Client {
+    socket: UnixStream,
+    peer: Peer,
+    guests: Registry,
+    stop: Arc<Bell>,
+    outbox: Arc<Outbox>,
+    decoder: Decoder,
+    greeted: bool,
+    /// Bytes that the socket has not taken yet.
+    unsent: Vec<u8>,
+    /// The descriptor that came with bytes of a frame that is not whole yet.
+    passed: Option<OwnedFd>,
+    held: HashMap<String, Held>,
+}
+
+impl Client {
+    pub(super) fn new(socket: UnixStream, guests: Registry, stop: Arc<Bell>) -> std::io::Result<Self> {
+        let peer = Peer::of(&socket)?;
+        Ok(Self {
+            socket,
+            peer,
+            guests,
+            stop,
+            outbox: Outbox::new()?,
+            decoder: Decoder::default(),
+            greeted: false,
+            unsent: encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds"),
+            passed: None,
+            held: HashMap::new(),
+        })
+    }
+
+    /// Serves until the client goes away.
+    pub(super) fn run(mut self) {
+        log::info!("client: pid {}, uid {}", self.peer.pid, self.peer.uid);
+        let farewell = loop {
+            if let Err(farewell) = self.turn() {
+                break farewell;
+            }
+        };
+        // What was said last (our hello, to one of another version) may still fit.
+        let _ = self.write();
+        for (_, held) in std::mem::take(&mut self.held) {
+            Self::let_go(&held, self.peer);
+        }
+        log::info!("client: pid {} is let go: {farewell}", self.peer.pid);
+    }
+
+    fn turn(&mut self) -> Result<(), Farewell> {
+        self.write()?;
+        let hears = self.outbox.len() < ANSWERS_WAITING_MAX;
+        let mut wanted = if hears { PollFlags::POLLIN } else { PollFlags::empty() };
+        // While something is unsent, what else waits cannot be sent either.
+        let bell = if self.unsent.is_empty() { PollFlags::POLLIN } else { PollFlags::empty() };
+        wanted.set(PollFlags::POLLOUT, !self.unsent.is_empty());
+        let mut polled = [
+            PollFd::new(self.socket.as_fd(), wanted),
+            PollFd::new(self.outbox.bell().as_fd(), bell),
+            PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut polled, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(Farewell::Poll(errno)),
+        }
+        let [socket, _, stop] = polled.map(|polled| polled.revents().unwrap_or(PollFlags::empty()));
+        if !stop.is_empty() {
+            return Err(Farewell::Stop);
+        }
+        let over = PollFlags::POLLHUP | PollFlags::POLLERR;
+        if socket.intersects(over) || (hears && socket.contains(PollFlags::POLLIN)) {
+            self.read()?;
+        }
+        Ok(())
+    }
+
+    /// Sends what waits, as much as the socket takes.
+    fn write(&mut self) -> Result<(), Farewell> {
+        self.outbox.bell().silence();
+        loop {
+            if self.unsent.is_empty() {
+                let Some((session, message)) = self.outbox.take() else { return Ok(()) };
+                self.progress(session.as_ref(), &message);
+                self.unsent = frame(&message);
+            }
+            match send_now(self.socket.as_fd(), &self.unsent, None) {
+                Ok(sent) => drop(self.unsent.drain(..sent)),
+                Err(error) if error.would_block() => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// A claim has come as far as `message` says.
+    fn progress(&mut self, session: Option<&Arc<Session>>, message: &FromServer) {
+        let Some(session) = session else { return };
+        let Some((guest, held)) = self.held.iter_mut().find(|(_, held)| Arc::ptr_eq(&held.session, session)) else {
+            return;
+        };
+        match (message, held.phase) {
+            (FromServer::Claimed(_), _) => held.phase = Phase::Held,
+            (FromServer::Released { .. }, _) | (FromServer::Refused(_), Phase::Asked) => {
+                session.end();
+                let guest = guest.clone();
+                self.held.remove(&guest);
+            }
+            _ => {}
+        }
+    }
+
+    fn read(&mut self) -> Result<(), Farewell> {
+        let mut piece = [0; PIECE_BYTES];
+        let (count, descriptors) = match receive(self.socket.as_fd(), &mut piece) {
+            Ok((0, _)) => return Err(Farewell::Closed),
+            Ok(read) => read,
+            Err(error) if error.would_block() => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let uninvited = descriptors.len() + usize::from(self.passed.is_some()) > 1;
+        self.passed = if uninvited { None } else { self.passed.take().or(descriptors.into_iter().next()) };
+        self.decoder.push(&piece[..count]);
+        while let Some(frame) = self.decoder.next_frame()? {
+            if !self.greeted {
+                let hello: Hello = frame.open()?;
+                if !hello.speaks_ours() {
+                    return Err(Farewell::Version(hello));
+                }
+                self.greeted = true;
+                continue;
+            }
+            let request = frame.open()?;
+            self.request(request);
+        }
+        if self.decoder.is_empty() {
+            // It came with no request that takes one.
+            self.passed = None;
+        }
+        Ok(())
+    }
+
+    fn request(&mut self, request: ToServer) {
+        let answer = match request {
+            ToServer::List => Ok(Some(self.list())),
+            ToServer::Claim { guest } => self.claim(guest),
+            ToServer::Agent { guest, request } => {
+                self.holder(&guest).and_then(|(slot, holder)| command(&slot, Command::Request(holder, request)))
+            }
+            ToServer::Lanes(lanes) => self.attach(&lanes),
+            ToServer::Ledger { guest } => {
+                self.attached(&guest).map(|held| Some(FromServer::Ledger { guest, lanes: held.slot.drain.ledger() }))
+            }
+            ToServer::Finish { guest, ends, wait_ms_max } => self.finish(guest, ends, wait_ms_max),
+            ToServer::Release { guest } => self.release(&guest),
+        };
+        match answer {
+            Ok(None) => {}
+            Ok(Some(message)) => self.outbox.post(message),
+            Err(refusal) => self.outbox.post(FromServer::Refused(refusal)),
+        }
+    }
+
+    /// All guests. If they tell too much for one frame, without what their agents say of their machines: a guest must not
+    /// keep the others from being seen.
+    fn list(&self) -> FromServer {
+        let mut states: Vec<_> = self.guests.iter().map(|slot| slot.state()).collect();
+        let whole = FromServer::Guests(states.clone());
+        if encode(&whole).is_ok() {
+            return whole;
+        }
+        states.iter_mut().filter_map(|state| state.agent.as_mut()).for_each(|agent| agent.machine = None);
+        FromServer::Guests(states)
+    }
+
+    fn slot(&self, guest: &str) -> Result<&Arc<GuestSlot>, Refusal> {
+        self.guests.iter().find(|slot| slot.name == guest).ok_or_else(|| Refusal::NoSuchGuest {
+            guest: guest.into(),
+            known: self.guests.iter().map(|slot| slot.name.clone()).collect(),
+        })
+    }
+
+    /// The claim on `guest`, if this client holds it.
+    fn claimed(&mut self, guest: &str) -> Result<&mut Held, Refusal> {
+        self.slot(guest)?;
+        match self.held.get_mut(guest) {
+            Some(held) if matches!(held.phase, Phase::Held | Phase::Attached) => Ok(held),
+            _ => Err(state(guest, "this client has not claimed the guest")),
+        }
+    }
+
+    fn attached(&mut self, guest: &str) -> Result<&mut Held, Refusal> {
+        match self.claimed(guest)? {
+            held if held.phase == Phase::Attached => Ok(held),
+            _ => Err(state(guest, "the guest has no lanes yet")),
+        }
+    }
+
+    fn holder(&mut self, guest: &str) -> Result<(Arc<GuestSlot>, Holder), Refusal> {
+        let peer = self.peer;
+        let held = self.claimed(guest)?;
+        Ok((Arc::clone(&held.slot), Holder { peer, session: Arc::clone(&held.session) }))
+    }
+
+    fn claim(&mut self, guest: String) -> Result<Option<FromServer>, Refusal> {
+        let slot = Arc::clone(self.slot(&guest)?);
+        if self.held.contains_key(&guest) {
+            return Err(state(&guest, "this client has claimed the guest already"));
+        }
+        let session = Session::new(Arc::clone(&self.outbox), Arc::clone(&slot.bell));
+        command(&slot, Command::Claim(Holder { peer: self.peer, session: Arc::clone(&session) }))?;
+        self.held.insert(guest, Held { slot, session, phase: Phase::Asked });
+        Ok(None)
+    }
+
+    fn attach(&mut self, lanes: &Lanes) -> Result<Option<FromServer>, Refusal> {
+        let file = self.passed.take().map(File::from);
+        let guest = lanes.guest.clone();
+        let held = self.claimed(&guest)?;
+        if held.phase == Phase::Attached {
+            return Err(state(&guest, "the guest has lanes already"));
+        }
+        let file = file.ok_or_else(|| Refusal::Request { detail: "no one descriptor came with the lanes".into() })?;
+        check_file(&file).map_err(|fault| Refusal::Request { detail: fault.to_string() })?;
+        check_areas(lanes, held.slot.ports()).map_err(|fault| Refusal::Request { detail: fault.to_string() })?;
+        held.slot
+            .drain
+            .attach(file, lanes.page_bytes, lanes.areas.clone())
+            .map_err(|error| state(&guest, &error.to_string()))?;
+        held.phase = Phase::Attached;
+        Ok(Some(FromServer::LanesReady { guest }))
+    }
+
+    fn finish(&mut self, guest: String, ends: Vec<LaneEnd>, wait_ms_max: u32) -> Result<Option<FromServer>, Refusal> {
+        let held = self.attached(&guest)?;
+        held.phase = Phase::Held;
+        let session = Arc::clone(&held.session);
+        let done = move |lanes| session.post(FromServer::Finished { guest, lanes });
+        held.slot.drain.finish(ends, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
+        Ok(None)
+    }
+
+    fn release(&mut self, guest: &str) -> Result<Option<FromServer>, Refusal> {
+        let peer = self.peer;
+        let held = self.claimed(guest)?;
+        held.phase = Phase::Releasing;
+        // Before the guest can be anybody else's.
+        held.slot.drain.detach();
+        command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }))
+    }
+
+    /// The client is gone.
+    fn let_go(held: &Held, peer: Peer) {
+        held.session.end();
+        // Only a holder may: another client's pages may be on their way by now.
+        if matches!(held.phase, Phase::Held | Phase::Attached) {
+            held.slot.drain.detach();
+        }
+        let _ = command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }));
+    }
+}
+
+fn command(slot: &GuestSlot, command: Command) -> Result<Option<FromServer>, Refusal> {
+    slot.command(command).map(|()| None).map_err(|_busy| state(&slot.name, "the device has too much to do"))
+}
+
+fn state(guest: &str, detail: &str) -> Refusal {
+    Refusal::State { guest: guest.into(), detail: detail.into() }
+}
+
+/// A frame of ours. One that is beyond its bounds (a list of too many guests, say) becomes a refusal.
+pub(super) fn frame(message: &impl Message) -> Vec<u8> {
+    encode(message).unwrap_or_else(|fault| {
+        log::error!("an answer is not sent: {fault}");
+        let refusal = Refusal::Request { detail: format!("the answer is not sent: {fault}") };
+        encode(&FromServer::Refused(refusal)).expect("a short refusal is within its bounds")
+    })
+}

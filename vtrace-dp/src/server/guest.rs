@@ -1,0 +1,418 @@
+//! The guests of a server: what is known of each, who holds it, what passes between its holder and its agent.
+//!
+//! In:    commands of client threads; events of the device
+//! Out:   requests to the agent; messages to the holder; the state that `List` shows
+//! Runs:  [`Guest`] on its device's thread, [`GuestSlot`] shared with all client threads
+//! Full:  a device with [`FRAMES_WAITING_MAX`] unserved commands refuses more; frames of the agent wait in its ring while
+//!        the holder does not read
+//! Trust: agents with nothing; clients with what the control socket's permissions allow them
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use vtrace_common::{
+    limits::{FRAMES_WAITING_MAX, NAME_BYTES_MAX},
+    wire::{
+        Hello,
+        agent::{FromAgent, Machine, ToAgent},
+        client::{AgentState, Claimed, DriverState, FromServer, Gone, GuestState, Refusal},
+    },
+};
+
+use super::{
+    outbox::{Bell, Session},
+    seat::{Claim, Release, Seat},
+};
+use crate::{
+    device::{AgentEvent, ControlPort, Owner, Turn},
+    drain::Drain,
+    sys::socket::Peer,
+};
+
+/// How long a server that ends waits for an agent to close its session.
+const STOP_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Lines in the log about agents of one VMM.
+const AGENT_LINES_MAX: u32 = 1000;
+
+/// What is kept of an agent's uname; the kernel's five names of 64 bytes are never longer.
+const UNAME_BYTES_MAX: usize = 325;
+/// What is kept of an agent's name of itself.
+const SOFTWARE_BYTES_MAX: usize = 64;
+
+/// Why a name cannot be a guest's.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("guest name {name:?} is not 1 to {NAME_BYTES_MAX} letters, digits, '.', '_' or '-', or begins with '.'")]
+pub struct NameFault {
+    /// The name.
+    pub name: String,
+}
+
+/// Refuses names that could leave their directory or confuse a reader.
+pub fn check_name(name: &str) -> Result<(), NameFault> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let fits = (1..=NAME_BYTES_MAX).contains(&name.len());
+    if fits && name.bytes().all(plain) && !name.starts_with('.') {
+        Ok(())
+    } else {
+        Err(NameFault { name: name.into() })
+    }
+}
+
+/// A guest's text as it may be shown to people: bounded, and nothing that moves a terminal's cursor.
+fn printable(text: &str, bytes_max: usize) -> String {
+    let text = &text[..text.floor_char_boundary(bytes_max)];
+    text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
+}
+
+/// One client's claim, or its wish to have one.
+#[derive(Clone, Debug)]
+pub(super) struct Holder {
+    pub(super) peer: Peer,
+    pub(super) session: Arc<Session>,
+}
+
+impl PartialEq for Holder {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.session, &other.session)
+    }
+}
+
+/// What a client thread wants of a device.
+#[derive(Debug)]
+pub(super) enum Command {
+    Claim(Holder),
+    Request(Holder, ToAgent),
+    Release(Holder),
+    Stop,
+}
+
+/// A device that does not get to its commands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Busy;
+
+/// A guest, as all threads see it.
+#[derive(Debug)]
+pub struct GuestSlot {
+    /// Its name.
+    pub name: String,
+    /// Its device's socket.
+    pub socket: String,
+    /// Its pages' worker.
+    pub(super) drain: Arc<Drain>,
+    pub(super) bell: Arc<Bell>,
+    commands: Mutex<VecDeque<Command>>,
+    state: Mutex<GuestState>,
+    ports: AtomicUsize,
+}
+
+impl GuestSlot {
+    /// A guest that no VMM has connected for.
+    pub fn new(name: &str, socket: &str, drain: Arc<Drain>) -> io::Result<Arc<Self>> {
+        let state = GuestState {
+            name: name.into(),
+            socket: socket.into(),
+            vmm_pid: None,
+            driver: DriverState::Absent,
+            agent: None,
+            holder_pid: None,
+        };
+        Ok(Arc::new(Self {
+            name: name.into(),
+            socket: socket.into(),
+            drain,
+            bell: Arc::new(Bell::new()?),
+            commands: Mutex::default(),
+            state: Mutex::new(state),
+            ports: AtomicUsize::new(0),
+        }))
+    }
+
+    /// What `List` shows.
+    pub fn state(&self) -> GuestState {
+        self.lock().clone()
+    }
+
+    /// Ports of its device.
+    pub fn ports(&self) -> usize {
+        self.ports.load(Ordering::Relaxed)
+    }
+
+    /// Asks something of the device's thread. Releases and the end always find room: each claim has one.
+    pub(super) fn command(&self, command: Command) -> Result<(), Busy> {
+        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        if commands.len() >= FRAMES_WAITING_MAX && !matches!(command, Command::Release(_) | Command::Stop) {
+            return Err(Busy);
+        }
+        commands.push_back(command);
+        drop(commands);
+        self.bell.ring();
+        Ok(())
+    }
+
+    fn next_command(&self) -> Option<Command> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GuestState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A guest, as its device's thread sees it.
+#[derive(Debug)]
+pub(super) struct Guest {
+    slot: Arc<GuestSlot>,
+    seat: Seat<Holder>,
+    stop_at: Option<Instant>,
+    /// Lines that this VMM's agents may still add to the log: they can come and go as fast as they like.
+    lines_left: u32,
+}
+
+impl Guest {
+    pub(super) fn new(slot: Arc<GuestSlot>) -> Self {
+        Self { slot, seat: Seat::new(), stop_at: None, lines_left: AGENT_LINES_MAX }
+    }
+
+    fn obey(&mut self, command: Command, port: &mut ControlPort) {
+        match command {
+            Command::Claim(holder) => self.claim(holder),
+            Command::Request(holder, request) => self.pass(&holder, &request, port),
+            Command::Release(holder) => self.release(&holder, port),
+            Command::Stop => {
+                self.stop_at = Some(Instant::now() + STOP_TIME_MAX);
+                if let Some(holder) = self.seat.holder().cloned() {
+                    self.release(&holder, port);
+                }
+            }
+        }
+    }
+
+    fn claim(&mut self, claimant: Holder) {
+        if let Err(refusal) = self.ready() {
+            return claimant.session.post(FromServer::Refused(refusal));
+        }
+        let guest = self.slot.name.clone();
+        match self.seat.claim(claimant.clone()) {
+            Claim::Granted => {
+                let answer = self.claimed();
+                log::info!("{guest}: claimed by pid {}", claimant.peer.pid);
+                claimant.session.post(answer);
+            }
+            Claim::Waits => {}
+            Claim::Refused(Holder { peer, .. }) => {
+                let refusal = Refusal::Held { guest, holder_pid: peer.pid, holder_uid: peer.uid };
+                claimant.session.post(FromServer::Refused(refusal));
+            }
+        }
+        self.show_holder();
+    }
+
+    /// Whether the guest can be traced, or why not.
+    fn ready(&self) -> Result<(), Refusal> {
+        let state = self.slot.lock();
+        let guest = state.name.clone();
+        if state.vmm_pid.is_none() {
+            return Err(Refusal::NotConnected { guest, socket: state.socket.clone() });
+        }
+        if state.driver != DriverState::Running {
+            return Err(Refusal::Driver { guest, state: state.driver.clone() });
+        }
+        match &state.agent {
+            None => Err(Refusal::NoAgent { guest }),
+            Some(agent) if !agent.hello.speaks_ours() => {
+                Err(Refusal::AgentVersion { guest, hello: agent.hello.clone() })
+            }
+            Some(AgentState { machine: None, .. }) => Err(Refusal::NoAgent { guest }),
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn claimed(&self) -> FromServer {
+        let state = self.slot.lock();
+        let machine = state.agent.as_ref().and_then(|agent| agent.machine.clone()).unwrap_or_default();
+        FromServer::Claimed(Claimed { guest: state.name.clone(), vmm_pid: state.vmm_pid.unwrap_or(0), machine })
+    }
+
+    fn pass(&mut self, holder: &Holder, request: &ToAgent, port: &mut ControlPort) {
+        let guest = self.slot.name.clone();
+        let refusal = if !self.seat.is_held_by(holder) {
+            Refusal::State { guest, detail: "this client does not hold the guest".into() }
+        } else if !port.is_open() {
+            Refusal::NoAgent { guest }
+        } else {
+            match port.send(request) {
+                Ok(()) => return self.seat.passes(request),
+                Err(full) => Refusal::State { guest, detail: full.to_string() },
+            }
+        };
+        holder.session.post(FromServer::Refused(refusal));
+    }
+
+    fn release(&mut self, holder: &Holder, port: &mut ControlPort) {
+        match self.seat.release(holder, Instant::now()) {
+            Release::NotHeld => return,
+            Release::Close if port.is_open() => port.send(&ToAgent::Close).unwrap_or_else(|_| {
+                // send() makes room for it.
+                log::error!("{}: no room for the agent's end", self.slot.name);
+            }),
+            Release::Close | Release::Done => {}
+        }
+        log::info!("{}: released by pid {}", self.slot.name, holder.peer.pid);
+        holder.session.post(FromServer::Released { guest: self.slot.name.clone() });
+        self.seat_changed();
+    }
+
+    /// Whoever waited for the seat may have it now.
+    fn seat_changed(&mut self) {
+        while let Some(claimant) = self.seat.next_claimant() {
+            self.claim(claimant);
+        }
+        self.show_holder();
+    }
+
+    fn show_holder(&self) {
+        self.slot.lock().holder_pid = self.seat.holder().map(|holder| holder.peer.pid);
+    }
+
+    fn agent_gone(&mut self, what: Gone) {
+        self.slot.lock().agent = None;
+        if let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder)) {
+            holder.session.post(FromServer::Gone { guest: self.slot.name.clone(), what });
+        }
+        self.seat.agent_gone();
+        self.seat_changed();
+    }
+
+    fn says(&mut self, answer: FromAgent) {
+        if let FromAgent::Machine(machine) = &answer {
+            let machine = Machine {
+                uname: printable(&machine.uname, UNAME_BYTES_MAX),
+                boot_id: printable(&machine.boot_id, UNAME_BYTES_MAX),
+                ..machine.clone()
+            };
+            if let Some(agent) = &mut self.slot.lock().agent {
+                agent.machine = Some(machine);
+            }
+            return;
+        }
+        let listener = self.seat.listener().cloned();
+        if self.seat.hears(&answer) {
+            self.post(listener.as_ref(), |guest| FromServer::Agent { guest, answer });
+        }
+        self.seat_changed();
+    }
+
+    fn note(&mut self, what: std::fmt::Arguments<'_>) {
+        if self.lines_left > 0 {
+            self.lines_left -= 1;
+            log::info!("{}: agent {what}", self.slot.name);
+        }
+    }
+
+    fn post(&self, listener: Option<&Holder>, message: impl FnOnce(String) -> FromServer) {
+        if let Some(holder) = listener {
+            holder.session.post(message(self.slot.name.clone()));
+        }
+    }
+}
+
+impl Owner for Guest {
+    fn wake(&self) -> BorrowedFd<'_> {
+        self.slot.bell.as_fd()
+    }
+
+    fn turn(&mut self, port: &mut ControlPort) -> Turn {
+        while let Some(command) = self.slot.next_command() {
+            self.obey(command, port);
+        }
+        if self.seat.deadline().is_some() {
+            self.seat.expire(Instant::now());
+            self.seat_changed();
+        }
+        match self.stop_at {
+            Some(at) if self.seat.holder().is_none() || Instant::now() >= at => Turn::Stop,
+            _ => Turn::Continue,
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        // With nobody left to wait for, the end is due at once.
+        let stop_at = self.stop_at.map(|at| if self.seat.holder().is_none() { Instant::now() } else { at });
+        [self.seat.deadline(), stop_at].into_iter().flatten().min()
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.seat.listener().is_none_or(|holder| holder.session.has_room())
+    }
+
+    fn vmm(&mut self, peer: Option<Peer>) {
+        self.slot.lock().vmm_pid = peer.map(|peer| peer.pid);
+        self.lines_left = AGENT_LINES_MAX;
+        if peer.is_none() {
+            self.agent_gone(Gone::Device);
+        }
+    }
+
+    fn driver(&mut self, state: DriverState, ports: usize) {
+        self.slot.ports.store(ports, Ordering::Relaxed);
+        log::info!("{}: driver {state:?}, {ports} ports", self.slot.name);
+        self.slot.lock().driver = state;
+    }
+
+    fn agent(&mut self, event: AgentEvent, _port: &mut ControlPort) {
+        match event {
+            AgentEvent::Opened => {}
+            AgentEvent::Hello(hello) => {
+                self.note(format_args!(
+                    "{:?}, wire versions {} to {}",
+                    hello.software, hello.version_min, hello.version_max
+                ));
+                let hello = Hello { software: printable(&hello.software, SOFTWARE_BYTES_MAX), ..hello };
+                self.slot.lock().agent = Some(AgentState { hello, machine: None });
+            }
+            AgentEvent::Says(answer) => self.says(answer),
+            AgentEvent::Echo { host_sent, echo, host_received } => {
+                let message = |guest| FromServer::Echo { guest, host_sent, echo, host_received };
+                self.post(self.seat.listener(), message);
+            }
+            AgentEvent::Garbled(fault) => {
+                self.note(format_args!("is not listened to any more: {fault}"));
+                self.agent_gone(Gone::Agent);
+            }
+            AgentEvent::Gone => {
+                self.note(format_args!("gone"));
+                self.agent_gone(Gone::Agent);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_text_is_cut_at_a_letter_and_moves_no_cursor() {
+        assert_eq!(printable("Linux \x1b[2J\n", 100), "Linux ?[2J?");
+        assert_eq!(printable("aää", 4), "aä");
+    }
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_refused() {
+        for name in ["guest1", "a", "web-2.example_x", &"n".repeat(NAME_BYTES_MAX)] {
+            assert_eq!(check_name(name), Ok(()));
+        }
+        for name in ["", ".", "..", ".hidden", "a/b", "a b", "a\0", "ä", &"n".repeat(NAME_BYTES_MAX + 1)] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! A client's side of the control socket.
+//!
+//! In:    requests, with a file for one of them; the server's frames
+//! Out:   messages, or a [`LinkError`] that says why there are none
+//! Runs:  on the caller's thread
+//! Full:  a send waits until the server has read; the server reads whenever its answers are read
+//! Trust: the server, though not with its frames: they are checked like any others
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use vtrace_common::wire::{
+    Decoder, Fault, Frame, Hello, Message,
+    client::{FromServer, ToServer},
+    encode,
+};
+
+use super::CONTROL_SOCKET;
+use crate::sys::{
+    SysError,
+    socket::{Peer, receive, send_all},
+};
+
+/// How long a server may take to greet.
+const HELLO_TIME_MAX: Duration = Duration::from_secs(5);
+/// Bytes read at a time.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// Why there is no talking to a server.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody listens there.
+    #[error("no server at {}", path.display())]
+    NoServer {
+        /// The socket.
+        path: PathBuf,
+        /// Why it cannot be connected.
+        source: io::Error,
+    },
+    /// The socket's permissions keep this user out.
+    #[error("the server at {} is not for this user", path.display())]
+    Denied {
+        /// The socket.
+        path: PathBuf,
+        /// Why it cannot be connected.
+        source: io::Error,
+    },
+    /// The server speaks another wire version.
+    #[error("the server ({}) speaks wire versions {} to {}", hello.software, hello.version_min, hello.version_max)]
+    Version {
+        /// What it says of itself.
+        hello: Hello,
+    },
+    /// The server connected and said nothing.
+    #[error("the server at {} does not answer", path.display())]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The server has closed the link.
+    #[error("the server has closed the link")]
+    Closed,
+    /// The server sent something that is no message, or the request is beyond its bounds.
+    #[error("message: {0}")]
+    Message(Fault),
+    /// The socket failed.
+    #[error("socket")]
+    Socket(#[from] SysError),
+}
+
+impl From<Fault> for LinkError {
+    fn from(fault: Fault) -> Self {
+        Self::Message(fault)
+    }
+}
+
+/// A link to a server that speaks our version.
+#[derive(Debug)]
+pub struct Link {
+    socket: UnixStream,
+    decoder: Decoder,
+    server: Hello,
+    peer: Peer,
+}
+
+impl Link {
+    /// Connects to the server of `directory` and exchanges hellos.
+    pub fn connect(directory: &Path) -> Result<Self, LinkError> {
+        let path = directory.join(CONTROL_SOCKET);
+        let socket = UnixStream::connect(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::PermissionDenied => LinkError::Denied { path: path.clone(), source },
+            _ => LinkError::NoServer { path: path.clone(), source },
+        })?;
+        Self::greet(socket, &path)
+    }
+
+    fn greet(socket: UnixStream, path: &Path) -> Result<Self, LinkError> {
+        let peer = Peer::of(&socket)?;
+        let server = Hello { version_min: 0, version_max: 0, software: String::new() };
+        let mut link = Self { socket, decoder: Decoder::default(), server, peer };
+        // A server that is full says so and closes, and may have done it before our hello: what it said is still there.
+        let sent = link.transmit(&Hello::ours(crate::SOFTWARE), None);
+        if !matches!(sent, Err(LinkError::Closed)) {
+            sent?;
+        }
+        let frame = link.frame(Some(HELLO_TIME_MAX))?.ok_or_else(|| LinkError::Silent { path: path.into() })?;
+        link.server = frame.open()?;
+        if link.server.speaks_ours() { Ok(link) } else { Err(LinkError::Version { hello: link.server }) }
+    }
+
+    /// What the server says of itself.
+    pub fn server(&self) -> &Hello {
+        &self.server
+    }
+
+    /// The server's process.
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    /// Sends a request.
+    pub fn send(&mut self, request: &ToServer) -> Result<(), LinkError> {
+        self.transmit(request, None)
+    }
+
+    /// Sends a request and a descriptor for `file` with it.
+    pub fn send_with_file(&mut self, request: &ToServer, file: &File) -> Result<(), LinkError> {
+        self.transmit(request, Some(file.as_fd()))
+    }
+
+    /// The next message; waits for `timeout`, or for ever. `None`: none came in time.
+    ///
+    /// One read can bring several messages, so after the descriptor polled readable call this with
+    /// `Some(Duration::ZERO)` until it gives `None`.
+    pub fn receive(&mut self, timeout: Option<Duration>) -> Result<Option<FromServer>, LinkError> {
+        Ok(self.frame(timeout)?.map(|frame| frame.open()).transpose()?)
+    }
+
+    fn transmit(&self, message: &impl Message, with: Option<BorrowedFd<'_>>) -> Result<(), LinkError> {
+        match send_all(self.socket.as_fd(), &encode(message)?, with) {
+            Err(SysError { errno: Errno::EPIPE | Errno::ECONNRESET, .. }) => Err(LinkError::Closed),
+            result => Ok(result?),
+        }
+    }
+
+    fn frame(&mut self, timeout: Option<Duration>) -> Result<Option<Frame>, LinkError> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let mut piece = [0; PIECE_BYTES];
+        loop {
+            if let Some(frame) = self.decoder.next_frame()? {
+                return Ok(Some(frame));
+            }
+            match receive(self.socket.as_fd(), &mut piece) {
+                Ok((0, _)) | Err(SysError { errno: Errno::ECONNRESET, .. }) => return Err(LinkError::Closed),
+                Ok((count, _)) => self.decoder.push(&piece[..count]),
+                Err(error) if error.would_block() => {
+                    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                    if left == Some(Duration::ZERO) {
+                        return Ok(None);
+                    }
+                    self.wait(left)?;
+                }
+                Err(SysError { errno: Errno::EINTR, .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn wait(&self, left: Option<Duration>) -> Result<(), LinkError> {
+        let timeout = match left {
+            None => PollTimeout::NONE,
+            Some(left) => PollTimeout::from(u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)),
+        };
+        match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(SysError { call: "poll", errno }.into()),
+        }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,190 @@
+//! The server's sockets in the file system.
+//!
+//! In:    paths
+//! Out:   listening sockets that are removed when the server ends
+//! Runs:  once, at the start
+//! Full:  the kernel's backlog
+//! Trust: the directory: whoever may write there may be the server. A socket that somebody listens on is left alone.
+//!
+//! Permissions are set between bind and listen, when nobody can connect yet.
+
+use std::{
+    fs, io,
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{FileTypeExt, MetadataExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind as bind_socket, listen, socket},
+    unistd::{Gid, chown},
+};
+
+use super::CONTROL_GROUP;
+use crate::sys::socket::Peer;
+
+/// Owner and group may connect, which takes permission to write.
+const MODE: u32 = 0o660;
+
+/// Why a socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketFault {
+    /// Somebody listens there.
+    #[error("another server (pid {pid}) listens at {}", path.display())]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+        /// Its process.
+        pid: u32,
+    },
+    /// Something else is there.
+    #[error("{} is there and is not a socket", path.display())]
+    NotSocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The kernel refused.
+    #[error("socket {}: {call}", path.display())]
+    Refused {
+        /// The path.
+        path: PathBuf,
+        /// Which call.
+        call: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Who may connect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Access {
+    /// The group [`CONTROL_GROUP`], if there is one.
+    Clients,
+    /// The group of the directory: often QEMU's.
+    Vmm,
+}
+
+/// A socket's path, unlinked when dropped.
+#[derive(Debug)]
+pub(super) struct Bound {
+    path: PathBuf,
+    /// Of the socket we made: another one at the same path is not ours to remove.
+    inode: u64,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at `path`, non-blocking. A socket there that nobody listens on is replaced.
+pub(super) fn bind(path: &Path, access: Access) -> Result<(UnixListener, Bound), SocketFault> {
+    remove_stale(path)?;
+    let refused = |call| move |source: io::Error| SocketFault::Refused { path: path.into(), call, source };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let descriptor =
+        socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(|errno| refused("socket")(errno.into()))?;
+    let address = UnixAddr::new(path).map_err(|errno| refused("address")(errno.into()))?;
+    bind_socket(descriptor.as_raw_fd(), &address).map_err(|errno| refused("bind")(errno.into()))?;
+    let inode = fs::symlink_metadata(path).map_err(refused("stat"))?.ino();
+    let bound = Bound { path: path.into(), inode };
+    fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(refused("chmod"))?;
+    if let Some(group) = group(path, access)
+        && let Err(errno) = chown(path, None, Some(group))
+    {
+        log::warn!("{}: its group stays as it is: {errno}", path.display());
+    }
+    listen(&descriptor, Backlog::MAXCONN).map_err(|errno| refused("listen")(errno.into()))?;
+    Ok((descriptor.into(), bound))
+}
+
+fn group(path: &Path, access: Access) -> Option<Gid> {
+    match access {
+        Access::Clients => group_id(&fs::read_to_string("/etc/group").ok()?, CONTROL_GROUP),
+        Access::Vmm => fs::metadata(path.parent()?).ok().map(|directory| Gid::from_raw(directory.gid())),
+    }
+}
+
+/// The id of a local group. getgrnam(3) would load shared libraries, and a static binary dies of that.
+fn group_id(groups: &str, name: &str) -> Option<Gid> {
+    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let id = fields.into_iter().find_map(|fields| (fields.first() == Some(&name)).then(|| fields.get(2)?.parse().ok()));
+    id.flatten().map(Gid::from_raw)
+}
+
+fn remove_stale(path: &Path) -> Result<(), SocketFault> {
+    let refused = |call| move |source| SocketFault::Refused { path: path.into(), call, source };
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => return Err(SocketFault::NotSocket { path: path.into() }),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(refused("stat")(error)),
+    }
+    match UnixStream::connect(path) {
+        Ok(listener) => {
+            let pid = Peer::of(&listener).map_or(0, |peer| peer.pid);
+            Err(SocketFault::Taken { path: path.into(), pid })
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(refused("remove a stale socket"))
+        }
+        Err(error) => Err(refused("connect")(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn group_is_found_by_its_whole_name() {
+        let groups = "root:x:0:\nvtrace-old:x:7:\nvtrace:x:998:alice,bob\nbroken\n";
+        assert_eq!(group_id(groups, "vtrace"), Some(Gid::from_raw(998)));
+        assert_eq!(group_id(groups, "trace"), None);
+        assert_eq!(group_id("vtrace:x:many:", "vtrace"), None);
+    }
+
+    #[test]
+    fn socket_that_somebody_listens_on_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let first = bind(&path, Access::Clients).unwrap();
+        let Err(SocketFault::Taken { pid, .. }) = bind(&path, Access::Clients) else { panic!("not refused") };
+        assert_eq!(pid, std::process::id());
+        drop(first);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn socket_that_nobody_listens_on_is_replaced_and_a_file_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("guest1.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let (_listener, bound) = bind(&path, Access::Vmm).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
+        drop(bound);
+        fs::write(&path, "a person's file").unwrap();
+        assert!(matches!(bind(&path, Access::Vmm), Err(SocketFault::NotSocket { .. })));
+    }
+
+    #[test]
+    fn socket_of_a_successor_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("guest1.sock");
+        let (_listener, bound) = bind(&path, Access::Vmm).unwrap();
+        fs::remove_file(&path).unwrap();
+        // Kept open so that the inode is not used again.
+        let _successor = UnixListener::bind(&path).unwrap();
+        drop(bound);
+        assert!(path.exists());
+    }
+}
