@@ -1,0 +1,133 @@
+//! The command that runs while we record.
+
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    path::Path,
+    process::{self, Child, ExitStatus},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::sys::signal::{Signals, unblock_in};
+
+/// How long a command may take to end when it is asked to.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The command, running or not.
+#[derive(Debug)]
+pub struct Command {
+    child: Option<Child>,
+}
+
+/// Why the command cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// No such program in PATH, or it cannot be executed.
+    #[error("{}: command not found", .0.display())]
+    NotFound(OsString),
+    /// It did not start.
+    #[error("{}: {source}", .command.display())]
+    Start {
+        /// Which.
+        command: OsString,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Command {
+    /// Whether it could run: asked before anything is armed.
+    pub fn check(words: &[OsString]) -> Result<(), CommandError> {
+        let Some(program) = words.first() else { return Ok(()) };
+        if find(program) { Ok(()) } else { Err(CommandError::NotFound(program.clone())) }
+    }
+
+    /// Starts it; an empty one is a wait for Ctrl-C.
+    pub fn start(words: &[OsString]) -> Result<Self, CommandError> {
+        let Some((program, arguments)) = words.split_first() else { return Ok(Self { child: None }) };
+        let mut command = process::Command::new(program);
+        unblock_in(&mut command);
+        match command.args(arguments).spawn() {
+            Ok(child) => Ok(Self { child: Some(child) }),
+            Err(source) => Err(CommandError::Start { command: program.clone(), source }),
+        }
+    }
+
+    /// `Some(status)` once it has ended: its exit code, or 128 + signal as a shell gives it.
+    pub fn ended(&mut self, signals: &Signals) -> Result<Option<Option<u8>>, CommandError> {
+        let Some(child) = &mut self.child else { return Ok(None) };
+        signals.take_child();
+        let ended = child.try_wait().map_err(waiting)?;
+        Ok(ended.map(|status| Some(code(status))))
+    }
+
+    /// Asks it to end (Ctrl-C has reached it already if it shares our terminal) and waits for it; when somebody asks
+    /// again, or it takes longer than [`PATIENCE`], it is killed.
+    pub fn stop(mut self, signals: &Signals) -> Result<Option<u8>, CommandError> {
+        let Some(child) = &mut self.child else { return Ok(None) };
+        let asked = Instant::now();
+        if let Ok(pid) = i32::try_from(child.id()) {
+            // It may have ended by itself; then there is nobody to ask.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        loop {
+            if let Some(status) = child.try_wait().map_err(waiting)? {
+                return Ok(Some(code(status)));
+            }
+            if signals.take_stop() > 0 || asked.elapsed() > PATIENCE {
+                child.kill().map_err(waiting)?;
+                return Ok(Some(code(child.wait().map_err(waiting)?)));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn waiting(source: io::Error) -> CommandError {
+    CommandError::Start { command: "waitpid".into(), source }
+}
+
+fn code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    u8::try_from(code & 0xff).unwrap_or(1)
+}
+
+fn find(program: &OsStr) -> bool {
+    let executable =
+        |path: &Path| path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+    if program.as_encoded_bytes().contains(&b'/') {
+        return executable(Path::new(program));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| executable(&folder.join(program)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split(' ').map(Into::into).collect()
+    }
+
+    #[test]
+    fn program_that_is_not_there_is_found_out_before_it_starts() {
+        assert!(Command::check(&words("sh -c true")).is_ok());
+        assert!(Command::check(&[]).is_ok());
+        assert!(matches!(Command::check(&words("no-such-program-here")), Err(CommandError::NotFound(_))));
+        assert!(matches!(Command::check(&words("/etc/passwd")), Err(CommandError::NotFound(_))));
+    }
+
+    #[test]
+    fn stopped_command_says_which_signal_ended_it() {
+        let signals = Signals::open().unwrap();
+        let command = Command::start(&words("sleep 1000")).unwrap();
+        assert_eq!(command.stop(&signals).unwrap(), Some(128 + 15));
+    }
+}

@@ -1,0 +1,219 @@
+//! All guests of a session over one link to the server: sends what their state machines want, feeds them what comes.
+//!
+//! In:    messages of the server, signals of a person
+//! Out:   requests; sessions that have reached a phase or have trouble
+//! Runs:  on record's thread
+//! Full:  a server that does not read blocks a send for at most the socket's timeout, then the link is lost
+//! Trust: the server; guests only through [`super::session`]
+
+use std::{
+    fs::File,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use vtrace_common::{
+    ids::Cpu,
+    limits::CLOCK_ROUNDS_MAX,
+    wire::{
+        agent::ToAgent,
+        client::{Area, FromServer, Refusal, ToServer},
+    },
+};
+
+use super::session::{GuestSession, Phase};
+use crate::{
+    cli::plan::GuestPlan,
+    clock::sync::{Measurement, Round},
+    server::link::{Link, LinkError},
+    sys::signal::Signals,
+};
+
+/// A guest that says nothing for this long, where an answer is due, is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A probe that is not answered in this time is not waited for.
+const ECHO_MAX: Duration = Duration::from_secs(2);
+/// Round trips of one session's measurement, shared among its vCPUs.
+const ROUNDS_WANTED: usize = 256;
+
+/// Why the guests cannot go on together.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestsError {
+    /// The server is gone or was never there.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The server refused something that belongs to no guest.
+    #[error("the server refused: {0:?}")]
+    Refused(Refusal),
+    /// Ctrl-C before the recording began.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// The guests of a session.
+#[derive(Debug)]
+pub struct Guests {
+    link: Link,
+    /// In the order typed.
+    pub sessions: Vec<GuestSession>,
+    probes: u32,
+    heard: Instant,
+}
+
+impl Guests {
+    /// Connects to the server and claims every guest.
+    pub fn claim(dir: &Path, plans: &[GuestPlan]) -> Result<Self, GuestsError> {
+        let mut guests = Self { link: Link::connect(dir)?, sessions: Vec::new(), probes: 0, heard: Instant::now() };
+        for plan in plans {
+            let (session, claim) = GuestSession::new(&plan.name, plan.machine.arm.clone());
+            guests.sessions.push(session);
+            guests.link.send(&claim)?;
+        }
+        Ok(guests)
+    }
+
+    /// The link, to be polled.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// Takes messages until every guest has reached `phase`; one that stays silent gets trouble and moves on.
+    pub fn wait(&mut self, phase: Phase, signals: Option<&Signals>) -> Result<(), GuestsError> {
+        self.heard = Instant::now();
+        while self.sessions.iter().any(|session| session.phase() < phase) {
+            if signals.is_some_and(|signals| signals.take_stop() > 0) {
+                return Err(GuestsError::Interrupted);
+            }
+            self.take(Duration::from_millis(200))?;
+            if self.heard.elapsed() > SILENCE_MAX {
+                self.give_up_below(phase)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes messages until every guest has answered `count` marks, or has trouble.
+    pub fn wait_marks(&mut self, count: u32) -> Result<(), GuestsError> {
+        self.heard = Instant::now();
+        let waits = |session: &GuestSession| session.marks < count && session.phase() == Phase::Running;
+        while self.sessions.iter().any(waits) && self.heard.elapsed() < SILENCE_MAX {
+            self.take(Duration::from_millis(200))?;
+        }
+        Ok(())
+    }
+
+    /// Takes one message if one comes within `wait`. True if one came.
+    pub fn take(&mut self, wait: Duration) -> Result<bool, GuestsError> {
+        let Some(message) = self.link.receive(Some(wait))? else { return Ok(false) };
+        self.heard = Instant::now();
+        let Some(name) = guest_of(&message) else {
+            return match message {
+                FromServer::Refused(refusal) => Err(GuestsError::Refused(refusal)),
+                _ => Ok(true),
+            };
+        };
+        let Some(session) = self.sessions.iter_mut().find(|session| session.name == name) else { return Ok(true) };
+        let effects = session.on(message);
+        self.send(effects)?;
+        Ok(true)
+    }
+
+    /// Sends what a state machine wants to say.
+    pub fn send(&mut self, requests: Vec<ToServer>) -> Result<(), GuestsError> {
+        requests.iter().try_for_each(|request| self.link.send(request).map_err(Into::into))
+    }
+
+    /// Asks the agent of every guest in `phase`.
+    pub fn ask_all(&mut self, phase: Phase, request: &ToAgent) -> Result<(), GuestsError> {
+        let asked = self.sessions.iter().filter(|session| session.phase() == phase);
+        let requests = asked.map(|session| session.ask(request.clone())).collect();
+        self.send(requests)
+    }
+
+    /// Tells the server where the pages of guest `index` go.
+    pub fn send_lanes(&mut self, index: usize, areas: &[Area], file: &File) -> Result<(), GuestsError> {
+        let Some(request) = self.sessions[index].lanes(areas) else { return Ok(()) };
+        Ok(self.link.send_with_file(&request, file)?)
+    }
+
+    /// Applies one step of the state machine to every guest and sends what it wants.
+    pub fn step_all(&mut self, step: fn(&mut GuestSession) -> Vec<ToServer>) -> Result<(), GuestsError> {
+        let requests = self.sessions.iter_mut().flat_map(step).collect();
+        self.send(requests)
+    }
+
+    /// Asks every agent whether it is there: agents give up a session whose host stays silent.
+    pub fn ping(&mut self) -> Result<(), GuestsError> {
+        self.ask_all(Phase::Running, &ToAgent::Ping { id: self.probes })
+    }
+
+    /// Asks the server what has come so far.
+    pub fn ask_ledgers(&mut self) -> Result<(), GuestsError> {
+        let running = self.sessions.iter().filter(|session| session.phase() == Phase::Running);
+        let requests = running.map(|session| ToServer::Ledger { guest: session.name.clone() }).collect();
+        self.send(requests)
+    }
+
+    /// Measures each vCPU's clock against the host's by round trips. A vCPU that does not answer is left out.
+    pub fn measure(&mut self, index: usize) -> Result<Vec<Measurement>, GuestsError> {
+        let cpus = self.sessions[index].armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
+        let rounds = (ROUNDS_WANTED / cpus.len().max(1)).clamp(8, CLOCK_ROUNDS_MAX);
+        let mut measured = Vec::new();
+        for cpu in cpus {
+            let mut taken = Vec::with_capacity(rounds);
+            for _ in 0..rounds {
+                let Some(round) = self.probe(index, cpu)? else { break };
+                taken.push(round);
+            }
+            measured.extend(Measurement::new(cpu, &taken));
+        }
+        Ok(measured)
+    }
+
+    fn probe(&mut self, index: usize, cpu: Cpu) -> Result<Option<Round>, GuestsError> {
+        self.probes = self.probes.wrapping_add(1);
+        let id = self.probes;
+        let probe = self.sessions[index].ask(ToAgent::Probe { id, cpu });
+        self.link.send(&probe)?;
+        let asked = Instant::now();
+        while asked.elapsed() < ECHO_MAX && self.sessions[index].trouble.is_none() {
+            self.take(Duration::from_millis(100))?;
+            if let Some((_, round)) = self.sessions[index].echo.take_if(|(answered, _)| *answered == id) {
+                return Ok(Some(round));
+            }
+        }
+        Ok(None)
+    }
+
+    fn give_up_below(&mut self, phase: Phase) -> Result<(), GuestsError> {
+        self.heard = Instant::now();
+        let silent = self.sessions.iter_mut().filter(|session| session.phase() < phase);
+        let requests = silent.flat_map(|session| session.silent(SILENCE_MAX.as_secs())).collect();
+        self.send(requests)
+    }
+}
+
+/// Whose message it is.
+fn guest_of(message: &FromServer) -> Option<&str> {
+    match message {
+        FromServer::Claimed(claimed) => Some(&claimed.guest),
+        FromServer::Agent { guest, .. }
+        | FromServer::Echo { guest, .. }
+        | FromServer::LanesReady { guest }
+        | FromServer::Ledger { guest, .. }
+        | FromServer::Finished { guest, .. }
+        | FromServer::Released { guest }
+        | FromServer::Gone { guest, .. } => Some(guest),
+        FromServer::Refused(refusal) => match refusal {
+            Refusal::NoSuchGuest { guest, .. }
+            | Refusal::NotConnected { guest, .. }
+            | Refusal::Driver { guest, .. }
+            | Refusal::NoAgent { guest }
+            | Refusal::AgentVersion { guest, .. }
+            | Refusal::Held { guest, .. }
+            | Refusal::State { guest, .. } => Some(guest),
+            Refusal::Request { .. } | Refusal::Full => None,
+        },
+        FromServer::Guests(_) => None,
+    }
+}

@@ -1,0 +1,212 @@
+//! The host as one more machine: armed, described, started, stopped and reported like a guest.
+//!
+//! In:    an [`Arm`], a file with an area for each CPU
+//! Out:   pages in the areas, pieces of description, a [`HostReport`] whose ledger adds up
+//! Runs:  calls on the caller's thread; pages are moved by the pump's own ([`pump`])
+//! Full:  see [`lane`]: the kernel overwrites and counts, a full area or disk ends that lane alone
+//! Trust: the kernel
+//!
+//! Order: `arm`, `describe`, `attach`, `start`, `mark` at any time, `stop`, `describe_end`, `close`. Dropped at any
+//! point, it leaves no instance, thread or descriptor behind.
+
+pub mod lane;
+pub mod pump;
+
+use std::fs::File;
+
+use vtrace_common::{
+    ids::Cpu,
+    time::HostTsc,
+    wire::{
+        agent::{Arm, Armed, Failure, FailureKind, LaneReport, Piece},
+        client::{Area, LaneLedger},
+    },
+};
+
+use self::{
+    lane::{Counts, End},
+    pump::{LaneEnd, Pump, PumpUse},
+};
+use crate::{
+    sys::tsc,
+    tracefs::{INSTANCE_PREFIX, Instance, Tracefs},
+};
+
+/// The host's part of a session.
+#[derive(Debug)]
+pub struct HostRecorder {
+    pump: Option<Pump>,
+    cpus: Vec<Cpu>,
+    stats_before: Vec<String>,
+    instance: Instance,
+}
+
+/// What the host recorded.
+#[derive(Clone, PartialEq, Debug)]
+pub struct HostReport {
+    /// One entry a CPU, in the order of the areas. `bytes_sent` is what its area holds.
+    pub lanes: Vec<LaneReport>,
+    /// Why lanes ended before the session did, by the same place.
+    pub ends: Vec<Option<End>>,
+    /// TSC right after tracing was switched off.
+    pub stopped: HostTsc,
+    /// What moving the pages cost.
+    pub pump: PumpUse,
+}
+
+impl HostRecorder {
+    /// Makes an instance named after this process and `session`, and prepares everything `arm` asks for; tracing
+    /// stays off.
+    ///
+    /// # Errors
+    /// As [`Tracefs::arm`]; `NoTracefs`.
+    pub fn arm(arm: &Arm) -> Result<Self, Failure> {
+        let tracefs = Tracefs::find_or_mount()?;
+        tracefs.remove_stale();
+        let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
+        let instance = tracefs.arm(&name, arm)?;
+        Ok(Self { pump: None, cpus: Vec::new(), stats_before: Vec::new(), instance })
+    }
+
+    /// What an agent would answer: the lanes it needs areas for, the page, the clock, how many events are on.
+    pub fn armed(&self) -> Armed {
+        Armed {
+            lanes: self.instance.cpus().to_vec(),
+            page_bytes: self.instance.page_bytes(),
+            clock: self.instance.clock(),
+            events: self.instance.events(),
+        }
+    }
+
+    /// What is known before the trace, as an agent would send it.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn describe(&self, kallsyms: bool, each: &mut dyn FnMut(Piece)) -> Result<(), Failure> {
+        self.instance.describe(kallsyms, each)
+    }
+
+    /// Pages go to these areas of `file` from now on, one area for each CPU that is to be recorded.
+    ///
+    /// # Errors
+    /// `State` when pages have a place already; `Kernel` when a tap, a pipe or a thread is refused.
+    pub fn attach(&mut self, file: File, areas: &[Area]) -> Result<(), Failure> {
+        if self.pump.is_some() || !self.cpus.is_empty() {
+            return Err(state("the host's pages have a place already"));
+        }
+        let taps = areas.iter().map(|area| self.instance.tap(area.cpu)).collect::<Result<_, _>>()?;
+        let page_bytes = usize::try_from(self.instance.page_bytes()).expect("usize is 64 bits");
+        let refused = |error: std::io::Error| Failure {
+            kind: FailureKind::Kernel,
+            object: "the host's pump".into(),
+            detail: error.to_string(),
+            near: Vec::new(),
+        };
+        self.pump = Some(Pump::spawn(taps, areas.to_vec(), file, page_bytes).map_err(refused)?);
+        self.cpus = areas.iter().map(|area| area.cpu).collect();
+        Ok(())
+    }
+
+    /// Switches tracing on and writes `marker` as the first event. The TSC right before the one, right after the other.
+    ///
+    /// # Errors
+    /// `State` before `attach`; `Kernel`
+    pub fn start(&mut self, marker: &str) -> Result<(HostTsc, HostTsc), Failure> {
+        if self.pump.is_none() {
+            return Err(state("the host's pages have no place yet"));
+        }
+        self.stats_before = self.stats();
+        let before = HostTsc(tsc::read());
+        self.instance.set_tracing(true)?;
+        self.instance.mark(marker)?;
+        Ok((before, HostTsc(tsc::read())))
+    }
+
+    /// Writes `text` into the trace. The TSC right before and after.
+    ///
+    /// # Errors
+    /// `Kernel`; tracing is off
+    pub fn mark(&self, text: &str) -> Result<(HostTsc, HostTsc), Failure> {
+        let before = HostTsc(tsc::read());
+        self.instance.mark(text)?;
+        Ok((before, HostTsc(tsc::read())))
+    }
+
+    /// What has been moved so far: two readings of a lane that is moving pages may not add up.
+    pub fn ledger(&self) -> Vec<LaneLedger> {
+        let Some(pump) = &self.pump else { return Vec::new() };
+        let entry = |(cpu, counts): (&Cpu, &Counts)| {
+            let pages = counts.read();
+            LaneLedger {
+                cpu: *cpu,
+                pages_in: pages.taken,
+                pages_out: pages.written,
+                pages_refused: pages.lost,
+                ..LaneLedger::default()
+            }
+        };
+        self.cpus.iter().zip(pump.counts()).map(entry).collect()
+    }
+
+    /// Switches tracing off, moves what is left, closes the taps and reports.
+    ///
+    /// # Errors
+    /// `State` before `attach`; `Kernel`
+    pub fn stop(&mut self) -> Result<HostReport, Failure> {
+        self.instance.set_tracing(false)?;
+        let stopped = HostTsc(tsc::read());
+        let pump = self.pump.take().ok_or_else(|| state("nothing of the host is being recorded"))?;
+        let pumped = pump.stop();
+        if let Some(error) = pumped.failed {
+            log::warn!("the host's pump gave up waiting: {error}");
+        }
+        let before = self.stats_before.iter().cloned().chain(std::iter::repeat(String::new()));
+        let lanes = pumped.lanes.iter().zip(before.zip(self.stats()));
+        let lanes = lanes.map(|(lane, stats)| report(lane, self.instance.page_bytes(), stats)).collect();
+        let ends = pumped.lanes.iter().map(|lane| lane.end).collect();
+        Ok(HostReport { lanes, ends, stopped, pump: pumped.used })
+    }
+
+    /// What is known only after the trace: command lines.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn describe_end(&self, each: &mut dyn FnMut(Piece)) -> Result<(), Failure> {
+        self.instance.describe_end(each)
+    }
+
+    /// Removes the instance, and says if that failed.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn close(mut self) -> Result<(), Failure> {
+        drop(self.pump.take());
+        self.instance.remove()
+    }
+
+    fn stats(&self) -> Vec<String> {
+        self.cpus.iter().map(|cpu| self.instance.stats(*cpu)).collect()
+    }
+}
+
+fn report(lane: &LaneEnd, page_bytes: u32, (stats_before, stats_after): (String, String)) -> LaneReport {
+    let pages = lane.pages;
+    assert_eq!(pages.taken, pages.written + pages.lost, "{}: the ledger adds up", lane.cpu);
+    LaneReport {
+        cpu: lane.cpu,
+        pages_tapped: pages.taken,
+        pages_sent: pages.written,
+        pages_lost: pages.lost,
+        bytes_sent: pages.written * u64::from(page_bytes),
+        stats_before,
+        stats_after,
+        trouble: lane.end.map(|end| end.to_string()).unwrap_or_default(),
+    }
+}
+
+fn state(detail: &str) -> Failure {
+    Failure { kind: FailureKind::State, object: "host".into(), detail: detail.into(), near: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! Against this machine's kernel. Without privilege or tracefs they say so and test nothing.
+
+use std::{
+    os::unix::fs::FileExt,
+    sync::{Mutex, MutexGuard},
+    thread::{sleep, spawn, yield_now},
+    time::{Duration, Instant},
+};
+
+use vtrace_common::{page, wire::agent::EventRequest};
+
+use super::*;
+use crate::tracefs::stats::Stats;
+
+/// One recording at a time: descriptors of this process are counted.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> Option<MutexGuard<'static, ()>> {
+    let can = nix::unistd::geteuid().is_root() && Tracefs::find_or_mount().is_ok();
+    if !can {
+        println!("skipped: tracefs is not writable here");
+        return None;
+    }
+    Some(ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+fn arm(session: u64, events: &[&str], buffer_kb: u32) -> Arm {
+    let events = events.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect();
+    Arm { session, clock: "x86-tsc".into(), events, buffer_kb, kallsyms: false }
+}
+
+fn areas(recorder: &HostRecorder, bytes_max: u64) -> Vec<Area> {
+    let lanes = recorder.armed().lanes;
+    let offset = |at: usize| 1 << 20 | (u64::try_from(at).unwrap() << 32);
+    lanes.iter().enumerate().map(|(at, cpu)| Area { cpu: *cpu, offset: offset(at), bytes_max }).collect()
+}
+
+/// Switches back and forth on every CPU for a while.
+fn load(time: Duration) {
+    let busy = move || {
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            (0..100).for_each(|_| yield_now());
+            sleep(Duration::from_micros(50));
+        }
+    };
+    let threads: Vec<_> = (0..4).map(|_| spawn(busy)).collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+/// Walks the events of a page. Data events are counted, clock records and padding are not.
+/// Source: kernel/trace/ring_buffer.c, `rb_event_length`.
+fn count_events(page: &[u8]) -> u64 {
+    let header = page::Header::parse(page, page.len()).unwrap();
+    let end = page::HEADER_BYTES + usize::try_from(header.data_bytes).unwrap();
+    let word = |at: usize| u32::from_le_bytes(page[at..at + 4].try_into().unwrap());
+    let (mut at, mut events) = (page::HEADER_BYTES, 0);
+    while at < end {
+        let type_len = word(at) & 0x1f;
+        let extra = |at: usize| usize::try_from(word(at + 4)).unwrap();
+        at += match type_len {
+            0 => 4 + extra(at),
+            29 if word(at) >> 5 == 0 => end - at,
+            29 => 4 + extra(at),
+            30 | 31 => 8,
+            words => 4 + 4 * usize::try_from(words).unwrap(),
+        };
+        events += u64::from(type_len < 29);
+    }
+    assert_eq!(at, end, "events end where the page says");
+    events
+}
+
+/// Checks that every page of a lane parses, in the order of time, and counts its events and gaps.
+fn walk(file: &File, area: Area, report: &LaneReport, page_bytes: usize) -> (u64, u64) {
+    let mut page = vec![0; page_bytes];
+    let (mut events, mut gaps, mut last) = (0, 0, 0);
+    for number in 0..report.pages_sent {
+        file.read_exact_at(&mut page, area.offset + number * u64::try_from(page_bytes).unwrap()).unwrap();
+        let header = page::Header::parse(&page, page_bytes).unwrap();
+        assert!(header.time >= last, "{}: page {number} is younger than the one before", area.cpu);
+        last = header.time;
+        events += count_events(&page);
+        gaps += u64::from(header.missed);
+    }
+    (events, gaps)
+}
+
+fn open_descriptors() -> Vec<String> {
+    let target = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).ok();
+    let targets = std::fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(target);
+    let ours = targets.map(|path| path.display().to_string());
+    ours.filter(|path| path.contains("trac") || path.contains("pipe") || path.contains("eventfd")).collect()
+}
+
+#[test]
+fn every_event_the_kernel_counted_is_in_the_file() {
+    let Some(_alone) = alone() else { return };
+    let before = open_descriptors();
+    let mut recorder = HostRecorder::arm(&arm(0x10ad, &["sched", "irq"], 0)).unwrap();
+    let path = recorder.instance.path().to_owned();
+    let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 30));
+    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    let (tsc_before, tsc_after) = recorder.start("vtrace start").unwrap();
+    load(Duration::from_secs(1));
+    let report = recorder.stop().unwrap();
+    assert!(tsc_before < tsc_after && tsc_after < report.stopped);
+    let page_bytes = usize::try_from(recorder.armed().page_bytes).unwrap();
+    let mut total = 0;
+    for (area, lane) in areas.iter().zip(&report.lanes) {
+        let stats = Stats::parse(&lane.stats_after).unwrap();
+        let (events, gaps) = walk(&file, *area, lane, page_bytes);
+        println!("{}: {events} events in {} pages, {gaps} gaps, {stats:?}", lane.cpu, lane.pages_sent);
+        assert_eq!((events, stats.entries), (stats.read_events, 0));
+        assert_eq!((lane.pages_lost, gaps > 0), (0, stats.lost() > 0));
+        assert_eq!(lane.bytes_sent, lane.pages_sent * 4096);
+        total += events;
+    }
+    println!("{total} events, {:?}", report.pump);
+    assert!(total > 10_000, "the load was recorded");
+    let mut lines = String::new();
+    recorder.describe_end(&mut |piece| lines.push_str(&String::from_utf8_lossy(&piece.bytes))).unwrap();
+    assert!(lines.contains("vtrace"));
+    recorder.close().unwrap();
+    assert!(!path.exists());
+    assert_eq!(open_descriptors(), before);
+}
+
+/// The tap is left alone until the kernel has overwritten what nobody read; then everything is moved.
+#[test]
+fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
+    let Some(_alone) = alone() else { return };
+    let tracefs = Tracefs::find_or_mount().unwrap();
+    let name = format!("{INSTANCE_PREFIX}{}-gap", std::process::id());
+    let instance = tracefs.arm(&name, &arm(8, &["sched"], 64)).unwrap();
+    instance.set_tracing(true).unwrap();
+    load(Duration::from_millis(300));
+    instance.set_tracing(false).unwrap();
+    for cpu in instance.cpus().to_vec() {
+        let (file, area) = (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20 });
+        let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), 4096).unwrap();
+        let lane = report(&pump.stop().lanes[0], 4096, (String::new(), instance.stats(cpu)));
+        let stats = Stats::parse(&lane.stats_after).unwrap();
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 0).unwrap();
+        let header = page::Header::parse(&page, 4096).unwrap();
+        let end = page::HEADER_BYTES + usize::try_from(header.data_bytes).unwrap();
+        assert!(stats.overrun > 0 && header.missed, "{cpu}: {header:?} {stats:?}");
+        if header.missed_stored {
+            assert_eq!(u64::from_le_bytes(page[end..end + 8].try_into().unwrap()), stats.overrun);
+        }
+        assert_eq!(walk(&file, area, &lane, 4096), (stats.read_events, 1));
+    }
+}
+
+#[test]
+fn marker_is_the_only_event_of_a_trace_without_events() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(2, &[], 0)).unwrap();
+    let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 20));
+    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    let (before, after) = recorder.start("first words").unwrap();
+    let report = recorder.stop().unwrap();
+    assert_eq!(report.lanes.iter().map(|lane| lane.pages_sent).sum::<u64>(), 1);
+    let at = report.lanes.iter().position(|lane| lane.pages_sent == 1).unwrap();
+    let mut page = [0; 4096];
+    file.read_exact_at(&mut page, areas[at].offset).unwrap();
+    assert_eq!(count_events(&page), 1);
+    assert!(page.windows(11).any(|words| words == b"first words"));
+    let time = page::Header::parse(&page, 4096).unwrap().time;
+    assert!((before.0..after.0).contains(&time), "x86-tsc is what we read");
+}
+
+#[test]
+fn full_area_ends_its_lane_and_the_rest_is_counted_by_the_kernel() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(3, &["sched"], 64)).unwrap();
+    let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 3 * 4096 + 100));
+    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    recorder.start("start").unwrap();
+    load(Duration::from_millis(300));
+    let report = recorder.stop().unwrap();
+    for (area, lane) in areas.iter().zip(&report.lanes) {
+        let stats = Stats::parse(&lane.stats_after).unwrap();
+        let (events, _) = walk(&file, *area, lane, 4096);
+        assert_eq!((lane.pages_tapped, lane.pages_sent, lane.pages_lost), (3, 3, 0));
+        assert_eq!(events, stats.read_events);
+        assert!(stats.entries + stats.overrun > 0);
+        assert!(lane.trouble.contains("is full"), "{}", lane.trouble);
+    }
+    assert_eq!(report.ends[0], Some(End::AreaFull { bytes_max: 3 * 4096 + 100 }));
+}
+
+#[test]
+fn idle_pump_sleeps() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(4, &[], 0)).unwrap();
+    let areas = areas(&recorder, 1 << 20);
+    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.start("start").unwrap();
+    sleep(Duration::from_millis(300));
+    let report = recorder.stop().unwrap();
+    assert_eq!((report.pump.wakeups, report.pump.wakeups_idle), (0, 0));
+}
+
+/// With less than ten pages a CPU the kernel says "readable" all the time at 10 %.
+#[test]
+fn buffer_of_a_few_pages_does_not_make_the_pump_spin() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(7, &[], 16)).unwrap();
+    let areas = areas(&recorder, 1 << 20);
+    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.start("start").unwrap();
+    sleep(Duration::from_millis(300));
+    let report = recorder.stop().unwrap();
+    println!("{:?}", report.pump);
+    assert!(report.pump.wakeups_idle <= 31, "one in 10 ms at most: {:?}", report.pump);
+    assert_eq!(report.lanes.iter().map(|lane| lane.pages_sent).sum::<u64>(), 1);
+}
+
+#[test]
+fn dropped_recorder_leaves_nothing_even_while_tracing() {
+    let Some(_alone) = alone() else { return };
+    let before = open_descriptors();
+    let mut recorder = HostRecorder::arm(&arm(5, &["sched"], 0)).unwrap();
+    let (path, areas) = (recorder.instance.path().to_owned(), areas(&recorder, 1 << 20));
+    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.start("start").unwrap();
+    drop(recorder);
+    assert!(!path.exists());
+    assert_eq!(open_descriptors(), before);
+}
+
+#[test]
+fn calls_out_of_order_are_refused() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(6, &[], 0)).unwrap();
+    assert_eq!(recorder.start("start").unwrap_err().kind, FailureKind::State);
+    assert_eq!(recorder.stop().unwrap_err().kind, FailureKind::State);
+    let areas = areas(&recorder, 1 << 20);
+    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    assert_eq!(recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap_err().kind, FailureKind::State);
+}

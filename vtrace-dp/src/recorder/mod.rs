@@ -1,0 +1,28 @@
+//! `vtrace record`: host and guests armed, started together, stopped, each into its own file.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`run`] | the order of things: carries out what the state machines decide |
+//! | [`session`] | one guest's part as a state machine without I/O |
+//! | [`guests`] | all guests over one link to the server |
+//! | [`host`] | the host's part: instance, pump, ledger |
+//! | [`tsc`] | how the files turn TSC into nanoseconds |
+//! | [`guest`] | which host threads are a guest's vCPUs |
+//! | [`command`] | what runs while we record |
+//! | [`files`] | opened first, finished last |
+//! | [`summary`] | the closing table |
+//!
+//! In:    a `Plan`; messages of the server
+//! Out:   one trace.dat per machine, a [`summary::Summary`]
+//! Runs:  on the caller's thread; the host's pages move on a thread of their own
+//! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
+
+pub mod command;
+pub mod files;
+pub mod guest;
+pub mod guests;
+pub mod host;
+pub mod run;
+pub mod session;
+pub mod summary;
+pub mod tsc;

@@ -1,0 +1,369 @@
+//! A recording from its plan to its summary: the order of things.
+//!
+//! In:    a validated [`Plan`]
+//! Out:   files and a [`Summary`]; on an error every guest is let go, the host's instance removed, and a file that
+//!        this run made and did not fill is gone again
+//! Runs:  on the caller's thread, which must have opened [`Signals`] before any other thread was started
+//! Full:  a slow disk holds pages back in the rings; the kernels count what they overwrite
+//! Trust: see [`super::session`] and [`super::guests`]
+//!
+//! Order: files opened ─► guests claimed ─► all armed ─► clocks measured ─► host started, guests started ─► markers ─►
+//! command ─► markers ─► all stopped ─► clocks measured ─► guests let go ─► files finished.
+
+use std::time::{Duration, Instant};
+
+use vtrace_common::{
+    time::HostTsc,
+    wire::{
+        agent::{Armed, Failure, ToAgent},
+        client::LaneLedger,
+    },
+};
+
+use super::{
+    command::{Command, CommandError},
+    files::{self, FileError, Output},
+    guests::{Guests, GuestsError},
+    host::{HostRecorder, HostReport},
+    session::{GuestSession, Phase, Trouble},
+    summary::Summary,
+    tsc::Calibration,
+};
+use crate::{
+    cli::plan::Plan,
+    clock::sync::Measurement,
+    sys::signal::Signals,
+    trace::metadata::{Metadata, MetadataFault},
+};
+
+/// How often agents hear from us and the status line is renewed.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Why there is no recording.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The host could not be prepared.
+    #[error("{}: {}", .0.object, .0.detail)]
+    Host(Failure),
+    /// The host's description is too large.
+    #[error("the host: {0}")]
+    HostMetadata(#[from] MetadataFault),
+    /// A guest could not be prepared.
+    #[error("{guest}: {trouble}")]
+    Guest {
+        /// Its name.
+        guest: String,
+        /// Why.
+        trouble: Trouble,
+    },
+    /// No common ground with the server.
+    #[error(transparent)]
+    Guests(#[from] GuestsError),
+    /// A file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A system call of our own.
+    #[error("{call}: {source}")]
+    System {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// What a status line shows.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Progress {
+    /// Since the start.
+    pub elapsed: Duration,
+    /// Machine, pages in the file, pages lost on the way.
+    pub machines: Vec<(String, u64, u64)>,
+}
+
+/// Everything of a running session.
+pub(super) struct Recording<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) guests: Option<Guests>,
+    pub(super) host: Host,
+    pub(super) calibration: Calibration,
+    pub(super) clocks: Vec<Clocks>,
+}
+
+/// The host's part: what an agent would have said of it.
+pub(super) struct Host {
+    pub(super) recorder: HostRecorder,
+    pub(super) metadata: Metadata,
+    pub(super) armed: Armed,
+    /// TSC around the switch.
+    pub(super) started: Option<(HostTsc, HostTsc)>,
+}
+
+/// One guest's clock, measured before and after.
+#[derive(Default, Debug)]
+pub(super) struct Clocks {
+    pub(super) start: Vec<Measurement>,
+    pub(super) end: Vec<Measurement>,
+}
+
+/// Records. `progress` is called about once a second.
+pub fn record(plan: &Plan, signals: &Signals, progress: &mut dyn FnMut(&Progress)) -> Result<Summary, RecordError> {
+    Command::check(&plan.command)?;
+    let outputs = files::open(plan)?;
+    let mut guests = match &plan.guests[..] {
+        [] => None,
+        named => Some(Guests::claim(&plan.dir, named)?),
+    };
+    let result = record_with(plan, signals, &mut guests, outputs, progress);
+    if let (Err(_), Some(guests)) = (&result, &mut guests) {
+        // The first error is the one to report; a guest that cannot be let go is freed when the link closes.
+        let _ = guests.step_all(GuestSession::abandon);
+        let _ = let_go(guests);
+    }
+    result
+}
+
+fn record_with(
+    plan: &Plan,
+    signals: &Signals,
+    guests: &mut Option<Guests>,
+    outputs: Vec<Output>,
+    progress: &mut dyn FnMut(&Progress),
+) -> Result<Summary, RecordError> {
+    let calibration = Calibration::begin();
+    let host = Host::arm(plan)?;
+    let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
+    let mut recording = Recording { plan, guests: guests.take(), host, calibration, clocks };
+    let result = recording.go(signals, outputs, progress);
+    *guests = recording.guests.take();
+    result
+}
+
+impl Host {
+    fn arm(plan: &Plan) -> Result<Self, RecordError> {
+        let arm = &plan.host.arm;
+        let recorder = HostRecorder::arm(arm).map_err(RecordError::Host)?;
+        let mut metadata = Metadata::default();
+        let mut added = Ok(());
+        let describe = recorder.describe(arm.kallsyms, &mut |piece| {
+            if added.is_ok() {
+                added = metadata.add(piece);
+            }
+        });
+        describe.map_err(RecordError::Host)?;
+        added?;
+        let armed = recorder.armed();
+        Ok(Self { recorder, metadata, armed, started: None })
+    }
+
+    fn mark(&self, text: &str) -> Result<(), RecordError> {
+        self.recorder.mark(text).map(|_| ()).map_err(RecordError::Host)
+    }
+
+    /// Switches tracing off, takes what is left, and asks for what is known only now.
+    fn stop(&mut self) -> Result<HostReport, RecordError> {
+        let report = self.recorder.stop().map_err(RecordError::Host)?;
+        let metadata = &mut self.metadata;
+        let mut added = Ok(());
+        let describe = self.recorder.describe_end(&mut |piece| {
+            if added.is_ok() {
+                added = metadata.add(piece);
+            }
+        });
+        describe.map_err(RecordError::Host)?;
+        added?;
+        Ok(report)
+    }
+}
+
+impl Recording<'_> {
+    fn go(
+        &mut self,
+        signals: &Signals,
+        outputs: Vec<Output>,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<Summary, RecordError> {
+        self.arm_guests(signals)?;
+        let mut files = files::create(self, outputs)?;
+        self.send_lanes(&files, signals)?;
+        self.measure(|clocks| &mut clocks.start)?;
+        self.start(&files)?;
+        files::keep(&mut files);
+        let begun = Instant::now();
+        let status = self.run_command(signals, begun, progress)?;
+        self.surviving(|recording| recording.mark_around("stop"))?;
+        self.surviving(Self::stop_guests)?;
+        let report = self.host.stop()?;
+        self.surviving(|recording| recording.drain_guests(signals))?;
+        let seconds = begun.elapsed().as_secs_f64();
+        self.surviving(|recording| recording.measure(|clocks| &mut clocks.end))?;
+        self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), let_go).map_err(Into::into))?;
+        Ok(files::finish(self, files, &report, seconds, status))
+    }
+
+    fn arm_guests(&mut self, signals: &Signals) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        guests.wait(Phase::Armed, Some(signals))?;
+        self.refuse_trouble()
+    }
+
+    fn send_lanes(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        for (index, file) in files.iter().skip(1).enumerate() {
+            guests.send_lanes(index, file.writer.areas(), file.writer.file())?;
+        }
+        guests.wait(Phase::Ready, Some(signals))?;
+        self.refuse_trouble()
+    }
+
+    /// Until the recording has begun, one guest in trouble stops all.
+    fn refuse_trouble(&self) -> Result<(), RecordError> {
+        let sessions = self.guests.iter().flat_map(|guests| &guests.sessions);
+        for session in sessions {
+            if let Some(trouble) = &session.trouble {
+                return Err(RecordError::Guest { guest: session.name.clone(), trouble: trouble.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, place: fn(&mut Clocks) -> &mut Vec<Measurement>) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        for (index, clocks) in self.clocks.iter_mut().enumerate() {
+            let able = guests.sessions[index].trouble.is_none();
+            if able {
+                *place(clocks) = guests.measure(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, files: &[files::MachineFile]) -> Result<(), RecordError> {
+        let marker = files::marker(self.plan, "start");
+        let writer = &files[0].writer;
+        let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
+        self.host.recorder.attach(file, writer.areas()).map_err(RecordError::Host)?;
+        self.host.started = Some(self.host.recorder.start(&marker).map_err(RecordError::Host)?);
+        if let Some(guests) = &mut self.guests {
+            guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;
+            guests.wait(Phase::Running, None)?;
+        }
+        self.refuse_trouble()?;
+        self.mark_around("common")
+    }
+
+    /// Writes a marker in every guest between two on the host: their order in the merged files can be checked.
+    fn mark_around(&mut self, word: &str) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        let marks = guests.sessions.iter().map(|session| session.marks).max().unwrap_or(0);
+        self.host.mark(&files::marker(self.plan, &format!("{word} before guests")))?;
+        guests.ask_all(Phase::Running, &ToAgent::Mark { text: files::marker(self.plan, word) })?;
+        guests.wait_marks(marks + 1)?;
+        self.host.mark(&files::marker(self.plan, &format!("{word} after guests")))
+    }
+
+    /// Runs the command, or waits for Ctrl-C, the time-out, or the end of all guests.
+    fn run_command(
+        &mut self,
+        signals: &Signals,
+        begun: Instant,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<Option<u8>, RecordError> {
+        let mut command = Command::start(&self.plan.command)?;
+        let mut tick = begun + TICK;
+        loop {
+            let now = Instant::now();
+            let ends = self.plan.timeout.map(|timeout| begun + timeout);
+            let wait = ends.map_or(tick, |ends| ends.min(tick)).saturating_duration_since(now);
+            self.surviving(|recording| recording.wait_event(signals, wait))?;
+            if let Some(status) = command.ended(signals)? {
+                return Ok(status);
+            }
+            let over = ends.is_some_and(|ends| ends <= Instant::now());
+            if signals.take_stop() > 0 || over || !self.records_anything() {
+                return Ok(command.stop(signals)?);
+            }
+            if tick <= Instant::now() {
+                tick += TICK;
+                self.surviving(|recording| recording.on_tick(begun, progress))?;
+            }
+        }
+    }
+
+    /// A host that records events goes on alone; one that is there only for its guests ends with the last of them.
+    fn records_anything(&self) -> bool {
+        let guests = self.guests.iter().flat_map(|guests| &guests.sessions);
+        !self.plan.host.arm.events.is_empty() || guests.into_iter().any(|session| session.phase() == Phase::Running)
+    }
+
+    fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
+        use std::os::fd::AsFd;
+
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut waited = vec![signals.stop(), signals.child()];
+        waited.extend(self.guests.as_ref().map(|guests| guests.link().as_fd()));
+        let mut polled: Vec<PollFd> = waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let timeout = PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut polled, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(RecordError::System { call: "poll", source: errno.into() }),
+        }
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        while guests.take(Duration::ZERO)? {}
+        Ok(())
+    }
+
+    fn on_tick(&mut self, begun: Instant, progress: &mut dyn FnMut(&Progress)) -> Result<(), RecordError> {
+        let mut machines = vec![sums("host", &self.host.recorder.ledger())];
+        if let Some(guests) = &mut self.guests {
+            guests.ping()?;
+            guests.ask_ledgers()?;
+            machines.extend(guests.sessions.iter().map(|session| sums(&session.name, &session.ledgers)));
+        }
+        progress(&Progress { elapsed: begun.elapsed(), machines });
+        Ok(())
+    }
+
+    fn stop_guests(&mut self) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        Ok(guests.step_all(GuestSession::stop)?)
+    }
+
+    /// Waits until every page is in a file or counted as lost; asked to stop once more, it keeps what is there.
+    fn drain_guests(&mut self, signals: &Signals) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        match guests.wait(Phase::Drained, Some(signals)) {
+            Err(GuestsError::Interrupted) => {
+                guests.step_all(GuestSession::abandon)?;
+                Ok(guests.wait(Phase::Drained, None)?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Does `part`. A server that goes away ends the guests' parts, not the recording.
+    fn surviving(&mut self, part: impl FnOnce(&mut Self) -> Result<(), RecordError>) -> Result<(), RecordError> {
+        match part(self) {
+            Err(RecordError::Guests(GuestsError::Link(error))) => {
+                log::warn!("{error}");
+                self.guests.iter_mut().flat_map(|guests| &mut guests.sessions).for_each(GuestSession::server_gone);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+}
+
+fn let_go(guests: &mut Guests) -> Result<(), GuestsError> {
+    guests.step_all(GuestSession::close)?;
+    guests.wait(Phase::Closed, None)
+}
+
+/// A machine's pages in the file and lost, for the status line.
+fn sums(name: &str, ledgers: &[LaneLedger]) -> (String, u64, u64) {
+    let sum = |field: fn(&LaneLedger) -> u64| ledgers.iter().map(field).fold(0, u64::saturating_add);
+    (name.into(), sum(|lane| lane.pages_out), sum(|lane| lane.pages_refused))
+}

@@ -1,0 +1,294 @@
+//! One guest's part of a session: a state machine without I/O.
+//!
+//! In:    what the server says about this guest ([`GuestSession::on`]), what record wants ([`GuestSession::stop`] …)
+//! Out:   what to say to the server
+//! Trust: the server; the agent's answers in any order and with any content
+//!
+//! ```text
+//! Claiming ─► Arming ─► Armed ─► Ready ─► Running ─► Stopping ─► Draining ─► Drained ─► Closing ─► Closed
+//!     │          │        │        │         └──── agent gone ────────►│                   ▲
+//!     └──────────┴────────┴────────┴───────────── trouble ────────────────────────────────┘
+//! ```
+
+use vtrace_common::{
+    time::GuestTsc,
+    wire::{
+        agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
+        client::{Area, Claimed, FromServer, Gone, LaneEnd, LaneLedger, Lanes, Refusal, ToServer},
+    },
+};
+
+use crate::{
+    clock::sync::Round,
+    trace::metadata::{Metadata, MetadataFault},
+};
+
+/// How long the server waits for pages that an agent has sent and that have not come out of the ring.
+const WAIT_MS_MAX: u32 = 5000;
+
+/// How far a guest has come.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Phase {
+    /// Claim is sent.
+    Claiming,
+    /// The agent prepares and describes its machine.
+    Arming,
+    /// The agent is prepared; its file can be made.
+    Armed,
+    /// The server knows where pages go.
+    Ready,
+    /// Tracing is on.
+    Running,
+    /// The agent moves what is left.
+    Stopping,
+    /// The server writes what is on its way.
+    Draining,
+    /// Every page is in the file or counted as lost.
+    Drained,
+    /// The agent removes its instance, the server frees the guest.
+    Closing,
+    /// Over.
+    Closed,
+}
+
+/// What went wrong with a guest.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Trouble {
+    /// The server refused.
+    #[error("the server refused: {0:?}")]
+    Refused(Refusal),
+    /// The agent could not do what was asked.
+    #[error("{}: {}", .0.object, .0.detail)]
+    Failed(Failure),
+    /// It went away.
+    #[error("{}", match .0 { Gone::Agent => "its agent went away", Gone::Device => "its virtual machine went away" })]
+    Gone(Gone),
+    /// The server went away, and what it knew with it.
+    #[error("the server went away")]
+    Server,
+    /// Its description is not acceptable.
+    #[error("its description was refused: {0}")]
+    Metadata(#[from] MetadataFault),
+    /// An answer nobody asked for.
+    #[error("its agent said {answer} while it was {phase:?}")]
+    OutOfOrder {
+        /// When.
+        phase: Phase,
+        /// What, shortened.
+        answer: String,
+    },
+    /// No answer.
+    #[error("no answer for {seconds} s while it was {phase:?}")]
+    Silent {
+        /// When.
+        phase: Phase,
+        /// How long.
+        seconds: u64,
+    },
+}
+
+/// One guest's part of a session.
+#[derive(Debug)]
+pub struct GuestSession {
+    /// Its name.
+    pub name: String,
+    arm: Arm,
+    phase: Phase,
+    /// VMM and machine, once claimed.
+    pub claimed: Option<Claimed>,
+    /// What it told about itself.
+    pub metadata: Metadata,
+    /// Lanes, page size, clock, once armed.
+    pub armed: Option<Armed>,
+    /// TSC around the switch, once running.
+    pub started: Option<(GuestTsc, GuestTsc)>,
+    /// Marks answered so far.
+    pub marks: u32,
+    /// The last probe's answer, stamped by the server.
+    pub echo: Option<(u32, Round)>,
+    /// What its lanes sent, as the agent counts.
+    pub reports: Vec<LaneReport>,
+    /// What its lanes brought, as the server counts.
+    pub ledgers: Vec<LaneLedger>,
+    /// The first thing that went wrong.
+    pub trouble: Option<Trouble>,
+}
+
+impl GuestSession {
+    /// A session that begins with a claim.
+    pub fn new(name: &str, arm: Arm) -> (Self, ToServer) {
+        let session = Self {
+            name: name.into(),
+            arm,
+            phase: Phase::Claiming,
+            claimed: None,
+            metadata: Metadata::default(),
+            armed: None,
+            started: None,
+            marks: 0,
+            echo: None,
+            reports: Vec::new(),
+            ledgers: Vec::new(),
+            trouble: None,
+        };
+        (session, ToServer::Claim { guest: name.into() })
+    }
+
+    /// How far it has come.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// A request for this guest's agent.
+    pub fn ask(&self, request: ToAgent) -> ToServer {
+        ToServer::Agent { guest: self.name.clone(), request }
+    }
+
+    /// Where its pages go. The file's descriptor has to travel with it.
+    pub fn lanes(&self, areas: &[Area]) -> Option<ToServer> {
+        let page_bytes = self.armed.as_ref()?.page_bytes;
+        Some(ToServer::Lanes(Lanes { guest: self.name.clone(), page_bytes, areas: areas.to_vec() }))
+    }
+
+    /// The server says this about the guest: what to answer.
+    pub fn on(&mut self, message: FromServer) -> Vec<ToServer> {
+        match message {
+            FromServer::Claimed(claimed) if self.phase == Phase::Claiming => {
+                self.claimed = Some(claimed);
+                self.phase = Phase::Arming;
+                vec![self.ask(ToAgent::Arm(self.arm.clone()))]
+            }
+            FromServer::Agent { answer, .. } => self.on_agent(answer),
+            FromServer::Echo { host_sent, echo, host_received, .. } => {
+                let round = Round { host_sent, guest_received: echo.received, guest_sent: echo.sent, host_received };
+                self.echo = Some((echo.id, round));
+                vec![]
+            }
+            FromServer::LanesReady { .. } if self.phase == Phase::Armed => self.step(Phase::Ready),
+            FromServer::Ledger { lanes, .. } => {
+                self.ledgers = lanes;
+                vec![]
+            }
+            FromServer::Finished { lanes, .. } if self.phase == Phase::Draining => {
+                self.ledgers = lanes;
+                self.step(Phase::Drained)
+            }
+            FromServer::Released { .. } => self.step(Phase::Closed),
+            FromServer::Gone { what, .. } => self.fail(Trouble::Gone(what)),
+            FromServer::Refused(refusal) => self.fail(Trouble::Refused(refusal)),
+            // Answers to a request that has been overtaken by trouble.
+            FromServer::Guests(_)
+            | FromServer::Claimed(_)
+            | FromServer::LanesReady { .. }
+            | FromServer::Finished { .. } => vec![],
+        }
+    }
+
+    fn on_agent(&mut self, answer: FromAgent) -> Vec<ToServer> {
+        match (self.phase, answer) {
+            (Phase::Arming | Phase::Stopping, FromAgent::Describe(piece)) => match self.metadata.add(piece) {
+                Ok(()) => vec![],
+                Err(fault) => self.fail(fault.into()),
+            },
+            (Phase::Arming, FromAgent::Armed(armed)) => {
+                self.armed = Some(armed);
+                self.step(Phase::Armed)
+            }
+            (Phase::Ready, FromAgent::Started { before, after }) => {
+                self.started = Some((before, after));
+                self.step(Phase::Running)
+            }
+            (_, FromAgent::Marked { .. }) => {
+                self.marks += 1;
+                vec![]
+            }
+            (Phase::Stopping, FromAgent::Lane(report)) if self.reports.len() < self.lane_count() => {
+                self.reports.push(report);
+                vec![]
+            }
+            (Phase::Stopping, FromAgent::Stopped) => self.drain(self.ends(), WAIT_MS_MAX),
+            (_, FromAgent::Failed(failure)) => self.fail(Trouble::Failed(failure)),
+            (_, FromAgent::Pong { .. } | FromAgent::Machine(_) | FromAgent::Closed) => vec![],
+            // What the agent had said before it heard that the session is over.
+            (Phase::Draining | Phase::Drained | Phase::Closing | Phase::Closed, _) => vec![],
+            (phase, answer) => {
+                let answer = format!("{answer:?}").split(['(', ' ']).next().unwrap_or_default().to_owned();
+                self.fail(Trouble::OutOfOrder { phase, answer })
+            }
+        }
+    }
+
+    /// Ends the recording in order.
+    pub fn stop(&mut self) -> Vec<ToServer> {
+        match self.phase {
+            Phase::Running => {
+                self.phase = Phase::Stopping;
+                vec![self.ask(ToAgent::Stop)]
+            }
+            _ => vec![],
+        }
+    }
+
+    /// Ends the recording at once: what has come is kept, the agent is not waited for.
+    pub fn abandon(&mut self) -> Vec<ToServer> {
+        match self.phase {
+            Phase::Running | Phase::Stopping => self.drain(vec![], 0),
+            Phase::Draining | Phase::Drained | Phase::Closing | Phase::Closed => vec![],
+            _ => self.close(),
+        }
+    }
+
+    /// Lets go of the guest.
+    pub fn close(&mut self) -> Vec<ToServer> {
+        if self.phase >= Phase::Closing {
+            return vec![];
+        }
+        let claimed = self.claimed.is_some();
+        self.phase = if claimed { Phase::Closing } else { Phase::Closed };
+        if !claimed {
+            return vec![];
+        }
+        vec![self.ask(ToAgent::Close), ToServer::Release { guest: self.name.clone() }]
+    }
+
+    /// Nothing has been heard for `seconds`.
+    pub fn silent(&mut self, seconds: u64) -> Vec<ToServer> {
+        self.fail(Trouble::Silent { phase: self.phase, seconds })
+    }
+
+    /// The link to the server is lost: nobody is left to ask.
+    pub fn server_gone(&mut self) {
+        self.trouble.get_or_insert(Trouble::Server);
+        self.phase = Phase::Closed;
+    }
+
+    fn fail(&mut self, trouble: Trouble) -> Vec<ToServer> {
+        self.trouble.get_or_insert(trouble);
+        match self.phase {
+            Phase::Draining => self.step(Phase::Drained),
+            Phase::Closing => self.step(Phase::Closed),
+            _ => self.abandon(),
+        }
+    }
+
+    fn drain(&mut self, ends: Vec<LaneEnd>, wait_ms_max: u32) -> Vec<ToServer> {
+        self.phase = Phase::Draining;
+        vec![ToServer::Finish { guest: self.name.clone(), ends, wait_ms_max }]
+    }
+
+    fn ends(&self) -> Vec<LaneEnd> {
+        self.reports.iter().map(|report| LaneEnd { cpu: report.cpu, bytes_sent: report.bytes_sent }).collect()
+    }
+
+    fn lane_count(&self) -> usize {
+        self.armed.as_ref().map_or(0, |armed| armed.lanes.len())
+    }
+
+    fn step(&mut self, phase: Phase) -> Vec<ToServer> {
+        self.phase = phase;
+        vec![]
+    }
+}
+
+#[cfg(test)]
+mod tests;

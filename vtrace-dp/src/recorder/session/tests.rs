@@ -1,0 +1,139 @@
+//! Claims about one guest's session, whatever its agent says.
+
+use proptest::prelude::*;
+use vtrace_common::{
+    ids::Cpu,
+    wire::agent::{FailureKind, Machine},
+};
+
+use super::*;
+
+const GUEST: &str = "guest1";
+
+fn agent(answer: FromAgent) -> FromServer {
+    FromServer::Agent { guest: GUEST.into(), answer }
+}
+
+fn claimed() -> FromServer {
+    FromServer::Claimed(Claimed { guest: GUEST.into(), vmm_pid: 7, machine: Machine::default() })
+}
+
+fn armed() -> FromServer {
+    agent(FromAgent::Armed(Armed { lanes: vec![Cpu(0)], page_bytes: 4096, clock: "[x86-tsc]".into(), events: 3 }))
+}
+
+fn running() -> GuestSession {
+    let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+    session.on(claimed());
+    session.on(armed());
+    session.on(FromServer::LanesReady { guest: GUEST.into() });
+    session.on(agent(FromAgent::Started { before: GuestTsc(1), after: GuestTsc(2) }));
+    session
+}
+
+#[test]
+fn whole_session_goes_from_claim_to_release() {
+    let (mut session, first) = GuestSession::new(GUEST, Arm::default());
+    assert_eq!(first, ToServer::Claim { guest: GUEST.into() });
+    assert!(matches!(&session.on(claimed())[..], [ToServer::Agent { request: ToAgent::Arm(_), .. }]));
+    session.on(armed());
+    assert_eq!(session.phase(), Phase::Armed);
+    session.on(FromServer::LanesReady { guest: GUEST.into() });
+    session.on(agent(FromAgent::Started { before: GuestTsc(1), after: GuestTsc(2) }));
+    assert_eq!(session.stop(), [session.ask(ToAgent::Stop)]);
+    session.on(agent(FromAgent::Lane(LaneReport { bytes_sent: 8192, ..LaneReport::default() })));
+    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 8192 }];
+    let finish = ToServer::Finish { guest: GUEST.into(), ends, wait_ms_max: WAIT_MS_MAX };
+    assert_eq!(session.on(agent(FromAgent::Stopped)), [finish]);
+    session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![] });
+    assert_eq!(session.phase(), Phase::Drained);
+    assert_eq!(session.close(), [session.ask(ToAgent::Close), ToServer::Release { guest: GUEST.into() }]);
+    session.on(FromServer::Released { guest: GUEST.into() });
+    assert_eq!((session.phase(), session.trouble), (Phase::Closed, None));
+}
+
+#[test]
+fn guest_that_cannot_be_claimed_is_let_go_without_a_release() {
+    let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+    assert!(session.on(FromServer::Refused(Refusal::NoAgent { guest: GUEST.into() })).is_empty());
+    assert_eq!(session.phase(), Phase::Closed);
+    assert!(matches!(session.trouble, Some(Trouble::Refused(_))));
+}
+
+#[test]
+fn failed_arm_closes_and_releases() {
+    let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+    session.on(claimed());
+    let failure =
+        Failure { kind: FailureKind::NoSuchEvent, object: "shced".into(), detail: "none".into(), near: vec![] };
+    let effects = session.on(agent(FromAgent::Failed(failure)));
+    assert!(matches!(&effects[..], [ToServer::Agent { request: ToAgent::Close, .. }, ToServer::Release { .. }]));
+}
+
+#[test]
+fn agent_that_goes_away_leaves_what_came() {
+    let mut session = running();
+    let effects = session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Agent });
+    assert!(matches!(&effects[..], [ToServer::Finish { wait_ms_max: 0, .. }]));
+    session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![LaneLedger::default()] });
+    assert_eq!((session.phase(), session.ledgers.len()), (Phase::Drained, 1));
+    assert_eq!(session.trouble, Some(Trouble::Gone(Gone::Agent)));
+}
+
+#[test]
+fn answer_nobody_asked_for_is_trouble() {
+    let mut session = running();
+    session.on(agent(FromAgent::Stopped));
+    let trouble = Trouble::OutOfOrder { phase: Phase::Running, answer: "Stopped".into() };
+    assert_eq!(session.trouble, Some(trouble));
+}
+
+#[test]
+fn more_lane_reports_than_lanes_are_trouble() {
+    let mut session = running();
+    session.stop();
+    session.on(agent(FromAgent::Lane(LaneReport::default())));
+    session.on(agent(FromAgent::Lane(LaneReport::default())));
+    assert_eq!(session.reports.len(), 1);
+    assert!(matches!(session.trouble, Some(Trouble::OutOfOrder { .. })));
+}
+
+fn any_message(code: u8) -> FromServer {
+    let guest = || GUEST.to_owned();
+    match code % 14 {
+        0 => claimed(),
+        1 => armed(),
+        2 => FromServer::LanesReady { guest: guest() },
+        3 => agent(FromAgent::Started { before: GuestTsc(1), after: GuestTsc(2) }),
+        4 => agent(FromAgent::Lane(LaneReport::default())),
+        5 => agent(FromAgent::Stopped),
+        6 => FromServer::Finished { guest: guest(), lanes: vec![] },
+        7 => FromServer::Released { guest: guest() },
+        8 => FromServer::Gone { guest: guest(), what: Gone::Device },
+        9 => FromServer::Refused(Refusal::Full),
+        10 => agent(FromAgent::Closed),
+        11 => agent(FromAgent::Pong { id: 1 }),
+        12 => agent(FromAgent::Marked { before: GuestTsc(1), after: GuestTsc(1) }),
+        _ => agent(FromAgent::Machine(Machine::default())),
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_order_of_messages_ends_closed_once_it_is_closed(codes in proptest::collection::vec(any::<u8>(), 0..40)) {
+        let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+        let mut phase = session.phase();
+        for code in codes {
+            let effects = session.on(any_message(code));
+            prop_assert!(effects.len() <= 2);
+            prop_assert!(session.phase() >= phase, "{:?} after {:?}", session.phase(), phase);
+            phase = session.phase();
+        }
+        session.stop();
+        session.abandon();
+        session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![] });
+        session.close();
+        session.on(FromServer::Released { guest: GUEST.into() });
+        prop_assert_eq!(session.phase(), Phase::Closed);
+    }
+}

@@ -1,0 +1,291 @@
+//! The closing table: what each machine recorded, what was lost and where, and how far its times can be trusted.
+//!
+//! In:    reports of agents and of the host's pump, ledgers of the server, sizes of files
+//! Out:   text for people, JSON for programs, the note in each file
+//! Trust: an agent's counts are its own; where they do not fit the server's the summary says so
+
+use std::{fmt, path::PathBuf};
+
+use serde::Serialize;
+use vtrace_common::{
+    ids::Cpu,
+    wire::{agent::LaneReport, client::LaneLedger},
+};
+
+use crate::tracefs::stats::Stats;
+
+/// One session.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Summary {
+    /// Its number; also in each file's start marker.
+    pub session: String,
+    /// From start to stop.
+    pub seconds: f64,
+    /// The host first, then the guests in the order typed.
+    pub machines: Vec<MachineSummary>,
+    /// How the command ended: its exit code, or 128 + signal.
+    pub command_status: Option<u8>,
+}
+
+/// One machine.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MachineSummary {
+    /// `host`, or the guest's name.
+    pub name: String,
+    /// Its file, if one was made.
+    pub file: Option<PathBuf>,
+    /// Size of the file.
+    pub bytes: u64,
+    /// One entry a CPU.
+    pub lanes: Vec<LaneSummary>,
+    /// How its times become host times; empty for the host.
+    pub clock: Option<ClockSummary>,
+    /// From the first machine's start to this one's, nanoseconds of host time.
+    pub start_skew_ns: Option<i64>,
+    /// Its part did not go to its end.
+    pub failed: bool,
+    /// What went wrong, and what a reader has to know.
+    pub remarks: Vec<String>,
+}
+
+/// How guest time becomes host time.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct ClockSummary {
+    /// `measured`: round trips over the control port.
+    pub source: String,
+    /// vCPUs it was measured on.
+    pub vcpus: usize,
+    /// No converted time is further from the truth than this.
+    pub bound_ns: u64,
+    /// The offset was the same at start and end.
+    pub steady: bool,
+}
+
+/// One CPU. `pages_in == pages_out + pages_lost`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct LaneSummary {
+    /// Which.
+    pub cpu: u32,
+    /// Pages taken out of its ring buffer.
+    pub pages_in: u64,
+    /// Pages in the file.
+    pub pages_out: u64,
+    /// Pages in between.
+    pub pages_lost: u64,
+    /// Of those: taken by the agent and not sent.
+    pub pages_lost_agent: u64,
+    /// Of those: sent and never arrived.
+    pub pages_lost_transport: u64,
+    /// Of those: arrived and not written.
+    pub pages_lost_refused: u64,
+    /// Events the kernel counted as read.
+    pub events: u64,
+    /// Events the kernel lost: overwritten, dropped.
+    pub events_lost: u64,
+    /// First error of a write, 0 if none failed.
+    pub write_errno: i32,
+}
+
+/// Sums over lanes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    /// See [`LaneSummary`].
+    pub pages_in: u64,
+    /// See [`LaneSummary`].
+    pub pages_out: u64,
+    /// See [`LaneSummary`].
+    pub pages_lost: u64,
+    /// See [`LaneSummary`].
+    pub events: u64,
+    /// See [`LaneSummary`].
+    pub events_lost: u64,
+}
+
+impl LaneSummary {
+    /// A lane whose pages never left our own process.
+    pub fn host(report: &LaneReport) -> Self {
+        assert_eq!(report.pages_tapped, report.pages_sent + report.pages_lost, "{}: pages unaccounted for", report.cpu);
+        let (events, events_lost) = events(report);
+        Self {
+            cpu: report.cpu.0,
+            pages_in: report.pages_tapped,
+            pages_out: report.pages_sent,
+            pages_lost: report.pages_lost,
+            pages_lost_agent: report.pages_lost,
+            events,
+            events_lost,
+            ..Self::default()
+        }
+    }
+
+    /// A guest's lane: what its agent says against what the server wrote. The second value is false if the two
+    /// cannot both be true.
+    pub fn guest(report: Option<&LaneReport>, ledger: &LaneLedger) -> (Self, bool) {
+        let (events, events_lost) = report.map(events).unwrap_or_default();
+        let pages_in = report.map_or(ledger.pages_in, |report| report.pages_tapped);
+        let pages_lost_agent = report.map_or(0, |report| report.pages_lost);
+        let pages_lost_transport = report.map_or(0, |report| report.pages_sent.saturating_sub(ledger.pages_in));
+        let lane = Self {
+            cpu: ledger.cpu.0,
+            pages_in,
+            pages_out: ledger.pages_out,
+            pages_lost: pages_in.saturating_sub(ledger.pages_out),
+            pages_lost_agent,
+            pages_lost_transport,
+            pages_lost_refused: ledger.pages_refused,
+            events,
+            events_lost,
+            write_errno: ledger.write_errno,
+        };
+        let causes = u128::from(pages_lost_agent) + u128::from(pages_lost_transport) + u128::from(ledger.pages_refused);
+        let balanced = u128::from(pages_in) == u128::from(ledger.pages_out) + causes;
+        (lane, balanced && ledger.pages_in == ledger.pages_out + ledger.pages_refused)
+    }
+}
+
+/// Events read and lost in between. Text that is not the kernel's counts as nothing.
+fn events(report: &LaneReport) -> (u64, u64) {
+    let [before, after] =
+        [&report.stats_before, &report.stats_after].map(|text| Stats::parse(text).unwrap_or_default());
+    (after.read_events.saturating_sub(before.read_events), after.lost().saturating_sub(before.lost()))
+}
+
+impl MachineSummary {
+    /// Sums over its lanes.
+    pub fn totals(&self) -> Totals {
+        self.lanes.iter().fold(Totals::default(), |sum, lane| Totals {
+            pages_in: sum.pages_in.saturating_add(lane.pages_in),
+            pages_out: sum.pages_out.saturating_add(lane.pages_out),
+            pages_lost: sum.pages_lost.saturating_add(lane.pages_lost),
+            events: sum.events.saturating_add(lane.events),
+            events_lost: sum.events_lost.saturating_add(lane.events_lost),
+        })
+    }
+
+    /// The lane of a CPU.
+    pub fn lane(&self, cpu: Cpu) -> Option<&LaneSummary> {
+        self.lanes.iter().find(|lane| lane.cpu == cpu.0)
+    }
+}
+
+impl Summary {
+    /// Whether a page or an event was lost anywhere.
+    pub fn lost_anything(&self) -> bool {
+        self.machines.iter().map(MachineSummary::totals).any(|sum| sum.pages_lost + sum.events_lost > 0)
+    }
+
+    /// Whether a machine's part did not go to its end.
+    pub fn failed(&self) -> bool {
+        self.machines.iter().any(|machine| machine.failed)
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.machines.iter().map(|machine| machine.name.len()).max().unwrap_or(0).max(7);
+        let head = ["pages in", "out", "lost", "events", "lost", "bytes", "seconds"];
+        let [pages_in, out, lost, events, events_lost, bytes, seconds] = head;
+        writeln!(
+            f,
+            "{:width$} {pages_in:>10} {out:>10} {lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8}  file",
+            "machine"
+        )?;
+        for machine in &self.machines {
+            let Totals { pages_in, pages_out, pages_lost, events, events_lost } = machine.totals();
+            let (bytes, seconds) = (machine.bytes, self.seconds);
+            let file = machine.file.as_ref().map_or("-".into(), |path| path.display().to_string());
+            writeln!(
+                f,
+                "{:width$} {pages_in:>10} {pages_out:>10} {pages_lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8.2}  {file}",
+                machine.name
+            )?;
+        }
+        for machine in &self.machines {
+            if let Some(clock) = &machine.clock {
+                writeln!(f, "clock {}: {clock}", machine.name)?;
+            }
+            for remark in &machine.remarks {
+                writeln!(f, "note {}: {remark}", machine.name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ClockSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { source, vcpus, bound_ns, steady } = self;
+        let plural = if *vcpus == 1 { "" } else { "s" };
+        let steady = if *steady { "" } else { ", offset moved during the trace" };
+        write!(f, "{source}, {vcpus} vCPU{plural}, ±{}{steady}", Nanoseconds(*bound_ns))
+    }
+}
+
+struct Nanoseconds(u64);
+
+impl fmt::Display for Nanoseconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ns if ns < 1000 => write!(f, "{ns} ns"),
+            ns if ns < 1_000_000 => write!(f, "{}.{} µs", ns / 1000, ns / 100 % 10),
+            ns => write!(f, "{}.{} ms", ns / 1_000_000, ns / 100_000 % 10),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(tapped: u64, sent: u64) -> LaneReport {
+        LaneReport { pages_tapped: tapped, pages_sent: sent, pages_lost: tapped - sent, ..LaneReport::default() }
+    }
+
+    fn ledger(pages_in: u64, pages_out: u64) -> LaneLedger {
+        LaneLedger { pages_in, pages_out, pages_refused: pages_in - pages_out, ..LaneLedger::default() }
+    }
+
+    #[test]
+    fn every_lost_page_has_a_place_where_it_was_lost() {
+        let (lane, balanced) = LaneSummary::guest(Some(&report(10, 9)), &ledger(7, 6));
+        assert!(balanced);
+        assert_eq!((lane.pages_in, lane.pages_out, lane.pages_lost), (10, 6, 4));
+        assert_eq!((lane.pages_lost_agent, lane.pages_lost_transport, lane.pages_lost_refused), (1, 2, 1));
+    }
+
+    #[test]
+    fn agent_that_counts_fewer_pages_than_came_is_found_out() {
+        assert!(!LaneSummary::guest(Some(&report(5, 5)), &ledger(6, 6)).1);
+        let impossible = LaneReport { pages_tapped: u64::MAX, pages_sent: 3, ..LaneReport::default() };
+        assert!(!LaneSummary::guest(Some(&impossible), &ledger(3, 3)).1);
+    }
+
+    #[test]
+    fn lane_without_a_report_shows_what_the_server_saw() {
+        let (lane, balanced) = LaneSummary::guest(None, &ledger(6, 5));
+        assert!(balanced);
+        assert_eq!((lane.pages_in, lane.pages_lost), (6, 1));
+    }
+
+    #[test]
+    fn table_names_machine_counts_clock_and_remarks() {
+        let lanes = vec![LaneSummary { pages_in: 10, pages_out: 9, pages_lost: 1, ..LaneSummary::default() }];
+        let clock = ClockSummary { source: "measured".into(), vcpus: 2, bound_ns: 1840, steady: true };
+        let machine = MachineSummary {
+            name: "guest1".into(),
+            file: Some("trace-guest1.dat".into()),
+            bytes: 36864,
+            lanes,
+            clock: Some(clock),
+            start_skew_ns: None,
+            failed: true,
+            remarks: vec!["its agent went away".into()],
+        };
+        let summary = Summary { session: "7".into(), seconds: 3.0, machines: vec![machine], command_status: None };
+        let text = summary.to_string();
+        assert!(text.contains("trace-guest1.dat"), "{text}");
+        assert!(text.contains("clock guest1: measured, 2 vCPUs, ±1.8 µs"), "{text}");
+        assert!(text.contains("note guest1: its agent went away"), "{text}");
+        assert!(summary.lost_anything());
+    }
+}

@@ -1,0 +1,217 @@
+//! The host's TSC in nanoseconds: the mult and shift of option TSC2NSEC.
+//!
+//! In:    perf's page; else the TSC against CLOCK_MONOTONIC_RAW, read at both ends of a session
+//! Out:   [`Scale`], with where it comes from and how far off it may be
+//! Runs:  on the caller's thread; sleeps only if asked before [`SPAN_MIN`] has passed
+//! Trust: the kernel's clock
+//!
+//! Stock readers compute `tsc × mult >> shift` with a 32-bit mult and a shift of at most 32 (`mul_u64_u32_shr`).
+
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::sys;
+
+/// Shortest time between the two readings of a measurement. At 0.1 s and 50 ns a reading the error is below 1 ppm.
+pub const SPAN_MIN: Duration = Duration::from_millis(100);
+
+const READINGS: usize = 64;
+const SHIFT_MAX: u32 = 32;
+const NS_PER_S: u128 = 1_000_000_000;
+
+/// nanoseconds = cycles × mult >> shift
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Scale {
+    /// See above.
+    pub mult: u32,
+    /// At most 32.
+    pub shift: u32,
+    /// Where it comes from.
+    pub source: Source,
+    /// How far its rate may be from CLOCK_MONOTONIC_RAW's, in parts per million.
+    pub error_ppm: f64,
+    /// How far the frequency named by CPUID is from it, where CPUID names one, in parts per million.
+    pub cpuid_ppm: Option<f64>,
+}
+
+/// Where a scale comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// The kernel's own factor, from perf.
+    Perf,
+    /// Measured against CLOCK_MONOTONIC_RAW.
+    Measured,
+}
+
+/// TSC and CLOCK_MONOTONIC_RAW at one moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Reading {
+    tsc: u64,
+    ns: u64,
+    /// Cycles between the TSC before and after; the clock was read somewhere between.
+    window: u64,
+}
+
+/// A measurement that has begun. The longer until [`Calibration::scale`], the smaller the error.
+#[derive(Clone, Copy, Debug)]
+pub struct Calibration {
+    first: Reading,
+    begun: Instant,
+}
+
+impl Calibration {
+    /// Takes the first reading: some microseconds.
+    pub fn begin() -> Self {
+        Self { first: Reading::best(), begun: Instant::now() }
+    }
+
+    /// The scale of perf, else of what was measured since `begin`.
+    pub fn scale(&self) -> Scale {
+        sleep(SPAN_MIN.saturating_sub(self.begun.elapsed()));
+        let last = Reading::best();
+        let span = Span::between(self.first, last);
+        let perf = sys::perf::time_factor().unwrap_or_else(|error| {
+            log::debug!("no factor from perf: {error}");
+            None
+        });
+        span.scale(perf, sys::cpuid::tsc_hz())
+    }
+}
+
+impl Reading {
+    /// The tightest of some.
+    fn best() -> Self {
+        let readings = (0..READINGS).map(|_| Self::take());
+        readings.min_by_key(|reading| reading.window).expect("there is at least one reading")
+    }
+
+    fn take() -> Self {
+        let before = sys::tsc::read();
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).expect("every kernel has CLOCK_MONOTONIC_RAW");
+        let window = sys::tsc::read().saturating_sub(before);
+        let ns = Duration::from(now).as_nanos();
+        Self { tsc: before + window / 2, ns: u64::try_from(ns).expect("584 years have not passed"), window }
+    }
+}
+
+/// Cycles and nanoseconds that passed in the same time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Span {
+    cycles: u64,
+    ns: u64,
+    /// How many cycles it may be wrong by.
+    cycles_error: u64,
+}
+
+impl Span {
+    fn between(first: Reading, last: Reading) -> Self {
+        Self {
+            cycles: last.tsc.saturating_sub(first.tsc).max(1),
+            ns: last.ns.saturating_sub(first.ns).max(1),
+            cycles_error: (first.window + last.window).div_ceil(2),
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people: 53 bits are plenty")]
+    fn scale(self, perf: Option<(u32, u16)>, cpuid_hz: Option<u64>) -> Scale {
+        let (mult, shift, source) = match perf {
+            Some((mult, shift)) => (mult, u32::from(shift), Source::Perf),
+            None => {
+                let (mult, shift) = mult_shift(self.cycles, self.ns);
+                (mult, shift, Source::Measured)
+            }
+        };
+        let ns_per_cycle = f64::from(mult) / (1u64 << shift) as f64;
+        let measured = self.ns as f64 / self.cycles as f64;
+        let window_ppm = self.cycles_error as f64 / self.cycles as f64 * 1e6;
+        let error_ppm = window_ppm + (ns_per_cycle / measured - 1.0).abs() * 1e6;
+        let cpuid_ppm = cpuid_hz.map(|hz| (hz as f64 * ns_per_cycle / 1e9 - 1.0) * 1e6);
+        Scale { mult, shift, source, error_ppm, cpuid_ppm }
+    }
+}
+
+/// The largest shift whose mult fits 32 bits, and that mult, rounded: the best a stock reader can be told.
+fn mult_shift(cycles: u64, ns: u64) -> (u32, u32) {
+    let mult = |shift: u32| {
+        let scaled = ((u128::from(ns) << shift) + u128::from(cycles) / 2) / u128::from(cycles.max(1));
+        u32::try_from(scaled).ok().map(|mult| (mult, shift))
+    };
+    (0..=SHIFT_MAX).rev().find_map(mult).unwrap_or((u32::MAX, 0)) // no TSC is that slow, a broken one may seem so
+}
+
+impl Scale {
+    /// Nanoseconds of a TSC value, as stock readers compute them.
+    pub fn ns(&self, tsc: u64) -> u64 {
+        let wide = (u128::from(tsc) * u128::from(self.mult)) >> self.shift;
+        u64::try_from(wide & u128::from(u64::MAX)).expect("masked to 64 bits")
+    }
+
+    /// The frequency it stands for, in hertz.
+    pub fn hz(&self) -> u64 {
+        u64::try_from((NS_PER_S << self.shift) / u128::from(self.mult.max(1))).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn measured_scale_agrees_with_the_kernels_clock_over_another_span() {
+        let scale = Calibration::begin().scale();
+        println!("{scale:?}, {} Hz", scale.hz());
+        assert!(scale.error_ppm < 50.0, "{scale:?}");
+        let first = Reading::best();
+        sleep(SPAN_MIN);
+        let last = Reading::best();
+        let (ours, kernels) = (scale.ns(last.tsc) - scale.ns(first.tsc), last.ns - first.ns);
+        assert!(ours.abs_diff(kernels) < kernels / 10_000, "{ours} ns, the kernel says {kernels}");
+    }
+
+    #[test]
+    fn longer_span_has_the_smaller_error() {
+        let of = |cycles: u64, ns: u64| Span { cycles, ns, cycles_error: 200 }.scale(None, None).error_ppm;
+        assert!(of(2_000_000_000, 1_000_000_000) < of(200_000_000, 100_000_000) / 9.0);
+    }
+
+    #[test]
+    fn perfs_factor_is_kept_and_its_distance_is_shown() {
+        let span = Span { cycles: 2_100_000_000, ns: 1_000_000_000, cycles_error: 0 };
+        let scale = span.scale(Some((1_000_000_000, 31)), Some(2_100_000_000));
+        assert_eq!((scale.mult, scale.shift, scale.source), (1_000_000_000, 31, Source::Perf));
+        assert!((scale.error_ppm - 22_090.0).abs() < 100.0 && scale.cpuid_ppm.is_some_and(|ppm| ppm < -20_000.0));
+    }
+
+    proptest! {
+        #[test]
+        fn rate_is_within_a_billionth_of_what_was_measured(hz in 600_000_000u64..8_000_000_000, ms in 100u64..100_000) {
+            let (cycles, ns) = (hz / 1000 * ms, ms * 1_000_000);
+            let (mult, shift) = mult_shift(cycles, ns);
+            let (ours, exact) = (u128::from(mult) * u128::from(cycles), u128::from(ns) << shift);
+            prop_assert!(ours.abs_diff(exact) * NS_PER_S <= exact);
+            prop_assert!(shift <= SHIFT_MAX);
+        }
+
+        #[test]
+        fn any_span_has_a_scale(cycles in 1u64.., ns in 1u64..u64::from(u32::MAX)) {
+            let (mult, shift) = mult_shift(cycles, ns);
+            prop_assert!(shift <= SHIFT_MAX);
+            prop_assert!(mult > 0 || u128::from(ns) << shift < u128::from(cycles));
+        }
+
+        #[test]
+        fn nanoseconds_are_those_of_the_kernels_arithmetic(tsc: u64, mult in 1u32.., shift in 0u32..=32) {
+            let (high, low) = (tsc >> 32, tsc & u64::from(u32::MAX));
+            let mult_wide = u64::from(mult);
+            let stock = ((low * mult_wide) >> shift).wrapping_add((high * mult_wide) << (32 - shift));
+            let scale = Scale { mult, shift, source: Source::Perf, error_ppm: 0.0, cpuid_ppm: None };
+            prop_assert_eq!(scale.ns(tsc), stock);
+        }
+    }
+}
