@@ -1,0 +1,120 @@
+//! The command line as typed. One definition gives parser, help, man page and completions.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+/// Where server and clients meet when nobody says otherwise.
+pub const RUN_DIR: &str = "/run/vtrace";
+
+/// Host and guests in one trace.
+#[derive(Parser, Debug)]
+#[command(name = "vtrace", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What vtrace can do.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Record host and guests together, into one file each
+    Record(RecordArgs),
+    /// Serve guests: the backend of their virtio-serial device (on the host, one for all guests)
+    Server(ServerArgs),
+    /// Record for a host (inside a guest)
+    Agent(AgentArgs),
+    /// Show the guests of the server and how far each one is
+    List(ListArgs),
+}
+
+/// `vtrace record [OPTIONS] [--dom GUEST [GUEST OPTIONS]]… [--] [COMMAND]`
+#[derive(ClapArgs, Debug)]
+#[command(
+    override_usage = "vtrace record [OPTIONS] [-e EVENT]... [--dom GUEST -e EVENT...]... [--] [COMMAND]...",
+    after_help = "Options after --dom belong to that guest. Recording ends with COMMAND, at --timeout, or with Ctrl-C;\n\
+                  a second Ctrl-C stops at once and keeps what is there.\n\n\
+                  Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
+                  trace-cmd report -i trace.dat -i trace-guest1.dat\n\n\
+                  Exit status: 0 recorded, 1 failed, 2 usage, 3 data lost under --strict, else COMMAND's own."
+)]
+pub struct RecordArgs {
+    /// Event to record: SYSTEM, SYSTEM:EVENT, globs in either part, or `all`; can be given often
+    #[arg(short = 'e', long = "event", value_name = "EVENT", help_heading = "For each machine")]
+    pub event: Vec<String>,
+    /// Ring buffer of each CPU, in KiB
+    #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
+    pub buffer_kb: Vec<u32>,
+    /// Record this guest too; what follows is for it
+    #[arg(short = 'A', long = "dom", value_name = "GUEST", help_heading = "For each machine")]
+    pub dom: Vec<String>,
+    /// The host's file; a guest's has the guest's name before the suffix
+    #[arg(short, long, value_name = "FILE", default_value = "trace.dat")]
+    pub output: PathBuf,
+    /// Stop after this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+    /// Leave kernel symbols out: arms faster, functions stay numbers
+    #[arg(long)]
+    pub no_kallsyms: bool,
+    /// Exit with status 3 if a single page or event was lost
+    #[arg(long)]
+    pub strict: bool,
+    /// Print the closing table as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// No status line, no closing table
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// Command to run while recording
+    #[arg(value_name = "COMMAND", trailing_var_arg = true)]
+    pub command: Vec<OsString>,
+}
+
+/// `vtrace server --dom GUEST…`
+#[derive(ClapArgs, Debug)]
+#[command(after_help = "Start it before QEMU. Each guest's device connects to DIR/GUEST.sock:\n\n  \
+        -object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine q35,memory-backend=mem0\n  \
+        -chardev socket,id=vtrace0,path=DIR/GUEST.sock\n  \
+        -device vhost-user-test-device-pci,chardev=vtrace0,virtio-id=3,num_vqs=N,vq_size=128,config_size=12\n\n\
+        with N = 2 × (CPUs + 2). QEMU 10.2 or newer.")]
+pub struct ServerArgs {
+    /// A guest to serve; can be given often
+    #[arg(long, value_name = "GUEST")]
+    pub dom: Vec<String>,
+    /// Where the sockets are made
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// Socket of the one guest, instead of DIR/GUEST.sock
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Socket of the one guest, already open
+    #[arg(long, value_name = "FDNUM")]
+    pub fd: Option<i32>,
+    /// Print what this backend can do, as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// `vtrace agent`
+#[derive(ClapArgs, Debug)]
+pub struct AgentArgs {
+    /// Keep a copy of every page in DIR/cpuN.raw (to verify the road; halves its speed)
+    #[arg(long, value_name = "DIR")]
+    pub tee: Option<PathBuf>,
+}
+
+/// `vtrace list`
+#[derive(ClapArgs, Debug)]
+pub struct ListArgs {
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}

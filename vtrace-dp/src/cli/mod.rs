@@ -1,0 +1,79 @@
+//! What a person types and reads.
+//!
+//! In:    the command line
+//! Out:   data on stdout, all else on stderr; exit status 0 ok, 1 failed, 2 usage, 3 data lost under `--strict`,
+//!        else the recorded command's own
+//! Trust: the person; names become file names only after [`plan::is_guest_name`]
+
+mod agent;
+pub mod args;
+mod complaint;
+mod list;
+pub mod plan;
+mod record;
+mod server;
+mod status;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, FromArgMatches};
+
+use args::{Args, Verb};
+use complaint::Complaint;
+
+use crate::sys::signal::ignore_file_size;
+
+/// Exit status: it did not work.
+pub const FAILED: u8 = 1;
+/// Exit status: the command line makes no sense. clap uses the same.
+pub const USAGE: u8 = 2;
+/// Exit status: something was lost, and `--strict` was given.
+pub const LOST: u8 = 3;
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let matches = Args::command().get_matches();
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let verb = matches.subcommand().expect("clap asks for a verb").1;
+    log_to_stderr();
+    if let Err(error) = ignore_file_size() {
+        log::debug!("SIGXFSZ: {error}");
+    }
+    let result = match args.verb {
+        Verb::Record(args) => record::run(&args, verb),
+        Verb::Server(args) => server::run(&args),
+        Verb::Agent(args) => agent::run(args),
+        Verb::List(args) => list::run(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(complaint) => {
+            say(&complaint.to_string());
+            ExitCode::from(complaint.status)
+        }
+    }
+}
+
+/// One line per event that a person has to know of, or all with `VTRACE_LOG=debug`.
+fn log_to_stderr() {
+    let filter = env_logger::Env::new().filter_or("VTRACE_LOG", "info");
+    env_logger::Builder::from_env(filter).format_target(false).init();
+}
+
+/// Text for a person. A closed stderr is no reason to fail.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}", text.trim_end());
+}
+
+/// Data. A reader that has gone (`| head`) is no error.
+fn put(text: &str) -> Result<(), Complaint> {
+    match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Complaint::new("cannot write to stdout", error, "free the place it leads to"))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,47 @@
+//! `vtrace record`
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+use clap::ArgMatches;
+
+use super::{FAILED, LOST, args::RecordArgs, complaint::Complaint, plan::Plan, put, say, status::Status};
+use crate::{
+    recorder::{run, summary::Summary},
+    sys::signal::Signals,
+};
+
+/// Records and prints the closing table.
+pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
+    // A fresh RandomState is keyed by the system's random numbers: sessions of one machine do not meet.
+    let session = RandomState::new().build_hasher().finish();
+    let plan = Plan::new(args, matches, session)?;
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Complaint::not_root());
+    }
+    let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
+    let mut status = Status::new(plan.quiet);
+    let recorded = run::record(&plan, &signals, &mut |progress| status.show(progress));
+    status.clear();
+    let summary = recorded.map_err(|error| Complaint::recording(error, &plan))?;
+    print(&plan, &summary)?;
+    Ok(exit_status(&plan, &summary))
+}
+
+fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
+    if plan.json {
+        return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
+    }
+    if !plan.quiet {
+        say(&summary.to_string());
+    }
+    Ok(())
+}
+
+fn exit_status(plan: &Plan, summary: &Summary) -> u8 {
+    match summary.command_status {
+        _ if summary.failed() => FAILED,
+        _ if plan.strict && summary.lost_anything() => LOST,
+        Some(status) => status,
+        None => 0,
+    }
+}
