@@ -1,0 +1,100 @@
+//! `cargo xtask tidy`: the rules of the house that a command can check and neither rustc nor clippy does.
+//!
+//! In:    every file git tracks, as it is in the work tree, and the messages of the commits behind HEAD
+//! Out:   one line a finding, `path:line: what (limit)`; an error if there is one
+//! Trust: our own code
+//!
+//! | check | looks at |
+//! |---|---|
+//! | [`length`] | lines of files and functions |
+//! | [`unsafety`] | where `unsafe` may be, and whether it says why |
+//! | [`naming`] | functions, modules, tests |
+//! | [`text`] | contracts, unfinished work, prints |
+//! | [`hot`] | what functions that call themselves hot must not do |
+//! | [`direction`] | which room may use which |
+//! | [`place`] | the top level, and the names of machines and mirrors |
+//! | [`commit`] | messages |
+
+mod commit;
+mod direction;
+mod hot;
+mod length;
+mod naming;
+mod place;
+mod rust;
+mod text;
+mod tree;
+mod unsafety;
+
+use std::fmt;
+
+use anyhow::{Result, bail};
+
+use tree::Tree;
+
+/// One rule broken at one place.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Finding {
+    path: String,
+    line: usize,
+    what: String,
+}
+
+impl Finding {
+    fn new(path: &str, line: usize, what: impl Into<String>) -> Self {
+        Self { path: path.into(), line, what: what.into() }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}", self.path, self.line, self.what)
+    }
+}
+
+type Check = fn(&Tree) -> Vec<Finding>;
+
+/// Every check of files.
+const CHECKS: [Check; 15] = [
+    tree::unreadable,
+    length::files,
+    length::functions,
+    length::spread,
+    unsafety::places,
+    unsafety::comments,
+    naming::functions,
+    naming::modules,
+    naming::tests,
+    text::contracts,
+    text::unfinished,
+    text::prints,
+    hot::functions,
+    direction::rooms,
+    place::all,
+];
+
+/// Checks this work tree.
+///
+/// # Errors
+/// When a rule is broken, or git cannot be asked.
+pub fn run() -> Result<()> {
+    let tree = Tree::tracked()?;
+    let commits = commit::log()?;
+    let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(&tree)).collect();
+    findings.extend(commits.iter().flat_map(commit::check));
+    findings.sort();
+    findings.iter().for_each(|finding| println!("{finding}"));
+    let (files, functions, p95) = (tree.files.len(), length::count(&tree), length::p95(&tree));
+    println!("tidy: {files} files, {functions} functions (p95 {p95} lines), {} commits", commits.len());
+    match findings.len() {
+        0 => Ok(()),
+        1 => bail!("tidy: one finding"),
+        count => bail!("tidy: {count} findings"),
+    }
+}
+
+/// A tree of one file, for the tests of checks: what a check finds in it.
+#[cfg(test)]
+fn found(check: Check, path: &str, text: &str) -> Vec<String> {
+    check(&Tree::of(&[(path, text)])).iter().map(ToString::to_string).collect()
+}
