@@ -1,0 +1,54 @@
+//! Fuzz targets: what reads bytes of others, fed by libFuzzer, and by plain tests with the same code.
+//!
+//! In:    any bytes
+//! Out:   nothing; a target that breaks a promise panics
+//! Runs:  `cargo xtask fuzz [TARGET]` under libFuzzer; `cargo test -p vtrace-fuzz` with seeds, regressions, random bytes
+//! Trust: nothing
+//!
+//! | target | feeds | promises |
+//! |---|---|---|
+//! | [`canary`] | a lock of eight bytes | is found and reported: coverage feedback and crash reports work |
+//! | [`lane`] | `vtrace_dp::drain::lane` | pages balance, sound ones are written, nothing outside the area |
+//! | [`page`] | `vtrace_common::page` | an accepted header fits its page and says its own commit word |
+//! | [`ring`] | `vtrace_dp::device::ring` | ends, and every span lies inside guest memory |
+//! | [`tracedat`] | `vtrace_dp::trace::reader` | an answer, in bounded memory; no more events than words |
+//! | [`wire`] | `vtrace_common::wire` | the same frames however the stream is cut; what opens can be sent again |
+//!
+//! A target is three things of one name:
+//!
+//! 1. a module here with `run(bytes)`, which panics when a promise is broken, and `seeds()`, inputs made by the code
+//!    that writes such bytes in earnest;
+//! 2. its line in [`TARGETS`];
+//! 3. a `[[bin]]` in Cargo.toml with `required-features = ["fuzzing"]`, whose file is `fuzz_target!` around `run`.
+//!
+//! An input that once broke a target is kept in `regressions/TARGET/`; tests and fuzzer start from there.
+
+pub mod canary;
+pub mod lane;
+pub mod page;
+pub mod ring;
+pub mod tracedat;
+pub mod wire;
+
+/// One fuzz target.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Its module, its bin, its folder of regressions.
+    pub name: &'static str,
+    /// Feeds it; panics when a promise is broken.
+    pub run: fn(&[u8]),
+    /// Inputs to start from.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All targets but the canary.
+pub const TARGETS: &[Target] = &[
+    Target { name: "lane", run: lane::run, seeds: lane::seeds },
+    Target { name: "page", run: page::run, seeds: page::seeds },
+    Target { name: "ring", run: ring::run, seeds: ring::seeds },
+    Target { name: "tracedat", run: tracedat::run, seeds: tracedat::seeds },
+    Target { name: "wire", run: wire::run, seeds: wire::seeds },
+];
+
+#[cfg(test)]
+mod tests;

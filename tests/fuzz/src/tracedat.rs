@@ -1,0 +1,61 @@
+//! trace.dat: any file, opened and walked to its last event.
+//!
+//! Input: the file.
+
+use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::OnceLock};
+
+use vtrace_common::ids::Cpu;
+use vtrace_dp::trace::{
+    metadata::Metadata,
+    option::{ShiftSample, TimeShift, TraceOption},
+    reader::Reader,
+    writer::Writer,
+};
+
+/// Reads everything there is.
+pub fn run(bytes: &[u8]) {
+    let Ok(reader) = Reader::open(bytes) else { return };
+    let _ = (reader.notes(), reader.areas());
+    for buffer in reader.buffers() {
+        for lane in &buffer.lanes {
+            let mut events = 0u64;
+            let _ = reader.events(buffer, lane, |_, _| events += 1);
+            assert!(events <= lane.bytes / 4, "{events} events in {} bytes", lane.bytes);
+        }
+    }
+}
+
+/// A file of our own.
+pub fn seeds() -> Vec<Vec<u8>> {
+    static SEEDS: OnceLock<Vec<Vec<u8>>> = OnceLock::new();
+    SEEDS.get_or_init(|| vec![file().expect("the temporary folder takes a file")]).clone()
+}
+
+fn file() -> std::io::Result<Vec<u8>> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("seed.dat");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    let metadata = Metadata {
+        header_page: b"page".to_vec(),
+        header_event: b"event".to_vec(),
+        event_formats: [("sched".to_owned(), vec![b"name: sched_switch\nID: 1\n".to_vec()])].into(),
+        ..Metadata::default()
+    };
+    let writer = Writer::create(file, &metadata, "local [x86-tsc]", 4096, &[Cpu(0)])?;
+    writer.file().write_all_at(&page(), writer.areas()[0].offset)?;
+    let samples = [7, 9].map(|time| ShiftSample { time, offset: -5 }).to_vec();
+    let shift = TimeShift { peer: 1, interpolate: false, cpus: vec![samples] };
+    let guest = TraceOption::Guest { name: "guest1".to_owned(), trace_id: 2, vcpus: vec![(Cpu(0), 42)] };
+    let options = [TraceOption::TraceId(1), TraceOption::TimeShift(shift), guest];
+    writer.finish(&[(Cpu(0), 4096)], b"1 init\n", &options, "{}")?;
+    std::fs::read(path)
+}
+
+/// One event of each kind: short, time extend, long, discarded, absolute stamp.
+fn page() -> Vec<u8> {
+    let words: [u32; 12] = [1, 7, 30 | 5 << 5, 1, 1 << 5, 8, 1, 29 | 1 << 5, 4, 31, 1, 29];
+    let mut page = [1000u64.to_le_bytes(), 48u64.to_le_bytes()].concat();
+    words.iter().for_each(|word| page.extend(word.to_le_bytes()));
+    page.resize(4096, 0);
+    page
+}

@@ -1,0 +1,116 @@
+//! What stock tools make of a file: trace-cmd and the library behind KernelShark, from Debian, run as a user would.
+
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use vtrace_common::ids::Cpu;
+
+/// Runs a stock tool; it must succeed and have nothing to complain about.
+pub fn run(program: impl AsRef<OsStr>, words: &[&str], files: &[&Path]) -> Result<String> {
+    let mut command = Command::new(program.as_ref());
+    let output = command.args(words).args(files).output().context("cannot run a stock tool")?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && stderr.trim().is_empty(), "{words:?}: {}: {stderr}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// `trace-cmd WORDS -i FILE -i FILE …`.
+pub fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
+    static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| xtask::packages::ensure(&xtask::packages::JUDGES))
+        .as_ref()
+        .expect("stock tools are there");
+    let files: Vec<&Path> = files.iter().flat_map(|file| [Path::new("-i"), file]).collect();
+    run("trace-cmd", words, &files)
+}
+
+/// Lets stock trace-cmd write a file of this version out of `from`.
+pub fn convert(from: &Path, version: &str, to: &Path) -> Result<()> {
+    let mut command = Command::new("trace-cmd");
+    command.args(["convert", "--file-version", version, "--compression", "none", "-i"]).arg(from).arg("-o").arg(to);
+    // Version 6 of any top instance is written with a complaint of its own: "Cannot find description for buffer".
+    let status = command.output().context("cannot run trace-cmd")?.status;
+    ensure!(status.success() && to.exists(), "trace-cmd convert: {status}");
+    Ok(())
+}
+
+/// One line of a report: file (if there are several), CPU, time as printed without its point, event.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Line {
+    /// Where it happened.
+    pub cpu: Cpu,
+    /// Its time.
+    pub time: u64,
+    /// Its name.
+    pub event: String,
+    /// Everything behind the name.
+    pub fields: String,
+    /// The file, if there are several.
+    pub file: Option<String>,
+}
+
+/// The event lines of a report.
+pub fn lines(report: &str) -> Vec<Line> {
+    report.lines().filter_map(line).collect()
+}
+
+fn line(text: &str) -> Option<Line> {
+    // Raw cycles follow the CPU without a blank.
+    let text = text.replace(']', "] ");
+    let bracketed = |word: &str| word.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(Cpu);
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let at = words.iter().position(|word| bracketed(word).is_some())?;
+    // Newer versions put flags between CPU and time.
+    let time = words[at + 1..].iter().position(|word| word.ends_with(':'))? + at + 1;
+    Some(Line {
+        cpu: bracketed(words[at])?,
+        time: words[time].trim_end_matches(':').replace('.', "").parse().ok()?,
+        event: words.get(time + 1)?.trim_end_matches(':').to_owned(),
+        fields: words.get(time + 2..).unwrap_or_default().join(" "),
+        file: words[0].strip_suffix(':').map(str::to_owned),
+    })
+}
+
+/// A program that loads files as KernelShark does.
+pub fn kshark(folder: &Path) -> Result<PathBuf> {
+    xtask::packages::ensure(&xtask::packages::JUDGES)?;
+    let (source, program) = (folder.join("kshark.c"), folder.join("kshark"));
+    std::fs::write(&source, include_str!("judge/kshark.c"))?;
+    let words = ["-I/usr/include/kernelshark", "-o"];
+    run("gcc", &words, &[&program, &source, Path::new("-lkshark")])?;
+    Ok(program)
+}
+
+/// What KernelShark finds in files: entries of each stream, and the host threads of each guest's vCPUs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Shark {
+    /// Entries of each file.
+    pub entries: Vec<usize>,
+    /// Host stream, guest stream, threads.
+    pub maps: Vec<(usize, usize, Vec<u32>)>,
+}
+
+/// Loads files as KernelShark does.
+pub fn shark(files: &[&Path]) -> Result<Shark> {
+    let folder = tempfile::tempdir()?;
+    let said = run(kshark(folder.path())?, &[], files)?;
+    let mut found = Shark::default();
+    for line in said.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["stream", _, entries, ..] => found.entries.push(entries.parse()?),
+            ["map", host, guest, _name, ref threads @ ..] => {
+                let threads = threads.iter().map(|tid| tid.parse()).collect::<Result<_, _>>()?;
+                found.maps.push((host.parse()?, guest.parse()?, threads));
+            }
+            _ => bail!("unexpected: {line}"),
+        }
+    }
+    Ok(found)
+}

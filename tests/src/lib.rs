@@ -1,0 +1,13 @@
+//! Machines, peers and judges that the tests share.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`server`] | a real `vtrace server` in a folder of its own |
+//! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
+//! | [`judge`] | what stock tools say of a file |
+
+#![expect(clippy::print_stderr, reason = "a failed test shows what its server said")]
+
+pub mod judge;
+pub mod recording;
+pub mod server;

@@ -1,0 +1,99 @@
+//! A real `vtrace server` in a folder of its own; ends with its owner.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A server and its sockets.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Server {
+    /// Starts a server for `guests` and waits until it listens.
+    pub fn start(guests: &[&str]) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let log = File::create(dir.path().join("server.log"))?;
+        let mut command = Command::new(xtask::build::vtrace()?);
+        command.arg("server").arg("--dir").arg(dir.path()).stderr(log).env("VTRACE_LOG", "debug");
+        for guest in guests {
+            command.args(["--dom", guest]);
+        }
+        let server = Self { child: command.spawn().context("cannot start vtrace server")?, dir };
+        server.await_state("is there", |_| true)?;
+        Ok(server)
+    }
+
+    /// Its folder: for `--dir`.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where a guest's device connects.
+    pub fn socket(&self, guest: &str) -> PathBuf {
+        self.dir.path().join(format!("{guest}.sock"))
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("server.log")).unwrap_or_default()
+    }
+
+    /// `vtrace list --json`.
+    pub fn list(&self) -> Result<Value> {
+        let list = Command::new(xtask::build::vtrace()?).args(["list", "--json", "--dir"]).arg(self.dir()).output()?;
+        ensure!(list.status.success(), "vtrace list: {}", String::from_utf8_lossy(&list.stderr));
+        Ok(serde_json::from_slice(&list.stdout)?)
+    }
+
+    /// Waits until the agent of `guest` has said hello.
+    pub fn await_agent(&self, guest: &str) -> Result<()> {
+        self.await_state("has an agent", |state| state["name"] == guest && state["agent"].is_object())
+    }
+
+    /// Waits until one guest's state is as asked for.
+    pub fn await_state(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Result<()> {
+        let begun = Instant::now();
+        let mut last = String::new();
+        while begun.elapsed() < Duration::from_secs(60) {
+            match self.list() {
+                Ok(Value::Array(guests)) if guests.iter().any(&is_so) => return Ok(()),
+                Ok(other) => last = other.to_string(),
+                Err(error) => last = format!("{error:#}"),
+            }
+            sleep(Duration::from_millis(50));
+        }
+        bail!("no guest {what}: {last}\n{}", self.log())
+    }
+
+    /// SIGKILL, as the kernel's OOM killer would.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        if std::thread::panicking() {
+            eprintln!("--- server log ---\n{}", self.log());
+        }
+    }
+}

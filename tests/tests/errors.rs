@@ -1,0 +1,188 @@
+//! What a person reads when something is missing: what failed, on what, why, and what to try.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::Result;
+use vtrace_tests::{
+    recording::{Recorder, Recording},
+    server::Server,
+};
+use xtask::{
+    kernel::Kernel,
+    machine::{Machine, turn},
+};
+
+/// It failed with `status`, says `why` and offers `remedy`.
+fn complains(recording: &Recording, status: i32, why: &str, remedy: &str) {
+    assert_eq!(recording.status, status, "{}", recording.said);
+    assert!(recording.said.starts_with("vtrace: ") || status == 2, "{}", recording.said);
+    assert!(recording.said.contains(why), "{why:?} is not in {}", recording.said);
+    assert!(recording.said.contains(remedy), "{remedy:?} is not in {}", recording.said);
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+#[test]
+fn missing_server_is_named_with_its_socket_and_leaves_no_file() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let nowhere = folder.path().join("nowhere");
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: &nowhere, folder: files.path() };
+    let recording = recorder.run("-e sched --dom guest1 -e sched -- true")?;
+    complains(&recording, 1, "nowhere/control.sock", "vtrace server --dom");
+    assert!(is_empty(files.path()));
+    Ok(())
+}
+
+#[test]
+fn unknown_and_unconnected_guests_are_told_apart() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let server = Server::start(&["guest1", "other"])?;
+    let recorder = Recorder { server: server.dir(), folder: files.path() };
+    let recording = recorder.run("--dom gust1 -e sched -- true")?;
+    complains(&recording, 1, "no guest of this name", "guest1, other");
+    let recording = recorder.run("--dom guest1 -e sched -- true")?;
+    complains(&recording, 1, "no virtual machine is connected to", "QEMU 10.2 or newer");
+    assert!(is_empty(files.path()));
+    Ok(())
+}
+
+#[test]
+fn second_server_in_the_same_folder_is_refused() -> Result<()> {
+    let server = Server::start(&["guest1"])?;
+    let mut second = Command::new(xtask::build::vtrace()?);
+    let second = second.args(["server", "--dom", "guest1", "--dir"]).arg(server.dir()).output()?;
+    assert_eq!(second.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(said.contains("another server") && said.contains(&server.pid().to_string()), "{said}");
+    server.list()?;
+    Ok(())
+}
+
+#[test]
+fn wrong_command_lines_exit_with_2_and_say_what_is_right() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    complains(&recorder.run("-- true")?, 2, "nothing to record", "-e sched");
+    complains(&recorder.run("--dom guest1 -- true")?, 2, "no event (-e) after --dom guest1", "--dom GUEST -e");
+    complains(&recorder.run("--dom a/b -e sched -- true")?, 2, "cannot be a guest's name", "vtrace list");
+    complains(&recorder.run("--no-such-option")?, 2, "unexpected argument", "--help");
+    Ok(())
+}
+
+#[test]
+fn command_that_does_not_exist_is_found_before_anything_starts() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    complains(&recorder.run("-e sched -- no-such-program")?, 1, "command not found", "options of record go before");
+    assert!(is_empty(files.path()));
+    Ok(())
+}
+
+#[test]
+fn event_that_does_not_exist_on_the_host_is_named_with_near_matches() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    complains(&recorder.run("-e shced -- true")?, 1, "no event there matches \"shced\"", "sched");
+    assert!(is_empty(files.path()));
+    Ok(())
+}
+
+#[test]
+fn place_that_cannot_be_written_and_full_disk_are_told_apart() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let missing = files.path().join("missing");
+    let recorder = Recorder { server: files.path(), folder: &missing };
+    complains(&recorder.run("-e sched -- true")?, 1, "No such file or directory", "make its folder");
+
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(files.path()).status()?;
+    assert!(mounted.success());
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    let recording = recorder.run("-e sched -- sleep 0.2");
+    Command::new("umount").arg("-l").arg(files.path()).status()?;
+    complains(&recording?, 1, "No space left on device", "free some space");
+    Ok(())
+}
+
+#[test]
+fn recording_without_root_is_refused_with_the_way_to_do_it() -> Result<()> {
+    let binary = tempfile::tempdir()?;
+    let path = binary.path().join("vtrace");
+    fs::copy(xtask::build::vtrace()?, &path)?;
+    Command::new("chmod").args(["-R", "a+rx"]).arg(binary.path()).status()?;
+    let setpriv = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let output =
+        Command::new("setpriv").args(setpriv).arg(path).args(["record", "-e", "sched", "--", "true"]).output()?;
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("root only") && said.contains("sudo vtrace record"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn host_without_tracefs_is_told_how_to_mount_it() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let vtrace = xtask::build::vtrace()?;
+    // A mount namespace whose tracefs is covered, and no right to mount another.
+    let script = format!(
+        "mount -t tmpfs none /sys/kernel/tracing && (mount -t tmpfs none /sys/kernel/debug || true) && \
+         exec setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin -- {} record -o {}/trace.dat -e sched -- true",
+        vtrace.display(),
+        files.path().display()
+    );
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("no tracefs") && said.contains("mount -t tracefs"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn guest_without_agent_with_an_old_agent_and_with_a_missing_event_is_explained() -> Result<()> {
+    let turn = turn()?;
+    let files = tempfile::tempdir()?;
+    let server = Server::start(&["guest1"])?;
+    let recorder = Recorder { server: server.dir(), folder: files.path() };
+    let machine = Machine::builder(&turn, Kernel::V6_12).without_agent().vhost_user(&server.socket("guest1")).boot()?;
+    server.await_state("has a driver", |state| state["driver"] == "Running")?;
+    complains(&recorder.run("--dom guest1 -e sched -- true")?, 1, "no agent has opened", "vtrace agent");
+
+    // A hello of wire version 9: magic, version, family 0, length, then min 9, max 9, "old".
+    let hello = r"vtrc\x09\x00\x00\x00\x06\x00\x00\x00\x09\x09\x03old";
+    machine.shell(&format!(
+        "port=$(grep -lx agent-ctl-path /sys/class/virtio-ports/*/name); port=${{port%/name}}
+         exec 7>/dev/${{port##*/}}; printf '{hello}' >&7; (sleep 1000) & echo $! >/tmp/holder"
+    ))?;
+    server.await_agent("guest1")?;
+    complains(&recorder.run("--dom guest1 -e sched -- true")?, 1, "wire version 9", "copy this vtrace");
+    machine.shell("kill $(cat /tmp/holder)")?.ok()?;
+    server.await_state("has lost its agent", |state| state["agent"].is_null())?;
+
+    machine.shell("vtrace agent >/dev/console 2>&1 &")?;
+    server.await_agent("guest1")?;
+    let recording = recorder.run("--dom guest1 -e shced -- true")?;
+    complains(&recording, 1, "cannot record guest1: no event there matches \"shced\"", "sched");
+    assert!(is_empty(files.path()));
+    recorder.run("--dom guest1 -e sched -- sleep 0.2")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn guest_whose_memory_is_not_shared_is_told_how_to_share_it() -> Result<()> {
+    let turn = turn()?;
+    let files = tempfile::tempdir()?;
+    let server = Server::start(&["guest1"])?;
+    let recorder = Recorder { server: server.dir(), folder: files.path() };
+    let started = Machine::builder(&turn, Kernel::V6_12)
+        .private_memory()
+        .without_agent()
+        .vhost_user(&server.socket("guest1"))
+        .start()?;
+    server.await_state("tried to share its memory", |state| state["driver"] == "MemoryNotShared")?;
+    let recording = recorder.run("--dom guest1 -e sched -- true")?;
+    complains(&recording, 1, "memory is not shared", "share=on");
+    drop(started);
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! What happens to a recording when a part of it dies, sleeps or is told to stop: what came is kept, what did not is
+//! said, and the next session works.
+
+use std::{fs, path::Path, process::Child, thread::sleep, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+use vtrace_tests::{
+    judge::{lines, trace_cmd},
+    recording::{Recorder, Recording},
+    server::Server,
+};
+use xtask::{
+    kernel::Kernel,
+    machine::{Machine, Turn, turn},
+};
+
+const GUEST: &str = "guest1";
+const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
+
+/// One guest under load, its agent ready.
+fn boot(turn: &Turn, server: &Server, guest: &str, cpus: u32) -> Result<Machine> {
+    let machine = Machine::builder(turn, Kernel::V6_12).cpus(cpus).vhost_user(&server.socket(guest)).boot()?;
+    server.await_agent(guest)?;
+    machine.shell(LOAD)?.ok()?;
+    Ok(machine)
+}
+
+fn signal(child: &Child, signal: Signal) -> Result<()> {
+    Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
+}
+
+/// Waits until the server says that somebody records.
+fn await_recording(server: &Server) -> Result<()> {
+    server.await_state("is held", |state| !state["holder_pid"].is_null())?;
+    // Armed, started, and some pages on their way.
+    sleep(Duration::from_secs(4));
+    Ok(())
+}
+
+/// The guest's file has what the summary says, and stock trace-cmd reads it.
+fn file_is_whole(recording: &Recording) -> Result<()> {
+    let file = recording.file(GUEST);
+    ensure!(recording.sum(GUEST, "pages_out")? > 0, "{:#}", recording.summary);
+    let report = lines(&trace_cmd(&["report"], &[&file])?);
+    ensure!(report.len() > 10, "{} lines", report.len());
+    Ok(())
+}
+
+/// A whole session, nothing lost: the guest is as good as new.
+fn next_session_works(recorder: &Recorder) -> Result<()> {
+    let recording = recorder.run(&format!("-e irq --dom {GUEST} -e sched -- sleep 0.5"))?.ok()?;
+    assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
+    file_is_whole(&recording)
+}
+
+fn remarks(recording: &Recording) -> Result<String> {
+    Ok(recording.machine(GUEST)?["remarks"].to_string())
+}
+
+#[test]
+fn guest_that_dies_mid_trace_leaves_what_came_and_comes_back() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let machine = boot(&turn, &server, GUEST, 2)?;
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
+    await_recording(&server)?;
+    machine.kill()?;
+    let recording = recorder.finish(child)?;
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    assert!(remarks(&recording)?.contains("went away"), "{:#}", recording.summary);
+    file_is_whole(&recording)?;
+    let _machine = boot(&turn, &server, GUEST, 2)?;
+    next_session_works(&recorder)
+}
+
+#[test]
+fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let machine = boot(&turn, &server, GUEST, 2)?;
+
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
+    await_recording(&server)?;
+    machine.shell("kill -9 $(pidof vtrace)")?.ok()?;
+    let recording = recorder.finish(child)?;
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    assert!(remarks(&recording)?.contains("agent went away"), "{:#}", recording.summary);
+    file_is_whole(&recording)?;
+    machine.shell("start-agent")?.ok()?;
+    server.await_agent(GUEST)?;
+    next_session_works(&recorder)?;
+
+    let mut child = recorder.start(&format!("-e sched --dom {GUEST} -e sched -- sleep 1000"))?;
+    await_recording(&server)?;
+    signal(&child, Signal::SIGKILL)?;
+    child.wait()?;
+    server.await_state("is free", |state| state["holder_pid"].is_null())?;
+    next_session_works(&recorder)?;
+    assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
+    ensure!(!fs::exists(format!("/sys/kernel/tracing/instances/vtrace-{}", child.id()))?, "the next run removes it");
+    Ok(())
+}
+
+#[test]
+fn server_that_is_killed_mid_trace_leaves_what_it_wrote() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let mut server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let _machine = boot(&turn, &server, GUEST, 1)?;
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
+    await_recording(&server)?;
+    let folder = folder.path();
+    server.kill()?;
+    let recording = Recorder { server: folder, folder }.finish(child)?;
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    assert!(remarks(&recording)?.contains("the server went away"), "{:#}", recording.summary);
+    file_is_whole(&recording)
+}
+
+#[test]
+fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let machine = boot(&turn, &server, GUEST, 2)?;
+
+    let child = recorder.start(&format!("-e irq --dom {GUEST} -e sched"))?;
+    await_recording(&server)?;
+    let second = recorder.run(&format!("--dom {GUEST} -e irq -- true"))?;
+    ensure!(second.status == 1 && second.said.contains("is recording it"), "{}", second.said);
+    ensure!(second.said.contains(&child.id().to_string()), "it says who holds it: {}", second.said);
+    machine.qmp("stop", &json!(null))?;
+    sleep(Duration::from_secs(2));
+    machine.qmp("cont", &json!(null))?;
+    sleep(Duration::from_secs(1));
+    signal(&child, Signal::SIGINT)?;
+    let recording = recorder.finish(child)?.ok()?;
+    assert_eq!(recording.sum(GUEST, "pages_lost")? + recording.sum(GUEST, "events_lost")?, 0);
+    file_is_whole(&recording)?;
+
+    let recording = recorder.run(&format!("--timeout 1 --dom {GUEST} -e sched"))?.ok()?;
+    file_is_whole(&recording)?;
+    let status = recorder.run(&format!("--dom {GUEST} -e sched -- false"))?.status;
+    assert_eq!(status, 1, "the command's own");
+    Ok(())
+}
+
+#[test]
+fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST, "guest2"])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let _machines = [boot(&turn, &server, GUEST, 1)?, boot(&turn, &server, "guest2", 1)?];
+    let words = format!("-e sched --dom {GUEST} -e sched --dom guest2 -e irq -e sched -- sleep 1");
+    let recording = recorder.run(&words)?.ok()?;
+    let files = ["host", GUEST, "guest2"].map(|name| recording.file(name));
+    let files: Vec<&Path> = files.iter().map(AsRef::as_ref).collect();
+    let report = lines(&trace_cmd(&["report", "--ts-check"], &files)?);
+    for (name, file) in ["host", GUEST, "guest2"].iter().zip(&files) {
+        let file = file.file_name().context("a file has a name")?.to_string_lossy().into_owned();
+        let shown = report.iter().filter(|line| line.file.as_deref() == Some(&file)).count();
+        assert_eq!(u64::try_from(shown)?, recording.sum(name, "events")?, "{name}");
+    }
+    Ok(())
+}
