@@ -19,7 +19,8 @@ const GUEST: &str = "guest1";
 const WARM_UP: u32 = 100;
 /// Sessions in all.
 const SESSIONS: u32 = 500;
-/// What an allocator may keep more or less of.
+/// What glibc's allocator may keep more of. Its caches grew by 200 to 400 bytes a session where the agent's own live
+/// bytes and blocks, counted by an allocator that counts, stayed the same to the byte over 30 sessions.
 const SLACK_KB: u64 = 256;
 
 /// What a process holds.

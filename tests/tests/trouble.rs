@@ -1,7 +1,13 @@
 //! What happens to a recording when a part of it dies, sleeps or is told to stop: what came is kept, what did not is
 //! said, and the next session works.
 
-use std::{fs, path::Path, process::Child, thread::sleep, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command},
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -149,6 +155,47 @@ fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() ->
     file_is_whole(&recording)?;
     let status = recorder.run(&format!("--dom {GUEST} -e sched -- false"))?.status;
     assert_eq!(status, 1, "the command's own");
+    Ok(())
+}
+
+/// A small file system, unmounted with its owner.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(size: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let options = format!("size={size}");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder.path()).status()?;
+        ensure!(mounted.success(), "mount: {mounted}");
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // What stays mounted goes with the machine; the test has said what it had to say.
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn disk_that_fills_mid_trace_ends_in_whole_files_and_a_true_ledger() -> Result<()> {
+    let (turn, disk) = (turn()?, SmallDisk::mount("4m")?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: disk.0.path() };
+    let machine = boot(&turn, &server, GUEST, 1)?;
+    machine.shell("(while :; do :; done) </dev/null >/dev/null 2>&1 &")?.ok()?;
+    let words = format!("--no-kallsyms -e irq --dom {GUEST} -e all -- sleep 4");
+    let recording = recorder.run(&words)?;
+    assert_eq!(recording.status, 1, "{}\n{:#}", recording.said, recording.summary);
+    assert!(remarks(&recording)?.contains("could not be written: No space left on device"), "{:#}", recording.summary);
+    let [pages_in, pages_out, lost] = ["pages_in", "pages_out", "pages_lost"].map(|name| recording.sum(GUEST, name));
+    let (pages_in, pages_out, lost) = (pages_in?, pages_out?, lost?);
+    assert_eq!(pages_in, pages_out + lost);
+    assert!(lost > 0);
+    file_is_whole(&recording)?;
+    assert_eq!(machine.shell("true")?.status, 0, "the guest is not held up");
     Ok(())
 }
 

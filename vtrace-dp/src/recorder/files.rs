@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
     page::{HEADER_BYTES, Header},
@@ -210,7 +211,7 @@ fn finish_guest(
         lanes,
         clock: clock.as_ref().map(|clock| clock_summary(common, clock, armed.lanes.len())),
         start_skew_ns: clock.as_ref().and_then(|clock| start_skew_ns(recording, common, session, clock)),
-        failed: session.trouble.is_some() || session.reports.iter().any(|lane| !lane.trouble.is_empty()),
+        failed: has_failed(session, &ledgers),
         remarks,
     };
     let uname = session.claimed.as_ref().map(|claimed| claimed.machine.uname.as_str()).unwrap_or_default();
@@ -240,11 +241,21 @@ fn found(writer: &Writer, page_bytes: u32) -> Vec<LaneLedger> {
     lanes.collect()
 }
 
+fn has_failed(session: &GuestSession, ledgers: &[LaneLedger]) -> bool {
+    session.trouble.is_some()
+        || session.reports.iter().any(|lane| !lane.trouble.is_empty())
+        || ledgers.iter().any(|lane| lane.write_errno != 0)
+}
+
 fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Vec<LaneSummary>, Vec<String>) {
     let report = |cpu: Cpu| session.reports.iter().find(|report| report.cpu == cpu);
     let summed = ledgers.iter().map(|ledger| LaneSummary::guest(report(ledger.cpu), ledger));
     let (lanes, balanced): (Vec<_>, Vec<_>) = summed.unzip();
     let mut remarks = Vec::new();
+    for ledger in ledgers.iter().filter(|ledger| ledger.write_errno != 0) {
+        let (cpu, why) = (ledger.cpu, Errno::from_raw(ledger.write_errno).desc());
+        remarks.push(format!("{cpu}: {} pages could not be written: {why}", ledger.pages_refused));
+    }
     if session.reports.len() < ledgers.len() {
         remarks.push("its own page counts are missing: what was lost inside it is not known".into());
     }
