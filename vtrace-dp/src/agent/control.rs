@@ -105,7 +105,8 @@ impl<'a> Control<'a> {
     ) -> Result<Self, SysError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(SysError::of("epoll_create1"))?;
         let link = Link::new(port);
-        let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        // A host that opens the port and says nothing makes it writable, not readable.
+        let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
         epoll.add(&link, EpollEvent::new(edges, PORT)).map_err(SysError::of("epoll_ctl"))?;
         epoll.add(quit, EpollEvent::new(EpollFlags::EPOLLIN, QUIT)).map_err(SysError::of("epoll_ctl"))?;
         let affinity = sched_getaffinity(Pid::from_raw(0)).map_err(SysError::of("sched_getaffinity"))?;
@@ -189,10 +190,11 @@ impl<'a> Control<'a> {
     /// Reads all there is and does it.
     fn hear_all(&mut self) -> Result<(), Gone> {
         loop {
-            let heard = match self.link.hear() {
-                Err(Gone::Absent) if self.greeting == Greeting::Absent => return Ok(()),
-                heard => heard?,
-            };
+            // Bytes may come before the news that their host has opened the port: an answer would go nowhere.
+            if self.greeting == Greeting::Absent && self.link.is_hung_up() {
+                return Ok(());
+            }
+            let heard = self.link.hear()?;
             if self.greeting == Greeting::Absent {
                 self.greeting = Greeting::Said;
                 self.say_hello()?;

@@ -79,6 +79,13 @@ impl Link {
         Self { port: port.into(), decoder: Decoder::default(), buffer: vec![0; 4096], owed: RefCell::default() }
     }
 
+    /// Whether no host has the port open. A change is an edge for epoll.
+    pub(super) fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.port.as_fd(), PollFlags::empty())];
+        let polled = poll(&mut fds, PollTimeout::ZERO).is_ok();
+        polled && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+
     /// Reads once.
     pub(super) fn hear(&mut self) -> Result<Heard, Gone> {
         match self.port.read(&mut self.buffer) {
