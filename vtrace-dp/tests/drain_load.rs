@@ -1,19 +1,16 @@
-//! The drain under load: what it may not do (allocate), and how fast it is beside the plain write that it wraps.
-//! One test at a time: allocations are counted by thread.
+//! The drain under load: what it may not do (allocate). How fast it is, the bench's case `drain` measures.
 
 #![expect(unsafe_code, reason = "an allocator that counts is an unsafe trait")]
 #![expect(clippy::unwrap_used, reason = "all of it is a test")]
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    fs::File,
-    os::fd::AsFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicI32, AtomicU64, Ordering},
         mpsc,
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use vtrace_common::{
@@ -22,13 +19,13 @@ use vtrace_common::{
 };
 use vtrace_dp::{
     device::{
-        memory::{Batch, Memory, Span},
+        memory::{Memory, Span},
         ring::Ring,
         testing::{Driver, guest_memory, memory_file},
     },
     drain::{
         Drain,
-        sink::{FileSink, NullSink, Sink},
+        sink::{FileSink, Sink},
     },
 };
 
@@ -41,7 +38,6 @@ struct Counting;
 
 static WATCHED: AtomicI32 = AtomicI32::new(0);
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-static ALONE: Mutex<()> = Mutex::new(());
 
 // SAFETY: every call goes to the system's allocator as it came; counting touches atomics only.
 unsafe impl GlobalAlloc for Counting {
@@ -97,7 +93,6 @@ fn finish(drain: &Drain, bytes_sent: u64) -> LaneLedger {
 
 #[test]
 fn nothing_is_allocated_while_pages_flow() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (memory, mut driver) = guest();
     let file = memory_file(0).unwrap();
     let drain = start("counted", &memory, &driver, Box::new(FileSink::new(file).unwrap()));
@@ -118,79 +113,4 @@ fn nothing_is_allocated_while_pages_flow() {
     assert_eq!(counted, 0, "allocations of the worker");
     assert!(ALLOCATIONS.load(Ordering::Relaxed) > 0, "the counter counts: the answer to finish is allocated");
     WATCHED.store(0, Ordering::Relaxed);
-}
-
-/// Bytes moved, and what it took.
-struct Cost {
-    bytes: u64,
-    began: Instant,
-    cpu_began: Duration,
-}
-
-impl Cost {
-    fn of(bytes: u64) -> Self {
-        Self { bytes, began: Instant::now(), cpu_began: Self::cpu() }
-    }
-
-    /// Of all threads of this process, the driver's among them.
-    fn cpu() -> Duration {
-        nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap().into()
-    }
-
-    fn tell(&self) -> String {
-        let (seconds, cpu) = (self.began.elapsed().as_secs_f64(), (Self::cpu() - self.cpu_began).as_secs_f64());
-        let bytes = self.bytes as f64;
-        format!("{:6.2} GB/s  {:6.3} CPU s/GiB", bytes / 1e9 / seconds, cpu / (bytes / f64::from(1 << 30)))
-    }
-}
-
-/// The cost of a run that sends `bytes` through the drain.
-fn through_drain(sink: Box<dyn Sink>, bytes: u64) -> (String, u64, u64) {
-    let (memory, mut driver) = guest();
-    let drain = start("measured", &memory, &driver, sink);
-    let cost = Cost::of(bytes);
-    for _ in 0..bytes / u64::from(BUFFER) {
-        driver.send_again_blocking(BUFFER, PAGE);
-    }
-    let ledger = finish(&drain, bytes);
-    let told = cost.tell();
-    assert_eq!(ledger.pages_out, bytes / u64::from(PAGE));
-    driver.reclaim();
-    (told, driver.kicks, driver.interrupts)
-}
-
-/// The cost of the same writes without ring, drain or guest: 64 chains of 16 pages at a time.
-fn plain(file: &File, bytes: u64) -> String {
-    let (memory, _driver) = guest();
-    let buffers = Driver::footprint(ENTRIES, BUFFER) - u64::from(ENTRIES) * u64::from(BUFFER);
-    let mut batch = Batch::new(memory);
-    let (cost, mut offset) = (Cost::of(bytes), 0);
-    let step = 64 * u64::from(BUFFER);
-    while offset < bytes {
-        let base = buffers + offset / step % 2 * step;
-        // Every second page first, so that the kernel gets as many entries as from a real guest.
-        for page in (0..step).step_by(2 * PAGE as usize).chain((4096..step).step_by(2 * PAGE as usize)) {
-            assert!(batch.push(Span { gpa: base + page, bytes: PAGE }).unwrap());
-        }
-        assert!(batch.write_at(file.as_fd(), offset).fault.is_none());
-        batch.clear();
-        offset += step;
-    }
-    cost.tell()
-}
-
-/// cargo test --release -p vtrace-dp --test drain_load -- --ignored --nocapture
-#[test]
-#[ignore = "a measurement, not a test: its numbers are to be read"]
-fn throughput_beside_a_plain_write() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    const BYTES: u64 = 4 << 30;
-    for round in 0..3 {
-        println!("{round} plain pwritev, 4 MiB a call  {}", plain(&memory_file(0).unwrap(), BYTES));
-        let file = FileSink::new(memory_file(0).unwrap()).unwrap();
-        for (name, sink) in [("file", Box::new(file) as Box<dyn Sink>), ("null", Box::new(NullSink))] {
-            let (told, kicks, interrupts) = through_drain(sink, BYTES);
-            println!("{round} drain, {name} sink            {told}  {kicks} kicks  {interrupts} interrupts");
-        }
-    }
 }
