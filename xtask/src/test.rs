@@ -23,7 +23,7 @@ const STEPS: [Step; 8] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", tidy::run),
     ("clippy", clippy),
-    ("unit", || cargo(&["test", "--locked", "--workspace", "--exclude", GUEST_TESTS])),
+    ("unit", || cargo(&["test", "--locked", "--no-fail-fast", "--workspace", "--exclude", GUEST_TESTS])),
     ("ebpf", || ebpf::run(true)),
     ("image", make_guests),
     ("guest", guests),
@@ -85,7 +85,7 @@ fn make_guests() -> Result<()> {
 
 /// Guests take turns anyway; one thread keeps the output of a failed boot with its test.
 fn guests() -> Result<()> {
-    cargo(&["test", "--locked", "--package", GUEST_TESTS, "--", "--test-threads=1"])
+    cargo(&["test", "--locked", "--no-fail-fast", "--package", GUEST_TESTS, "--", "--test-threads=1"])
 }
 
 fn cargo(words: &[&str]) -> Result<()> {

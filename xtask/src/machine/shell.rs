@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 /// How much goes to the guest before it answers: its serial driver drops what is over 64 KiB ahead of the reader.
 const CHUNK_SIZE: usize = 16 * 1024;
+/// A guest that says nothing for so long is nudged.
+const NUDGE_AFTER: Duration = Duration::from_secs(5);
 
 /// What a command in the guest printed (both streams) and how it ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +59,7 @@ impl Shell {
     pub(super) fn run(&mut self, script: &str, wait_max: Duration) -> Result<Output> {
         ensure!(script.len() < CHUNK_SIZE, "a command of {} bytes is too long: put it into a file", script.len());
         self.begin(script)?;
-        self.answer(Instant::now() + wait_max)
+        self.answer(Instant::now() + wait_max, true)
     }
 
     pub(super) fn put(&mut self, bytes: &[u8], guest: &str, wait_max: Duration) -> Result<()> {
@@ -65,7 +67,7 @@ impl Shell {
         for chunk in bytes.chunks(CHUNK_SIZE) {
             self.begin(&format!("head -c {} <&3 >>'{guest}'", chunk.len()))?;
             self.channel.send(chunk)?;
-            self.answer(Instant::now() + wait_max)?.ok()?;
+            self.answer(Instant::now() + wait_max, false)?.ok()?;
         }
         Ok(())
     }
@@ -75,10 +77,18 @@ impl Shell {
         self.channel.send(format!("{} {}\n", self.commands, base64(script.as_bytes())).as_bytes())
     }
 
-    /// The answer to the last command; late answers to earlier ones are passed over.
-    fn answer(&mut self, end: Instant) -> Result<Output> {
+    /// The answer to the last command; late answers to earlier ones are passed over. An emulated serial port now and
+    /// then sits on what it has until it is touched again: an empty line, to which nobody listens, does that.
+    fn answer(&mut self, end: Instant, may_nudge: bool) -> Result<Output> {
         loop {
-            let line = self.channel.line(end)?;
+            let nudge_at = if may_nudge { end.min(Instant::now() + NUDGE_AFTER) } else { end };
+            let line = match self.channel.line(nudge_at) {
+                Err(_) if nudge_at < end && nudge_at <= Instant::now() => {
+                    self.channel.send(b"\n")?;
+                    continue;
+                }
+                line => line?,
+            };
             ensure!(!contains(&line, b"@@ready "), "the guest booted again before it answered");
             let Some((id, status, size)) = answer_of(&line) else { continue };
             let bytes = self.channel.bytes(size, end).context("the answer is cut off")?;
