@@ -200,8 +200,9 @@ impl<'a> Control<'a> {
                 self.say_hello()?;
             }
             let Heard::Bytes(stamp) = heard else { return Ok(()) };
-            self.heard = Instant::now();
             self.take_frames(stamp)?;
+            // Arming and reporting can take longer than a host may be silent: that is not its silence.
+            self.heard = Instant::now();
         }
     }
 
@@ -340,7 +341,9 @@ impl<'a> Control<'a> {
         if self.state != State::Stopping {
             return Ok(()); // in trouble, which is logged; the report comes with the stop
         }
-        match self.report() {
+        let reported = self.report();
+        self.heard = Instant::now();
+        match reported {
             Ok(()) => Ok(()),
             Err(Refused::Gone(gone)) => Err(gone),
             Err(Refused::Failed(failure)) => self.tell_failure(failure),

@@ -13,6 +13,7 @@ use vtrace_common::{
 };
 
 use super::args::RecordArgs;
+use crate::server::check_name;
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";
@@ -81,8 +82,7 @@ pub enum PlanFault {
 
 /// Whether `name` can be a guest's: it names sockets and files.
 pub fn is_guest_name(name: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-    (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
+    check_name(name).is_ok()
 }
 
 impl Plan {

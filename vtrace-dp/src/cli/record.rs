@@ -31,7 +31,7 @@ fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
     if plan.json {
         return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
     }
-    if !plan.quiet {
+    if !plan.quiet || summary.failed() {
         say(&summary.to_string());
     }
     Ok(())

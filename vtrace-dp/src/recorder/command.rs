@@ -89,6 +89,17 @@ impl Command {
     }
 }
 
+impl Drop for Command {
+    fn drop(&mut self) {
+        let Some(child) = &mut self.child else { return };
+        // Only where recording has failed is it still running; there is nobody left to tell about it.
+        if matches!(child.try_wait(), Ok(None)) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 fn waiting(source: io::Error) -> CommandError {
     CommandError::Start { command: "waitpid".into(), source }
 }

@@ -5,7 +5,7 @@
 //! Trust: nothing a guest says decides where a byte goes
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ use super::{
     guest::vcpu_threads,
     host::HostReport,
     run::Recording,
-    session::{GuestSession, Trouble},
+    session::GuestSession,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
     tsc::Scale,
 };
@@ -82,9 +82,18 @@ pub(super) fn open(plan: &Plan) -> Result<Vec<Output>, FileError> {
 }
 
 fn open_one(path: &Path) -> Result<Output, FileError> {
-    let made = !path.exists();
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
-    let file = file.map_err(|source| FileError { path: path.into(), what: "open", source })?;
+    let failed = |source| FileError { path: path.into(), what: "open", source };
+    let mut options = OpenOptions::new();
+    let (file, made) = match options.read(true).write(true).create_new(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            (options.create_new(false).open(path).map_err(failed)?, false)
+        }
+        file => (file.map_err(failed)?, true),
+    };
+    file.try_lock().map_err(|error| {
+        let taken = || io::Error::new(io::ErrorKind::ResourceBusy, "another recording writes to it");
+        failed(if matches!(error, TryLockError::WouldBlock) { taken() } else { error.into() })
+    })?;
     Ok(Output { path: path.into(), file, made })
 }
 
@@ -190,10 +199,7 @@ fn finish_guest(
     let armed = session.armed.as_ref().expect("a guest with a file was armed");
     let clocks = &recording.clocks[index];
     let clock = plan(&clocks.start, &clocks.end, &armed.lanes, common.host_id);
-    let ledgers = match session.trouble {
-        Some(Trouble::Server) => found(&file.writer, armed.page_bytes),
-        _ => session.ledgers.clone(),
-    };
+    let ledgers = if session.is_finished() { session.ledgers.clone() } else { found(&file.writer, armed.page_bytes) };
     let (lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     remarks.extend(session.reports.iter().filter_map(trouble_of));
@@ -241,6 +247,7 @@ fn found(writer: &Writer, page_bytes: u32) -> Vec<LaneLedger> {
     lanes.collect()
 }
 
+/// Its part did not go to its end.
 fn has_failed(session: &GuestSession, ledgers: &[LaneLedger]) -> bool {
     session.trouble.is_some()
         || session.reports.iter().any(|lane| !lane.trouble.is_empty())

@@ -16,7 +16,7 @@ use vtrace_common::{
     ids::Cpu,
     limits::CLOCK_ROUNDS_MAX,
     wire::{
-        agent::ToAgent,
+        agent::{FromAgent, ToAgent},
         client::{Area, FromServer, Refusal, ToServer},
     },
 };
@@ -29,8 +29,18 @@ use crate::{
     sys::signal::Signals,
 };
 
-/// A guest that says nothing for this long, where an answer is due, is given up.
+/// A guest that says nothing of use for this long, where an answer is due, is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A guest may take this long to move what was in its ring buffers when it was stopped.
+const DRAIN_MAX: Duration = Duration::from_secs(300);
+/// A marker is not waited for longer: the guest may be paused.
+const MARK_MAX: Duration = Duration::from_secs(5);
+/// Nor is the measurement of a guest's clock, at either end.
+const MEASURE_MAX: Duration = Duration::from_secs(10);
+/// How often agents hear from us: they give up a session whose host is silent for ten seconds.
+const PING_EVERY: Duration = Duration::from_secs(1);
+/// Messages taken before something else gets its turn.
+const MESSAGES_MAX: usize = 256;
 /// A probe that is not answered in this time is not waited for.
 const ECHO_MAX: Duration = Duration::from_secs(2);
 /// Round trips of one session's measurement, shared among its vCPUs.
@@ -58,12 +68,19 @@ pub struct Guests {
     pub sessions: Vec<GuestSession>,
     probes: u32,
     heard: Instant,
+    pinged: Instant,
 }
 
 impl Guests {
     /// Connects to the server and claims every guest.
     pub fn claim(dir: &Path, plans: &[GuestPlan]) -> Result<Self, GuestsError> {
-        let mut guests = Self { link: Link::connect(dir)?, sessions: Vec::new(), probes: 0, heard: Instant::now() };
+        let mut guests = Self {
+            link: Link::connect(dir)?,
+            sessions: Vec::new(),
+            probes: 0,
+            heard: Instant::now(),
+            pinged: Instant::now(),
+        };
         for plan in plans {
             let (session, claim) = GuestSession::new(&plan.name, plan.machine.arm.clone());
             guests.sessions.push(session);
@@ -80,32 +97,52 @@ impl Guests {
     /// Takes messages until every guest has reached `phase`; one that stays silent gets trouble and moves on.
     pub fn wait(&mut self, phase: Phase, signals: Option<&Signals>) -> Result<(), GuestsError> {
         self.heard = Instant::now();
+        let patience = if phase == Phase::Drained { DRAIN_MAX } else { SILENCE_MAX };
         while self.sessions.iter().any(|session| session.phase() < phase) {
             if signals.is_some_and(|signals| signals.take_stop() > 0) {
                 return Err(GuestsError::Interrupted);
             }
             self.take(Duration::from_millis(200))?;
-            if self.heard.elapsed() > SILENCE_MAX {
-                self.give_up_below(phase)?;
+            if self.heard.elapsed() > patience {
+                self.give_up_below(phase, patience)?;
             }
         }
         Ok(())
     }
 
-    /// Takes messages until every guest has answered `count` marks, or has trouble.
-    pub fn wait_marks(&mut self, count: u32) -> Result<(), GuestsError> {
-        self.heard = Instant::now();
-        let waits = |session: &GuestSession| session.marks < count && session.phase() == Phase::Running;
-        while self.sessions.iter().any(waits) && self.heard.elapsed() < SILENCE_MAX {
+    /// Has every running guest write a marker, and waits until they have, but not for ever.
+    pub fn mark(&mut self, text: String) -> Result<(), GuestsError> {
+        self.ask_all(Phase::Running, &ToAgent::Mark { text })?;
+        self.sessions.iter_mut().for_each(GuestSession::mark_asked);
+        let asked = Instant::now();
+        while self.sessions.iter().any(GuestSession::owes_mark) && asked.elapsed() < MARK_MAX {
             self.take(Duration::from_millis(200))?;
+        }
+        Ok(())
+    }
+
+    /// Whether anybody is left to hear from.
+    pub fn is_live(&self) -> bool {
+        self.sessions.iter().any(|session| session.phase() < Phase::Closed)
+    }
+
+    /// Takes what has come, up to a bound: a guest that floods must not hold up the rest.
+    pub fn take_all(&mut self) -> Result<(), GuestsError> {
+        for _ in 0..MESSAGES_MAX {
+            if !self.take(Duration::ZERO)? {
+                break;
+            }
         }
         Ok(())
     }
 
     /// Takes one message if one comes within `wait`. True if one came.
     pub fn take(&mut self, wait: Duration) -> Result<bool, GuestsError> {
+        if self.pinged.elapsed() >= PING_EVERY {
+            self.pinged = Instant::now();
+            self.ping()?;
+        }
         let Some(message) = self.link.receive(Some(wait))? else { return Ok(false) };
-        self.heard = Instant::now();
         let Some(name) = guest_of(&message) else {
             return match message {
                 FromServer::Refused(refusal) => Err(GuestsError::Refused(refusal)),
@@ -113,6 +150,9 @@ impl Guests {
             };
         };
         let Some(session) = self.sessions.iter_mut().find(|session| session.name == name) else { return Ok(true) };
+        if is_progress(&message) {
+            self.heard = Instant::now();
+        }
         let effects = session.on(message);
         self.send(effects)?;
         Ok(true)
@@ -142,9 +182,12 @@ impl Guests {
         self.send(requests)
     }
 
-    /// Asks every agent whether it is there: agents give up a session whose host stays silent.
-    pub fn ping(&mut self) -> Result<(), GuestsError> {
-        self.ask_all(Phase::Running, &ToAgent::Ping { id: self.probes })
+    /// Lets every agent of a session that is under way hear from us.
+    fn ping(&mut self) -> Result<(), GuestsError> {
+        let is_under_way = |phase| (Phase::Arming..=Phase::Stopping).contains(&phase);
+        let asked = self.sessions.iter().filter(|session| is_under_way(session.phase()));
+        let requests = asked.map(|session| session.ask(ToAgent::Ping { id: self.probes })).collect();
+        self.send(requests)
     }
 
     /// Asks the server what has come so far.
@@ -158,10 +201,13 @@ impl Guests {
     pub fn measure(&mut self, index: usize) -> Result<Vec<Measurement>, GuestsError> {
         let cpus = self.sessions[index].armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
         let rounds = (ROUNDS_WANTED / cpus.len().max(1)).clamp(8, CLOCK_ROUNDS_MAX);
-        let mut measured = Vec::new();
+        let (mut measured, begun) = (Vec::new(), Instant::now());
         for cpu in cpus {
             let mut taken = Vec::with_capacity(rounds);
             for _ in 0..rounds {
+                if begun.elapsed() > MEASURE_MAX {
+                    break;
+                }
                 let Some(round) = self.probe(index, cpu)? else { break };
                 taken.push(round);
             }
@@ -185,12 +231,18 @@ impl Guests {
         Ok(None)
     }
 
-    fn give_up_below(&mut self, phase: Phase) -> Result<(), GuestsError> {
+    fn give_up_below(&mut self, phase: Phase, patience: Duration) -> Result<(), GuestsError> {
         self.heard = Instant::now();
         let silent = self.sessions.iter_mut().filter(|session| session.phase() < phase);
-        let requests = silent.flat_map(|session| session.silent(SILENCE_MAX.as_secs())).collect();
+        let requests = silent.flat_map(|session| session.silent(patience.as_secs())).collect();
         self.send(requests)
     }
+}
+
+/// Whether a message brings a session on. An agent that only says that it is there is not waited for.
+fn is_progress(message: &FromServer) -> bool {
+    let FromServer::Agent { answer, .. } = message else { return !matches!(message, FromServer::Ledger { .. }) };
+    !matches!(answer, FromAgent::Pong { .. } | FromAgent::Marked { .. } | FromAgent::Machine(_))
 }
 
 /// Whose message it is.

@@ -160,7 +160,10 @@ impl Host {
     }
 
     fn mark(&self, text: &str) -> Result<(), RecordError> {
-        self.recorder.mark(text).map(|_| ()).map_err(RecordError::Host)
+        if let Err(failure) = self.recorder.mark(text) {
+            log::warn!("{}: {}", failure.object, failure.detail);
+        }
+        Ok(())
     }
 
     /// Switches tracing off, takes what is left, and asks for what is known only now.
@@ -173,8 +176,13 @@ impl Host {
                 added = metadata.add(piece);
             }
         });
-        describe.map_err(RecordError::Host)?;
-        added?;
+        // Without command lines a file is poorer, not useless.
+        if let Err(failure) = describe {
+            log::warn!("{}: {}", failure.object, failure.detail);
+        }
+        if let Err(fault) = added {
+            log::warn!("the host: {fault}");
+        }
         Ok(report)
     }
 }
@@ -190,10 +198,11 @@ impl Recording<'_> {
         let mut files = files::create(self, outputs)?;
         self.send_lanes(&files, signals)?;
         self.measure(|clocks| &mut clocks.start)?;
-        self.start(&files)?;
+        self.start(&files, signals)?;
+        let command = Command::start(&self.plan.command)?;
         files::keep(&mut files);
         let begun = Instant::now();
-        let status = self.run_command(signals, begun, progress)?;
+        let status = self.run_command(command, signals, begun, progress)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
         self.surviving(Self::stop_guests)?;
         let report = self.host.stop()?;
@@ -241,7 +250,7 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn start(&mut self, files: &[files::MachineFile]) -> Result<(), RecordError> {
+    fn start(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
         let marker = files::marker(self.plan, "start");
         let writer = &files[0].writer;
         let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
@@ -249,7 +258,7 @@ impl Recording<'_> {
         self.host.started = Some(self.host.recorder.start(&marker).map_err(RecordError::Host)?);
         if let Some(guests) = &mut self.guests {
             guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;
-            guests.wait(Phase::Running, None)?;
+            guests.wait(Phase::Running, Some(signals))?;
         }
         self.refuse_trouble()?;
         self.mark_around("common")
@@ -258,33 +267,34 @@ impl Recording<'_> {
     /// Writes a marker in every guest between two on the host: their order in the merged files can be checked.
     fn mark_around(&mut self, word: &str) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        let marks = guests.sessions.iter().map(|session| session.marks).max().unwrap_or(0);
         self.host.mark(&files::marker(self.plan, &format!("{word} before guests")))?;
-        guests.ask_all(Phase::Running, &ToAgent::Mark { text: files::marker(self.plan, word) })?;
-        guests.wait_marks(marks + 1)?;
+        guests.mark(files::marker(self.plan, word))?;
         self.host.mark(&files::marker(self.plan, &format!("{word} after guests")))
     }
 
     /// Runs the command, or waits for Ctrl-C, the time-out, or the end of all guests.
     fn run_command(
         &mut self,
+        mut command: Command,
         signals: &Signals,
         begun: Instant,
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Option<u8>, RecordError> {
-        let mut command = Command::start(&self.plan.command)?;
         let mut tick = begun + TICK;
         loop {
             let now = Instant::now();
-            let ends = self.plan.timeout.map(|timeout| begun + timeout);
+            let ends = self.plan.timeout.and_then(|timeout| begun.checked_add(timeout));
             let wait = ends.map_or(tick, |ends| ends.min(tick)).saturating_duration_since(now);
             self.surviving(|recording| recording.wait_event(signals, wait))?;
             if let Some(status) = command.ended(signals)? {
+                // A Ctrl-C that reached the command and us is one, not a second.
+                signals.take_stop();
                 return Ok(status);
             }
             let over = ends.is_some_and(|ends| ends <= Instant::now());
             if signals.take_stop() > 0 || over || !self.records_anything() {
-                return Ok(command.stop(signals)?);
+                command.stop(signals)?;
+                return Ok(None);
             }
             if tick <= Instant::now() {
                 tick += TICK;
@@ -304,22 +314,21 @@ impl Recording<'_> {
 
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut waited = vec![signals.stop(), signals.child()];
-        waited.extend(self.guests.as_ref().map(|guests| guests.link().as_fd()));
+        let live = self.guests.as_mut().filter(|guests| guests.is_live());
+        waited.extend(live.as_ref().map(|guests| guests.link().as_fd()));
         let mut polled: Vec<PollFd> = waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         let timeout = PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(RecordError::System { call: "poll", source: errno.into() }),
         }
-        let Some(guests) = &mut self.guests else { return Ok(()) };
-        while guests.take(Duration::ZERO)? {}
-        Ok(())
+        drop(polled);
+        Ok(live.map_or(Ok(()), Guests::take_all)?)
     }
 
     fn on_tick(&mut self, begun: Instant, progress: &mut dyn FnMut(&Progress)) -> Result<(), RecordError> {
         let mut machines = vec![sums("host", &self.host.recorder.ledger())];
         if let Some(guests) = &mut self.guests {
-            guests.ping()?;
             guests.ask_ledgers()?;
             machines.extend(guests.sessions.iter().map(|session| sums(&session.name, &session.ledgers)));
         }

@@ -10,7 +10,11 @@
 //!     └──────────┴────────┴────────┴───────────── trouble ────────────────────────────────┘
 //! ```
 
+use std::collections::BTreeSet;
+
 use vtrace_common::{
+    ids::Cpu,
+    limits::{PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     time::GuestTsc,
     wire::{
         agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
@@ -102,14 +106,14 @@ pub struct GuestSession {
     pub armed: Option<Armed>,
     /// TSC around the switch, once running.
     pub started: Option<(GuestTsc, GuestTsc)>,
-    /// Marks answered so far.
-    pub marks: u32,
+    marks_due: u32,
     /// The last probe's answer, stamped by the server.
     pub echo: Option<(u32, Round)>,
     /// What its lanes sent, as the agent counts.
     pub reports: Vec<LaneReport>,
     /// What its lanes brought, as the server counts.
     pub ledgers: Vec<LaneLedger>,
+    finished: bool,
     /// The first thing that went wrong.
     pub trouble: Option<Trouble>,
 }
@@ -125,10 +129,11 @@ impl GuestSession {
             metadata: Metadata::default(),
             armed: None,
             started: None,
-            marks: 0,
+            marks_due: 0,
             echo: None,
             reports: Vec::new(),
             ledgers: Vec::new(),
+            finished: false,
             trouble: None,
         };
         (session, ToServer::Claim { guest: name.into() })
@@ -137,6 +142,21 @@ impl GuestSession {
     /// How far it has come.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// Whether the server has said what is in the file.
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// A marker was asked for, if the guest is running.
+    pub fn mark_asked(&mut self) {
+        self.marks_due += u32::from(self.phase == Phase::Running);
+    }
+
+    /// Whether a marker's answer is still to come.
+    pub fn owes_mark(&self) -> bool {
+        self.phase == Phase::Running && self.marks_due > 0
     }
 
     /// A request for this guest's agent.
@@ -169,9 +189,9 @@ impl GuestSession {
                 self.ledgers = lanes;
                 vec![]
             }
-            FromServer::Finished { lanes, .. } if self.phase == Phase::Draining => {
-                self.ledgers = lanes;
-                self.step(Phase::Drained)
+            FromServer::Finished { lanes, .. } if self.phase >= Phase::Draining => {
+                (self.ledgers, self.finished) = (lanes, true);
+                self.step(self.phase.max(Phase::Drained))
             }
             FromServer::Released { .. } => self.step(Phase::Closed),
             FromServer::Gone { what, .. } => self.fail(Trouble::Gone(what)),
@@ -190,8 +210,8 @@ impl GuestSession {
                 Ok(()) => vec![],
                 Err(fault) => self.fail(fault.into()),
             },
-            (Phase::Arming, FromAgent::Armed(armed)) => {
-                self.armed = Some(armed);
+            (Phase::Arming, FromAgent::Armed(armed)) if is_possible(&armed) => {
+                self.armed = Some(Armed { clock: shown(&armed.clock), ..armed });
                 self.step(Phase::Armed)
             }
             (Phase::Ready, FromAgent::Started { before, after }) => {
@@ -199,15 +219,15 @@ impl GuestSession {
                 self.step(Phase::Running)
             }
             (_, FromAgent::Marked { .. }) => {
-                self.marks += 1;
+                self.marks_due = self.marks_due.saturating_sub(1);
                 vec![]
             }
-            (Phase::Stopping, FromAgent::Lane(report)) if self.reports.len() < self.lane_count() => {
-                self.reports.push(report);
+            (Phase::Stopping, FromAgent::Lane(report)) if self.is_due(report.cpu) => {
+                self.reports.push(shown_report(report));
                 vec![]
             }
             (Phase::Stopping, FromAgent::Stopped) => self.drain(self.ends(), WAIT_MS_MAX),
-            (_, FromAgent::Failed(failure)) => self.fail(Trouble::Failed(failure)),
+            (_, FromAgent::Failed(failure)) => self.fail(Trouble::Failed(shown_failure(failure))),
             (_, FromAgent::Pong { .. } | FromAgent::Machine(_) | FromAgent::Closed) => vec![],
             // What the agent had said before it heard that the session is over.
             (Phase::Draining | Phase::Drained | Phase::Closing | Phase::Closed, _) => vec![],
@@ -263,10 +283,13 @@ impl GuestSession {
     }
 
     fn fail(&mut self, trouble: Trouble) -> Vec<ToServer> {
+        let is_unanswered = matches!(trouble, Trouble::Silent { .. } | Trouble::Refused(Refusal::State { .. }));
         self.trouble.get_or_insert(trouble);
-        match self.phase {
-            Phase::Draining => self.step(Phase::Drained),
-            Phase::Closing => self.step(Phase::Closed),
+        match (self.phase, is_unanswered) {
+            (Phase::Draining, true) => self.step(Phase::Drained),
+            // The server still answers `Finish`: what it has written must not be forgotten.
+            (Phase::Draining, false) => vec![],
+            (Phase::Closing, _) => self.step(Phase::Closed),
             _ => self.abandon(),
         }
     }
@@ -280,13 +303,43 @@ impl GuestSession {
         self.reports.iter().map(|report| LaneEnd { cpu: report.cpu, bytes_sent: report.bytes_sent }).collect()
     }
 
-    fn lane_count(&self) -> usize {
-        self.armed.as_ref().map_or(0, |armed| armed.lanes.len())
+    /// Whether a lane's report is still to come.
+    fn is_due(&self, cpu: Cpu) -> bool {
+        let is_armed = self.armed.as_ref().is_some_and(|armed| armed.lanes.contains(&cpu));
+        is_armed && self.reports.iter().all(|report| report.cpu != cpu)
     }
 
     fn step(&mut self, phase: Phase) -> Vec<ToServer> {
         self.phase = phase;
         vec![]
+    }
+}
+
+/// Whether a file can be made for what an agent says it will send.
+fn is_possible(armed: &Armed) -> bool {
+    let bytes = usize::try_from(armed.page_bytes).unwrap_or(0);
+    let page = (PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes) && bytes.is_power_of_two();
+    let lanes: BTreeSet<Cpu> = armed.lanes.iter().copied().collect();
+    page && !lanes.is_empty() && lanes.len() == armed.lanes.len()
+}
+
+/// A guest's text as it may be shown to people: nothing that moves a terminal's cursor.
+fn shown(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
+}
+
+fn shown_failure(failure: Failure) -> Failure {
+    let near = failure.near.iter().map(|name| shown(name)).collect();
+    Failure { object: shown(&failure.object), detail: shown(&failure.detail), near, ..failure }
+}
+
+fn shown_report(report: LaneReport) -> LaneReport {
+    let lines = |text: &str| text.lines().map(shown).collect::<Vec<_>>().join("\n");
+    LaneReport {
+        stats_before: lines(&report.stats_before),
+        stats_after: lines(&report.stats_after),
+        trouble: shown(&report.trouble),
+        ..report
     }
 }
 

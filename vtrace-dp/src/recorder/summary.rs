@@ -76,7 +76,9 @@ pub struct LaneSummary {
     pub pages_lost_agent: u64,
     /// Of those: sent and never arrived.
     pub pages_lost_transport: u64,
-    /// Of those: arrived and not written.
+    /// Bytes that were sent and never came.
+    pub bytes_missing: u64,
+    /// Of those pages: arrived and not written.
     pub pages_lost_refused: u64,
     /// Events the kernel counted as read.
     pub events: u64,
@@ -122,7 +124,9 @@ impl LaneSummary {
     /// cannot both be true.
     pub fn guest(report: Option<&LaneReport>, ledger: &LaneLedger) -> (Self, bool) {
         let (events, events_lost) = report.map(events).unwrap_or_default();
-        let pages_in = report.map_or(ledger.pages_in, |report| report.pages_tapped);
+        // An agent that counts fewer than came is wrong; the sum holds all the same.
+        let tapped = report.map_or(ledger.pages_in, |report| report.pages_tapped);
+        let pages_in = tapped.max(ledger.pages_in);
         let pages_lost_agent = report.map_or(0, |report| report.pages_lost);
         let pages_lost_transport = report.map_or(0, |report| report.pages_sent.saturating_sub(ledger.pages_in));
         let lane = Self {
@@ -132,13 +136,14 @@ impl LaneSummary {
             pages_lost: pages_in.saturating_sub(ledger.pages_out),
             pages_lost_agent,
             pages_lost_transport,
+            bytes_missing: ledger.bytes_missing,
             pages_lost_refused: ledger.pages_refused,
             events,
             events_lost,
             write_errno: ledger.write_errno,
         };
         let causes = u128::from(pages_lost_agent) + u128::from(pages_lost_transport) + u128::from(ledger.pages_refused);
-        let balanced = u128::from(pages_in) == u128::from(ledger.pages_out) + causes;
+        let balanced = u128::from(tapped) == u128::from(ledger.pages_out) + causes;
         (lane, balanced && ledger.pages_in == ledger.pages_out + ledger.pages_refused)
     }
 }
@@ -171,7 +176,7 @@ impl MachineSummary {
 impl Summary {
     /// Whether a page or an event was lost anywhere.
     pub fn lost_anything(&self) -> bool {
-        self.machines.iter().map(MachineSummary::totals).any(|sum| sum.pages_lost + sum.events_lost > 0)
+        self.machines.iter().map(MachineSummary::totals).any(|sum| sum.pages_lost > 0 || sum.events_lost > 0)
     }
 
     /// Whether a machine's part did not go to its end.

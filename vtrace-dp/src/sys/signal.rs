@@ -1,4 +1,4 @@
-//! Signals as a descriptor: SIGINT and SIGTERM ask to stop, SIGCHLD says that the command has ended.
+//! Signals as a descriptor: SIGINT, SIGTERM and SIGHUP ask to stop, SIGCHLD says that the command has ended.
 
 #![expect(unsafe_code, reason = "sigaction; pre_exec: the command must not inherit our blocked signals")]
 
@@ -26,7 +26,7 @@ pub struct Signals {
 impl Signals {
     /// Blocks them for this thread and those it starts: call it before any thread is started.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { stop: open(&[Signal::SIGINT, Signal::SIGTERM])?, child: open(&[Signal::SIGCHLD])? })
+        Ok(Self { stop: open(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])?, child: open(&[Signal::SIGCHLD])? })
     }
 
     /// How many requests to stop have come since the last call.

@@ -76,7 +76,7 @@ fn agent_that_goes_away_leaves_what_came() {
     let effects = session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Agent });
     assert!(matches!(&effects[..], [ToServer::Finish { wait_ms_max: 0, .. }]));
     session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![LaneLedger::default()] });
-    assert_eq!((session.phase(), session.ledgers.len()), (Phase::Drained, 1));
+    assert_eq!((session.phase(), session.ledgers.len(), session.is_finished()), (Phase::Drained, 1, true));
     assert_eq!(session.trouble, Some(Trouble::Gone(Gone::Agent)));
 }
 
@@ -136,4 +136,40 @@ proptest! {
         session.on(FromServer::Released { guest: GUEST.into() });
         prop_assert_eq!(session.phase(), Phase::Closed);
     }
+}
+
+#[test]
+fn second_trouble_does_not_forget_what_the_server_has_written() {
+    let mut session = running();
+    session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Agent });
+    assert!(session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Device }).is_empty());
+    assert_eq!(session.phase(), Phase::Draining);
+    let lane = LaneLedger { pages_out: 7, ..LaneLedger::default() };
+    session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![lane] });
+    assert_eq!((session.phase(), session.ledgers[0].pages_out), (Phase::Drained, 7));
+}
+
+#[test]
+fn page_no_kernel_has_is_refused_before_a_file_is_touched() {
+    for page_bytes in [0, 5000, 1 << 30] {
+        let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+        session.on(claimed());
+        let armed = Armed { lanes: vec![Cpu(0)], page_bytes, ..Armed::default() };
+        session.on(agent(FromAgent::Armed(armed)));
+        assert!(session.trouble.is_some() && session.armed.is_none());
+    }
+}
+
+#[test]
+fn text_of_an_agent_cannot_move_the_cursor() {
+    let mut session = running();
+    let detail = "no\x1b]0;title\x07\nnote guest2: fine".into();
+    session.on(agent(FromAgent::Failed(Failure {
+        kind: FailureKind::Kernel,
+        object: "x".into(),
+        detail,
+        near: vec![],
+    })));
+    let Some(Trouble::Failed(failure)) = session.trouble else { panic!("not failed") };
+    assert!(!failure.detail.contains(char::is_control), "{:?}", failure.detail);
 }
