@@ -37,7 +37,8 @@ pub enum Verb {
                   a second Ctrl-C stops at once and keeps what is there.\n\n\
                   Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
                   trace-cmd report -i trace.dat -i trace-guest1.dat\n\n\
-                  Exit status: 0 recorded, 1 failed, 2 usage, 3 data lost under --strict, else COMMAND's own."
+                  Exit status: 0 recorded (also if --timeout or Ctrl-C ended COMMAND), 1 failed, 2 usage,\n\
+                  3 data lost under --strict, else COMMAND's own."
 )]
 pub struct RecordArgs {
     /// Event to record: SYSTEM, SYSTEM:EVENT, globs in either part, or `all`; can be given often
