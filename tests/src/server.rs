@@ -61,9 +61,9 @@ impl Server {
         Ok(serde_json::from_slice(&list.stdout)?)
     }
 
-    /// Waits until the agent of `guest` has said hello.
+    /// Waits until the agent of `guest` has said hello and where it runs: it can be claimed.
     pub fn await_agent(&self, guest: &str) -> Result<()> {
-        self.await_state("has an agent", |state| state["name"] == guest && state["agent"].is_object())
+        self.await_state("has an agent", |state| state["name"] == guest && state["agent"]["machine"].is_object())
     }
 
     /// Waits until one guest's state is as asked for.

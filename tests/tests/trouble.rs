@@ -140,6 +140,10 @@ fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() ->
     let child = recorder.start(&format!("-e irq --dom {GUEST} -e sched"))?;
     await_recording(&server)?;
     let second = recorder.run(&format!("--dom {GUEST} -e irq -- true"))?;
+    ensure!(second.status == 1 && second.said.contains("another recording writes to it"), "{}", second.said);
+    let elsewhere = tempfile::tempdir()?;
+    let second = Recorder { server: server.dir(), folder: elsewhere.path() };
+    let second = second.run(&format!("--dom {GUEST} -e irq -- true"))?;
     ensure!(second.status == 1 && second.said.contains("is recording it"), "{}", second.said);
     ensure!(second.said.contains(&child.id().to_string()), "it says who holds it: {}", second.said);
     machine.qmp("stop", &json!(null))?;

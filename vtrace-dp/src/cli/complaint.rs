@@ -251,6 +251,7 @@ fn file(error: &FileError) -> Complaint {
     let FileError { path, what, source } = error;
     let remedy = match source.kind() {
         std::io::ErrorKind::StorageFull => "free some space there, or -o to another file system",
+        std::io::ErrorKind::ResourceBusy => "wait for it, or -o to another file",
         std::io::ErrorKind::NotFound => "make its folder, or -o to another path",
         _ => "-o to a place that can be written",
     };
