@@ -1,6 +1,7 @@
 //! Sessions one after another against one booted guest: nothing stays behind.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::PathBuf,
     thread::sleep,
@@ -8,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use vtrace_dp::tracefs::Tracefs;
 use vtrace_tests::{recording::Recorder, server::Server};
 use xtask::{
     kernel::Kernel,
@@ -52,6 +54,13 @@ impl Holdings {
     }
 }
 
+/// The host's tracefs instances. Other programs may have some.
+fn instances() -> Result<BTreeSet<String>> {
+    let tracefs = Tracefs::find_or_mount().map_err(|failure| anyhow::anyhow!("{failure:?}"))?;
+    let entries = fs::read_dir(tracefs.root().join("instances"))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
 /// What is held comes back to what was held before; the last client may still be on its way out.
 fn ensure_not_more(whose: &str, before: Holdings, look: impl Fn() -> Result<Holdings>) -> Result<()> {
     let is_fine = |now: &Holdings| {
@@ -79,7 +88,7 @@ fn five_hundred_sessions_leave_nothing_behind() -> Result<()> {
     server.await_agent(GUEST)?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
     let words = format!("-e sched:sched_switch --dom {GUEST} -e sched:sched_switch -- true");
-    let mut before = None;
+    let (mut before, instances_before) = (None, instances()?);
     for session in 0..SESSIONS {
         if session == WARM_UP {
             before = Some((Holdings::of_server(&server)?, Holdings::of_agent(&machine)?));
@@ -91,9 +100,7 @@ fn five_hundred_sessions_leave_nothing_behind() -> Result<()> {
     ensure_not_more("server", server_before, || Holdings::of_server(&server))?;
     ensure_not_more("agent", agent_before, || Holdings::of_agent(&machine))?;
     assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
-    let names =
-        fs::read_dir("/sys/kernel/tracing/instances")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let ours: Vec<String> = names.filter(|name| name.starts_with("vtrace-")).collect();
-    ensure!(ours.is_empty(), "instances on the host: {ours:?}");
+    let left: Vec<String> = instances()?.difference(&instances_before).cloned().collect();
+    ensure!(left.is_empty(), "instances on the host: {left:?}");
     Ok(())
 }
