@@ -3,7 +3,7 @@
 //! In:    the command line
 //! Out:   data on stdout, all else on stderr; exit status 0 ok, 1 failed, 2 usage, 3 data lost under `--strict`,
 //!        else the recorded command's own
-//! Trust: the person; names become file names only after [`plan::is_guest_name`]
+//! Trust: the person; names become file names only after [`crate::server::check_name`]
 
 mod agent;
 pub mod args;

@@ -80,11 +80,6 @@ pub enum PlanFault {
     Timeout(String),
 }
 
-/// Whether `name` can be a guest's: it names sockets and files.
-pub fn is_guest_name(name: &str) -> bool {
-    check_name(name).is_ok()
-}
-
 impl Plan {
     /// Validates what was typed. `matches` are those of the verb `record`: they know the order.
     pub fn new(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Self, PlanFault> {
@@ -125,7 +120,7 @@ impl Plan {
 }
 
 fn guest(args: &RecordArgs, name: &str, arm: Arm) -> Result<GuestPlan, PlanFault> {
-    if !is_guest_name(name) {
+    if check_name(name).is_err() {
         return Err(PlanFault::GuestName(name.into()));
     }
     if args.dom.iter().filter(|other| *other == name).count() > 1 {

@@ -1,20 +1,16 @@
 //! `vtrace record`
 
-use std::hash::{BuildHasher, Hasher, RandomState};
-
 use clap::ArgMatches;
 
 use super::{FAILED, LOST, args::RecordArgs, complaint::Complaint, plan::Plan, put, say, status::Status};
 use crate::{
     recorder::{run, summary::Summary},
-    sys::signal::Signals,
+    sys::{random, signal::Signals},
 };
 
 /// Records and prints the closing table.
 pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
-    // A fresh RandomState is keyed by the system's random numbers: sessions of one machine do not meet.
-    let session = RandomState::new().build_hasher().finish();
-    let plan = Plan::new(args, matches, session)?;
+    let plan = Plan::new(args, matches, random())?;
     if !nix::unistd::geteuid().is_root() {
         return Err(Complaint::not_root());
     }

@@ -29,6 +29,7 @@ use super::{
 use crate::{
     cli::plan::Plan,
     clock::plan::{ClockPlan, plan},
+    sys::random,
     trace::{metadata::Metadata, option::TraceOption, writer::Writer},
 };
 
@@ -118,18 +119,12 @@ fn create_one(
     let file = output.file.try_clone().and_then(|file| file.set_len(0).map(|()| file)).map_err(failed)?;
     let writer = Writer::create(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes);
     let writer = writer.map_err(|fault| failed(fault.into()))?;
-    Ok(MachineFile { output, trace_id: random(), writer })
+    Ok(MachineFile { output, trace_id: random() | 1, writer })
 }
 
 /// The recording has begun: the files stay, whatever happens.
 pub(super) fn keep(files: &mut [MachineFile]) {
     files.iter_mut().for_each(|file| file.output.made = false);
-}
-
-fn random() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    // A fresh RandomState is keyed by the system's random numbers.
-    RandomState::new().build_hasher().finish() | 1
 }
 
 /// What is the same in all files of a session.

@@ -7,10 +7,7 @@
 use std::{fmt, path::PathBuf};
 
 use serde::Serialize;
-use vtrace_common::{
-    ids::Cpu,
-    wire::{agent::LaneReport, client::LaneLedger},
-};
+use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
 use crate::tracefs::stats::Stats;
 
@@ -165,11 +162,6 @@ impl MachineSummary {
             events: sum.events.saturating_add(lane.events),
             events_lost: sum.events_lost.saturating_add(lane.events_lost),
         })
-    }
-
-    /// The lane of a CPU.
-    pub fn lane(&self, cpu: Cpu) -> Option<&LaneSummary> {
-        self.lanes.iter().find(|lane| lane.cpu == cpu.0)
     }
 }
 

@@ -15,9 +15,18 @@ pub mod tsc;
 pub mod uring;
 pub mod wait;
 
-use std::io;
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    io,
+};
 
 use nix::errno::Errno;
+
+/// A number nobody else has: sessions and files of one machine do not meet.
+pub fn random() -> u64 {
+    // A fresh RandomState is keyed by the system's random numbers.
+    RandomState::new().build_hasher().finish()
+}
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
