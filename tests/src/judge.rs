@@ -32,8 +32,17 @@ pub fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
 
 /// Lets stock trace-cmd write a file of this version out of `from`.
 pub fn convert(from: &Path, version: &str, to: &Path) -> Result<()> {
+    convert_packed(from, version, "none", to)
+}
+
+/// The same, packed with this compression.
+pub fn convert_packed(from: &Path, version: &str, compression: &str, to: &Path) -> Result<()> {
     let mut command = Command::new("trace-cmd");
-    command.args(["convert", "--file-version", version, "--compression", "none", "-i"]).arg(from).arg("-o").arg(to);
+    command
+        .args(["convert", "--file-version", version, "--compression", compression, "-i"])
+        .arg(from)
+        .arg("-o")
+        .arg(to);
     // Version 6 of any top instance is written with a complaint of its own: "Cannot find description for buffer".
     let status = command.output().context("cannot run trace-cmd")?.status;
     ensure!(status.success() && to.exists(), "trace-cmd convert: {status}");

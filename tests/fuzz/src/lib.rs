@@ -11,7 +11,7 @@
 //! | [`lane`] | `vtrace_dp::drain::lane` | pages balance, sound ones are written, nothing outside the area |
 //! | [`page`] | `vtrace_common::page` | an accepted header fits its page and says its own commit word |
 //! | [`ring`] | `vtrace_dp::device::ring` | ends, and every span lies inside guest memory |
-//! | [`tracedat`] | `vtrace_dp::trace::reader` | an answer, in bounded memory; no more events than words |
+//! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}` | an answer, in bounded memory; no more events than words |
 //! | [`wire`] | `vtrace_common::wire` | the same frames however the stream is cut; what opens can be sent again |
 //!
 //! A target is three things of one name:

@@ -6,21 +6,46 @@ use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::OnceLock};
 
 use vtrace_common::ids::Cpu;
 use vtrace_dp::trace::{
+    compressed::Compression,
+    fields::Formats,
+    merge::Merge,
     metadata::Metadata,
     option::{ShiftSample, TimeShift, TraceOption},
     reader::Reader,
+    stamp::Stamps,
     writer::Writer,
 };
+
+/// Events that are looked at: a small file can hold many, packed.
+const EVENTS_MAX: usize = 1 << 16;
 
 /// Reads everything there is.
 pub fn run(bytes: &[u8]) {
     let Ok(reader) = Reader::open(bytes) else { return };
     let _ = (reader.notes(), reader.areas());
+    decode(&reader);
+    if reader.compression() != Compression::None {
+        return;
+    }
     for buffer in reader.buffers() {
         for lane in &buffer.lanes {
             let mut events = 0u64;
             let _ = reader.events(buffer, lane, |_, _| events += 1);
             assert!(events <= lane.bytes / 4, "{events} events in {} bytes", lane.bytes);
+        }
+    }
+}
+
+/// Every field of every event, by time.
+fn decode(reader: &Reader<&[u8]>) {
+    let formats = Formats::of(reader.metadata());
+    let Ok(stamps) = Stamps::of(reader.options(), reader.other_options()) else { return };
+    let buffers: Vec<_> = reader.buffers().iter().take(16).map(|buffer| (buffer, stamps.clone())).collect();
+    let Ok(mut merge) = Merge::new(reader, &buffers) else { return };
+    for _ in 0..EVENTS_MAX {
+        let Ok(Some(event)) = merge.next_event() else { return };
+        for field in formats.of_event(event.data).iter().flat_map(|format| &format.fields) {
+            let _ = (field.number(event.data), field.contents(event.data));
         }
     }
 }

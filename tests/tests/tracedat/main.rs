@@ -1,5 +1,6 @@
 //! trace.dat: what stock tools say of files made of real pages of this machine, and what we read of stock files.
 
+mod decode;
 mod files;
 mod host;
 

@@ -30,6 +30,8 @@ pub const NO_DESCRIPTION: u32 = u32::MAX;
 pub mod id {
     /// Options section; as an option: the last one, with the offset of the next options section.
     pub const OPTIONS: u16 = 0;
+    /// Microseconds to wall-clock time, as a text.
+    pub const DATE: u16 = 1;
     /// per_cpu stats of one CPU.
     pub const CPUSTAT: u16 = 2;
     /// Pages: a section, and the option that says what is in it.
@@ -38,6 +40,8 @@ pub mod id {
     pub const TRACECLOCK: u16 = 4;
     /// uname.
     pub const UNAME: u16 = 5;
+    /// What `--ts-offset` adds, as a text.
+    pub const OFFSET: u16 = 7;
     /// Number of CPUs.
     pub const CPUCOUNT: u16 = 8;
     /// The writing program.

@@ -17,12 +17,16 @@
 
 pub mod areas;
 pub mod collapse;
+pub mod compressed;
+pub mod fields;
 pub mod format;
 pub mod input;
 pub mod layout;
+pub mod merge;
 pub mod metadata;
 pub mod option;
 pub mod reader;
 pub mod section;
+pub mod stamp;
 pub mod walk;
 pub mod writer;

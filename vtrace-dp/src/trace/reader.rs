@@ -1,4 +1,4 @@
-//! Reads a trace.dat: ours, and version 6 and 7 of stock trace-cmd, uncompressed, little endian, 64 bits.
+//! Reads a trace.dat: ours, and version 6 and 7 of stock trace-cmd, little endian, 64 bits.
 //!
 //! In:    a [`Source`]
 //! Out:   what its machine told, options, notes, and the pages of each lane
@@ -15,6 +15,7 @@ use vtrace_common::{
 
 use super::{
     areas::Areas,
+    compressed::{CHUNK_BYTES_MAX, Compression},
     format,
     input::{Input, ReadFault, Source},
     layout::{
@@ -39,6 +40,7 @@ pub struct Reader<S> {
 struct Contents {
     version: u32,
     page_bytes: u32,
+    compression: Compression,
     metadata: Metadata,
     options: Vec<TraceOption>,
     others: Vec<(u16, Vec<u8>)>,
@@ -70,7 +72,7 @@ pub struct LaneData {
     pub cpu: Cpu,
     /// Where they begin.
     pub offset: u64,
-    /// How many bytes there are.
+    /// How many bytes there are in the file.
     pub bytes: u64,
 }
 
@@ -120,6 +122,11 @@ impl<S: Source> Reader<S> {
     /// 6 or 7.
     pub fn version(&self) -> u32 {
         self.contents.version
+    }
+
+    /// How descriptions and pages are compressed.
+    pub fn compression(&self) -> Compression {
+        self.contents.compression
     }
 
     /// What the machine told about itself.
@@ -179,8 +186,13 @@ impl<S: Source> Reader<S> {
 
     /// The pages of a lane, each whole; the last one may be short.
     pub fn pages<'a>(&'a self, buffer: &Buffer, lane: &LaneData) -> Pages<'a, S> {
-        let page_bytes = u64::from(buffer.page_bytes);
-        Pages { source: &self.source, at: lane.offset, end: lane.offset + lane.bytes, page_bytes }
+        let chunks = match self.contents.compression {
+            Compression::None => None,
+            compression => Some(Chunks { compression, left: None, bytes: Vec::new(), used: 0, offset: lane.offset }),
+        };
+        // Stock trace-cmd counts a compressed lane four bytes short.
+        let end = if chunks.is_some() { self.source.bytes() } else { lane.offset + lane.bytes };
+        Pages { source: &self.source, at: lane.offset, end, page_bytes: buffer.page_bytes, chunks }
     }
 
     /// Calls `each` with (raw time, event) for every event of a lane.
@@ -200,27 +212,76 @@ impl<S: Source> Reader<S> {
     }
 }
 
-/// Pages of one lane: place and bytes.
+/// Pages of one lane: place (of a compressed one: of its chunk) and bytes. After an error there are no more.
 #[derive(Debug)]
 pub struct Pages<'a, S> {
     source: &'a S,
     at: u64,
     end: u64,
-    page_bytes: u64,
+    page_bytes: u32,
+    chunks: Option<Chunks>,
+}
+
+/// Where a compressed lane has been read to.
+#[derive(Debug)]
+struct Chunks {
+    compression: Compression,
+    /// Chunks to come; nothing before their number has been read.
+    left: Option<u32>,
+    /// The chunk that is being used up, and how far.
+    bytes: Vec<u8>,
+    used: usize,
+    offset: u64,
 }
 
 impl<S: Source> Iterator for Pages<'_, S> {
     type Item = Result<(u64, Vec<u8>), ReadFault>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let bytes = self.page_bytes.min(self.end - self.at);
+        let page = if self.chunks.is_some() { self.unpacked().transpose()? } else { self.plain()? };
+        if page.is_err() {
+            (self.at, self.chunks) = (self.end, None);
+        }
+        Some(page)
+    }
+}
+
+impl<S: Source> Pages<'_, S> {
+    fn plain(&mut self) -> Option<Result<(u64, Vec<u8>), ReadFault>> {
+        let bytes = u64::from(self.page_bytes).min(self.end - self.at);
         if bytes == 0 {
             return None;
         }
         let offset = self.at;
+        self.at += bytes;
         let page = Input::new(self.source, offset, self.end).bytes(bytes, PAGE_BYTES_MAX, "page");
-        self.at = if page.is_ok() { offset + bytes } else { self.end };
         Some(page.map(|page| (offset, page)))
+    }
+
+    /// u32 number of chunks; each: a block of whole pages.
+    fn unpacked(&mut self) -> Result<Option<(u64, Vec<u8>)>, ReadFault> {
+        let Some(chunks) = &mut self.chunks else { return Ok(None) };
+        let mut input = Input::new(self.source, self.at, self.end);
+        while chunks.used == chunks.bytes.len() {
+            let left = match chunks.left {
+                Some(left) => left,
+                None => input.u32("number of chunks")?,
+            };
+            chunks.left = left.checked_sub(1);
+            if chunks.left.is_none() {
+                chunks.left = Some(0);
+                return Ok(None);
+            }
+            chunks.offset = input.at();
+            chunks.bytes = chunks.compression.block(&mut input, CHUNK_BYTES_MAX)?;
+            chunks.used = 0;
+        }
+        self.at = input.at();
+        let page_bytes = usize::try_from(self.page_bytes).expect("usize is 64 bits");
+        let rest = &chunks.bytes[chunks.used..];
+        let page = rest[..page_bytes.min(rest.len())].to_vec();
+        chunks.used += page.len();
+        Ok(Some((chunks.offset, page)))
     }
 }
 
@@ -259,9 +320,8 @@ impl Contents {
         self.version = 7;
         let compression = input.text(64, "name of the compression")?;
         input.text(64, "version of the compression")?;
-        if compression != b"none" {
-            return Err(unsupported(format!("compression {:?}", String::from_utf8_lossy(&compression))));
-        }
+        self.compression = Compression::named(&compression)
+            .ok_or_else(|| unsupported(format!("compression {:?}", String::from_utf8_lossy(&compression))))?;
         let mut next = input.u64("place of the options")?;
         self.walk_sections(input.at(), source)?;
         if next == 0 {
@@ -350,7 +410,9 @@ impl Contents {
             return Err(ReadFault::Nonsense { what: "description", offset: place });
         }
         if header.is_compressed() {
-            return Err(unsupported("compressed descriptions".to_owned()));
+            let bytes = self.compression.block(&mut input, METADATA_BYTES_MAX)?;
+            let inner = bytes.as_slice();
+            return format::read(id, &mut Input::new(&inner, 0, u64::MAX), &mut self.metadata);
         }
         format::read(id, &mut input, &mut self.metadata)
     }

@@ -8,6 +8,8 @@
 //! Source: kernel/trace/ring_buffer.c and include/linux/ring_buffer.h (`enum ring_buffer_type`); time is counted as
 //! libtraceevent's kbuffer-parse.c counts it, so that what is shown here is what stock tools show.
 
+use std::ops::Range;
+
 use vtrace_common::page::{self, HEADER_BYTES, Header};
 
 const PADDING: u32 = 29;
@@ -44,8 +46,14 @@ pub enum PageFault {
 /// The events of a page, one after the other. After an error there are no more.
 #[derive(Clone, Debug)]
 pub struct Events<'a> {
-    header: Header,
     page: &'a [u8],
+    walk: Walk,
+}
+
+/// How far a page has been walked, for those who own the page.
+#[derive(Clone, Debug)]
+pub struct Walk {
+    header: Header,
     at: usize,
     end: usize,
     time: u64,
@@ -57,9 +65,41 @@ impl<'a> Events<'a> {
     /// # Errors
     /// The header is refused, or claims more data than `page` has.
     pub fn new(page: &'a [u8]) -> Result<Self, PageFault> {
+        Ok(Self { page, walk: Walk::new(page)? })
+    }
+
+    /// The page's header.
+    pub fn header(&self) -> Header {
+        self.walk.header
+    }
+
+    /// How many events were lost before this page, if its writer knew.
+    pub fn lost(&self) -> Option<u64> {
+        let (header, end) = (self.walk.header, self.walk.end);
+        let stored = header.missed && header.missed_stored;
+        let bytes = self.page.get(end..end + 8).filter(|_| stored)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    }
+}
+
+impl<'a> Iterator for Events<'a> {
+    type Item = Result<Event<'a>, PageFault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let found = self.walk.next(self.page)?;
+        Some(found.map(|(time, range)| Event { time, data: &self.page[range] }))
+    }
+}
+
+impl Walk {
+    /// At the start of `page`, which is given to every step again.
+    ///
+    /// # Errors
+    /// As [`Events::new`].
+    pub fn new(page: &[u8]) -> Result<Self, PageFault> {
         let header = Header::parse(page, page.len()).map_err(PageFault::Header)?;
         let data_bytes = usize::try_from(header.data_bytes).expect("Header::parse compared it with the page");
-        Ok(Self { header, page, at: HEADER_BYTES, end: HEADER_BYTES + data_bytes, time: header.time })
+        Ok(Self { header, at: HEADER_BYTES, end: HEADER_BYTES + data_bytes, time: header.time })
     }
 
     /// The page's header.
@@ -67,25 +107,34 @@ impl<'a> Events<'a> {
         self.header
     }
 
-    /// How many events were lost before this page, if its writer knew.
-    pub fn lost(&self) -> Option<u64> {
-        let stored = self.header.missed && self.header.missed_stored;
-        let bytes = self.page.get(self.end..self.end + 8).filter(|_| stored)?;
-        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    /// The next event: its time, and where its data lies in `page`. After an error there are no more.
+    pub fn next(&mut self, page: &[u8]) -> Option<Result<(u64, Range<usize>), PageFault>> {
+        while self.at < self.end {
+            match self.step(page) {
+                Ok(Some(range)) => return Some(Ok((self.time, range))),
+                Ok(None) => {}
+                Err(fault) => {
+                    self.at = self.end;
+                    return Some(Err(fault));
+                }
+            }
+        }
+        None
     }
 
-    fn word(&self, at: usize) -> Result<u32, PageFault> {
-        let bytes = self.page[..self.end].get(at..at + 4).ok_or(PageFault::Event { at: self.at })?;
+    fn word(&self, page: &[u8], at: usize) -> Result<u32, PageFault> {
+        let data = page.get(..self.end).unwrap_or_default();
+        let bytes = data.get(at..at + 4).ok_or(PageFault::Event { at: self.at })?;
         Ok(u32::from_le_bytes(bytes.try_into().expect("four bytes")))
     }
 
     /// Takes one record; `None` for one without data.
-    fn step(&mut self) -> Result<Option<Event<'a>>, PageFault> {
-        let word = self.word(self.at)?;
+    fn step(&mut self, page: &[u8]) -> Result<Option<Range<usize>>, PageFault> {
+        let word = self.word(page, self.at)?;
         let (kind, delta) = (word & 31, u64::from(word >> (32 - DELTA_BITS)));
         let data_at = match kind {
             TIME_EXTEND | TIME_STAMP => {
-                let long = (u64::from(self.word(self.at + 4)?) << DELTA_BITS) + delta;
+                let long = (u64::from(self.word(page, self.at + 4)?) << DELTA_BITS) + delta;
                 let stamp = long | (self.time & STAMP_UPPER);
                 self.time = if kind == TIME_STAMP { stamp } else { self.time.wrapping_add(long) };
                 self.at += 8;
@@ -100,37 +149,18 @@ impl<'a> Events<'a> {
         };
         self.time = self.time.wrapping_add(delta);
         let (start, bytes) = match kind {
-            PADDING => (data_at, self.length(data_at)?), // a discarded event; its length counts this word
-            0 => (data_at + 4, self.length(data_at)?.checked_sub(4).ok_or(PageFault::Event { at: self.at })?),
+            PADDING => (data_at, self.length(page, data_at)?), // a discarded event; its length counts this word
+            0 => (data_at + 4, self.length(page, data_at)?.checked_sub(4).ok_or(PageFault::Event { at: self.at })?),
             words => (data_at + 4, usize::try_from(words * 4).expect("28 words at most")),
         };
         let end = start.checked_add(bytes).filter(|end| *end <= self.end).ok_or(PageFault::Event { at: self.at })?;
         // The length that is written counts bytes, the next event begins at a word.
         self.at = end.next_multiple_of(4).max(self.at + 4);
-        let data = &self.page[start..end];
-        Ok((kind != PADDING).then_some(Event { time: self.time, data }))
+        Ok((kind != PADDING).then_some(start..end))
     }
 
-    fn length(&self, at: usize) -> Result<usize, PageFault> {
-        usize::try_from(self.word(at)?).map_err(|_| PageFault::Event { at: self.at })
-    }
-}
-
-impl<'a> Iterator for Events<'a> {
-    type Item = Result<Event<'a>, PageFault>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        while self.at < self.end {
-            match self.step() {
-                Ok(Some(event)) => return Some(Ok(event)),
-                Ok(None) => {}
-                Err(fault) => {
-                    self.at = self.end;
-                    return Some(Err(fault));
-                }
-            }
-        }
-        None
+    fn length(&self, page: &[u8], at: usize) -> Result<usize, PageFault> {
+        usize::try_from(self.word(page, at)?).map_err(|_| PageFault::Event { at: self.at })
     }
 }
 

@@ -126,7 +126,7 @@ fn other_kinds_of_files_are_named() {
     big_endian[12] = 1;
     assert!(matches!(read_all(&big_endian), Err(ReadFault::Unsupported { .. })));
     let mut compressed = version_7();
-    compressed[18..22].copy_from_slice(b"zstd");
+    compressed[18..22].copy_from_slice(b"lzma");
     assert!(matches!(read_all(&compressed), Err(ReadFault::Unsupported { .. })));
 }
 
