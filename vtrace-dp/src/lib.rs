@@ -12,10 +12,12 @@
 //! | host | [`clock`] | guest time becomes host time |
 //! | host | [`server`] | `vtrace server`: sockets, guests, clients |
 //! | host | [`recorder`] | `vtrace record`: plan, session, summary |
+//! | host | [`check`] | `vtrace check`: are a guest's times where the host says it ran |
 //! | host | [`cli`] | what a person types and reads |
 //! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
 
 pub mod agent;
+pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod device;

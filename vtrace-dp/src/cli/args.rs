@@ -27,6 +27,8 @@ pub enum Verb {
     Agent(AgentArgs),
     /// Show the guests of the server and how far each one is
     List(ListArgs),
+    /// Check that every event of a guest lies where the host says its vCPU ran
+    Check(CheckArgs),
 }
 
 /// `vtrace record [OPTIONS] [--dom GUEST [GUEST OPTIONS]]… [--] [COMMAND]`
@@ -118,4 +120,28 @@ pub struct ListArgs {
     /// As JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `vtrace check HOST GUEST…`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "Every event of a guest must lie between a kvm_entry and the next kvm_exit of its vCPU's thread: record\n\
+                  the host with -e kvm:kvm_entry -e kvm:kvm_exit. Without them, sched:sched_switch allows a weaker check: the\n\
+                  thread was on a CPU. Files of stock trace-cmd can be checked too.\n\n\
+                  Exit status: 0 nothing contradicts the times (or by less than the file's own bound), 1 something does, or\n\
+                  a file cannot be read, 2 usage, or nothing to check against."
+)]
+pub struct CheckArgs {
+    /// The host's file
+    #[arg(value_name = "HOST.dat")]
+    pub host: PathBuf,
+    /// Files of its guests
+    #[arg(value_name = "GUEST.dat", required = true)]
+    pub guests: Vec<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Each vCPU, and the events that are farthest outside
+    #[arg(short, long)]
+    pub verbose: bool,
 }

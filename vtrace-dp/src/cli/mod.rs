@@ -7,6 +7,7 @@
 
 mod agent;
 pub mod args;
+mod check;
 mod complaint;
 mod list;
 pub mod plan;
@@ -47,6 +48,7 @@ pub fn main() -> ExitCode {
         Verb::Server(args) => server::run(&args),
         Verb::Agent(args) => agent::run(args),
         Verb::List(args) => list::run(&args),
+        Verb::Check(args) => check::run(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -218,7 +218,8 @@ impl fmt::Display for ClockSummary {
     }
 }
 
-struct Nanoseconds(u64);
+/// A time for a person.
+pub(crate) struct Nanoseconds(pub(crate) u64);
 
 impl fmt::Display for Nanoseconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

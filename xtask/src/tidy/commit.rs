@@ -12,6 +12,7 @@ const COMPONENTS: [&str; 36] = [
     "README",
     "agent",
     "bench",
+    "check",
     "ci",
     "cli",
     "clock",

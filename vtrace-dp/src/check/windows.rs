@@ -1,0 +1,231 @@
+//! When a vCPU could run: boundaries, gaps, and where a time lies between them.
+//!
+//! In:    boundaries of one thread by time: it opens (kvm_entry, switched in) or closes (kvm_exit, switched out)
+//! Out:   for a time: inside, outside and how far, or not covered
+//! Runs:  pure
+//! Full:  16 bytes a boundary; the caller bounds their number
+//! Trust: nothing; boundaries that step back are moved to the one before
+//!
+//! What two neighbours say of the time between them:
+//!
+//! | from | to | without a gap between | with one |
+//! |---|---|---|---|
+//! | open | close | inside | inside, but for the gap |
+//! | close | open | outside | outside, but for the gap |
+//! | open | open | not covered: a close is missing | inside before the gap, outside behind it |
+//! | close | close | not covered: an open is missing | outside before the gap, inside behind it |
+
+/// One end of a window.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Boundary {
+    /// When.
+    pub time: u64,
+    /// The window begins.
+    pub opens: bool,
+}
+
+/// The windows of one thread.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Windows {
+    boundaries: Vec<Boundary>,
+}
+
+/// Stretches of time in which the host lost events.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Gaps {
+    /// First and last time, by time, apart from each other.
+    stretches: Vec<(u64, u64)>,
+}
+
+/// Where a time lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// In a window, ends included.
+    Inside,
+    /// Between two windows, so far from the nearer one.
+    Outside(u64),
+    /// Before the first or behind the last boundary, in a gap, or where boundaries are missing.
+    Uncovered,
+}
+
+impl Windows {
+    /// Adds a boundary, not before the last one.
+    pub fn push(&mut self, time: u64, opens: bool) {
+        let last = self.boundaries.last().map_or(0, |boundary| boundary.time);
+        self.boundaries.push(Boundary { time: time.max(last), opens });
+    }
+
+    /// How many windows there are.
+    pub fn count(&self) -> usize {
+        self.boundaries.windows(2).filter(|pair| pair[0].opens && !pair[1].opens).count()
+    }
+
+    /// Nothing is known of this thread.
+    pub fn is_empty(&self) -> bool {
+        self.boundaries.is_empty()
+    }
+
+    /// Where `time` lies.
+    pub fn place(&self, gaps: &Gaps, time: u64) -> Place {
+        let above = self.boundaries.partition_point(|boundary| boundary.time <= time);
+        let Some(from) = above.checked_sub(1).map(|at| self.boundaries[at]) else { return Place::Uncovered };
+        if from.time == time {
+            return Place::Inside; // one end of a window, whichever it is
+        }
+        let Some(&to) = self.boundaries.get(above) else { return Place::Uncovered };
+        let Some(side) = gaps.side(from.time, to.time, time) else { return Place::Uncovered };
+        let inside = match (from.opens, to.opens, side) {
+            (true, false, _) | (true, true, Side::Before) | (false, false, Side::Behind) => true,
+            (false, true, _) | (true, true, Side::Behind) | (false, false, Side::Before) => false,
+            (true, true, Side::Without) | (false, false, Side::Without) => return Place::Uncovered,
+        };
+        match (inside, from.opens, to.opens) {
+            (true, ..) => Place::Inside,
+            (false, true, _) => Place::Outside(to.time - time), // its own window ended in the gap, nobody knows when
+            (false, _, false) => Place::Outside(time - from.time),
+            (false, false, true) => Place::Outside((time - from.time).min(to.time - time)),
+        }
+    }
+}
+
+/// On which side of the gaps between two boundaries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Side {
+    Without,
+    Before,
+    Behind,
+}
+
+impl Gaps {
+    /// Adds a stretch, in any order.
+    pub fn push(&mut self, from: u64, to: u64) {
+        self.stretches.push((from.min(to), to));
+    }
+
+    /// Sorts the stretches and joins those that touch. To be called before the first question.
+    pub fn settle(&mut self) {
+        self.stretches.sort_unstable();
+        let mut joined: Vec<(u64, u64)> = Vec::new();
+        for (from, to) in self.stretches.drain(..) {
+            match joined.last_mut() {
+                Some(last) if from <= last.1 => last.1 = last.1.max(to),
+                _ => joined.push((from, to)),
+            }
+        }
+        self.stretches = joined;
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.stretches.len()
+    }
+
+    /// `None`: `time` is in a gap, or has some on both sides.
+    fn side(&self, from: u64, to: u64, time: u64) -> Option<Side> {
+        let behind = self.stretches.partition_point(|stretch| stretch.0 <= time);
+        let before = behind.checked_sub(1).map(|at| self.stretches[at]).filter(|stretch| stretch.1 > from);
+        let after = self.stretches.get(behind).is_some_and(|stretch| stretch.0 < to);
+        match (before, after) {
+            (Some(stretch), _) if stretch.1 >= time => None,
+            (Some(_), true) => None,
+            (Some(_), false) => Some(Side::Behind),
+            (None, true) => Some(Side::Before),
+            (None, false) => Some(Side::Without),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn windows(boundaries: &[(u64, bool)]) -> Windows {
+        let mut windows = Windows::default();
+        boundaries.iter().for_each(|(time, opens)| windows.push(*time, *opens));
+        windows
+    }
+
+    fn gaps(stretches: &[(u64, u64)]) -> Gaps {
+        let mut gaps = Gaps::default();
+        stretches.iter().for_each(|(from, to)| gaps.push(*from, *to));
+        gaps.settle();
+        gaps
+    }
+
+    const RUNS: [(u64, bool); 4] = [(10, true), (20, false), (30, true), (40, false)];
+
+    #[test]
+    fn time_is_inside_outside_or_not_covered() {
+        let windows = windows(&RUNS);
+        let place = |time| windows.place(&Gaps::default(), time);
+        assert_eq!([9, 41].map(place), [Place::Uncovered; 2]);
+        assert_eq!([10, 15, 20, 30, 35, 40].map(place), [Place::Inside; 6]);
+        assert_eq!([21, 25, 28].map(place), [1, 5, 2].map(Place::Outside));
+        assert_eq!(windows.count(), 2);
+    }
+
+    #[test]
+    fn missing_boundary_without_a_gap_covers_nothing() {
+        let windows = windows(&[(10, true), (20, true), (30, false), (40, false)]);
+        let place = |time| windows.place(&Gaps::default(), time);
+        assert_eq!([15, 25, 35].map(place), [Place::Uncovered, Place::Inside, Place::Uncovered]);
+    }
+
+    #[test]
+    fn gap_hides_only_itself() {
+        let whole = windows(&RUNS);
+        let place = |time| whole.place(&gaps(&[(13, 15), (24, 25)]), time);
+        assert_eq!([12, 13, 15, 16].map(place), [Place::Inside, Place::Uncovered, Place::Uncovered, Place::Inside]);
+        assert_eq!([23, 24, 27].map(place), [Place::Outside(3), Place::Uncovered, Place::Outside(3)]);
+    }
+
+    #[test]
+    fn boundary_lost_in_a_gap_leaves_both_sides_known() {
+        let gaps = gaps(&[(14, 16)]);
+        let open = windows(&[(10, true), (20, true), (30, false)]);
+        let place = |time| open.place(&gaps, time);
+        assert_eq!([12, 15, 18].map(place), [Place::Inside, Place::Uncovered, Place::Outside(2)]);
+        let close = windows(&[(10, false), (20, false)]);
+        let place = |time| close.place(&gaps, time);
+        assert_eq!([12, 15, 18].map(place), [Place::Outside(2), Place::Uncovered, Place::Inside]);
+    }
+
+    #[test]
+    fn gaps_that_touch_are_one() {
+        assert_eq!(gaps(&[(5, 9), (1, 3), (3, 4), (8, 8)]).stretches, [(1, 4), (5, 9)]);
+    }
+
+    proptest! {
+        /// The same asked of every window one by one.
+        #[test]
+        fn place_is_what_each_window_says(mut ends in prop::collection::btree_set(0..200u64, 4..40), time in 0..220u64) {
+            if ends.len() % 2 == 1 {
+                ends.pop_last();
+            }
+            let ends: Vec<u64> = ends.into_iter().collect();
+            let windows = windows(&ends.iter().enumerate().map(|(at, time)| (*time, at % 2 == 0)).collect::<Vec<_>>());
+            let distance = |pair: &[u64]| if time < pair[0] { pair[0] - time } else { time.saturating_sub(pair[1]) };
+            let nearest = ends.chunks(2).map(distance).min().unwrap();
+            let expected = match nearest {
+                _ if time < ends[0] || time > *ends.last().unwrap() => Place::Uncovered,
+                0 => Place::Inside,
+                distance => Place::Outside(distance),
+            };
+            prop_assert_eq!(windows.place(&Gaps::default(), time), expected);
+        }
+
+        #[test]
+        fn any_boundaries_and_gaps_give_an_answer(
+            boundaries in prop::collection::vec(any::<(u64, bool)>(), 0..20),
+            stretches in prop::collection::vec(any::<(u64, u64)>(), 0..8), time: u64,
+        ) {
+            let (windows, gaps) = (windows(&boundaries), gaps(&stretches));
+            let _ = windows.place(&gaps, time);
+            for (time, _) in boundaries {
+                let _ = windows.place(&gaps, time);
+            }
+        }
+    }
+}
