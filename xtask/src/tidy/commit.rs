@@ -7,7 +7,7 @@ use super::{Finding, place, tree::git};
 const SUBJECT_LETTERS_MAX: usize = 72;
 const BODY_LETTERS_MAX: usize = 100;
 /// What a commit can be about: a room, or what belongs to all of them.
-const COMPONENTS: [&str; 36] = [
+const COMPONENTS: [&str; 37] = [
     "LICENSE",
     "README",
     "agent",
