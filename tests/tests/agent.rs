@@ -80,9 +80,9 @@ impl Host {
     }
 
     fn arm(&mut self, events: &[&str]) -> Result<Armed> {
-        let events = events.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect();
-        let arm = Arm { session: 7, clock: "x86-tsc".into(), events, buffer_kb: 0, kallsyms: true };
-        self.say(&ToAgent::Arm(arm))?;
+        let events = events.iter().map(|pattern| EventRequest::from(*pattern)).collect();
+        let arm = Arm { session: 7, clock: "x86-tsc".into(), events, buffer_kb: 0, kallsyms: true, ..Arm::default() };
+        self.say(&ToAgent::Arm(Box::new(arm)))?;
         let mut described = Default::default();
         match self.answer(&mut described)? {
             FromAgent::Armed(armed) => {
@@ -320,7 +320,7 @@ fn driver_without_indirect_descriptors_is_refused() -> Result<()> {
     let machine = boot(&turn, Kernel::V6_12, dir.path(), &["-global", "virtio-serial-pci.indirect_desc=off"])?;
     machine.shell(START)?.ok()?;
     let (mut host, _) = Host::meet(&dir.path().join("control.sock"))?;
-    match host.ask(&ToAgent::Arm(Arm::default()))? {
+    match host.ask(&ToAgent::Arm(Box::default()))? {
         FromAgent::Failed(failure) => ensure!(failure.kind == FailureKind::NoIndirect, "{failure:?}"),
         other => bail!("{other:?}"),
     }

@@ -206,7 +206,7 @@ fn claim(link: &mut Link) -> Result<()> {
 /// Arms the agent of a claimed guest; bytes of one page.
 fn arm(link: &mut Link) -> Result<u32> {
     let arm = Arm { clock: "x86-tsc".into(), ..Arm::default() };
-    link.send(&ToServer::Agent { guest: "guest1".into(), request: ToAgent::Arm(arm) })?;
+    link.send(&ToServer::Agent { guest: "guest1".into(), request: ToAgent::Arm(Box::new(arm)) })?;
     loop {
         match next(link)? {
             FromServer::Agent { answer: FromAgent::Armed(armed), .. } => return Ok(armed.page_bytes),

@@ -42,6 +42,22 @@ pub const NAME_BYTES_MAX: usize = 64;
 pub const TEXT_BYTES_MAX: usize = 4096;
 /// Event patterns in one request.
 pub const EVENTS_MAX: usize = 4096;
+/// Triggers of one event request.
+pub const TRIGGERS_MAX: usize = 64;
+/// Function patterns of one kind in one request.
+pub const FUNCTIONS_MAX: usize = 4096;
+/// Trace options in one request.
+pub const OPTIONS_MAX: usize = 256;
+/// Processes a recording is bound to.
+pub const PIDS_MAX: usize = 4096;
+/// Commands of one machine in one session.
+pub const COMMANDS_MAX: usize = 16;
+/// Words of one command.
+pub const WORDS_MAX: usize = 1024;
+/// Bytes of a command's output in one message.
+pub const OUTPUT_BYTES_MAX: usize = 4096;
+/// Bytes of one command's output in one session; what it writes beyond is counted and thrown away.
+pub const OUTPUT_TOTAL_BYTES_MAX: u64 = 1 << 20;
 /// Near matches named for an event that does not exist.
 pub const NEAR_MAX: usize = 5;
 /// Bytes of everything a machine tells about itself in one session (formats, symbols, command lines).

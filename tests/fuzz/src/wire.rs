@@ -120,9 +120,16 @@ fn hellos() -> Vec<Vec<u8>> {
 }
 
 fn to_agent() -> Vec<Vec<u8>> {
-    let events = ["sched", "irq:*", "all"].map(|pattern| EventRequest { pattern: pattern.into() }).to_vec();
+    let events = ["sched", "irq:*", "all"].map(EventRequest::from).to_vec();
     sent(&[
-        ToAgent::Arm(Arm { session: 7, clock: "x86-tsc".into(), events, buffer_kb: 1408, kallsyms: true }),
+        ToAgent::Arm(Box::new(Arm {
+            session: 7,
+            clock: "x86-tsc".into(),
+            events,
+            buffer_kb: 1408,
+            kallsyms: true,
+            ..Arm::default()
+        })),
         ToAgent::Start { marker: "start".into() },
         ToAgent::Probe { id: 1, cpu: Cpu(3) },
         ToAgent::Mark { text: "here".into() },

@@ -1,17 +1,18 @@
 //! Server (on behalf of record) ⇄ agent, over the control port.
 //!
-//! One session: `Arm` → `Describe`* `Armed`; `Start` → `Started`; `Probe` → `Echo` and `Mark` → `Marked` at any time;
-//! `Stop` → `Lane`* `Describe`* `Stopped`; `Close` → `Closed`. `Failed` answers any request; after a failed `Arm` the
-//! agent is idle again. `Close` is allowed in every state and always answered.
+//! One session: `Arm` → `Describe`* `Armed`; `Start` → `Started`, then `Output`* `Exited` for each command; `Probe` →
+//! `Echo` and `Mark` → `Marked` at any time; `Stop` → `Lane`* `Describe`* `Stopped`; `Close` → `Closed`. `Failed` answers
+//! any request; after a failed `Arm` the agent is idle again. `Close` is allowed in every state and always answered.
 
-use alloc::{string::String, vec::Vec};
+use alloc::{boxed::Box, string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
 
+pub use super::arm::{Arm, CommandRequest, EventRequest, Tracer};
 use super::{Family, Fault, Message, bounded, text};
 use crate::{
     ids::Cpu,
-    limits::{CPUS_MAX, EVENTS_MAX, LANES_MAX, NEAR_MAX, PIECE_BYTES_MAX},
+    limits::{COMMANDS_MAX, CPUS_MAX, LANES_MAX, NEAR_MAX, OUTPUT_BYTES_MAX, PIECE_BYTES_MAX},
     time::GuestTsc,
 };
 
@@ -21,7 +22,7 @@ extern crate alloc;
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum ToAgent {
     /// Prepare a session: instance, clock, events, taps. Tracing stays off.
-    Arm(Arm),
+    Arm(Box<Arm>),
     /// Switch tracing on and write `marker` as the first event.
     Start {
         /// Text of the start marker.
@@ -48,28 +49,6 @@ pub enum ToAgent {
     Stop,
     /// Remove the instance and forget the session.
     Close,
-}
-
-/// What to record in a guest.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Arm {
-    /// Chosen by record, shown in the agent's log.
-    pub session: u64,
-    /// Trace clock (`x86-tsc`).
-    pub clock: String,
-    /// Events in the order given.
-    pub events: Vec<EventRequest>,
-    /// Ring buffer per CPU; 0 leaves the kernel's default.
-    pub buffer_kb: u32,
-    /// Whether kernel symbols are wanted.
-    pub kallsyms: bool,
-}
-
-/// One `-e`: `system`, `system:event`, globs in either part, or `all`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct EventRequest {
-    /// As the person wrote it.
-    pub pattern: String,
 }
 
 /// Answers of an agent.
@@ -101,6 +80,17 @@ pub enum FromAgent {
     Pong {
         /// The ping's.
         id: u32,
+    },
+    /// A command of the session has written this.
+    Output(Output),
+    /// A command of the session has ended.
+    Exited {
+        /// Its place among the session's commands.
+        command: u32,
+        /// Its exit code, or 128 + signal as a shell gives it.
+        status: u8,
+        /// What it wrote beyond [`OUTPUT_TOTAL_BYTES_MAX`](crate::limits::OUTPUT_TOTAL_BYTES_MAX).
+        output_dropped_bytes: u64,
     },
     /// One lane's end.
     Lane(LaneReport),
@@ -170,6 +160,17 @@ pub struct Armed {
     pub events: u32,
 }
 
+/// A piece of what a command writes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Output {
+    /// Its place among the session's commands.
+    pub command: u32,
+    /// It came from standard error, not from standard output.
+    pub is_error: bool,
+    /// What it wrote, at most [`OUTPUT_BYTES_MAX`].
+    pub bytes: Vec<u8>,
+}
+
 /// Answer to a probe, as the guest saw it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Echo {
@@ -213,6 +214,18 @@ pub enum FailureKind {
     NoSuchEvent,
     /// The clock does not exist there; `near` names those that do.
     NoSuchClock,
+    /// The tracer does not exist there; `near` names those that do.
+    NoSuchTracer,
+    /// No function there is meant by it.
+    NoSuchFunction,
+    /// The trace option does not exist there; `near` names some that do.
+    NoSuchOption,
+    /// A filter or trigger that the kernel does not understand; the detail has its words.
+    Expression,
+    /// No such program there.
+    NoSuchProgram,
+    /// The guest's owner has not allowed it.
+    NotAllowed,
     /// The kernel refused: the object is the file, the detail its error.
     Kernel,
     /// A session is running already, or none is.
@@ -242,11 +255,7 @@ impl Message for ToAgent {
     const FAMILY: Family = Family::ToAgent;
     fn check(&self) -> Result<(), Fault> {
         match self {
-            Self::Arm(arm) => {
-                bounded(arm.events.len(), EVENTS_MAX)?;
-                arm.events.iter().try_for_each(|event| text(&event.pattern))?;
-                text(&arm.clock)
-            }
+            Self::Arm(arm) => arm.check(),
             Self::Start { marker: words } | Self::Mark { text: words } => text(words),
             Self::Probe { .. } | Self::Ping { .. } | Self::Stop | Self::Close => Ok(()),
         }
@@ -271,6 +280,8 @@ impl Message for FromAgent {
                 bounded(armed.lanes.len(), LANES_MAX)?;
                 text(&armed.clock)
             }
+            Self::Output(output) => bounded(output.bytes.len(), OUTPUT_BYTES_MAX),
+            Self::Exited { command, .. } => bounded(usize::try_from(*command).unwrap_or(usize::MAX), COMMANDS_MAX),
             Self::Lane(lane) => {
                 text(&lane.stats_before)?;
                 text(&lane.stats_after)?;

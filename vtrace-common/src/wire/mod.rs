@@ -18,6 +18,7 @@
 //! Trust: nothing
 
 pub mod agent;
+mod arm;
 pub mod client;
 mod frame;
 

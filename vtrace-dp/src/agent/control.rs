@@ -32,13 +32,18 @@ use vtrace_common::{
 };
 
 use super::{
+    command::{Running, STREAMS, Stream},
     link::{Gone, HOST_SILENCE, Heard, Link},
     machine,
+    policy::Policy,
     port::Ports,
     session::{Effect, Outcome, State},
     work::{Refused, Work},
 };
-use crate::sys::{SysError, tsc};
+use crate::{
+    sys::{SysError, tsc},
+    tracefs::{Tracefs, online_cpus},
+};
 
 /// Why the loop is over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,6 +65,8 @@ pub(super) struct Options {
     pub(super) once: bool,
     /// Trace over ports that may lose pages (they are counted).
     pub(super) without_indirect: bool,
+    /// What may be asked.
+    pub(super) policy: Policy,
 }
 
 /// How far the greetings are.
@@ -78,6 +85,8 @@ enum Greeting {
 const PORT: u64 = 0;
 const QUIT: u64 = 1;
 const PUMP: u64 = 2;
+/// The first of what the commands are waited for: [`STREAMS`] of each.
+const COMMANDS: u64 = 16;
 
 /// The loop's state.
 pub(super) struct Control<'a> {
@@ -156,7 +165,7 @@ impl<'a> Control<'a> {
 
     /// Sleeps until something has happened, and does it.
     fn turn(&mut self) -> Result<Result<(), Gone>, SysError> {
-        let mut events = [EpollEvent::empty(); 3];
+        let mut events = [EpollEvent::empty(); 8];
         let count = match self.epoll.wait(&mut events, self.patience()) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
@@ -169,6 +178,11 @@ impl<'a> Control<'a> {
         let mut result = Ok(());
         if happened(PORT) {
             result = self.hear_all();
+        }
+        for tag in events[..count].iter().filter_map(|event| event.data().checked_sub(COMMANDS)) {
+            if result.is_ok() {
+                result = self.pass_output(usize::try_from(tag).expect("few commands"));
+            }
         }
         if result.is_ok() && happened(PUMP) {
             result = self.pump_has_ended();
@@ -260,7 +274,7 @@ impl<'a> Control<'a> {
             self.unpin();
         }
         let done = match self.state.on(request) {
-            Effect::Arm(arm) => self.arm(&arm),
+            Effect::Arm(arm) => self.arm(*arm),
             Effect::Start { marker } => self.start(&marker),
             Effect::Mark { text } => self.mark(&text),
             Effect::Echo { id, cpu } => self.echo(id, cpu, stamp),
@@ -276,8 +290,10 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn arm(&mut self, arm: &Arm) -> Result<(), Refused> {
-        let Options { tee, without_indirect, .. } = self.options;
+    fn arm(&mut self, arm: Arm) -> Result<(), Refused> {
+        let Options { tee, without_indirect, policy, .. } = self.options;
+        let cpus = online_cpus().map_or(1, |cpus| cpus.len());
+        let arm = &policy.check(arm, &Tracefs::find_or_mount()?, cpus)?;
         let work = Work::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
         let done = work.done().expect("it has just been started");
         let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
@@ -291,7 +307,40 @@ impl<'a> Control<'a> {
     fn start(&mut self, marker: &str) -> Result<(), Refused> {
         let started = self.armed().start(marker)?;
         self.state = self.state.after(Outcome::Started);
-        Ok(self.tell(&started)?)
+        self.tell(&started)?;
+        self.start_commands()
+    }
+
+    /// Starts what the host wants run. One that does not start is a failure of the session.
+    fn start_commands(&mut self) -> Result<(), Refused> {
+        let Some(work) = &mut self.work else { return Ok(()) };
+        work.start_commands(self.options.policy.user)?;
+        for (index, command) in work.commands.iter().enumerate() {
+            for (place, stream) in STREAMS.into_iter().enumerate() {
+                let Some(fd) = command.fd(stream) else { continue };
+                let tag = COMMANDS + u64::try_from(STREAMS.len() * index + place).expect("few commands");
+                let watched = self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, tag));
+                watched.map_err(|errno| failure(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes on what a command has written, or how it ended. An output leaves the epoll set when it is closed.
+    fn pass_output(&mut self, tag: usize) -> Result<(), Gone> {
+        let stream = STREAMS[tag % STREAMS.len()];
+        let commands = self.work.as_mut().map(|work| &mut work.commands);
+        let Some(command) = commands.and_then(|commands| commands.get_mut(tag / STREAMS.len())) else { return Ok(()) };
+        if stream != Stream::End {
+            // One piece a turn: the host's requests and the other commands have theirs.
+            return command.read(stream).map_or(Ok(()), |piece| self.tell(&piece));
+        }
+        if let Some(end) = command.fd(Stream::End) {
+            // It stays readable for ever.
+            self.epoll.delete(end).expect("it was added when it was started");
+        }
+        let told = command.end();
+        told.iter().try_for_each(|message| self.tell(message))
     }
 
     fn mark(&mut self, text: &str) -> Result<(), Refused> {
@@ -312,6 +361,7 @@ impl<'a> Control<'a> {
     }
 
     fn drain(&mut self) -> Result<(), Refused> {
+        self.armed().commands.iter().for_each(Running::stop);
         self.armed().drain();
         self.state = self.state.after(Outcome::Draining);
         match self.armed().done() {

@@ -12,11 +12,14 @@ use nix::sys::eventfd::EventFd;
 use proptest::prelude::*;
 use vtrace_common::wire::{
     Decoder, Message,
-    agent::{EventRequest, Piece},
+    agent::{CommandRequest, EventRequest, Output, Piece},
     encode,
 };
 
-use super::{super::port::tests as made, *};
+use super::{
+    super::{policy::Exec, port::tests as made},
+    *,
+};
 use crate::tracefs::{INSTANCE_PREFIX, Tracefs, online_cpus};
 
 /// The host's end, and the loop in a thread of its own.
@@ -47,7 +50,8 @@ impl Rig {
         let quit = std::sync::Arc::new(EventFd::new().unwrap());
         let inside = quit.clone();
         let thread = std::thread::spawn(move || {
-            let options = Options { tee: None, once, without_indirect: false };
+            let policy = Policy::load("/nonexistent".into(), Some(Exec::Only(vec!["sh".into()]))).unwrap();
+            let options = Options { tee: None, once, without_indirect: false, policy };
             Control::new(theirs.into(), &ports, &options, inside.as_fd()).unwrap().serve().unwrap()
         });
         let session = SESSION.fetch_add(1, Ordering::Relaxed);
@@ -108,8 +112,9 @@ impl Rig {
     }
 
     fn arm(&self) -> ToAgent {
-        let events = vec![EventRequest { pattern: "sched:sched_switch".into() }];
-        ToAgent::Arm(Arm { session: self.session, clock: "x86-tsc".into(), events, buffer_kb: 0, kallsyms: false })
+        let events = vec!["sched:sched_switch".into()];
+        let arm = Arm { session: self.session, clock: "x86-tsc".into(), events, ..Arm::default() };
+        ToAgent::Arm(Box::new(arm))
     }
 
     /// Counts the bytes that come out of every FIFO; the loop's open keeps each of them open.
@@ -226,7 +231,7 @@ fn silent_host_loses_its_session_after_ten_seconds() {
 fn host_that_reads_nothing_for_ten_seconds_finds_whole_frames_and_an_idle_agent_when_it_reads_again() {
     let Some(mut rig) = Rig::met(true, false) else { return };
     let ToAgent::Arm(arm) = rig.arm() else { unreachable!() };
-    rig.say(&ToAgent::Arm(Arm { kallsyms: true, ..arm })); // megabytes, more than a socket holds
+    rig.say(&ToAgent::Arm(Box::new(Arm { kallsyms: true, ..*arm }))); // megabytes, more than a socket holds
     let begun = Instant::now();
     while begun.elapsed() < HOST_SILENCE || rig.instance_exists() {
         std::thread::sleep(Duration::from_millis(100));
@@ -288,12 +293,12 @@ fn hostile() -> impl Strategy<Value = Vec<u8>> {
     let message = |message: ToAgent| encode(&message).unwrap();
     let session = 0xbad0_0000u64 + u64::from(std::process::id());
     prop_oneof![
-        3 => Just(message(ToAgent::Arm(Arm { session, ..Arm::default() }))),
-        1 => "[a-z:*]{0,9}".prop_map(move |pattern| message(ToAgent::Arm(Arm {
+        3 => Just(message(ToAgent::Arm(Box::new(Arm { session, ..Arm::default() })))),
+        1 => "[a-z:*]{0,9}".prop_map(move |pattern| message(ToAgent::Arm(Box::new(Arm {
             session,
-            events: vec![EventRequest { pattern }],
+            events: vec![EventRequest { pattern, ..EventRequest::default() }],
             ..Arm::default()
-        }))),
+        })))),
         3 => Just(message(ToAgent::Start { marker: "m".into() })),
         2 => any::<(u32, u32)>().prop_map(move |(id, cpu)| message(ToAgent::Probe { id, cpu: Cpu(cpu % 4) })),
         2 => Just(message(ToAgent::Mark { text: "t".repeat(4096) })),
@@ -341,4 +346,38 @@ proptest! {
         prop_assert!(!rig.instance_exists());
         prop_assert_eq!(rig.finish(), End::Asked);
     }
+}
+
+#[test]
+fn allowed_command_runs_while_tracing_and_is_told_with_its_end() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    let ToAgent::Arm(arm) = rig.arm() else { unreachable!() };
+    let words = ["sh", "-c", "echo here; exit 3"].map(Into::into).to_vec();
+    rig.say(&ToAgent::Arm(Box::new(Arm { commands: vec![CommandRequest { words }], own_only: false, ..*arm })));
+    assert!(matches!(rig.answer().0, FromAgent::Armed(_)));
+    rig.read_ports();
+    rig.say(&ToAgent::Start { marker: "start".into() });
+    assert!(matches!(rig.next(), FromAgent::Started { .. }));
+    assert_eq!(
+        rig.next::<FromAgent>(),
+        FromAgent::Output(Output { command: 0, is_error: false, bytes: b"here\n".to_vec() })
+    );
+    assert_eq!(rig.next::<FromAgent>(), FromAgent::Exited { command: 0, status: 3, output_dropped_bytes: 0 });
+    assert_eq!(rig.ask(&ToAgent::Close), FromAgent::Closed);
+    assert_eq!(rig.finish(), End::Asked);
+}
+
+#[test]
+fn command_that_is_not_allowed_refuses_the_session() {
+    let Some(mut rig) = Rig::met(true, false) else { return };
+    let ToAgent::Arm(arm) = rig.arm() else { unreachable!() };
+    let words = vec!["sleep".into(), "1000".into()];
+    let FromAgent::Failed(failure) =
+        rig.ask(&ToAgent::Arm(Box::new(Arm { commands: vec![CommandRequest { words }], ..*arm })))
+    else {
+        panic!("it was not refused")
+    };
+    assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NotAllowed, "sleep"));
+    assert!(!rig.instance_exists());
+    assert_eq!(rig.finish(), End::Asked);
 }

@@ -6,7 +6,9 @@
 //! | [`link`] | messages over the control port |
 //! | [`control`] | the control loop |
 //! | [`session`] | what a session allows: pure |
+//! | [`policy`] | what the guest's owner allows |
 //! | [`work`] | what a session owns |
+//! | [`command`] | what the host wants run |
 //! | [`pump`] | tap ─► pipe ─► port, io_uring |
 //! | [`lane`] | one lane's states and counts: pure |
 //!
@@ -19,10 +21,12 @@
 //! Depends on `sys`, `tracefs` and `vtrace-common` only, and needs nothing of a C library at run time that a static
 //! one lacks. Works from Linux 5.10 on; needs io_uring and the right to use it.
 
+mod command;
 mod control;
 mod lane;
 mod link;
 mod machine;
+pub mod policy;
 mod port;
 mod pump;
 mod session;
@@ -50,6 +54,7 @@ use crate::{
     tracefs::{Tracefs, online_cpus},
 };
 use control::{Control, End, Options};
+use policy::Policy;
 use port::{Found, Ports, Uevents};
 
 /// How long data ports may come after the control port before the host is answered without them.
@@ -69,6 +74,10 @@ pub struct AgentConfig {
     pub tee: Option<PathBuf>,
     /// Verification: trace even where the driver has no VIRTIO_RING_F_INDIRECT_DESC. Pages are lost, and counted.
     pub without_indirect: bool,
+    /// The owner's rules; a file that is not there has none.
+    pub policy: PathBuf,
+    /// What may be run, instead of what the file says.
+    pub exec: Option<policy::Exec>,
 }
 
 impl Default for AgentConfig {
@@ -79,6 +88,8 @@ impl Default for AgentConfig {
             once: false,
             tee: None,
             without_indirect: false,
+            policy: policy::FILE.into(),
+            exec: None,
         }
     }
 }
@@ -97,6 +108,9 @@ pub enum AgentError {
         /// Why.
         source: io::Error,
     },
+    /// The owner's rules cannot be read: without them nothing is done.
+    #[error(transparent)]
+    Policy(#[from] policy::PolicyFault),
     /// Something every Linux has was refused.
     #[error(transparent)]
     System(#[from] SysError),
@@ -116,7 +130,8 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         control: config.control_port,
         lane_prefix: config.lane_port_prefix,
     };
-    let options = Options { tee: config.tee, once: config.once, without_indirect: config.without_indirect };
+    let policy = Policy::load(config.policy, config.exec)?;
+    let options = Options { tee: config.tee, once: config.once, without_indirect: config.without_indirect, policy };
     let mut cleaned = false;
     while let Some(port) = open_control(&ports, &news, &quit)? {
         // Only the owner of the control port may clean up: another agent's instance is not stale.

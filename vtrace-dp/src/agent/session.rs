@@ -41,7 +41,7 @@ pub(super) enum State {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Effect {
     /// Prepare everything, describe, answer `Armed`.
-    Arm(Arm),
+    Arm(Box<Arm>),
     /// Tracing on, marker, answer `Started`.
     Start {
         /// Its text.
@@ -143,7 +143,7 @@ mod tests {
 
     fn requests() -> impl Strategy<Value = ToAgent> {
         prop_oneof![
-            Just(ToAgent::Arm(Arm::default())),
+            Just(ToAgent::Arm(Box::default())),
             Just(ToAgent::Start { marker: "m".into() }),
             Just(ToAgent::Mark { text: "t".into() }),
             any::<u32>().prop_map(|id| ToAgent::Ping { id }),
@@ -167,7 +167,7 @@ mod tests {
     fn whole_session_passes_every_state_in_order() {
         let mut state = State::default();
         let mut seen = vec![];
-        for request in [ToAgent::Arm(Arm::default()), ToAgent::Start { marker: "m".into() }, ToAgent::Stop] {
+        for request in [ToAgent::Arm(Box::default()), ToAgent::Start { marker: "m".into() }, ToAgent::Stop] {
             let done = outcome(&state.on(request)).expect("each of them changes the state");
             state = state.after(done);
             seen.push(state);
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn second_arm_is_refused_while_a_session_exists() {
         for state in [State::Armed, State::Running, State::Stopping, State::Stopped] {
-            let Effect::Refuse(failure) = state.on(ToAgent::Arm(Arm::default())) else { panic!("{state:?} took it") };
+            let Effect::Refuse(failure) = state.on(ToAgent::Arm(Box::default())) else { panic!("{state:?} took it") };
             assert_eq!(failure.kind, FailureKind::State);
         }
     }

@@ -14,11 +14,13 @@ use vtrace_common::{
     ids::Cpu,
     limits::TEXT_BYTES_MAX,
     time::GuestTsc,
-    wire::agent::{Arm, Armed, Failure, FailureKind, FromAgent, LaneReport, Piece},
+    wire::agent::{Arm, Armed, CommandRequest, Failure, FailureKind, FromAgent, LaneReport, Piece},
 };
 
 use super::{
+    command::Running,
     link::Gone,
+    policy::User,
     port::Ports,
     pump::{LaneEnd, Pump},
 };
@@ -55,6 +57,10 @@ pub(super) type Tell<'a> = &'a dyn Fn(&FromAgent) -> Result<(), Gone>;
 #[derive(Debug)]
 pub(super) struct Work {
     // Fields are dropped in this order.
+    /// What runs for the host, by its place in the request.
+    pub(super) commands: Vec<Running>,
+    requests: Vec<CommandRequest>,
+    own_only: bool,
     pump: Option<Pump>,
     ends: Vec<LaneEnd>,
     stats_before: Vec<(Cpu, String)>,
@@ -85,7 +91,9 @@ impl Work {
         };
         let stats_before = instance.cpus().iter().map(|cpu| (*cpu, instance.stats(*cpu))).collect();
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
-        let work = Self { pump: Some(pump), ends: Vec::new(), stats_before, instance };
+        let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
+        let (pump, ends) = (Some(pump), Vec::new());
+        let work = Self { commands, requests, own_only, pump, ends, stats_before, instance };
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
@@ -104,6 +112,15 @@ impl Work {
             return Err(failure);
         }
         Ok(FromAgent::Started { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// Starts the commands.
+    pub(super) fn start_commands(&mut self, user: Option<User>) -> Result<(), Failure> {
+        let buffer = self.own_only.then(|| self.instance.path());
+        for (index, request) in (0..).zip(&self.requests) {
+            self.commands.push(Running::start(index, request, user, buffer)?);
+        }
+        Ok(())
     }
 
     /// Writes a marker.
@@ -157,7 +174,7 @@ impl Work {
 
     /// Abandons what is on its way and removes the instance.
     pub(super) fn remove(self) {
-        drop(self.pump);
+        drop((self.commands, self.pump));
         if let Err(failure) = self.instance.remove() {
             log::error!("{} stays: {}", failure.object, failure.detail);
         }

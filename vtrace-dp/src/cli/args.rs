@@ -20,7 +20,7 @@ pub struct Args {
 #[derive(Subcommand, Debug)]
 pub enum Verb {
     /// Record host and guests together, into one file each
-    Record(RecordArgs),
+    Record(Box<RecordArgs>),
     /// Serve guests: the backend of their virtio-serial device (on the host, one for all guests)
     Server(ServerArgs),
     /// Record for a host (inside a guest)
@@ -29,12 +29,15 @@ pub enum Verb {
     List(ListArgs),
     /// Check that every event of a guest lies where the host says its vCPU ran
     Check(CheckArgs),
+    /// Become a command that is traced from its first instruction on (record and agent use it for -F)
+    #[command(hide = true)]
+    Launch(LaunchArgs),
 }
 
 /// `vtrace record [OPTIONS] [--dom GUEST [GUEST OPTIONS]]… [--] [COMMAND]`
 #[derive(ClapArgs, Debug)]
 #[command(
-    override_usage = "vtrace record [OPTIONS] [-e EVENT]... [--dom GUEST -e EVENT...]... [--] [COMMAND]...",
+    override_usage = "vtrace record [OPTIONS] [-e EVENT]... [--dom GUEST -e EVENT... [--exec COMMAND... \\;]]... [--] [COMMAND]...",
     after_help = "Options after --dom belong to that guest. Recording ends with COMMAND, at --timeout, or with Ctrl-C;\n\
                   a second Ctrl-C stops at once and keeps what is there.\n\n\
                   Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
@@ -43,12 +46,9 @@ pub enum Verb {
                   3 data lost under --strict, else COMMAND's own."
 )]
 pub struct RecordArgs {
-    /// Event to record: SYSTEM, SYSTEM:EVENT, globs in either part, or `all`; can be given often
-    #[arg(short = 'e', long = "event", value_name = "EVENT", help_heading = "For each machine")]
-    pub event: Vec<String>,
-    /// Ring buffer of each CPU, in KiB
-    #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
-    pub buffer_kb: Vec<u32>,
+    /// What to record on each machine
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// Record this guest too; what follows is for it
     #[arg(short = 'A', long = "dom", value_name = "GUEST", help_heading = "For each machine")]
     pub dom: Vec<String>,
@@ -75,6 +75,107 @@ pub struct RecordArgs {
     pub dir: PathBuf,
     /// Command to run while recording
     #[arg(value_name = "COMMAND", trailing_var_arg = true)]
+    pub command: Vec<OsString>,
+}
+
+/// What stands before the first `--dom` is for the host, what follows one for that guest. The meaning is trace-cmd's.
+///
+/// Their order matters, so [`super::plan`] reads them from clap's matches; this is their one definition.
+#[derive(ClapArgs, Debug)]
+pub struct MachineArgs {
+    /// Event to record: SYSTEM, SYSTEM:EVENT, globs in either part, or `all`; can be given often
+    #[arg(short = 'e', long = "event", value_name = "EVENT", help_heading = "For each machine")]
+    pub event: Vec<String>,
+    /// Only where this holds, for the -e before it
+    #[arg(short = 'f', long, value_name = "FILTER", help_heading = "For each machine")]
+    pub filter: Vec<String>,
+    /// Trigger for the -e before it
+    #[arg(short = 'R', long, value_name = "TRIGGER", help_heading = "For each machine")]
+    pub trigger: Vec<String>,
+    /// Leave out what the -e behind it name
+    #[arg(
+        short = 'v',
+        long = "exclude",
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "For each machine"
+    )]
+    pub exclude: Vec<bool>,
+    /// Tracer: function, function_graph, or any that the machine has
+    #[arg(short = 'p', long, value_name = "TRACER", help_heading = "For each machine")]
+    pub tracer: Vec<String>,
+    /// Function to trace, glob; can be given often
+    #[arg(short = 'l', long, value_name = "FUNC", help_heading = "For each machine")]
+    pub function: Vec<String>,
+    /// Function to leave out, glob
+    #[arg(short = 'n', long, value_name = "FUNC", help_heading = "For each machine")]
+    pub notrace: Vec<String>,
+    /// Function whose calls function_graph follows
+    #[arg(short = 'g', long, value_name = "FUNC", help_heading = "For each machine")]
+    pub graph_function: Vec<String>,
+    /// How deep function_graph follows calls
+    #[arg(long, value_name = "N", help_heading = "For each machine")]
+    pub max_graph_depth: Vec<u32>,
+    /// Trace option; `no` in front switches it off
+    #[arg(short = 'O', long = "option", value_name = "OPTION", help_heading = "For each machine")]
+    pub option: Vec<String>,
+    /// A stack with every event
+    #[arg(
+        short = 'T',
+        long = "stacks",
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "For each machine"
+    )]
+    pub stacks: Vec<bool>,
+    /// A stack with every function
+    #[arg(long = "func-stack", num_args = 0, default_missing_value = "true", help_heading = "For each machine")]
+    pub function_stacks: Vec<bool>,
+    /// Only these processes
+    #[arg(short = 'P', long = "pid", value_name = "PID,...", help_heading = "For each machine")]
+    pub pid: Vec<String>,
+    /// Only the machine's command (COMMAND, or its --exec)
+    #[arg(
+        short = 'F',
+        long = "command-only",
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "For each machine"
+    )]
+    pub command_only: Vec<bool>,
+    /// Children of -P and -F too
+    #[arg(short = 'c', long, num_args = 0, default_missing_value = "true", help_heading = "For each machine")]
+    pub children: Vec<bool>,
+    /// CPUs to trace, a hexadecimal mask, or `all`
+    #[arg(short = 'M', long = "cpu-mask", value_name = "MASK", help_heading = "For each machine")]
+    pub cpu_mask: Vec<String>,
+    /// Trace clock of the host; with guests it is x86-tsc
+    #[arg(short = 'C', long, value_name = "CLOCK", help_heading = "For each machine")]
+    pub clock: Vec<String>,
+    /// Ring buffer of each CPU, in KiB
+    #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
+    pub buffer_kb: Vec<u32>,
+    /// Run this in the guest while recording, up to `\\;`
+    #[arg(
+        long,
+        value_name = "COMMAND",
+        num_args = 1..,
+        value_terminator = ";",
+        allow_hyphen_values = true,
+        action = clap::ArgAction::Append,
+        help_heading = "For each machine"
+    )]
+    pub exec: Vec<OsString>,
+}
+
+/// `vtrace launch --buffer DIR -- COMMAND`
+#[derive(ClapArgs, Debug)]
+pub struct LaunchArgs {
+    /// The tracefs buffer that is bound to processes
+    #[arg(long, value_name = "DIR")]
+    pub buffer: PathBuf,
+    /// What to become
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, required = true)]
     pub command: Vec<OsString>,
 }
 
@@ -109,6 +210,15 @@ pub struct AgentArgs {
     /// Keep a copy of every page in DIR/cpuN.raw (to verify the road; halves its speed)
     #[arg(long, value_name = "DIR")]
     pub tee: Option<PathBuf>,
+    /// Run any command a host asks for (otherwise those that the policy names)
+    #[arg(long, conflicts_with = "no_exec")]
+    pub allow_exec: bool,
+    /// Run no command, whatever the policy says
+    #[arg(long)]
+    pub no_exec: bool,
+    /// What a host may ask
+    #[arg(long, value_name = "FILE", default_value = "/etc/vtrace/agent.toml")]
+    pub policy: PathBuf,
 }
 
 /// `vtrace list`

@@ -93,7 +93,14 @@ impl From<PlanFault> for Complaint {
         let remedy = match &fault {
             PlanFault::Nothing => "vtrace record -e sched -- sleep 1",
             PlanFault::GuestWithoutEvents(_) => "give it events behind its name: --dom GUEST -e sched",
-            PlanFault::GuestTwice(_) | PlanFault::BufferTwice(_) => "give it once, with all its options behind it",
+            PlanFault::GuestTwice(_) | PlanFault::Twice { .. } => "give it once, with all its options behind it",
+            PlanFault::NoEventBefore { .. } => "-e sched_switch -f 'prev_prio < 100'",
+            PlanFault::Process(_) => "-P 42 or -P 42,43",
+            PlanFault::NotText(_) => "an alias of that file whose name is UTF-8",
+            PlanFault::Clock(_) => "leave -C out, or record the host alone",
+            PlanFault::ExecOnHost => "--dom GUEST --exec COMMAND \\; or COMMAND at the end",
+            PlanFault::CommandMissing(_) => "name it at the end, or for a guest with --exec COMMAND \\;",
+            PlanFault::ParentMissing(_) => "-P PID -c",
             PlanFault::GuestName(_) => "vtrace list shows the names there are",
             PlanFault::Timeout(_) => "--timeout 2.5",
         };
@@ -118,6 +125,7 @@ impl From<AgentError> for Complaint {
         let remedy = match &error {
             AgentError::Busy(_) => "one agent serves all hosts: stop the other one",
             AgentError::Port { .. } => "be root",
+            AgentError::Policy(_) => "vtrace agent --policy FILE",
             AgentError::System(_) => "",
         };
         Self::new("the agent cannot run", chain(&error), remedy)
@@ -181,8 +189,34 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
         }
         FailureKind::Memory => Complaint::new(cannot, format!("{object}: {detail}"), "a smaller -b, or more memory"),
         FailureKind::State => Complaint::new(cannot, format!("{object}: {detail}"), "wait for the other recording"),
+        FailureKind::NoSuchTracer => {
+            Complaint::new(cannot, format!("it has no tracer {object:?}"), format!("it has: {near}"))
+        }
+        FailureKind::NoSuchFunction => Complaint::new(
+            cannot,
+            format!("{object:?}: {detail}"),
+            "grep NAME available_filter_functions in its tracefs",
+        ),
+        FailureKind::NoSuchOption => {
+            Complaint::new(cannot, format!("it has no trace option {object:?}"), options(&near))
+        }
+        FailureKind::Expression => Complaint::new(
+            cannot,
+            format!("{object}: {detail}"),
+            "the fields are in events/SYSTEM/EVENT/format of its tracefs",
+        ),
+        FailureKind::NoSuchProgram => Complaint::new(cannot, format!("{object}: {detail}"), "a full path"),
+        FailureKind::NotAllowed => Complaint::new(
+            cannot,
+            format!("{object}: {detail}"),
+            "its /etc/vtrace/agent.toml, or the agent's --allow-exec",
+        ),
         FailureKind::Kernel => Complaint::new(cannot, format!("{object}: {detail}"), ""),
     }
+}
+
+fn options(near: &str) -> String {
+    if near.is_empty() { "trace_options in its tracefs lists them".into() } else { format!("-O {near}") }
 }
 
 fn refused(refusal: &Refusal) -> Complaint {
@@ -296,7 +330,7 @@ mod tests {
     fn request_that_makes_no_sense_exits_with_the_usage_status() {
         let complaint = Complaint::from(PlanFault::GuestWithoutEvents("guest1".into()));
         assert_eq!(complaint.status, USAGE);
-        assert!(complaint.to_string().contains("no event (-e) after --dom guest1"), "{complaint}");
+        assert!(complaint.to_string().contains("no event (-e) and no tracer (-p) after --dom guest1"), "{complaint}");
     }
 
     #[test]

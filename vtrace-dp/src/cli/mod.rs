@@ -9,7 +9,9 @@ mod agent;
 pub mod args;
 mod check;
 mod complaint;
+mod launch;
 mod list;
+mod machine_options;
 pub mod plan;
 mod record;
 mod server;
@@ -49,6 +51,7 @@ pub fn main() -> ExitCode {
         Verb::Agent(args) => agent::run(args),
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),
+        Verb::Launch(args) => launch::run(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

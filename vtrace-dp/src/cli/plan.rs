@@ -7,12 +7,9 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::ArgMatches;
-use vtrace_common::{
-    limits::NAME_BYTES_MAX,
-    wire::agent::{Arm, EventRequest},
-};
+use vtrace_common::{limits::NAME_BYTES_MAX, wire::agent::Arm};
 
-use super::args::RecordArgs;
+use super::{args::RecordArgs, machine_options};
 use crate::server::check_name;
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
@@ -61,10 +58,10 @@ pub struct GuestPlan {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PlanFault {
     /// Neither an event nor a guest.
-    #[error("nothing to record: no event (-e) and no guest (--dom)")]
+    #[error("nothing to record: no event (-e), no tracer (-p) and no guest (--dom)")]
     Nothing,
     /// A guest without an event.
-    #[error("no event (-e) after --dom {0}")]
+    #[error("no event (-e) and no tracer (-p) after --dom {0}")]
     GuestWithoutEvents(String),
     /// The same guest twice.
     #[error("--dom {0} is given twice")]
@@ -72,9 +69,40 @@ pub enum PlanFault {
     /// A name that cannot be a guest's.
     #[error("{0:?} cannot be a guest's name: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
     GuestName(String),
-    /// Two sizes for one machine.
-    #[error("-b is given twice for {0}")]
-    BufferTwice(String),
+    /// An option that one machine can have once.
+    #[error("{option} is given twice for {machine}")]
+    Twice {
+        /// Which.
+        option: &'static str,
+        /// Whose.
+        machine: String,
+    },
+    /// A filter or trigger without its event.
+    #[error("{option} belongs to the -e before it, and there is none for {machine}")]
+    NoEventBefore {
+        /// Which.
+        option: &'static str,
+        /// Whose.
+        machine: String,
+    },
+    /// Not the number of a process.
+    #[error("-P {0}: not the number of a process")]
+    Process(String),
+    /// Bytes that are no text.
+    #[error("{0:?} is not UTF-8")]
+    NotText(String),
+    /// Guests and host cannot be brought together by such a clock.
+    #[error("-C {0}: guests can only be recorded by {CLOCK}")]
+    Clock(String),
+    /// `--exec` before the first `--dom`.
+    #[error("--exec is for guests; the host's command stands at the end")]
+    ExecOnHost,
+    /// `-F` without a command.
+    #[error("-F for {0}, which runs no command")]
+    CommandMissing(String),
+    /// `-c` without processes.
+    #[error("-c for {0} without -P or -F: children of whom?")]
+    ParentMissing(String),
     /// Not a duration.
     #[error("--timeout {0}: not a number of seconds")]
     Timeout(String),
@@ -83,28 +111,13 @@ pub enum PlanFault {
 impl Plan {
     /// Validates what was typed. `matches` are those of the verb `record`: they know the order.
     pub fn new(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Self, PlanFault> {
-        let doms: Vec<usize> = matches.indices_of("dom").into_iter().flatten().collect();
-        let owner = |index: usize| doms.iter().filter(|dom| **dom < index).count();
-        let mut arms = vec![Arm::default(); args.dom.len() + 1];
-        for arm in &mut arms {
-            arm.session = session;
-            arm.clock = CLOCK.into();
-            arm.kallsyms = !args.no_kallsyms;
-        }
-        for (pattern, index) in args.event.iter().zip(matches.indices_of("event").into_iter().flatten()) {
-            arms[owner(index)].events.push(EventRequest { pattern: pattern.clone() });
-        }
-        for (buffer_kb, index) in args.buffer_kb.iter().zip(matches.indices_of("buffer_kb").into_iter().flatten()) {
-            let place = owner(index);
-            if std::mem::replace(&mut arms[place].buffer_kb, *buffer_kb) != 0 {
-                let name = place.checked_sub(1).map_or("the host", |guest| &args.dom[guest]);
-                return Err(PlanFault::BufferTwice(name.into()));
-            }
-        }
+        let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
+        let mut arms = machine_options::read(matches, &args.dom, &common)?;
         let host_arm = arms.remove(0);
-        if host_arm.events.is_empty() && arms.is_empty() {
+        if !records(&host_arm) && arms.is_empty() {
             return Err(PlanFault::Nothing);
         }
+        check_host(&host_arm, args)?;
         let guests = args.dom.iter().zip(arms).map(|(name, arm)| guest(args, name, arm)).collect::<Result<_, _>>()?;
         Ok(Self {
             host: MachinePlan { arm: host_arm, output: args.output.clone() },
@@ -119,6 +132,38 @@ impl Plan {
     }
 }
 
+/// Whether anything would come.
+fn records(arm: &Arm) -> bool {
+    !arm.events.is_empty() || !matches!(arm.tracer.name.as_str(), "" | "nop")
+}
+
+impl MachinePlan {
+    /// Whether anything would come.
+    pub fn records(&self) -> bool {
+        records(&self.arm)
+    }
+}
+
+fn check_host(arm: &Arm, args: &RecordArgs) -> Result<(), PlanFault> {
+    if !arm.commands.is_empty() {
+        return Err(PlanFault::ExecOnHost);
+    }
+    if arm.clock != CLOCK && !args.dom.is_empty() {
+        return Err(PlanFault::Clock(arm.clock.clone()));
+    }
+    check_processes("the host", arm, !args.command.is_empty())
+}
+
+fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), PlanFault> {
+    if arm.own_only && !has_command {
+        return Err(PlanFault::CommandMissing(machine.into()));
+    }
+    if arm.children && !arm.own_only && arm.pids.is_empty() {
+        return Err(PlanFault::ParentMissing(machine.into()));
+    }
+    Ok(())
+}
+
 fn guest(args: &RecordArgs, name: &str, arm: Arm) -> Result<GuestPlan, PlanFault> {
     if check_name(name).is_err() {
         return Err(PlanFault::GuestName(name.into()));
@@ -126,9 +171,13 @@ fn guest(args: &RecordArgs, name: &str, arm: Arm) -> Result<GuestPlan, PlanFault
     if args.dom.iter().filter(|other| *other == name).count() > 1 {
         return Err(PlanFault::GuestTwice(name.into()));
     }
-    if arm.events.is_empty() {
+    if !records(&arm) {
         return Err(PlanFault::GuestWithoutEvents(name.into()));
     }
+    if arm.clock != CLOCK {
+        return Err(PlanFault::Clock(arm.clock));
+    }
+    check_processes(name, &arm, !arm.commands.is_empty())?;
     Ok(GuestPlan { name: name.into(), machine: MachinePlan { arm, output: guest_output(args, name) } })
 }
 
@@ -181,7 +230,64 @@ mod tests {
     fn buffer_size_belongs_to_the_machine_before_it() {
         let plan = plan("vtrace record -b 64 --dom g -e all -b 128").unwrap();
         assert_eq!((plan.host.arm.buffer_kb, plan.guests[0].machine.arm.buffer_kb), (64, 128));
-        assert_eq!(self::plan("vtrace record -e x -b 1 -b 2"), Err(PlanFault::BufferTwice("the host".into())));
+        assert_eq!(
+            self::plan("vtrace record -e x -b 1 -b 2"),
+            Err(PlanFault::Twice { option: "-b", machine: "the host".into() })
+        );
+    }
+
+    #[test]
+    fn the_issue_of_every_recorder_is_understood_to_the_letter() {
+        let line = "vtrace record -e kvm --dom guest1 -e all --exec guest-app1 foo ; \
+                    --dom guest2 -p function -l vfs_* --exec guest2-app ; hostapp arg";
+        let plan = plan(line).unwrap();
+        assert_eq!(patterns(&plan.host), ["kvm"]);
+        let [first, second] = &plan.guests[..] else { panic!("two guests") };
+        assert_eq!(patterns(&first.machine), ["all"]);
+        assert_eq!(first.machine.arm.commands[0].words, ["guest-app1", "foo"]);
+        assert_eq!(second.machine.arm.tracer.name, "function");
+        assert_eq!(second.machine.arm.tracer.functions, ["vfs_*"]);
+        assert_eq!(second.machine.arm.commands[0].words, ["guest2-app"]);
+        assert_eq!(plan.command, ["hostapp", "arg"]);
+    }
+
+    #[test]
+    fn filter_and_trigger_belong_to_the_event_before_and_exclusion_to_those_behind() {
+        let line = "vtrace record -e sched -f prev_pid!=0 -e irq:* -R stacktrace -R traceoff:1 -v -e sched_wak* \
+                    --dom g -e all -v -e kvm";
+        let plan = plan(line).unwrap();
+        let events = &plan.host.arm.events;
+        assert_eq!((events[0].filter.as_str(), events[1].triggers.len()), ("prev_pid!=0", 2));
+        assert_eq!(events.iter().map(|event| event.excluded).collect::<Vec<_>>(), [false, false, true]);
+        let events = &plan.guests[0].machine.arm.events;
+        assert_eq!(events.iter().map(|event| event.excluded).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn commands_keep_their_own_options_up_to_the_semicolon() {
+        let plan = plan("vtrace record --dom g -e a --exec app -e x --dom y ; --exec b ; -F -c -T -P 1,2").unwrap();
+        let arm = &plan.guests[0].machine.arm;
+        assert_eq!(arm.commands[0].words, ["app", "-e", "x", "--dom", "y"]);
+        assert_eq!(arm.commands[1].words, ["b"]);
+        assert!(arm.own_only && arm.children && arm.options == ["stacktrace"] && arm.pids == [1, 2]);
+    }
+
+    #[test]
+    fn options_that_do_not_fit_the_machine_are_refused() {
+        let faults = [
+            ("vtrace record -f a -e sched", "-f belongs to the -e before it, and there is none for the host"),
+            ("vtrace record -e a --dom g -R x -e b", "-R belongs to the -e before it, and there is none for g"),
+            ("vtrace record -p nop -p function", "-p is given twice for the host"),
+            ("vtrace record -e a -C mono --dom g -e b", "-C mono: guests can only be recorded by x86-tsc"),
+            ("vtrace record -e a --exec b ;", "--exec is for guests; the host's command stands at the end"),
+            ("vtrace record -e a -F", "-F for the host, which runs no command"),
+            ("vtrace record -e a -c b", "-c for the host without -P or -F: children of whom?"),
+            ("vtrace record -e a -P 1,x", "-P x: not the number of a process"),
+        ];
+        for (line, text) in faults {
+            assert_eq!(plan(line).unwrap_err().to_string(), text, "{line}");
+        }
+        assert_eq!(plan("vtrace record -e a -C mono").unwrap().host.arm.clock, "mono");
     }
 
     #[test]

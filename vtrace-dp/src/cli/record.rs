@@ -4,7 +4,10 @@ use clap::ArgMatches;
 
 use super::{FAILED, LOST, args::RecordArgs, complaint::Complaint, plan::Plan, put, say, status::Status};
 use crate::{
-    recorder::{run, summary::Summary},
+    recorder::{
+        run::{self, News},
+        summary::Summary,
+    },
     sys::{random, signal::Signals},
 };
 
@@ -16,11 +19,27 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complai
     }
     let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
     let mut status = Status::new(plan.quiet);
-    let recorded = run::record(&plan, &signals, &mut |progress| status.show(progress));
+    let recorded = run::record(&plan, &signals, &mut |news| tell(&mut status, news));
     status.clear();
     let summary = recorded.map_err(|error| Complaint::recording(error, &plan))?;
     print(&plan, &summary)?;
     Ok(exit_status(&plan, &summary))
+}
+
+fn tell(status: &mut Status, news: &News) {
+    match news {
+        News::Progress(progress) => status.show(progress),
+        News::Output { guest, line } => {
+            status.clear();
+            let text = format!("{guest}: {}", line.text);
+            if line.is_error {
+                say(&text);
+            } else {
+                // A reader that has gone is no reason to stop recording.
+                let _ = put(&text);
+            }
+        }
+    }
 }
 
 fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {

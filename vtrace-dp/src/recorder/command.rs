@@ -1,11 +1,10 @@
 //! The command that runs while we record.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     io,
-    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     path::Path,
-    process::{self, Child, ExitStatus},
+    process::Child,
     time::{Duration, Instant},
 };
 
@@ -14,7 +13,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::sys::signal::{Signals, unblock_in};
+use crate::sys::{
+    program,
+    signal::{Signals, unblock_in},
+};
 
 /// How long a command may take to end when it is asked to.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -45,15 +47,16 @@ impl Command {
     /// Whether it could run: asked before anything is armed.
     pub fn check(words: &[OsString]) -> Result<(), CommandError> {
         let Some(program) = words.first() else { return Ok(()) };
-        if find(program) { Ok(()) } else { Err(CommandError::NotFound(program.clone())) }
+        if program::find(program).is_some() { Ok(()) } else { Err(CommandError::NotFound(program.clone())) }
     }
 
-    /// Starts it; an empty one is a wait for Ctrl-C.
-    pub fn start(words: &[OsString]) -> Result<Self, CommandError> {
-        let Some((program, arguments)) = words.split_first() else { return Ok(Self { child: None }) };
-        let mut command = process::Command::new(program);
+    /// Starts it; an empty one is a wait for Ctrl-C. With a `buffer` (a directory of tracefs) that is bound to
+    /// processes it is one of them from its first instruction on.
+    pub fn start(words: &[OsString], buffer: Option<&Path>) -> Result<Self, CommandError> {
+        let Some(program) = words.first() else { return Ok(Self { child: None }) };
+        let mut command = program::command(words, buffer);
         unblock_in(&mut command);
-        match command.args(arguments).spawn() {
+        match command.spawn() {
             Ok(child) => Ok(Self { child: Some(child) }),
             Err(source) => Err(CommandError::Start { command: program.clone(), source }),
         }
@@ -64,7 +67,7 @@ impl Command {
         let Some(child) = &mut self.child else { return Ok(None) };
         signals.take_child();
         let ended = child.try_wait().map_err(waiting)?;
-        Ok(ended.map(|status| Some(code(status))))
+        Ok(ended.map(|status| Some(program::code(status))))
     }
 
     /// Asks it to end (Ctrl-C has reached it already if it shares our terminal) and waits for it; when somebody asks
@@ -78,11 +81,11 @@ impl Command {
         }
         loop {
             if let Some(status) = child.try_wait().map_err(waiting)? {
-                return Ok(Some(code(status)));
+                return Ok(Some(program::code(status)));
             }
             if signals.take_stop() > 0 || asked.elapsed() > PATIENCE {
                 child.kill().map_err(waiting)?;
-                return Ok(Some(code(child.wait().map_err(waiting)?)));
+                return Ok(Some(program::code(child.wait().map_err(waiting)?)));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -104,21 +107,6 @@ fn waiting(source: io::Error) -> CommandError {
     CommandError::Start { command: "waitpid".into(), source }
 }
 
-fn code(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
-    u8::try_from(code & 0xff).unwrap_or(1)
-}
-
-fn find(program: &OsStr) -> bool {
-    let executable =
-        |path: &Path| path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
-    if program.as_encoded_bytes().contains(&b'/') {
-        return executable(Path::new(program));
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| executable(&folder.join(program)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,7 +126,7 @@ mod tests {
     #[test]
     fn stopped_command_says_which_signal_ended_it() {
         let signals = Signals::open().unwrap();
-        let command = Command::start(&words("sleep 1000")).unwrap();
+        let command = Command::start(&words("sleep 1000"), None).unwrap();
         assert_eq!(command.stop(&signals).unwrap(), Some(128 + 15));
     }
 }

@@ -27,7 +27,7 @@ use super::{
     tsc::Scale,
 };
 use crate::{
-    cli::plan::Plan,
+    cli::plan::{CLOCK, Plan},
     clock::plan::{ClockPlan, plan},
     sys::random,
     trace::{metadata::Metadata, option::TraceOption, writer::Writer},
@@ -173,6 +173,7 @@ fn finish_host(
         lanes,
         clock: None,
         start_skew_ns: None,
+        commands: Vec::new(),
         failed: report.lanes.iter().any(|lane| !lane.trouble.is_empty()),
         remarks: report.lanes.iter().filter_map(trouble_of).collect(),
     };
@@ -212,6 +213,7 @@ fn finish_guest(
         lanes,
         clock: clock.as_ref().map(|clock| clock_summary(common, clock, armed.lanes.len())),
         start_skew_ns: clock.as_ref().and_then(|clock| start_skew_ns(recording, common, session, clock)),
+        commands: session.outputs.commands().to_vec(),
         failed: has_failed(session, &ledgers),
         remarks,
     };
@@ -288,8 +290,11 @@ fn options(
         TraceOption::TraceClock(clock.into()),
         TraceOption::Uname(uname.into()),
         TraceOption::Version(format!("vtrace {}", env!("CARGO_PKG_VERSION"))),
-        TraceOption::Tsc2Nsec { mult: common.scale.mult, shift: common.scale.shift },
     ];
+    // A clock that is not the TSC has nanoseconds of its own.
+    if clock.contains(&format!("[{CLOCK}]")) {
+        options.push(TraceOption::Tsc2Nsec { mult: common.scale.mult, shift: common.scale.shift });
+    }
     options.extend(machine.lanes.iter().map(|lane| {
         let report = reports.iter().find(|report| report.cpu.0 == lane.cpu);
         TraceOption::CpuStat(cpu_stat(lane, report, machine.clock.as_ref()))

@@ -37,6 +37,7 @@ use crate::{
 pub struct HostRecorder {
     pump: Option<Pump>,
     cpus: Vec<Cpu>,
+    own_only: bool,
     stats_before: Vec<String>,
     instance: Instance,
 }
@@ -65,7 +66,8 @@ impl HostRecorder {
         tracefs.remove_stale();
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
         let instance = tracefs.arm(&name, arm)?;
-        Ok(Self { pump: None, cpus: Vec::new(), stats_before: Vec::new(), instance })
+        let (cpus, stats_before, own_only) = (Vec::new(), Vec::new(), arm.own_only);
+        Ok(Self { pump: None, cpus, own_only, stats_before, instance })
     }
 
     /// What an agent would answer: the lanes it needs areas for, the page, the clock, how many events are on.
@@ -76,6 +78,11 @@ impl HostRecorder {
             clock: self.instance.clock(),
             events: self.instance.events(),
         }
+    }
+
+    /// The buffer that a command has to join, if it is bound to processes.
+    pub fn bound_to(&self) -> Option<&std::path::Path> {
+        self.own_only.then(|| self.instance.path())
     }
 
     /// What is known before the trace, as an agent would send it.

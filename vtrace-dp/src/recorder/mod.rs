@@ -5,6 +5,7 @@
 //! | [`run`] | the order of things: carries out what the state machines decide |
 //! | [`session`] | one guest's part as a state machine without I/O |
 //! | [`guests`] | all guests over one link to the server |
+//! | [`outputs`] | what guests' commands write |
 //! | [`host`] | the host's part: instance, pump, ledger |
 //! | [`tsc`] | how the files turn TSC into nanoseconds |
 //! | [`guest`] | which host threads are a guest's vCPUs |
@@ -22,6 +23,7 @@ pub mod files;
 pub mod guest;
 pub mod guests;
 pub mod host;
+pub mod outputs;
 pub mod run;
 pub mod session;
 pub mod summary;

@@ -25,6 +25,7 @@ use super::{
     files::{self, FileError, Output},
     guests::{Guests, GuestsError},
     host::{HostRecorder, HostReport},
+    outputs::{Line, Outputs},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
     tsc::Calibration,
@@ -84,6 +85,23 @@ pub struct Progress {
     pub machines: Vec<(String, u64, u64)>,
 }
 
+/// What a person may want to see while it runs.
+#[derive(Clone, PartialEq, Debug)]
+pub enum News {
+    /// How far it is; about once a second.
+    Progress(Progress),
+    /// A guest's command wrote this.
+    Output {
+        /// Which guest.
+        guest: String,
+        /// What.
+        line: Line,
+    },
+}
+
+/// Who is told.
+pub type Tell<'a> = &'a mut dyn FnMut(&News);
+
 /// Everything of a running session.
 pub(super) struct Recording<'a> {
     pub(super) plan: &'a Plan,
@@ -109,15 +127,15 @@ pub(super) struct Clocks {
     pub(super) end: Vec<Measurement>,
 }
 
-/// Records. `progress` is called about once a second.
-pub fn record(plan: &Plan, signals: &Signals, progress: &mut dyn FnMut(&Progress)) -> Result<Summary, RecordError> {
+/// Records.
+pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary, RecordError> {
     Command::check(&plan.command)?;
     let outputs = files::open(plan)?;
     let mut guests = match &plan.guests[..] {
         [] => None,
         named => Some(Guests::claim(&plan.dir, named)?),
     };
-    let result = record_with(plan, signals, &mut guests, outputs, progress);
+    let result = record_with(plan, signals, &mut guests, outputs, tell);
     if let (Err(_), Some(guests)) = (&result, &mut guests) {
         // The first error is the one to report; a guest that cannot be let go is freed when the link closes.
         let _ = guests.step_all(GuestSession::abandon);
@@ -131,13 +149,13 @@ fn record_with(
     signals: &Signals,
     guests: &mut Option<Guests>,
     outputs: Vec<Output>,
-    progress: &mut dyn FnMut(&Progress),
+    tell: Tell<'_>,
 ) -> Result<Summary, RecordError> {
     let calibration = Calibration::begin();
     let host = Host::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
     let mut recording = Recording { plan, guests: guests.take(), host, calibration, clocks };
-    let result = recording.go(signals, outputs, progress);
+    let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
 }
@@ -188,25 +206,21 @@ impl Host {
 }
 
 impl Recording<'_> {
-    fn go(
-        &mut self,
-        signals: &Signals,
-        outputs: Vec<Output>,
-        progress: &mut dyn FnMut(&Progress),
-    ) -> Result<Summary, RecordError> {
+    fn go(&mut self, signals: &Signals, outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
         let mut files = files::create(self, outputs)?;
         self.send_lanes(&files, signals)?;
         self.measure(|clocks| &mut clocks.start)?;
         self.start(&files, signals)?;
-        let command = Command::start(&self.plan.command)?;
+        let command = Command::start(&self.plan.command, self.host.recorder.bound_to())?;
         files::keep(&mut files);
         let begun = Instant::now();
-        let status = self.run_command(command, signals, begun, progress)?;
+        let status = self.run_command(command, signals, begun, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
         self.surviving(Self::stop_guests)?;
         let report = self.host.stop()?;
         self.surviving(|recording| recording.drain_guests(signals))?;
+        self.pass_outputs(tell);
         let seconds = begun.elapsed().as_secs_f64();
         self.surviving(|recording| recording.measure(|clocks| &mut clocks.end))?;
         self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), let_go).map_err(Into::into))?;
@@ -278,7 +292,7 @@ impl Recording<'_> {
         mut command: Command,
         signals: &Signals,
         begun: Instant,
-        progress: &mut dyn FnMut(&Progress),
+        tell: Tell<'_>,
     ) -> Result<Option<u8>, RecordError> {
         let mut tick = begun + TICK;
         loop {
@@ -286,19 +300,36 @@ impl Recording<'_> {
             let ends = self.plan.timeout.and_then(|timeout| begun.checked_add(timeout));
             let wait = ends.map_or(tick, |ends| ends.min(tick)).saturating_duration_since(now);
             self.surviving(|recording| recording.wait_event(signals, wait))?;
+            self.pass_outputs(tell);
             if let Some(status) = command.ended(signals)? {
                 // A Ctrl-C that reached the command and us is one, not a second.
                 signals.take_stop();
                 return Ok(status);
             }
-            let over = ends.is_some_and(|ends| ends <= Instant::now());
+            let over = ends.is_some_and(|ends| ends <= Instant::now()) || self.guest_commands_ended();
             if signals.take_stop() > 0 || over || !self.records_anything() {
                 command.stop(signals)?;
                 return Ok(None);
             }
             if tick <= Instant::now() {
                 tick += TICK;
-                self.surviving(|recording| recording.on_tick(begun, progress))?;
+                self.surviving(|recording| recording.on_tick(begun, tell))?;
+            }
+        }
+    }
+
+    /// Without a command of the host, the recording ends with those of the guests.
+    fn guest_commands_ended(&self) -> bool {
+        let outputs = self.guests.iter().flat_map(|guests| &guests.sessions).map(|session| &session.outputs);
+        let with_commands: Vec<&Outputs> = outputs.filter(|outputs| !outputs.commands().is_empty()).collect();
+        let ended = !with_commands.is_empty() && with_commands.iter().all(|outputs| outputs.all_ended());
+        ended && self.plan.command.is_empty()
+    }
+
+    fn pass_outputs(&mut self, tell: Tell<'_>) {
+        for session in self.guests.iter_mut().flat_map(|guests| &mut guests.sessions) {
+            for line in session.outputs.lines() {
+                tell(&News::Output { guest: session.name.clone(), line });
             }
         }
     }
@@ -306,7 +337,7 @@ impl Recording<'_> {
     /// A host that records events goes on alone; one that is there only for its guests ends with the last of them.
     fn records_anything(&self) -> bool {
         let guests = self.guests.iter().flat_map(|guests| &guests.sessions);
-        !self.plan.host.arm.events.is_empty() || guests.into_iter().any(|session| session.phase() == Phase::Running)
+        self.plan.host.records() || guests.into_iter().any(|session| session.phase() == Phase::Running)
     }
 
     fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
@@ -326,13 +357,13 @@ impl Recording<'_> {
         Ok(live.map_or(Ok(()), Guests::take_all)?)
     }
 
-    fn on_tick(&mut self, begun: Instant, progress: &mut dyn FnMut(&Progress)) -> Result<(), RecordError> {
+    fn on_tick(&mut self, begun: Instant, tell: Tell<'_>) -> Result<(), RecordError> {
         let mut machines = vec![sums("host", &self.host.recorder.ledger())];
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;
             machines.extend(guests.sessions.iter().map(|session| sums(&session.name, &session.ledgers)));
         }
-        progress(&Progress { elapsed: begun.elapsed(), machines });
+        tell(&News::Progress(Progress { elapsed: begun.elapsed(), machines }));
         Ok(())
     }
 

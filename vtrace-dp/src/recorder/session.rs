@@ -22,6 +22,7 @@ use vtrace_common::{
     },
 };
 
+use super::outputs::Outputs;
 use crate::{
     clock::sync::Round,
     trace::metadata::{Metadata, MetadataFault},
@@ -114,6 +115,8 @@ pub struct GuestSession {
     /// What its lanes brought, as the server counts.
     pub ledgers: Vec<LaneLedger>,
     finished: bool,
+    /// What its commands wrote, and how they ended.
+    pub outputs: Outputs,
     /// The first thing that went wrong.
     pub trouble: Option<Trouble>,
 }
@@ -123,6 +126,7 @@ impl GuestSession {
     pub fn new(name: &str, arm: Arm) -> (Self, ToServer) {
         let session = Self {
             name: name.into(),
+            outputs: Outputs::new(&arm.commands),
             arm,
             phase: Phase::Claiming,
             claimed: None,
@@ -176,7 +180,7 @@ impl GuestSession {
             FromServer::Claimed(claimed) if self.phase == Phase::Claiming => {
                 self.claimed = Some(claimed);
                 self.phase = Phase::Arming;
-                vec![self.ask(ToAgent::Arm(self.arm.clone()))]
+                vec![self.ask(ToAgent::Arm(Box::new(self.arm.clone())))]
             }
             FromServer::Agent { answer, .. } => self.on_agent(answer),
             FromServer::Echo { host_sent, echo, host_received, .. } => {
@@ -220,6 +224,14 @@ impl GuestSession {
             }
             (_, FromAgent::Marked { .. }) => {
                 self.marks_due = self.marks_due.saturating_sub(1);
+                vec![]
+            }
+            (Phase::Running | Phase::Stopping, FromAgent::Output(output)) => {
+                self.outputs.take(&output);
+                vec![]
+            }
+            (Phase::Running | Phase::Stopping, FromAgent::Exited { command, status, output_dropped_bytes }) => {
+                self.outputs.end(command, status, output_dropped_bytes);
                 vec![]
             }
             (Phase::Stopping, FromAgent::Lane(report)) if self.is_due(report.cpu) => {

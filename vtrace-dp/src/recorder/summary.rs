@@ -9,6 +9,7 @@ use std::{fmt, path::PathBuf};
 use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
+use super::outputs::CommandSummary;
 use crate::tracefs::stats::Stats;
 
 /// One session.
@@ -39,6 +40,8 @@ pub struct MachineSummary {
     pub clock: Option<ClockSummary>,
     /// From the first machine's start to this one's, nanoseconds of host time.
     pub start_skew_ns: Option<i64>,
+    /// What was run there (`--exec`), and how it ended.
+    pub commands: Vec<CommandSummary>,
     /// Its part did not go to its end.
     pub failed: bool,
     /// What went wrong, and what a reader has to know.
@@ -201,6 +204,14 @@ impl fmt::Display for Summary {
             if let Some(clock) = &machine.clock {
                 writeln!(f, "clock {}: {clock}", machine.name)?;
             }
+            for CommandSummary { command, status, output_dropped_bytes } in &machine.commands {
+                let end = status.map_or("still running at the end".into(), |status| format!("exit status {status}"));
+                let dropped = match output_dropped_bytes {
+                    0 => String::new(),
+                    bytes => format!(", {bytes} bytes of its output left out"),
+                };
+                writeln!(f, "command {}: {command}: {end}{dropped}", machine.name)?;
+            }
             for remark in &machine.remarks {
                 writeln!(f, "note {}: {remark}", machine.name)?;
             }
@@ -270,6 +281,7 @@ mod tests {
         let lanes = vec![LaneSummary { pages_in: 10, pages_out: 9, pages_lost: 1, ..LaneSummary::default() }];
         let clock = ClockSummary { source: "measured".into(), vcpus: 2, bound_ns: 1840, steady: true };
         let machine = MachineSummary {
+            commands: Vec::new(),
             name: "guest1".into(),
             file: Some("trace-guest1.dat".into()),
             bytes: 36864,

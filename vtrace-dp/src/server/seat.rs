@@ -189,7 +189,6 @@ impl<H: PartialEq> Default for Seat<H> {
 
 #[cfg(test)]
 mod tests {
-    use vtrace_common::wire::agent::Arm;
 
     use super::*;
 
@@ -201,7 +200,7 @@ mod tests {
 
     fn armed(holder: u8) -> Seat<u8> {
         let mut seat = held(holder);
-        seat.passes(&ToAgent::Arm(Arm::default()));
+        seat.passes(&ToAgent::Arm(Box::default()));
         seat
     }
 

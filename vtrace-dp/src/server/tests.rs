@@ -13,7 +13,7 @@ use vtrace_common::{
     limits::{CLIENTS_MAX, FRAMES_WAITING_MAX},
     wire::{
         Decoder,
-        agent::{Arm, FromAgent, ToAgent},
+        agent::{FromAgent, ToAgent},
         client::{Area, DriverState, Gone, Lanes, ToServer},
         encode,
     },
@@ -136,8 +136,8 @@ fn refusal(answer: FromServer) -> Refusal {
 }
 
 fn arm(link: &mut Link, machine: &mut Machine) {
-    link.send(&to_agent(ToAgent::Arm(Arm::default()))).unwrap();
-    assert_eq!(machine.read::<ToAgent>(), ToAgent::Arm(Arm::default()));
+    link.send(&to_agent(ToAgent::Arm(Box::default()))).unwrap();
+    assert_eq!(machine.read::<ToAgent>(), ToAgent::Arm(Box::default()));
 }
 
 fn lanes(offset: u64) -> ToServer {

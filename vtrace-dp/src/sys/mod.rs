@@ -8,6 +8,7 @@
 
 pub mod cpuid;
 pub mod perf;
+pub mod program;
 pub mod signal;
 pub mod socket;
 pub mod splice;

@@ -1,4 +1,4 @@
-//! Signals as a descriptor: SIGINT, SIGTERM and SIGHUP ask to stop, SIGCHLD says that the command has ended.
+//! Signals as a descriptor, and what a child inherits: SIGINT, SIGTERM and SIGHUP ask to stop, SIGCHLD says that the command has ended.
 
 #![expect(unsafe_code, reason = "sigaction; pre_exec: the command must not inherit our blocked signals")]
 
@@ -62,11 +62,20 @@ pub fn ignore_file_size() -> io::Result<()> {
     Ok(())
 }
 
-/// Lets `command` hear the signals that [`Signals`] keeps from this process: a child inherits the mask.
+/// Lets `command` hear the signals that [`Signals`] and [`ignore_file_size`] keep from this process: a child inherits
+/// what is blocked or ignored.
 pub fn unblock_in(command: &mut Command) {
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; this is one sigprocmask(2) on the
-    // child's only thread, on a set built before. Nobody else can touch the child's mask.
-    let _ = unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are a sigprocmask(2) on the child's
+    // only thread and a sigaction(2) that installs no handler. Nobody else can touch the child's mask.
+    let _ = unsafe { command.pre_exec(restore) };
+}
+
+/// The mask and the dispositions that a program expects.
+fn restore() -> io::Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed, so no code of ours can run in a signal's context.
+    unsafe { sigaction(Signal::SIGXFSZ, &default) }?;
+    Ok(SigSet::empty().thread_set_mask()?)
 }
 
 fn open(signals: &[Signal]) -> io::Result<SignalFd> {

@@ -48,13 +48,15 @@ impl Events {
         self.systems.get(system).is_some_and(|events| events.contains(event))
     }
 
-    /// The events that `requests` mean.
+    /// The events that `requests` mean, without those that they leave out.
     ///
     /// # Errors
     /// `NoSuchEvent` for the first request that means none.
     pub(super) fn choose(&self, requests: &[EventRequest]) -> Result<Self, Failure> {
         let mut chosen = Self::default();
+        let mut left_out = Self::default();
         for request in requests {
+            let chosen = if request.excluded { &mut left_out } else { &mut chosen };
             let pattern = Pattern::parse(&request.pattern);
             let before = chosen.count();
             let mut found = false;
@@ -67,6 +69,12 @@ impl Events {
             }
             log::debug!("{} means {} more events", request.pattern, chosen.count() - before);
         }
+        for (system, events) in left_out.systems {
+            if let Some(among) = chosen.systems.get_mut(&system) {
+                among.retain(|event| !events.contains(event));
+            }
+        }
+        chosen.systems.retain(|_, events| !events.is_empty());
         Ok(chosen)
     }
 
@@ -100,6 +108,31 @@ impl Events {
     }
 }
 
+/// Adds to `requests` that the events which `denied` patterns mean are left out.
+///
+/// # Errors
+/// `NotAllowed` for a request that would have none but those, or names one of them.
+pub(super) fn leave_out(
+    available: &Events,
+    requests: &mut Vec<EventRequest>,
+    denied: &[String],
+) -> Result<(), Failure> {
+    let denied: Vec<Pattern<'_>> = denied.iter().map(|pattern| Pattern::parse(pattern)).collect();
+    let is_denied = |system: &str, event: &str| denied.iter().any(|pattern| pattern.matches(system, event));
+    for request in requests.iter().filter(|request| !request.excluded) {
+        let pattern = Pattern::parse(&request.pattern);
+        let mut meant = available.each().filter(|(system, event)| pattern.matches(system, event)).peekable();
+        if meant.peek().is_some() && meant.all(|(system, event)| is_denied(system, event)) {
+            return Err(failure(FailureKind::NotAllowed, &request.pattern, "these events are denied there"));
+        }
+    }
+    let out = available.each().filter(|(system, event)| is_denied(system, event));
+    let out = out.map(|(system, event)| EventRequest { excluded: true, ..format!("{system}:{event}").as_str().into() });
+    let out: Vec<EventRequest> = out.collect();
+    requests.extend(out);
+    Ok(())
+}
+
 fn is_name(part: &str) -> bool {
     !part.is_empty() && !part.contains([':', '/', ' ']) && part != "." && part != ".."
 }
@@ -124,7 +157,7 @@ pub(super) fn switch_on(instance: &Path, available: &Events, requests: &[EventRe
     }
     let on = Events::parse(&read(&instance.join("set_event"))?);
     let missing = |request: &EventRequest| {
-        let pattern = Pattern::parse(&request.pattern);
+        let pattern = Pattern::parse(if request.excluded { "" } else { &request.pattern });
         let of_it = chosen.each().find(|(system, event)| pattern.matches(system, event));
         of_it.filter(|(system, event)| pattern.is_exact() && !on.contains(system, event))
     };
@@ -154,7 +187,7 @@ mod tests {
                              irq:softirq_exit\nkvm:kvm_entry\nkvm:kvm_exit\nkvm:kvm_pio\n";
 
     fn requests(patterns: &[&str]) -> Vec<EventRequest> {
-        patterns.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect()
+        patterns.iter().map(|pattern| EventRequest::from(*pattern)).collect()
     }
 
     fn switches(patterns: &[&str]) -> Vec<String> {
@@ -186,6 +219,32 @@ mod tests {
     fn events_asked_for_twice_count_once() {
         let available = Events::parse(AVAILABLE);
         assert_eq!(available.choose(&requests(&["sched", "sched_switch", "sched:*"])).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn events_left_out_are_not_among_the_chosen_whatever_the_order() {
+        let available = Events::parse(AVAILABLE);
+        let out = |pattern: &str| EventRequest { excluded: true, ..pattern.into() };
+        let chosen = available.choose(&["all".into(), out("kvm"), out("sched_wak*")]).unwrap();
+        let names: Vec<_> = chosen.each().map(|(_, event)| event).collect();
+        assert_eq!(names, ["softirq_entry", "softirq_exit", "sched_switch"]);
+        assert_eq!(available.choose(&[out("kvm"), "kvm".into()]).unwrap().count(), 0);
+        assert!(available.choose(&["all".into(), out("kmv")]).is_err());
+    }
+
+    #[test]
+    fn denied_events_are_left_out_of_all_and_refused_by_name() {
+        let available = Events::parse(AVAILABLE);
+        let left = |pattern: &str, denied: &[&str]| {
+            let mut requests = vec![EventRequest::from(pattern)];
+            let denied: Vec<String> = denied.iter().map(|pattern| (*pattern).into()).collect();
+            leave_out(&available, &mut requests, &denied)?;
+            available.choose(&requests).map(|chosen| chosen.count())
+        };
+        assert_eq!(left("all", &["kvm", "irq:softirq_exit"]), Ok(4));
+        assert_eq!(left("sched", &["nothing_like_it"]), Ok(3));
+        assert_eq!(left("kvm:kvm_exit", &["kvm"]).unwrap_err().kind, FailureKind::NotAllowed);
+        assert_eq!(left("kvm_*", &["*:kvm*"]).unwrap_err().kind, FailureKind::NotAllowed);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use vtrace_common::{
 use super::{
     INSTANCE_PREFIX, Tap, Tracefs, describe,
     events::{Events, switch_on},
-    failure, nearest, read, refused, shortened, write,
+    expressions, failure, nearest, read, refused, settings, shortened, top, write,
 };
 
 /// How full a CPU's buffer is when its readers wake up, in percent.
@@ -41,7 +41,11 @@ const REMOVE_PAUSE: Duration = Duration::from_millis(4);
 #[derive(Debug)]
 pub struct Instance {
     tracefs: PathBuf,
+    /// What is removed in the end.
+    directory: PathBuf,
+    /// Where its files are: the directory, or the root of tracefs if the top buffer is borrowed.
     path: PathBuf,
+    borrowed: Option<top::Borrowed>,
     switch: Option<File>,
     marker: Option<File>,
     cpus: Vec<Cpu>,
@@ -53,10 +57,17 @@ impl Tracefs {
     /// Makes the instance `name` and prepares everything `arm` asks for; tracing stays off.
     ///
     /// # Errors
-    /// `NoSuchEvent`, `NoSuchClock`, `Memory` (the ring buffers do not fit), `State` (an instance of that name is in
-    /// use), else `Kernel`. Nothing stays behind.
+    /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `Expression`, `Memory` (the ring
+    /// buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else `Kernel`. Nothing
+    /// stays behind.
     pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
         let mut instance = self.make_instance(name)?;
+        if top::is_needed(self.root(), &instance.path, arm) {
+            drop(instance);
+            instance = self.make_instance(&format!("{name}{}", top::MARK))?;
+            instance.borrow_top(top::Borrowed::take(self.root())?)?;
+            log::info!("{}: no instance can do this: the top buffer is used", arm.tracer.name);
+        }
         instance.set_tracing(false)?;
         instance.set_clock(&arm.clock)?;
         write(&instance.path.join("buffer_percent"), &BUFFER_PERCENT.to_string())?;
@@ -64,7 +75,14 @@ impl Tracefs {
             write(&instance.path.join("buffer_size_kb"), &arm.buffer_kb.to_string())?;
         }
         instance.page_bytes = page_bytes(&read(&instance.path.join("events/header_page"))?)?;
+        settings::apply(&instance.path, arm)?;
         let available = Events::parse(&read(&self.root().join("available_events"))?);
+        let mut undo = Vec::new();
+        let applied = expressions::apply(&instance.path, &available, &arm.events, &mut undo);
+        if let Some(borrowed) = &mut instance.borrowed {
+            borrowed.undo = undo;
+        }
+        applied?;
         instance.on = switch_on(&instance.path, &available, &arm.events)?;
         Ok(instance)
     }
@@ -84,7 +102,9 @@ impl Tracefs {
         }
         let mut instance = Instance {
             tracefs: self.root().into(),
+            directory: path.clone(),
             path,
+            borrowed: None,
             switch: None,
             marker: None,
             cpus: Vec::new(),
@@ -188,8 +208,20 @@ impl Instance {
         let Some(mut switch) = self.switch.take() else { return Ok(()) };
         let stopped = switch.write_all(b"0");
         drop((switch, self.marker.take()));
-        let removed = stopped.and(remove_directory(&self.path));
-        removed.map_err(|error| refused(&self.path, &error))
+        if let Some(borrowed) = self.borrowed.take() {
+            borrowed.give_back();
+        }
+        let removed = stopped.and(remove_directory(&self.directory));
+        removed.map_err(|error| refused(&self.directory, &error))
+    }
+
+    /// Traces into the top buffer from now on.
+    fn borrow_top(&mut self, borrowed: top::Borrowed) -> Result<(), Failure> {
+        self.path.clone_from(&self.tracefs);
+        self.borrowed = Some(borrowed);
+        self.switch = Some(self.open_to_write("tracing_on")?);
+        self.marker = Some(self.open_to_write("trace_marker")?);
+        Ok(())
     }
 
     fn open_to_write(&self, name: &str) -> Result<File, Failure> {

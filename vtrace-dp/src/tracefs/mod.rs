@@ -4,16 +4,20 @@
 //! Out:   an [`Instance`] (taps, switch, marker, stats) and pieces of description; or a [`Failure`] that says on what
 //! Runs:  on the caller's thread; every call may block on the kernel, none on another program
 //! Full:  descriptions come in pieces of `limits::PIECE_BYTES_MAX`; command lines end at `limits::CMDLINES_BYTES_MAX`
-//! Trust: the kernel, and names inside instances of ours; the top buffer is never written to
+//! Trust: the kernel, and names inside instances of ours; the top buffer is written to only where an instance will not
+//!        do ([`top`]), and given back as it was
 //!
 //! Works from Linux 5.10 on (`buffer_percent` is older, larger sub-buffers are newer and optional).
 
 mod describe;
 mod events;
+mod expressions;
 mod instance;
 mod pattern;
+mod settings;
 pub mod stats;
 mod symbols;
+mod top;
 
 use std::{
     fs,
@@ -29,7 +33,7 @@ use nix::{
 use vtrace_common::{
     ids::Cpu,
     limits::{NEAR_MAX, TEXT_BYTES_MAX},
-    wire::agent::{Failure, FailureKind},
+    wire::agent::{Arm, Failure, FailureKind},
 };
 
 pub use instance::{BUFFER_PERCENT, Instance, online_cpus};
@@ -82,6 +86,16 @@ impl Tracefs {
         &self.root
     }
 
+    /// The same request without the events that `denied` patterns mean.
+    ///
+    /// # Errors
+    /// `NotAllowed` where nothing else is asked for; `Kernel`
+    pub fn without_denied(&self, mut arm: Arm, denied: &[String]) -> Result<Arm, Failure> {
+        let available = events::Events::parse(&read(&self.root.join("available_events"))?);
+        events::leave_out(&available, &mut arm.events, denied)?;
+        Ok(arm)
+    }
+
     /// Removes instances whose owner (the process id in the name) is dead. Returns how many.
     pub fn remove_stale(&self) -> usize {
         self.remove_instances(|owner| owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()))
@@ -99,8 +113,24 @@ impl Tracefs {
             let name = entry.file_name();
             name.to_str().and_then(|name| name.strip_prefix(INSTANCE_PREFIX)).is_some_and(|rest| wanted(owner(rest)))
         });
-        stale.filter(|entry| instance::remove_directory(&entry.path()).is_ok()).count()
+        let remove = |entry: &fs::DirEntry| {
+            // Its owner had borrowed the top buffer and did not live to give it back.
+            if entry.file_name().to_string_lossy().ends_with(top::MARK) {
+                top::reset(&self.root);
+                let _ = write(&self.root.join("tracing_on"), "1");
+            }
+            instance::remove_directory(&entry.path()).is_ok()
+        };
+        stale.filter(remove).count()
     }
+}
+
+/// Puts this process among those that `buffer` (an instance's directory, or the root) traces.
+///
+/// # Errors
+/// `Kernel`
+pub fn join(buffer: &Path) -> Result<(), Failure> {
+    settings::add_process(buffer, std::process::id())
 }
 
 /// The process id in front of what follows the prefix.

@@ -2,7 +2,7 @@
 
 use vtrace_common::{
     limits::PIECE_BYTES_MAX,
-    wire::agent::{Arm, EventRequest, FailureKind, Part, Piece},
+    wire::agent::{Arm, EventRequest, FailureKind, Part, Piece, Tracer},
 };
 
 use super::{stats::Stats, *};
@@ -16,8 +16,8 @@ fn tracefs() -> Option<Tracefs> {
 }
 
 fn arm(events: &[&str]) -> Arm {
-    let events = events.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect();
-    Arm { session: 1, clock: "x86-tsc".into(), events, buffer_kb: 512, kallsyms: true }
+    let events = events.iter().map(|pattern| EventRequest::from(*pattern)).collect();
+    Arm { session: 1, clock: "x86-tsc".into(), events, buffer_kb: 512, kallsyms: true, ..Arm::default() }
 }
 
 fn name(suffix: &str) -> String {
@@ -123,4 +123,82 @@ fn description_has_every_part_in_order_and_the_formats_of_what_is_on() {
     assert_eq!(text(Part::EventFormat).matches("name: ").count(), 1);
     assert_eq!(text(Part::Kallsyms), fs::read_to_string("/proc/kallsyms").unwrap());
     assert!(text(Part::Cmdlines).lines().any(|line| line.starts_with(&format!("{} ", std::process::id()))));
+}
+
+#[test]
+fn tracer_functions_options_and_processes_are_as_asked() {
+    let Some(tracefs) = tracefs() else { return };
+    let tracer = Tracer { name: "function".into(), functions: vec!["vfs_read".into()], ..Tracer::default() };
+    let options = vec!["stacktrace".into(), "nooverwrite".into()];
+    let asked = Arm { tracer, options, pids: vec![1], children: true, cpu_mask: "1".into(), ..arm(&["sched"]) };
+    let instance = match tracefs.arm(&name("settings"), &asked) {
+        Err(refusal) if refusal.detail.contains("not permitted") => {
+            return println!("skipped: functions cannot be chosen here: {}: {}", refusal.object, refusal.detail);
+        }
+        armed => armed.unwrap(),
+    };
+    let text = |file: &str| fs::read_to_string(instance.path().join(file)).unwrap().trim().to_owned();
+    assert_eq!(text("current_tracer"), "function");
+    assert!(text("set_ftrace_filter").starts_with("vfs_read"));
+    assert_eq!((text("options/stacktrace"), text("options/overwrite")), ("1".into(), "0".into()));
+    assert_eq!((text("set_event_pid"), text("set_ftrace_pid")), ("1".into(), "1".into()));
+    assert_eq!((text("tracing_cpumask"), text("options/event-fork")), ("1".into(), "1".into()));
+}
+
+#[test]
+fn words_that_the_kernel_does_not_know_are_named_with_what_there_is() {
+    let Some(tracefs) = tracefs() else { return };
+    let failure = |arm: &Arm| tracefs.arm(&name("words"), arm).unwrap_err();
+    let tracer = |name: &str, function: &str| {
+        let functions = Some(function.into()).into_iter().filter(|name: &String| !name.is_empty()).collect();
+        Arm { tracer: Tracer { name: name.into(), functions, ..Tracer::default() }, ..arm(&[]) }
+    };
+    let no_tracer = failure(&tracer("functoin", ""));
+    assert_eq!((no_tracer.kind, no_tracer.near[0].as_str()), (FailureKind::NoSuchTracer, "function"));
+    let no_function = failure(&tracer("function", "no_function_is_called_this"));
+    assert!(no_function.kind == FailureKind::NoSuchFunction || no_function.detail.contains("not permitted"));
+    let no_option = failure(&Arm { options: vec!["stakctrace".into()], ..arm(&[]) });
+    assert_eq!((no_option.kind, no_option.near[0].as_str()), (FailureKind::NoSuchOption, "stacktrace"));
+}
+
+#[test]
+fn filter_is_kept_for_the_events_that_it_fits_and_refused_in_the_kernels_words() {
+    let Some(tracefs) = tracefs() else { return };
+    let filtered = |pattern: &str, filter: &str| {
+        let event = EventRequest { filter: filter.into(), ..pattern.into() };
+        tracefs.arm(&name("filter"), &Arm { events: vec![event], ..arm(&[]) })
+    };
+    let instance = filtered("sched", "prev_pid == 1").unwrap();
+    let text = |file: &str| fs::read_to_string(instance.path().join(file)).unwrap().trim().to_owned();
+    assert_eq!(text("events/sched/sched_switch/filter"), "prev_pid == 1");
+    assert_eq!(text("events/sched/sched_waking/filter"), "none");
+    drop(instance);
+    let refusal = filtered("sched:sched_switch", "no_such_field == 1").unwrap_err();
+    assert_eq!(refusal.kind, FailureKind::Expression);
+    assert!(refusal.detail.contains("ield not found"), "{}", refusal.detail);
+}
+
+#[test]
+fn borrowed_top_buffer_is_given_back_as_it_was() {
+    let Some(tracefs) = tracefs() else { return };
+    let say = |file: &str| fs::read_to_string(tracefs.root().join(file)).unwrap().trim().to_owned();
+    let state = || ["current_tracer", "trace_clock", "set_event", "trace_options", "tracing_on"].map(say);
+    let before = state();
+    let extra = available_extra(&tracefs);
+    let Some(extra) = extra else { return println!("skipped: every tracer here works in an instance") };
+    let asked = Arm { tracer: Tracer { name: extra.clone(), ..Tracer::default() }, ..arm(&["sched:sched_switch"]) };
+    let instance = tracefs.arm(&name("borrow"), &asked).unwrap();
+    assert_eq!((instance.path(), say("current_tracer")), (tracefs.root(), extra));
+    let refusal = tracefs.arm(&name("second"), &asked).unwrap_err();
+    assert_eq!(refusal.kind, FailureKind::State);
+    drop(instance);
+    assert_eq!(state(), before);
+}
+
+/// A tracer that the top buffer has and an instance has not.
+fn available_extra(tracefs: &Tracefs) -> Option<String> {
+    let instance = tracefs.arm(&name("extra"), &arm(&[])).unwrap();
+    let tracers = |path: &Path| fs::read_to_string(path.join("available_tracers")).unwrap();
+    let (all, some) = (tracers(tracefs.root()), tracers(instance.path()));
+    all.split_whitespace().find(|tracer| !some.split_whitespace().any(|other| other == *tracer)).map(Into::into)
 }

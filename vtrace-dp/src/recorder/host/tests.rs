@@ -25,8 +25,8 @@ fn alone() -> Option<MutexGuard<'static, ()>> {
 }
 
 fn arm(session: u64, events: &[&str], buffer_kb: u32) -> Arm {
-    let events = events.iter().map(|pattern| EventRequest { pattern: (*pattern).into() }).collect();
-    Arm { session, clock: "x86-tsc".into(), events, buffer_kb, kallsyms: false }
+    let events = events.iter().map(|pattern| EventRequest::from(*pattern)).collect();
+    Arm { session, clock: "x86-tsc".into(), events, buffer_kb, kallsyms: false, ..Arm::default() }
 }
 
 fn areas(recorder: &HostRecorder, bytes_max: u64) -> Vec<Area> {

@@ -1,0 +1,255 @@
+//! The commands that a host wants run while it records.
+//!
+//! In:    [`CommandRequest`]s that [`super::policy`] has allowed
+//! Out:   what they write, in pieces; how they ended
+//! Runs:  on the control thread; their descriptors are in its epoll set
+//! Full:  beyond `limits::OUTPUT_TOTAL_BYTES_MAX` a command's output is read, counted and thrown away
+//! Trust: nothing: a command may write anything, never end, and leave children behind: all of its process group is
+//!        killed with the session
+
+use std::{
+    io::{self, ErrorKind, Read},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::Path,
+    process::{Child, Stdio},
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::{
+        signal::{Signal, killpg},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
+    },
+    unistd::Pid,
+};
+use vtrace_common::{
+    limits::{OUTPUT_BYTES_MAX, OUTPUT_TOTAL_BYTES_MAX},
+    wire::agent::{CommandRequest, Failure, FailureKind, FromAgent, Output},
+};
+
+use super::policy::User;
+use crate::sys::{program, signal::unblock_in};
+
+/// A command that was started.
+#[derive(Debug)]
+pub(super) struct Running {
+    index: u32,
+    child: Child,
+    end: OwnedFd,
+    told_bytes: u64,
+    dropped_bytes: u64,
+    ended: bool,
+}
+
+/// What of a command can be waited for: its place in a list is its tag.
+pub(super) const STREAMS: [Stream; 3] = [Stream::Out, Stream::Error, Stream::End];
+
+/// What of a command can be waited for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stream {
+    /// Standard output.
+    Out,
+    /// Standard error.
+    Error,
+    /// Its end.
+    End,
+}
+
+impl Running {
+    /// Starts a command in a process group of its own. With a `buffer` it is among the processes traced there.
+    pub(super) fn start(
+        index: u32,
+        request: &CommandRequest,
+        user: Option<User>,
+        buffer: Option<&Path>,
+    ) -> Result<Self, Failure> {
+        let mut command = program::command(&request.words, buffer);
+        unblock_in(&mut command);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        if let Some(user) = user {
+            command.uid(user.uid).gid(user.gid);
+        }
+        let refused = |error: io::Error| Failure {
+            kind: if error.kind() == ErrorKind::NotFound { FailureKind::NoSuchProgram } else { FailureKind::Kernel },
+            object: request.words.first().cloned().unwrap_or_default(),
+            detail: error.to_string(),
+            near: Vec::new(),
+        };
+        let child = command.spawn().map_err(refused)?;
+        let end = program::watch(&child).map_err(refused)?;
+        let running = Self { index, child, end, told_bytes: 0, dropped_bytes: 0, ended: false };
+        for stream in [Stream::Out, Stream::Error] {
+            let fd = running.fd(stream).expect("both were piped");
+            fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| refused(errno.into()))?;
+        }
+        Ok(running)
+    }
+
+    /// Readable when there is something of it; `None` when nothing more will come.
+    pub(super) fn fd(&self, stream: Stream) -> Option<BorrowedFd<'_>> {
+        match stream {
+            Stream::Out => self.child.stdout.as_ref().map(AsFd::as_fd),
+            Stream::Error => self.child.stderr.as_ref().map(AsFd::as_fd),
+            Stream::End => (!self.ended).then(|| self.end.as_fd()),
+        }
+    }
+
+    /// The next piece of an output. `None` when there is none now; the output is closed at its end.
+    pub(super) fn read(&mut self, stream: Stream) -> Option<FromAgent> {
+        let mut bytes = vec![0; OUTPUT_BYTES_MAX];
+        loop {
+            let read = match stream {
+                Stream::Out => self.child.stdout.as_mut().map(|output| output.read(&mut bytes)),
+                Stream::Error => self.child.stderr.as_mut().map(|output| output.read(&mut bytes)),
+                Stream::End => None,
+            };
+            match read? {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                Ok(0) | Err(_) => {
+                    match stream {
+                        Stream::Out => drop(self.child.stdout.take()),
+                        Stream::Error => drop(self.child.stderr.take()),
+                        Stream::End => {}
+                    }
+                    return None;
+                }
+                Ok(count) => {
+                    let count_told = u64::try_from(count).expect("usize has at most 64 bits");
+                    if self.told_bytes + count_told > OUTPUT_TOTAL_BYTES_MAX {
+                        self.dropped_bytes += count_told;
+                        continue;
+                    }
+                    self.told_bytes += count_told;
+                    bytes.truncate(count);
+                    let is_error = stream != Stream::Out;
+                    return Some(FromAgent::Output(Output { command: self.index, is_error, bytes }));
+                }
+            }
+        }
+    }
+
+    /// If it has ended: what it wrote last, and how it ended, told once.
+    pub(super) fn end(&mut self) -> Vec<FromAgent> {
+        let Some(status) = self.ended() else { return Vec::new() };
+        let mut told: Vec<_> = std::iter::from_fn(|| self.read(Stream::Out)).collect();
+        told.extend(std::iter::from_fn(|| self.read(Stream::Error)));
+        let (command, output_dropped_bytes) = (self.index, self.dropped_bytes);
+        told.push(FromAgent::Exited { command, status, output_dropped_bytes });
+        told
+    }
+
+    fn ended(&mut self) -> Option<u8> {
+        if self.ended {
+            return None;
+        }
+        let status = self.exit_status()?;
+        self.ended = true;
+        Some(status)
+    }
+
+    /// Its exit status if it has ended. It is not waited for yet: while it is a zombie, nobody else has its number.
+    fn exit_status(&self) -> Option<u8> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).ok()?);
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(pid), flags) {
+            Ok(WaitStatus::Exited(_, code)) => u8::try_from(code & 0xff).ok(),
+            Ok(WaitStatus::Signaled(_, signal, _)) => u8::try_from(128 + signal as i32).ok(),
+            _ => None,
+        }
+    }
+
+    /// Asks it to end.
+    pub(super) fn stop(&self) {
+        self.signal(Signal::SIGTERM);
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Ok(group) = i32::try_from(self.child.id()) {
+            // The group is gone when the last of it is: then there is nobody to ask.
+            let _ = killpg(Pid::from_raw(group), signal);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn start(line: &[&str]) -> Running {
+        let words = line.iter().map(|word| (*word).into()).collect();
+        Running::start(3, &CommandRequest { words }, None, None).unwrap()
+    }
+
+    fn all(running: &mut Running) -> (Vec<FromAgent>, FromAgent) {
+        let (mut told, begun) = (Vec::new(), Instant::now());
+        loop {
+            for stream in [Stream::Out, Stream::Error] {
+                told.extend(std::iter::from_fn(|| running.read(stream)));
+            }
+            let mut end = running.end();
+            if let Some(last) = end.pop() {
+                told.extend(end);
+                return (told, last);
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "it ends");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn outputs_and_exit_code_are_told_apart() {
+        let (told, end) = all(&mut start(&["sh", "-c", "echo good; echo bad >&2; exit 7"]));
+        let output = |is_error, text: &str| FromAgent::Output(Output { command: 3, is_error, bytes: text.into() });
+        assert!(told.contains(&output(false, "good\n")) && told.contains(&output(true, "bad\n")), "{told:?}");
+        assert_eq!(end, FromAgent::Exited { command: 3, status: 7, output_dropped_bytes: 0 });
+    }
+
+    #[test]
+    fn flood_is_cut_and_counted() {
+        let (told, end) = all(&mut start(&["sh", "-c", "head -c 3000000 /dev/zero"]));
+        let bytes: usize =
+            told.iter().map(|told| if let FromAgent::Output(output) = told { output.bytes.len() } else { 0 }).sum();
+        let told_bytes = u64::try_from(bytes).unwrap();
+        assert!(told_bytes <= OUTPUT_TOTAL_BYTES_MAX);
+        let FromAgent::Exited { output_dropped_bytes, .. } = end else { panic!("{end:?}") };
+        assert_eq!(told_bytes + output_dropped_bytes, 3_000_000);
+    }
+
+    #[test]
+    fn dropped_command_takes_its_children_along() {
+        let mut running = start(&["sh", "-c", "sleep 1000 & echo $!; wait"]);
+        let begun = Instant::now();
+        let told = loop {
+            if let Some(FromAgent::Output(output)) = running.read(Stream::Out) {
+                break String::from_utf8(output.bytes).unwrap();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30));
+        };
+        drop(running);
+        let path = format!("/proc/{}/stat", told.trim());
+        let is_over = || std::fs::read_to_string(&path).map_or(true, |stat| stat.contains(") Z "));
+        while !is_over() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "the child lives on");
+        }
+    }
+
+    #[test]
+    fn program_that_is_not_there_is_said() {
+        let words = vec!["no-such-program-here".into()];
+        let failure = Running::start(0, &CommandRequest { words }, None, None).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::NoSuchProgram);
+    }
+}

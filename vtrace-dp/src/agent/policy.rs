@@ -1,0 +1,294 @@
+//! What the guest's owner allows a host to ask.
+//!
+//! In:    `/etc/vtrace/agent.toml` and the agent's own flags; an [`Arm`]
+//! Out:   the [`Arm`] that may be done, or a [`Failure`] (`NotAllowed`, `Memory`) that names the rule
+//! Runs:  when the agent starts (the file), at each `Arm`
+//! Trust: the file; nothing of the request
+//!
+//! ```toml
+//! exec = ["perf", "/usr/local/bin/load"]  # programs a host may run, or "any"; without it: none
+//! user = "nobody"                         # whom they run as; without it: the agent's own
+//! kallsyms = false                        # addresses stay numbers; without it: true
+//! buffer_mib_max = 256                    # ring buffers of all CPUs together; without it: a quarter of the memory
+//! events_denied = ["syscalls", "kvm:*"]   # never switched on; `all` means all others
+//! tracers_allowed = ["nop", "function"]   # without it: all that the kernel has
+//! ```
+
+use std::{fs, io, path::PathBuf};
+
+use serde::Deserialize;
+use vtrace_common::wire::agent::{Arm, CommandRequest, Failure, FailureKind};
+
+use crate::{sys::program, tracefs::Tracefs};
+
+/// Where the file is when nobody says otherwise.
+pub(super) const FILE: &str = "/etc/vtrace/agent.toml";
+/// Triggers that switch on other events (Documentation/trace/events.rst, 6.2).
+const SWITCHING_TRIGGERS: [&str; 4] = ["enable_event", "disable_event", "enable_hist", "disable_hist"];
+
+/// Why a policy cannot be read. The agent does not run without the rules it was given.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyFault {
+    /// The file is there and cannot be read.
+    #[error("{path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not what it should be.
+    #[error("{path}: {detail}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Line and reason.
+        detail: String,
+    },
+    /// The user it names does not exist.
+    #[error("{path}: no user {user:?}")]
+    User {
+        /// Which.
+        path: PathBuf,
+        /// Who.
+        user: String,
+    },
+}
+
+/// Which programs a host may run.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum Exec {
+    /// None.
+    #[default]
+    Never,
+    /// Any.
+    Any,
+    /// These: by name (found in PATH) or by path.
+    Only(Vec<String>),
+}
+
+/// Whom commands run as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct User {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+/// The rules.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Policy {
+    pub(super) exec: Exec,
+    pub(super) user: Option<User>,
+    kallsyms: bool,
+    buffer_kb_max: u64,
+    events_denied: Vec<String>,
+    tracers_allowed: Option<Vec<String>>,
+}
+
+/// The file as it is written.
+#[derive(Deserialize, Default, Debug)]
+#[serde(deny_unknown_fields, default)]
+struct Written {
+    exec: Option<WrittenExec>,
+    user: Option<String>,
+    kallsyms: Option<bool>,
+    buffer_mib_max: Option<u64>,
+    events_denied: Vec<String>,
+    tracers_allowed: Option<Vec<String>>,
+}
+
+#[derive(Deserialize, Debug)]
+#[serde(untagged)]
+enum WrittenExec {
+    Word(String),
+    Only(Vec<String>),
+}
+
+impl Policy {
+    /// The rules of the file, if there is one, under the agent's flags: `exec` of a flag replaces the file's.
+    pub(super) fn load(path: PathBuf, exec: Option<Exec>) -> Result<Self, PolicyFault> {
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(PolicyFault::Read { path, source }),
+        };
+        let mut policy = Self::parse(&text, path)?;
+        policy.exec = exec.unwrap_or(policy.exec);
+        Ok(policy)
+    }
+
+    fn parse(text: &str, path: PathBuf) -> Result<Self, PolicyFault> {
+        let written: Written = match toml::from_str(text) {
+            Ok(written) => written,
+            Err(error) => return Err(PolicyFault::Parse { path, detail: error.to_string() }),
+        };
+        let exec = match written.exec {
+            None => Exec::Never,
+            Some(WrittenExec::Only(programs)) => Exec::Only(programs),
+            Some(WrittenExec::Word(word)) if word == "any" => Exec::Any,
+            Some(WrittenExec::Word(word)) => {
+                let detail = format!("exec = {word:?}: \"any\" or a list of programs");
+                return Err(PolicyFault::Parse { path, detail });
+            }
+        };
+        let user = match written.user {
+            None => None,
+            Some(user) => Some(find_user(&user).ok_or(PolicyFault::User { path, user })?),
+        };
+        Ok(Self {
+            exec,
+            user,
+            kallsyms: written.kallsyms.unwrap_or(true),
+            buffer_kb_max: written.buffer_mib_max.map_or_else(memory_quarter_kb, |mib| mib.saturating_mul(1024)),
+            events_denied: written.events_denied,
+            tracers_allowed: written.tracers_allowed,
+        })
+    }
+
+    /// What may be done of a request, on a machine with so many CPUs.
+    pub(super) fn check(&self, mut arm: Arm, tracefs: &Tracefs, cpus: usize) -> Result<Arm, Failure> {
+        arm.kallsyms &= self.kallsyms;
+        for command in &arm.commands {
+            self.check_command(command)?;
+        }
+        let asked_kb = u64::from(arm.buffer_kb).saturating_mul(u64::try_from(cpus).unwrap_or(u64::MAX));
+        if asked_kb > self.buffer_kb_max {
+            let detail = format!("{} KiB a CPU for {cpus} CPUs: {} KiB are allowed", arm.buffer_kb, self.buffer_kb_max);
+            return Err(failure(FailureKind::Memory, "buffer", &detail));
+        }
+        let tracer = arm.tracer.name.as_str();
+        if let Some(allowed) = &self.tracers_allowed
+            && !tracer.is_empty()
+            && !allowed.iter().any(|name| name == tracer)
+        {
+            return Err(not_allowed(tracer, &format!("tracers allowed are: {}", allowed.join(", "))));
+        }
+        if self.events_denied.is_empty() {
+            return Ok(arm);
+        }
+        for trigger in arm.events.iter().flat_map(|event| &event.triggers) {
+            if SWITCHING_TRIGGERS.iter().any(|word| trigger.contains(word)) {
+                return Err(not_allowed(trigger, "a trigger may not switch events while some are denied"));
+            }
+        }
+        tracefs.without_denied(arm, &self.events_denied)
+    }
+
+    fn check_command(&self, command: &CommandRequest) -> Result<(), Failure> {
+        let word = command.words.first().map(String::as_str).unwrap_or_default();
+        match &self.exec {
+            Exec::Never => return Err(not_allowed(word, "this agent runs no commands")),
+            Exec::Any => {}
+            Exec::Only(programs) => {
+                let wanted = place(word);
+                let is_it = |allowed: &String| wanted.is_some() && wanted == place(allowed);
+                if !programs.iter().any(is_it) {
+                    return Err(not_allowed(word, &format!("programs allowed are: {}", programs.join(", "))));
+                }
+            }
+        }
+        match program::find(word.as_ref()) {
+            Some(_) => Ok(()),
+            None => Err(failure(FailureKind::NoSuchProgram, word, "no such program there")),
+        }
+    }
+}
+
+/// Where a program is, by one name only: its folder's links are followed (/bin may be /usr/bin), its own are not (every
+/// program of busybox is a link to one file).
+fn place(program: &str) -> Option<PathBuf> {
+    let path = program::find(program.as_ref())?;
+    Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?))
+}
+
+/// A user by name, from /etc/passwd (passwd(5)): a static C library cannot load what else knows users.
+fn find_user(name: &str) -> Option<User> {
+    let passwd = fs::read_to_string("/etc/passwd").ok()?;
+    let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields[0] == name)?;
+    Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()? })
+}
+
+/// A quarter of this machine's memory.
+fn memory_quarter_kb() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kb = total.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kb.map_or(u64::MAX, |kb| kb / 4)
+}
+
+fn not_allowed(object: &str, detail: &str) -> Failure {
+    failure(FailureKind::NotAllowed, object, detail)
+}
+
+fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
+    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vtrace_common::wire::agent::Tracer;
+
+    use super::*;
+
+    fn policy(text: &str) -> Result<Policy, String> {
+        Policy::parse(text, "agent.toml".into()).map_err(|fault| fault.to_string())
+    }
+
+    fn command(line: &str) -> CommandRequest {
+        CommandRequest { words: line.split(' ').map(Into::into).collect() }
+    }
+
+    #[test]
+    fn without_a_file_nothing_is_run() {
+        let policy = Policy::load("/nonexistent/agent.toml".into(), None).unwrap();
+        let failure = policy.check_command(&command("true")).unwrap_err();
+        assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NotAllowed, "true"));
+    }
+
+    #[test]
+    fn only_programs_of_the_list_are_run_whatever_their_arguments() {
+        let policy = policy("exec = [\"true\", \"/bin/sh\"]").unwrap();
+        assert_eq!(policy.check_command(&command("true -x")), Ok(()));
+        assert_eq!(policy.check_command(&command("sh -c true")), Ok(()));
+        assert_eq!(policy.check_command(&command("/tmp/true")).unwrap_err().kind, FailureKind::NotAllowed);
+        assert_eq!(policy.check_command(&command("false")).unwrap_err().kind, FailureKind::NotAllowed);
+    }
+
+    #[test]
+    fn flag_beats_the_file() {
+        let any = Policy { exec: Exec::Any, ..policy("").unwrap() };
+        assert_eq!(any.check_command(&command("true")), Ok(()));
+        assert_eq!(any.check_command(&command("no-such-program-here")).unwrap_err().kind, FailureKind::NoSuchProgram);
+    }
+
+    #[test]
+    fn file_with_a_mistake_is_refused_with_its_line() {
+        assert!(policy("exec = 7").is_err());
+        assert!(policy("exec = \"all\"").unwrap_err().contains("\"any\" or a list"));
+        assert!(policy("\nevents_denid = []").unwrap_err().contains("line 2"));
+        assert!(policy("user = \"nobody-of-this-name\"").unwrap_err().contains("no user"));
+    }
+
+    #[test]
+    fn memory_tracer_and_triggers_keep_to_the_rules() {
+        let Ok(tracefs) = Tracefs::find_or_mount() else { return println!("skipped: no tracefs here") };
+        let policy = policy("buffer_mib_max = 1\ntracers_allowed = [\"nop\"]\nevents_denied = [\"kvm\"]").unwrap();
+        let kind = |arm: Arm| policy.check(arm, &tracefs, 4).unwrap_err().kind;
+        assert_eq!(kind(Arm { buffer_kb: 257, ..Arm::default() }), FailureKind::Memory);
+        assert_eq!(kind(Arm { buffer_kb: u32::MAX, ..Arm::default() }), FailureKind::Memory);
+        let tracer = Tracer { name: "function".into(), ..Tracer::default() };
+        assert_eq!(kind(Arm { tracer, ..Arm::default() }), FailureKind::NotAllowed);
+        let mut event = vtrace_common::wire::agent::EventRequest::from("sched");
+        event.triggers.push("enable_event:kvm:kvm_exit".into());
+        assert_eq!(kind(Arm { events: vec![event], ..Arm::default() }), FailureKind::NotAllowed);
+        assert!(policy.check(Arm { buffer_kb: 256, ..Arm::default() }, &tracefs, 4).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn any_file_gives_rules_or_a_fault(text: String) {
+            let _ = policy(&text);
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! `vtrace launch`: a process that is in the list of traced ones before it becomes the command.
+//!
+//! A process cannot be put there by another one in time: its first instructions would be missing.
+
+use std::{os::unix::process::CommandExt, process};
+
+use super::{FAILED, args::LaunchArgs, complaint::Complaint};
+use crate::tracefs;
+
+/// Exit status of a shell whose command was not found (POSIX, 2.8.2).
+const NOT_FOUND: u8 = 127;
+
+/// Becomes the command; what returns is the reason why not.
+pub(super) fn run(args: &LaunchArgs) -> Result<u8, Complaint> {
+    let (program, arguments) = args.command.split_first().expect("clap asks for a command");
+    tracefs::join(&args.buffer)
+        .map_err(|failure| Complaint::new(failure.object, failure.detail, "is the recording still running?"))?;
+    let error = process::Command::new(program).args(arguments).exec();
+    let status = if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { FAILED };
+    let mut complaint = Complaint::new(program.display(), error, "");
+    complaint.status = status;
+    Err(complaint)
+}

@@ -1,0 +1,156 @@
+//! Options of each machine, in the order they were typed, and the [`Arm`]s they make.
+//!
+//! In:    clap's matches of the verb
+//! Out:   one [`Arm`] for the host and one for each `--dom`, or the first thing that is wrong
+//! Trust: nothing typed
+//!
+//! What trace-cmd's parser does with them holds here too: `-f` and `-R` belong to the `-e` before, `-v` to the `-e`
+//! behind it, everything to the machine before it.
+
+use std::ffi::OsString;
+
+use clap::ArgMatches;
+use vtrace_common::wire::agent::{Arm, CommandRequest, EventRequest};
+
+use super::plan::PlanFault;
+
+/// Options that are for one machine, by clap's id.
+const OPTIONS: [&str; 19] = [
+    "event",
+    "filter",
+    "trigger",
+    "exclude",
+    "tracer",
+    "function",
+    "notrace",
+    "graph_function",
+    "max_graph_depth",
+    "option",
+    "stacks",
+    "function_stacks",
+    "pid",
+    "command_only",
+    "children",
+    "cpu_mask",
+    "clock",
+    "buffer_kb",
+    "exec",
+];
+
+/// An option as it was typed.
+struct Typed {
+    index: usize,
+    option: &'static str,
+    values: Vec<OsString>,
+}
+
+/// A machine whose options are being read.
+struct Machine<'a> {
+    name: &'a str,
+    arm: Arm,
+    excludes: bool,
+}
+
+/// The requests of the host and of each guest of `names`, in that order. `common` is what all of them begin with.
+pub(super) fn read(matches: &ArgMatches, names: &[String], common: &Arm) -> Result<Vec<Arm>, PlanFault> {
+    let doms: Vec<usize> = matches.indices_of("dom").into_iter().flatten().collect();
+    let machine = |name| Machine { name, arm: common.clone(), excludes: false };
+    let mut machines: Vec<_> =
+        std::iter::once("the host").chain(names.iter().map(String::as_str)).map(machine).collect();
+    for typed in typed(matches) {
+        let owner = doms.iter().filter(|dom| **dom < typed.index).count();
+        machines[owner].take(typed.option, typed.values)?;
+    }
+    Ok(machines.into_iter().map(|machine| machine.arm).collect())
+}
+
+fn typed(matches: &ArgMatches) -> Vec<Typed> {
+    let mut all = Vec::new();
+    for option in OPTIONS {
+        let groups = matches.get_raw_occurrences(option).into_iter().flatten();
+        let mut indices = matches.indices_of(option).into_iter().flatten();
+        for group in groups {
+            let values: Vec<OsString> = group.map(Into::into).collect();
+            let index = indices.next().expect("clap counts every value");
+            indices.by_ref().take(values.len().saturating_sub(1)).for_each(drop);
+            all.push(Typed { index, option, values });
+        }
+    }
+    all.sort_by_key(|typed| typed.index);
+    all
+}
+
+impl Machine<'_> {
+    fn take(&mut self, option: &'static str, values: Vec<OsString>) -> Result<(), PlanFault> {
+        let words = values.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>();
+        let words = words.map_err(|word| PlanFault::NotText(word.to_string_lossy().into()))?;
+        if option == "exec" {
+            return self.command(words);
+        }
+        let word = words.into_iter().next().unwrap_or_default();
+        let Self { arm, .. } = self;
+        match option {
+            "event" => {
+                let excluded = self.excludes;
+                arm.events.push(EventRequest { excluded, ..word.as_str().into() });
+            }
+            "filter" => self.event("-f")?.filter = word,
+            "trigger" => self.event("-R")?.triggers.push(word),
+            "exclude" => self.excludes = true,
+            "tracer" => return self.once("-p", |arm| &mut arm.tracer.name, word),
+            "function" => arm.tracer.functions.push(word),
+            "notrace" => arm.tracer.functions_excluded.push(word),
+            "graph_function" => arm.tracer.graph_functions.push(word),
+            "max_graph_depth" => arm.tracer.graph_depth_max = number(&word),
+            "option" => arm.options.push(word),
+            "stacks" => arm.options.push("stacktrace".into()),
+            "function_stacks" => arm.options.push("func_stack_trace".into()),
+            "pid" => return self.processes(&word),
+            "command_only" => arm.own_only = true,
+            "children" => arm.children = true,
+            "cpu_mask" if word == "all" || word == "-1" => arm.cpu_mask.clear(),
+            "cpu_mask" => arm.cpu_mask = word.trim_start_matches("0x").into(),
+            "clock" => arm.clock = if word == "tsc2nsec" { super::plan::CLOCK.into() } else { word },
+            "buffer_kb" if arm.buffer_kb != 0 => {
+                return Err(PlanFault::Twice { option: "-b", machine: self.name.into() });
+            }
+            "buffer_kb" => arm.buffer_kb = number(&word),
+            option => unreachable!("{option} is not one of OPTIONS"),
+        }
+        Ok(())
+    }
+
+    /// The event that the last `-e` of this machine named.
+    fn event(&mut self, option: &'static str) -> Result<&mut EventRequest, PlanFault> {
+        let name = self.name;
+        self.arm.events.last_mut().ok_or_else(|| PlanFault::NoEventBefore { option, machine: name.into() })
+    }
+
+    fn once(
+        &mut self,
+        option: &'static str,
+        place: fn(&mut Arm) -> &mut String,
+        word: String,
+    ) -> Result<(), PlanFault> {
+        let before = std::mem::replace(place(&mut self.arm), word);
+        if before.is_empty() { Ok(()) } else { Err(PlanFault::Twice { option, machine: self.name.into() }) }
+    }
+
+    fn processes(&mut self, list: &str) -> Result<(), PlanFault> {
+        for word in list.split(',') {
+            let pid = word.trim().parse().ok().filter(|pid| *pid > 0);
+            self.arm.pids.push(pid.ok_or_else(|| PlanFault::Process(word.into()))?);
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, words: Vec<String>) -> Result<(), PlanFault> {
+        self.arm.commands.push(CommandRequest { words });
+        Ok(())
+    }
+}
+
+/// A number that clap has parsed already.
+fn number(word: &str) -> u32 {
+    word.parse().expect("clap has parsed it")
+}

@@ -1,0 +1,53 @@
+//! Programs that people name: where they are, how they are started, how they ended.
+
+#![expect(unsafe_code, reason = "pidfd_open(2) has no wrapper")]
+
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+};
+
+/// Where a program is that could be executed; one without a slash is looked for in PATH.
+pub fn find(program: &OsStr) -> Option<PathBuf> {
+    let executable =
+        |path: &PathBuf| path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+    if program.as_encoded_bytes().contains(&b'/') {
+        return Some(PathBuf::from(program)).filter(executable);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|folder| folder.join(program)).find(executable)
+}
+
+/// A command of at least one word. With a `buffer` of tracefs, `vtrace launch` puts itself among the processes that are
+/// traced there before it becomes the command.
+pub fn command<W: AsRef<OsStr>>(words: &[W], buffer: Option<&Path>) -> Command {
+    let (program, arguments) = words.split_first().expect("a command has a program");
+    let Some(buffer) = buffer else {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        return command;
+    };
+    let mut command = Command::new("/proc/self/exe");
+    command.args([OsString::from("launch"), "--buffer".into(), buffer.into(), "--".into()]).args(words);
+    command
+}
+
+/// A descriptor that becomes readable when `child` has ended (pidfd_open(2), Linux 5.3).
+pub fn watch(child: &Child) -> io::Result<OwnedFd> {
+    let pid = libc::pid_t::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: a system call on two numbers; the child is not waited for while we hold it, so the number is its own.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the kernel has just made this descriptor for us (close-on-exec); nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// An exit code, or 128 + signal, as a shell gives it.
+pub fn code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    u8::try_from(code & 0xff).unwrap_or(1)
+}

@@ -1,0 +1,127 @@
+//! Filters and triggers of events.
+//!
+//! In:    the buffer's directory, the events that each request means
+//! Out:   `filter` and `trigger` files written; or a [`Failure`] with the kernel's own words about the expression
+//! Runs:  on the caller's thread, before the events are switched on
+//! Trust: the kernel parses; nothing else does
+
+use std::path::{Path, PathBuf};
+
+use vtrace_common::wire::agent::{EventRequest, Failure, FailureKind};
+
+use super::{events::Events, failure, read, write};
+
+/// Writes the filters and triggers of all requests. An expression that fits some of the events of a pattern is kept for
+/// those, as trace-cmd does; one that fits none is refused.
+/// Every write goes into `undo` as the one that takes it back.
+pub(super) fn apply(
+    buffer: &Path,
+    available: &Events,
+    requests: &[EventRequest],
+    undo: &mut Vec<Undo>,
+) -> Result<(), Failure> {
+    for request in requests.iter().filter(|request| !request.excluded) {
+        if !request.filter.is_empty() {
+            write_for(buffer, available, request, Expression::Filter(&request.filter), undo)?;
+        }
+        for trigger in &request.triggers {
+            write_for(buffer, available, request, Expression::Trigger(trigger), undo)?;
+        }
+    }
+    Ok(())
+}
+
+/// A file and what to write to it so that an expression is gone again.
+pub(super) type Undo = (PathBuf, String);
+
+/// A text for one of two files.
+#[derive(Clone, Copy, Debug)]
+enum Expression<'a> {
+    Filter(&'a str),
+    Trigger(&'a str),
+}
+
+impl<'a> Expression<'a> {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Filter(_) => "filter",
+            Self::Trigger(_) => "trigger",
+        }
+    }
+
+    fn text(self) -> &'a str {
+        match self {
+            Self::Filter(text) | Self::Trigger(text) => text,
+        }
+    }
+
+    /// What takes it back (Documentation/trace/events.rst, 5.3 and 6).
+    fn undo(self) -> String {
+        match self {
+            Self::Filter(_) => "0".into(),
+            Self::Trigger(text) => format!("!{text}"),
+        }
+    }
+}
+
+fn write_for(
+    buffer: &Path,
+    available: &Events,
+    request: &EventRequest,
+    expression: Expression<'_>,
+    undo: &mut Vec<Undo>,
+) -> Result<(), Failure> {
+    let chosen = available.choose(std::slice::from_ref(request))?;
+    let (file, text) = (expression.file(), expression.text());
+    let mut taken = 0;
+    let mut refusal = None;
+    for (system, event) in chosen.each() {
+        let path = buffer.join("events").join(system).join(event).join(file);
+        match write(&path, text) {
+            Ok(()) => {
+                taken += 1;
+                undo.push((path, expression.undo()));
+            }
+            Err(error) => {
+                refusal.get_or_insert_with(|| (format!("{system}:{event} {file}"), words(buffer, &error)));
+                // A filter that was refused stays as a text that says why, and filters nothing.
+                let _ = write(&path, "0");
+            }
+        }
+    }
+    match refusal {
+        Some((object, detail)) if taken == 0 => {
+            Err(failure(FailureKind::Expression, &object, &format!("{text:?}: {detail}")))
+        }
+        Some((object, _)) => {
+            log::warn!("{object}: {text:?} does not fit this event; {taken} of the pattern's take it");
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// What the kernel says about the last expression it did not take (error_log), in one line; else its errno.
+fn words(buffer: &Path, error: &Failure) -> String {
+    let log = read(&buffer.join("error_log")).unwrap_or_default();
+    last_error(&log).unwrap_or_else(|| error.detail.clone())
+}
+
+/// The last `[time] place: error: words` of an error_log.
+fn last_error(log: &str) -> Option<String> {
+    let line = log.lines().rev().find(|line| line.contains(": error: "))?;
+    Some(line.split_once(": error: ")?.1.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_error_of_the_kernel_is_told_in_its_words() {
+        let log = "[   3.14] event filter parse error: error: Field not found\n  Command: a == 1\n           ^\n\
+                   [  99.10] hist:sched:sched_switch: error: Couldn't find field\n  Command: keys=x\n           ^\n";
+        assert_eq!(last_error(log).as_deref(), Some("Couldn't find field"));
+        assert_eq!(last_error(""), None);
+    }
+}

@@ -1,0 +1,110 @@
+//! What an [`Arm`] asks for beside events: functions, tracer, options, CPUs, processes.
+//!
+//! In:    the buffer's directory, an [`Arm`]
+//! Out:   files of tracefs written; or a [`Failure`] that names the word which was refused and what there is instead
+//! Runs:  on the caller's thread, while tracing is off
+//! Trust: nothing of the request; the kernel for what exists
+//!
+//! Order: functions before the tracer, which would otherwise begin with all of them; options after it, as a tracer
+//! brings some of its own.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, ErrorKind, Write},
+    path::Path,
+};
+
+use vtrace_common::wire::agent::{Arm, Failure, FailureKind, Tracer};
+
+use super::{failure, nearest, read, refused, write};
+
+/// A process that never is (PID_MAX_LIMIT - 1, include/linux/threads.h): a list of processes with nobody in it. An
+/// empty one would mean everybody.
+const NOBODY: u32 = 4_194_303;
+
+/// Applies everything but clock, sizes and events.
+pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
+    choose_functions(buffer, &arm.tracer)?;
+    choose_tracer(buffer, &arm.tracer.name)?;
+    for option in &arm.options {
+        set_option(buffer, option)?;
+    }
+    if !arm.cpu_mask.is_empty() {
+        write(&buffer.join("tracing_cpumask"), &arm.cpu_mask)?;
+    }
+    if arm.children {
+        write(&buffer.join("options/event-fork"), "1")?;
+        write(&buffer.join("options/function-fork"), "1")?;
+    }
+    let nobody = (arm.own_only && arm.pids.is_empty()).then_some(NOBODY);
+    arm.pids.iter().copied().chain(nobody).try_for_each(|pid| add_process(buffer, pid))
+}
+
+/// Traces this process too, in a buffer that is bound to processes.
+pub(super) fn add_process(buffer: &Path, pid: u32) -> Result<(), Failure> {
+    let add = |file: &str| {
+        let path = buffer.join(file);
+        append(&path, &pid.to_string()).map_err(|error| (error.kind(), refused(&path, &error)))
+    };
+    add("set_event_pid").map_err(|(_, refusal)| refusal)?;
+    match add("set_ftrace_pid") {
+        // A kernel without the function tracer.
+        Err((ErrorKind::NotFound, _)) => Ok(()),
+        added => added.map_err(|(_, refusal)| refusal),
+    }
+}
+
+fn choose_functions(buffer: &Path, tracer: &Tracer) -> Result<(), Failure> {
+    let lists = [
+        ("set_ftrace_filter", &tracer.functions),
+        ("set_ftrace_notrace", &tracer.functions_excluded),
+        ("set_graph_function", &tracer.graph_functions),
+    ];
+    for (file, functions) in lists {
+        for function in functions {
+            let path = buffer.join(file);
+            append(&path, function).map_err(|error| match error.kind() {
+                ErrorKind::InvalidInput => {
+                    failure(FailureKind::NoSuchFunction, function, "no traceable function is meant by it")
+                }
+                _ => refused(&path, &error),
+            })?;
+        }
+    }
+    if tracer.graph_depth_max > 0 {
+        write(&buffer.join("max_graph_depth"), &tracer.graph_depth_max.to_string())?;
+    }
+    Ok(())
+}
+
+fn choose_tracer(buffer: &Path, name: &str) -> Result<(), Failure> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    let there = read(&buffer.join("available_tracers"))?;
+    let there: Vec<&str> = there.split_whitespace().collect();
+    if !there.contains(&name) {
+        let near = nearest(name, there.iter().copied(), usize::MAX);
+        let detail = format!("this kernel has {}", there.join(", "));
+        return Err(Failure { near, ..failure(FailureKind::NoSuchTracer, name, &detail) });
+    }
+    write(&buffer.join("current_tracer"), name)
+}
+
+fn set_option(buffer: &Path, option: &str) -> Result<(), Failure> {
+    write(&buffer.join("trace_options"), option).map_err(|refusal| {
+        let there = read(&buffer.join("trace_options")).unwrap_or_default();
+        let names: Vec<&str> = there.lines().map(|line| line.strip_prefix("no").unwrap_or(line)).collect();
+        let wanted = option.strip_prefix("no").unwrap_or(option);
+        if names.contains(&wanted) {
+            return refusal;
+        }
+        let near = nearest(wanted, names.into_iter(), (wanted.len() / 2).max(2));
+        Failure { near, ..failure(FailureKind::NoSuchOption, option, "this kernel has no such trace option") }
+    })
+}
+
+/// Adds a line to a list that would be cleared by truncation.
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    OpenOptions::new().append(true).open(path).and_then(|mut file| file.write_all(line.as_bytes()))
+}

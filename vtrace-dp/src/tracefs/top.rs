@@ -1,0 +1,140 @@
+//! The top buffer, where an instance will not do: tracers and function lists that the kernel keeps once for all.
+//!
+//! In:    the root of tracefs, an [`Arm`]
+//! Out:   whether the top buffer is needed; a [`Borrowed`] one, given back as it was when dropped
+//! Runs:  on the caller's thread
+//! Full:  one borrower at a time: whoever uses the top buffer already is named as the reason of the refusal
+//! Trust: the kernel. A borrower that is killed leaves an instance behind that says so ([`MARK`]); the next one cleans up
+
+use std::path::{Path, PathBuf};
+
+use vtrace_common::wire::agent::{Arm, Failure, FailureKind};
+
+use super::{expressions::Undo, failure, read, write};
+
+/// What the name of an instance ends with whose owner has borrowed the top buffer.
+pub(super) const MARK: &str = "-top";
+
+/// Files whose contents come back.
+const KEPT: [&str; 4] = ["trace_clock", "buffer_percent", "buffer_size_kb", "tracing_cpumask"];
+/// Lists that are empty when nobody traces.
+const LISTS: [&str; 6] = [
+    "set_ftrace_filter",
+    "set_ftrace_notrace",
+    "set_graph_function",
+    "set_event_pid",
+    "set_ftrace_pid",
+    "set_graph_notrace",
+];
+
+/// Whether `arm` asks for something that `instance` does not have and the top buffer does.
+pub(super) fn is_needed(root: &Path, instance: &Path, arm: &Arm) -> bool {
+    let has = |directory: &Path, tracer: &str| {
+        read(&directory.join("available_tracers")).is_ok_and(|text| text.split_whitespace().any(|name| name == tracer))
+    };
+    let (tracer, functions) = (&arm.tracer.name, &arm.tracer.graph_functions);
+    let by_tracer = !tracer.is_empty() && !has(instance, tracer) && has(root, tracer);
+    by_tracer || !functions.is_empty() || arm.tracer.graph_depth_max > 0
+}
+
+/// The top buffer, and how it was.
+#[derive(Debug)]
+pub(super) struct Borrowed {
+    root: PathBuf,
+    kept: Vec<(&'static str, String)>,
+    options: String,
+    was_on: bool,
+    /// Filters and triggers, which the end of an event does not end.
+    pub(super) undo: Vec<Undo>,
+}
+
+impl Borrowed {
+    /// Takes the top buffer if nobody traces into it.
+    ///
+    /// # Errors
+    /// `State` when somebody does; `Kernel`.
+    pub(super) fn take(root: &Path) -> Result<Self, Failure> {
+        let tracer = read(&root.join("current_tracer"))?;
+        let events = read(&root.join("set_event"))?;
+        if tracer.trim() != "nop" || !events.trim().is_empty() {
+            let detail = match events.lines().count() {
+                0 => format!("somebody traces into it with the tracer {}", tracer.trim()),
+                count => format!("somebody has switched {count} events on in it"),
+            };
+            return Err(failure(FailureKind::State, &root.to_string_lossy(), &detail));
+        }
+        let kept = KEPT.into_iter().filter_map(|file| Some((file, kept(file, &read(&root.join(file)).ok()?))));
+        let (kept, options) = (kept.collect(), read(&root.join("trace_options"))?);
+        let was_on = read(&root.join("tracing_on"))?.trim() == "1";
+        write(&root.join("tracing_on"), "0")?;
+        let borrowed = Self { root: root.into(), kept, options, was_on, undo: Vec::new() };
+        borrowed.empty();
+        Ok(borrowed)
+    }
+
+    /// Gives it back as it was; what cannot be written back is logged.
+    pub(super) fn give_back(&self) {
+        for (path, text) in self.undo.iter().rev() {
+            // A trigger that has done its count is gone already.
+            let _ = write(path, text);
+        }
+        reset(&self.root);
+        for (file, text) in &self.kept {
+            self.put(file, text);
+        }
+        let now = read(&self.root.join("trace_options")).unwrap_or_default();
+        for option in self.options.lines().filter(|option| !now.lines().any(|line| line == *option)) {
+            // Those of a tracer that is not there any more are refused.
+            let _ = write(&self.root.join("trace_options"), option);
+        }
+        self.empty();
+        self.put("tracing_on", if self.was_on { "1" } else { "0" });
+    }
+
+    fn put(&self, file: &str, text: &str) {
+        if let Err(refusal) = write(&self.root.join(file), text) {
+            log::warn!("{} is not as it was: {}", refusal.object, refusal.detail);
+        }
+    }
+
+    fn empty(&self) {
+        let emptied = std::fs::OpenOptions::new().write(true).truncate(true).open(self.root.join("trace"));
+        if let Err(error) = emptied {
+            log::debug!("the top buffer keeps what it held: {error}");
+        }
+    }
+}
+
+/// Ends whatever traces into the top buffer: events, tracer, lists. What fails is not there.
+pub(super) fn reset(root: &Path) {
+    let _ = write(&root.join("tracing_on"), "0");
+    let _ = write(&root.join("events/enable"), "0");
+    let _ = write(&root.join("current_tracer"), "nop");
+    let _ = write(&root.join("max_graph_depth"), "0");
+    for list in LISTS {
+        let _ = std::fs::OpenOptions::new().write(true).truncate(true).open(root.join(list));
+    }
+}
+
+/// What to write so that a file says again what it says now.
+fn kept(file: &str, text: &str) -> String {
+    let text = text.trim();
+    let inside = text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map(|(chosen, _)| chosen);
+    match (file, inside) {
+        ("trace_clock", Some(chosen)) => chosen.into(),
+        // "7 (expanded: 1408)": not used yet.
+        _ => text.split_whitespace().next().unwrap_or_default().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_says_becomes_what_to_write_to_it() {
+        assert_eq!(kept("trace_clock", "local [global] x86-tsc\n"), "global");
+        assert_eq!(kept("buffer_size_kb", "7 (expanded: 1408)\n"), "7");
+        assert_eq!(kept("tracing_cpumask", "ff\n"), "ff");
+    }
+}
