@@ -155,7 +155,7 @@ pub struct MachineArgs {
     /// Ring buffer of each CPU, in KiB
     #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
     pub buffer_kb: Vec<u32>,
-    /// Run this in the guest while recording, up to `\\;`
+    /// Run this in the guest while recording, up to `\;`
     #[arg(
         long,
         value_name = "COMMAND",

@@ -19,20 +19,21 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complai
     }
     let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
     let mut status = Status::new(plan.quiet);
-    let recorded = run::record(&plan, &signals, &mut |news| tell(&mut status, news));
+    let recorded = run::record(&plan, &signals, &mut |news| tell(&mut status, plan.json, news));
     status.clear();
     let summary = recorded.map_err(|error| Complaint::recording(error, &plan))?;
     print(&plan, &summary)?;
     Ok(exit_status(&plan, &summary))
 }
 
-fn tell(status: &mut Status, news: &News) {
+/// Standard output is the table's alone where it is JSON.
+fn tell(status: &mut Status, json: bool, news: &News) {
     match news {
         News::Progress(progress) => status.show(progress),
         News::Output { guest, line } => {
             status.clear();
             let text = format!("{guest}: {}", line.text);
-            if line.is_error {
+            if line.is_error || json {
                 say(&text);
             } else {
                 // A reader that has gone is no reason to stop recording.

@@ -1,0 +1,90 @@
+//! The command of the handbook, to the letter: a host's events, everything of one guest, functions of another, a command
+//! in each and one on the host.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use vtrace_tests::{
+    judge::{self, Line, lines, trace_cmd},
+    recording::{Recorder, Recording},
+    server::Server,
+};
+use xtask::{
+    kernel::Kernel,
+    machine::{Machine, turn},
+};
+
+/// What stands for KVM's events on a host without hardware for them: the threads of its virtual machines.
+const HOST_EVENTS: &str = "sched";
+
+#[test]
+fn host_and_two_guests_of_different_kernels_are_one_recording() -> Result<()> {
+    let turn = turn()?;
+    let folder = tempfile::tempdir()?;
+    let server = Server::start(&["guest1", "guest2"])?;
+    let boot = |kernel, guest: &str, app: &str| -> Result<Machine> {
+        let machine = Machine::builder(&turn, kernel).without_agent().vhost_user(&server.socket(guest)).boot()?;
+        let lines = app.replace('\n', "\\n");
+        machine
+            .shell(&format!("printf '#!/bin/sh\\n{lines}\\n' > /bin/{guest}-app; chmod +x /bin/{guest}-app"))?
+            .ok()?;
+        machine.shell("start-agent --allow-exec")?.ok()?;
+        server.await_agent(guest)?;
+        Ok(machine)
+    };
+    let _first = boot(Kernel::V6_1, "guest1", "echo saw $1\nexit 5")?;
+    let _second = boot(Kernel::V6_12, "guest2", "cat /proc/version >/dev/null\necho bad >&2")?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let words = format!(
+        "-e {HOST_EVENTS} --dom guest1 -e all --exec guest1-app foo ; \
+         --dom guest2 -p function -l vfs_* --exec guest2-app ; sh -c exit\u{a0}9"
+    );
+    // The last word holds a blank of its own.
+    let mut command = recorder.command("--json")?;
+    command.args(words.split(' ').map(|word| word.replace('\u{a0}', " ")));
+    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
+    let recording = recorder.finish(child)?;
+    assert_eq!(recording.status, 9, "the host's command decides: {}\n{:#}", recording.said, recording.summary);
+
+    commands_are_told(&recording)?;
+    stock_tools_see_one_timeline(&recording)?;
+    functions_have_the_names_of_their_own_kernel(&recording)
+}
+
+fn commands_are_told(recording: &Recording) -> Result<()> {
+    for line in ["guest1: saw foo", "guest2: bad"] {
+        assert!(recording.said.lines().any(|said| said == line), "{line}: {}", recording.said);
+    }
+    let end = |guest: &str| -> Result<i64> {
+        recording.machine(guest)?["commands"][0]["status"].as_i64().context("a command has ended")
+    };
+    assert_eq!((end("guest1")?, end("guest2")?), (5, 0));
+    Ok(())
+}
+
+fn stock_tools_see_one_timeline(recording: &Recording) -> Result<()> {
+    let files = ["host", "guest1", "guest2"].map(|machine| recording.file(machine));
+    let [host, first, second] = &files;
+    let report = lines(&trace_cmd(&["report", "-t"], &[host, first, second])?);
+    for machine in ["host", "guest1", "guest2"] {
+        let name = recording.file(machine).file_name().context("a file has a name")?.to_string_lossy().into_owned();
+        let count = report.iter().filter(|line| line.file.as_deref().is_some_and(|file| file.ends_with(&name))).count();
+        assert_eq!(u64::try_from(count)?, recording.sum(machine, "events")?, "{machine}");
+        assert_eq!(recording.sum(machine, "pages_lost")?, 0, "{machine}");
+    }
+    let found = judge::shark(&[host, first, second])?;
+    assert_eq!(found.maps.len(), 2, "both guests are tied to the host");
+    Ok(())
+}
+
+fn functions_have_the_names_of_their_own_kernel(recording: &Recording) -> Result<()> {
+    let report = lines(&trace_cmd(&["report", "-t"], &[&recording.file("guest2")])?);
+    let functions: Vec<&Line> = report.iter().filter(|line| line.event == "function").collect();
+    assert!(functions.len() > 10, "{} functions", functions.len());
+    for line in &functions {
+        assert!(line.fields.trim_start().starts_with("vfs_"), "{}", line.fields);
+    }
+    assert!(functions.iter().any(|line| line.fields.contains("vfs_read")));
+    assert!(fs::metadata(recording.file("guest2"))?.len() > 0);
+    Ok(())
+}
