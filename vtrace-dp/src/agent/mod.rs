@@ -30,6 +30,8 @@ pub mod policy;
 mod port;
 mod pump;
 mod session;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod work;
 
 use std::{

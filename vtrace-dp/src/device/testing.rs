@@ -11,7 +11,7 @@ use std::{
     collections::VecDeque,
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -122,6 +122,18 @@ impl Driver {
 
     /// A ring at guest-physical `base` (a page) with buffers of `buffer_bytes`.
     pub fn new(memory: Arc<Memory>, base: u64, entries: u16, buffer_bytes: u32, event_idx: bool) -> Self {
+        Self::with_events(memory, base, entries, buffer_bytes, event_idx, [event(), event()])
+    }
+
+    /// The same with a kick and a call that the caller made.
+    pub fn with_events(
+        memory: Arc<Memory>,
+        base: u64,
+        entries: u16,
+        buffer_bytes: u32,
+        event_idx: bool,
+        [kick, call]: [OwnedFd; 2],
+    ) -> Self {
         let window = |at: u64, bytes: u64| {
             memory.window(base + at, usize::try_from(bytes).expect("small")).expect("the caller gave enough memory")
         };
@@ -129,7 +141,7 @@ impl Driver {
         let descriptors = window(0, 16 * wide);
         let available = window(Self::available_at(entries), 6 + 2 * wide);
         let used = window(Self::used_at(entries), 6 + 8 * wide);
-        let (kick, call, free) = (event(), event(), (0..entries).collect());
+        let free = (0..entries).collect();
         let (next_available, last_used, kicks, interrupts) = (0, 0, 0, 0);
         Self {
             memory,
@@ -263,9 +275,19 @@ impl Driver {
         }
     }
 
+    /// Whether entries can be taken back.
+    pub fn has_used(&self) -> bool {
+        self.used.load_u16(2, Ordering::Acquire) != self.last_used
+    }
+
+    /// Becomes readable at an interrupt, which comes after [`Driver::reclaim`] has asked for one.
+    pub fn call(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
+    }
+
     /// Waits for an interrupt, unless used entries are there; false if none came in time.
     pub fn wait(&self, limit: Duration) -> bool {
-        if self.used.load_u16(2, Ordering::Acquire) != self.last_used {
+        if self.has_used() {
             return true;
         }
         let limit = PollTimeout::try_from(limit).expect("short");

@@ -1,0 +1,47 @@
+//! The pump alone, without a session around it: for benchmarks.
+//!
+//! In:    taps and ports
+//! Out:   the pages in the ports
+//! Runs:  as [`Pump`] does
+//! Full:  as [`Pump`] does
+//! Trust: its caller
+
+use std::{io, os::fd::OwnedFd};
+
+use vtrace_common::{ids::Cpu, wire::agent::Failure};
+
+use super::{port::Ports, pump::Pump};
+use crate::tracefs::Tap;
+
+/// A pump that runs.
+#[derive(Debug)]
+pub struct Pumping(Pump);
+
+impl Pumping {
+    /// Starts the pump as a session does.
+    pub fn start(lanes: Vec<(Tap, OwnedFd)>, page_bytes: u32) -> io::Result<Self> {
+        Pump::start(lanes, page_bytes, None).map(Self).map_err(io::Error::other)
+    }
+
+    /// Waits until everything is in the ports, as a session does when tracing was switched off. Bytes sent.
+    ///
+    /// # Errors
+    /// When a page was lost, or a lane ended early.
+    pub fn finish(self) -> io::Result<u64> {
+        self.0.drain();
+        let ends = self.0.join().ok_or_else(|| io::Error::other("the pump has panicked"))?;
+        match ends.iter().find(|end| end.pages_lost > 0 || !end.trouble.is_empty()) {
+            Some(end) => Err(io::Error::other(format!("{end:?}"))),
+            None => Ok(ends.iter().map(|end| end.bytes_sent).sum()),
+        }
+    }
+}
+
+/// Opens the port of `cpu` among those whose names begin with `prefix`, as a session does.
+///
+/// # Errors
+/// As a session's.
+pub fn open_port(prefix: &str, cpu: Cpu) -> Result<OwnedFd, Failure> {
+    let (class, nodes) = ("/sys/class/virtio-ports".into(), "/dev".into());
+    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into() }.open_lane(cpu, false)
+}
