@@ -1,127 +1,145 @@
-//! Ring ─► lane ─► sink beside the same bytes written plainly.
+//! Ring ─► lane ─► sink beside the same bytes written plainly, and many lanes beside one.
 //!
-//! In:    a guest made of a memory file: one lane of 128 chains of 64 KiB, each of 4 KiB pages with sound headers
-//! Out:   GB/s and CPU seconds per GiB; the CPU of the drain's side holds that of the guest's driver too
-//! Runs:  driver on this thread, drain on its own; the baseline writes from this thread, 4 MiB a call, the same memory
+//! In:    guests made of memory files; lanes of 128 chains of 64 KiB, each of 4 KiB pages with sound headers
+//! Out:   GB/s of all lanes together, CPU seconds per GiB of the drains' threads alone
+//! Runs:  a driver and a drain a guest, on threads of their own; the baseline writes from this thread, 4 MiB a call, the
+//!        same memory into the same kind of file
 
-use std::{
-    os::fd::AsFd,
-    sync::{Arc, mpsc},
-    time::{Duration, Instant},
-};
+use std::{fs::File, sync::Arc, thread};
 
-use anyhow::{Context, Result, ensure};
-use nix::time::{ClockId, clock_gettime};
-use vtrace_common::{
-    ids::{Cpu, GuestId},
-    wire::client::{Area, LaneEnd, LaneLedger},
-};
+use anyhow::{Context, Result};
+use vtrace_common::ids::{Cpu, GuestId};
 use vtrace_dp::{
-    device::{
-        memory::{Batch, Memory, Span},
-        ring::Ring,
-        testing::{Driver, guest_memory, memory_file},
+    device::{ring::Ring, testing::memory_file},
+    drain::{
+        Drain,
+        sink::{FileSink, Sink},
     },
-    drain::{Drain, sink::FileSink},
 };
 
-use crate::row::Row;
+use super::{alternately, pair};
+use crate::{
+    measure::{self, Cost},
+    rig::{
+        backend::finish,
+        lanes::{CHAIN, Guest, PAGE},
+        plain,
+    },
+    row::Row,
+};
 
-const PAGE: u32 = 4096;
-const BUFFER: u32 = 64 << 10;
-const ENTRIES: u16 = 128;
-const BYTES: u64 = 2 << 30;
-const GIB: f64 = 1_073_741_824.0;
+/// Of all lanes together.
+const BYTES: u64 = 1 << 30;
 
-/// What moving [`BYTES`] took.
-struct Cost {
-    gb_per_s: f64,
-    cpu_s_per_gib: f64,
+/// How many guests with how many lanes each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Shape {
+    pub(super) guests: u32,
+    pub(super) lanes: u32,
 }
 
-impl Cost {
-    fn of(move_all: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let (begun, cpu_begun) = (Instant::now(), cpu()?);
-        move_all()?;
-        let (elapsed, spent) = (begun.elapsed().as_secs_f64(), (cpu()? - cpu_begun).as_secs_f64());
-        let gib = f64::from(u32::try_from(BYTES >> 30)?);
-        Ok(Self { gb_per_s: gib * GIB / 1e9 / elapsed, cpu_s_per_gib: spent / gib })
+const SHAPES: [Shape; 6] = [
+    Shape { guests: 1, lanes: 1 },
+    Shape { guests: 1, lanes: 8 },
+    Shape { guests: 1, lanes: 64 },
+    Shape { guests: 4, lanes: 16 },
+    Shape { guests: 8, lanes: 8 },
+    Shape { guests: 4, lanes: 64 },
+];
+
+impl Shape {
+    fn said(self) -> String {
+        let word = |count: u32, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
+        format!("{} of {}", word(self.guests * self.lanes, "lane"), word(self.guests, "guest"))
+    }
+
+    /// Bytes of each lane when all have `bytes` together, in whole chains.
+    fn bytes_each(self, bytes: u64) -> u64 {
+        (bytes / u64::from(self.guests * self.lanes)).next_multiple_of(u64::from(CHAIN))
     }
 }
 
-/// CPU time of all threads of this process.
-fn cpu() -> Result<Duration> {
-    Ok(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?.into())
+/// Measures `rounds` of each shape; the first is what the others are held against.
+pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
+    measure(rounds, BYTES, &SHAPES)
 }
 
-/// Measures `rounds` pairs.
-pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
+pub(super) fn measure(rounds: u32, bytes: u64, shapes: &[Shape]) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for round in 0..rounds {
-        let (plain, ours) = (plain()?, through_drain()?);
-        rows.push(Row::new("drain", "throughput", round, "GB/s", [ours.gb_per_s, plain.gb_per_s]));
-        rows.push(Row::new("drain", "cpu", round, "s/GiB", [ours.cpu_s_per_gib, plain.cpu_s_per_gib]));
+        let mut alone = None;
+        for shape in shapes {
+            let [ours, plain] = once(round, *shape, bytes)?;
+            rows.extend(pair("drain", &shape.said(), round, [ours, plain], "pwritev of 4 MiB"));
+            match alone {
+                None => alone = Some(ours.gb_per_s),
+                Some(alone) => {
+                    let metric = format!("against 1 lane, {}", shape.said());
+                    rows.push(Row::new("drain", metric, round, "GB/s", [ours.gb_per_s, alone]).beside("1 lane"));
+                }
+            }
+        }
     }
     Ok(rows)
 }
 
-/// Where the guest's buffers begin.
-fn buffers() -> u64 {
-    Driver::footprint(ENTRIES, BUFFER) - u64::from(ENTRIES) * u64::from(BUFFER)
+fn once(round: u32, shape: Shape, bytes: u64) -> Result<[Cost; 2]> {
+    let bytes_each = shape.bytes_each(bytes);
+    let all = bytes_each * u64::from(shape.guests * shape.lanes);
+    let guests = || (0..shape.guests).map(|_| Guest::new(shape.lanes)).collect::<Result<Vec<_>>>();
+    let files = || (0..shape.guests).map(|_| Ok(memory_file(0)?)).collect::<Result<Vec<File>>>();
+    let ours = || through(guests()?, files()?, bytes_each, all);
+    let plainly = || {
+        let (guests, files) = (guests()?, files()?);
+        Cost::of(all, measure::thread, || plain::vectored(&guests, &files, bytes_each))
+    };
+    alternately(round, ours, plainly)
 }
 
-/// A guest with one lane whose buffers hold sound pages.
-fn guest() -> Result<(Arc<Memory>, Driver)> {
-    let bytes = Driver::footprint(ENTRIES, BUFFER);
-    let memory = guest_memory(&[(0, bytes)]);
-    for gpa in (buffers()..bytes).step_by(usize::try_from(PAGE)?) {
-        memory.copy_in(Span { gpa: gpa + 8, bytes: 8 }, &4000u64.to_le_bytes())?;
-    }
-    let driver = Driver::new(Arc::clone(&memory), 0, ENTRIES, BUFFER, true);
-    Ok((memory, driver))
+fn through(mut guests: Vec<Guest>, files: Vec<File>, bytes_each: u64, all: u64) -> Result<Cost> {
+    let drains: Vec<Drain> = guests
+        .iter()
+        .zip(files)
+        .map(|(guest, file)| start(guest, Box::new(FileSink::new(file)?), bytes_each))
+        .collect::<Result<_>>()?;
+    Cost::of(
+        all,
+        || measure::threads("drain-"),
+        || {
+            thread::scope(|scope| {
+                let drivers: Vec<_> = guests
+                    .iter_mut()
+                    .map(|guest| {
+                        thread::Builder::new().name("driver".into()).spawn_scoped(scope, || guest.send(bytes_each))
+                    })
+                    .collect::<std::io::Result<_>>()?;
+                drivers.into_iter().try_for_each(|driver| driver.join().ok().context("a driver panicked")?)
+            })?;
+            guests.iter().zip(&drains).try_for_each(|(guest, drain)| finish(drain, guest.ends(bytes_each)))
+        },
+    )
 }
 
-fn through_drain() -> Result<Cost> {
-    let (memory, mut driver) = guest()?;
+/// A drain whose lanes go to `sink`, `bytes_each` at most.
+fn start(guest: &Guest, sink: Box<dyn Sink>, bytes_each: u64) -> Result<Drain> {
     let drain = Drain::spawn(GuestId(0), "bench")?;
-    drain.ring_started(Cpu(0), Ring::start(driver.setup(0), memory)?);
-    let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40 };
-    drain.attach_sink(Box::new(FileSink::new(memory_file(0)?)?), PAGE, vec![area])?;
-    Cost::of(|| {
-        for _ in 0..BYTES / u64::from(BUFFER) {
-            driver.send_again_blocking(BUFFER, PAGE);
-        }
-        let ledger = finish(&drain)?;
-        ensure!(ledger.pages_out == BYTES / u64::from(PAGE), "pages are missing: {ledger:?}");
-        Ok(())
-    })
+    for (lane, cpu) in guest.lanes.iter().zip(0..) {
+        drain.ring_started(Cpu(cpu), Ring::start(lane.driver.setup(0), Arc::clone(&guest.memory))?);
+    }
+    drain.attach_sink(sink, PAGE, guest.areas(bytes_each))?;
+    Ok(drain)
 }
 
-fn finish(drain: &Drain) -> Result<LaneLedger> {
-    let (done, ledgers) = mpsc::channel();
-    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: BYTES }];
-    drain.finish(ends, 60_000, Box::new(move |lanes| drop(done.send(lanes))));
-    let lanes = ledgers.recv_timeout(Duration::from_secs(60))?;
-    lanes.first().copied().context("a ledger of the lane")
-}
-
-/// The same writes without ring, drain or guest: 64 chains of 16 pages at a time.
-fn plain() -> Result<Cost> {
-    let (memory, _driver) = guest()?;
-    let file = memory_file(0)?;
-    let mut batch = Batch::new(memory);
-    let step = 64 * u64::from(BUFFER);
-    let pair = usize::try_from(2 * PAGE)?;
-    Cost::of(|| {
-        for offset in (0..BYTES).step_by(usize::try_from(step)?) {
-            let base = buffers() + offset / step % 2 * step;
-            // Every second page first, so that the kernel gets as many entries as from a real guest.
-            for page in (0..step).step_by(pair).chain((u64::from(PAGE)..step).step_by(pair)) {
-                ensure!(batch.push(Span { gpa: base + page, bytes: PAGE })?, "a batch holds 1024 pages");
-            }
-            ensure!(batch.write_at(file.as_fd(), offset).fault.is_none(), "a write failed");
-            batch.clear();
-        }
-        Ok(())
-    })
+/// One lane of one guest through `sink`.
+pub(super) fn one_lane(sink: Box<dyn Sink>, bytes: u64) -> Result<Cost> {
+    let mut guest = Guest::new(1)?;
+    let drain = start(&guest, sink, bytes)?;
+    Cost::of(
+        bytes,
+        || measure::threads("drain-"),
+        || {
+            guest.send(bytes)?;
+            finish(&drain, guest.ends(bytes))
+        },
+    )
 }

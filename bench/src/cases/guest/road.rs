@@ -1,0 +1,142 @@
+//! The three roads out of the guest, seen from the host.
+//!
+//! In:    sockets and FIFOs in a folder
+//! Out:   bytes in files in memory, counted
+//! Runs:  a device and a drain for ours; a thread for each stock port, named after it
+//! Trust: QEMU: it closes what it opened
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use vtrace_common::{
+    ids::Cpu,
+    wire::client::{Area, LaneEnd},
+};
+use vtrace_dp::drain::Drain;
+
+use super::{below, receiver::Receiver, wait_until};
+use crate::{
+    measure,
+    place::Place,
+    rig::{
+        backend::{Backend, finish},
+        lanes::PAGE,
+    },
+};
+
+/// A way to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Road {
+    VhostUser,
+    Fifo,
+    Socket,
+}
+
+impl Road {
+    /// What the names of its ports in the guest begin with.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::VhostUser => "trace-path-cpu",
+            Self::Fifo => "fifo-path-cpu",
+            Self::Socket => "socket-path-cpu",
+        }
+    }
+
+    /// CPU time of those threads of ours that take its bytes.
+    pub(super) fn receiver_cpu(self) -> Result<Duration> {
+        match self {
+            Self::VhostUser => Ok(measure::threads("drain-guest")? + measure::threads("device guest")?),
+            Self::Fifo => measure::threads("receive-fifo"),
+            Self::Socket => measure::threads("receive-socket"),
+        }
+    }
+}
+
+/// What QEMU needs to find when it starts.
+pub(super) struct Roads {
+    folder: PathBuf,
+    backend: Backend,
+}
+
+impl Roads {
+    pub(super) fn prepare(folder: &Path) -> Result<Self> {
+        for direction in ["in", "out"] {
+            mkfifo(&below(folder, &format!("fifo.{direction}")), Mode::S_IRUSR | Mode::S_IWUSR)?;
+        }
+        let backend = Backend::listening("guest", &below(folder, "vhost-user.sock"))?;
+        Ok(Self { folder: folder.into(), backend })
+    }
+
+    pub(super) fn vhost_user(&self) -> PathBuf {
+        below(&self.folder, "vhost-user.sock")
+    }
+
+    pub(super) fn fifo(&self) -> PathBuf {
+        below(&self.folder, "fifo")
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
+        below(&self.folder, "port.sock")
+    }
+
+    /// The guest runs: somebody listens at every road.
+    pub(super) fn connect(self) -> Result<Open> {
+        let fifo = Receiver::fifo("receive-fifo", &below(&self.folder, "fifo.out"))?;
+        let socket = Receiver::socket("receive-socket", &self.socket())?;
+        Ok(Open { backend: self.backend, fifo, socket })
+    }
+}
+
+/// Roads that somebody listens at.
+pub(super) struct Open {
+    backend: Backend,
+    fifo: Receiver,
+    socket: Receiver,
+}
+
+/// What is to come over one road.
+pub(super) enum Receipt<'a> {
+    Drain(&'a Drain),
+    Receiver(&'a Receiver),
+}
+
+impl Open {
+    /// Makes ready for the next bytes: an empty file.
+    pub(super) fn expect(&self, road: Road) -> Result<Receipt<'_>> {
+        let receiver = match road {
+            Road::VhostUser => {
+                let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40 };
+                self.backend.drain.attach(Place::Memory.file()?, PAGE, vec![area])?;
+                return Ok(Receipt::Drain(&self.backend.drain));
+            }
+            Road::Fifo => &self.fifo,
+            Road::Socket => &self.socket,
+        };
+        receiver.start_over()?;
+        Ok(Receipt::Receiver(receiver))
+    }
+
+    /// QEMU is gone.
+    pub(super) fn end(self) -> Result<()> {
+        self.fifo.end()?;
+        self.socket.end()
+    }
+}
+
+impl Receipt<'_> {
+    /// Waits for exactly so many.
+    pub(super) fn await_bytes(self, bytes: u64) -> Result<()> {
+        match self {
+            Self::Drain(drain) => finish(drain, vec![LaneEnd { cpu: Cpu(0), bytes_sent: bytes }]),
+            Self::Receiver(receiver) => {
+                wait_until("bytes of the guest are missing", || receiver.received() >= bytes)?;
+                ensure!(receiver.received() == bytes, "more came than was sent");
+                Ok(())
+            }
+        }
+    }
+}
