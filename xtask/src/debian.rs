@@ -67,6 +67,22 @@ pub fn command(root: &Path, program: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// The loader and every library that a program of an unpacked set needs, each under the name it is looked for by.
+///
+/// # Errors
+/// When one is missing.
+pub fn libraries(root: &Path, program: &str) -> Result<Vec<PathBuf>> {
+    let list = command(root, program)?;
+    let loader = PathBuf::from(list.get_program());
+    let words: Vec<_> = list.get_args().map(ToOwned::to_owned).collect();
+    let text = run(Command::new(&loader).arg("--list").args(words))?;
+    // `NAME => PATH (ADDRESS)`; the loader and the kernel's own stand without an arrow or a path.
+    let found = text.lines().filter_map(|line| line.split_once(" => ")?.1.split_whitespace().next());
+    let mut libraries: Vec<PathBuf> = found.map(PathBuf::from).filter(|path| path.starts_with(root)).collect();
+    libraries.push(loader);
+    Ok(libraries)
+}
+
 /// The stamp: the set as it is defined today. Another definition means another download.
 fn stamp(set: &Set) -> String {
     format!("{set:?}\n")

@@ -1,8 +1,14 @@
 //! `cargo xtask lab`: the clock against a real KVM, where this machine's own does not do.
 //!
-//! In:    a kernel. Out: the clock's live tests, run in a guest that is itself a host of the least guest there is.
+//! [`svm`] runs the clock's live tests in a guest that is itself a host of the least guest there is; [`nested`] runs the
+//! whole product there, with a real Linux in a real KVM.
+//!
+//! In:    a kernel. Out: what the tests and judges say.
 //! Runs:  QEMU's TCG with SVM, Debian's kvm-amd.ko in it: kvm_entry fires, TSC offsets are obeyed, KVM is a module.
 //! Full:  does not apply. Trust: the guest is ours.
+
+pub mod judge;
+pub mod nested;
 
 use crate::kernel::Kernel;
 use crate::machine::{Machine, turn};

@@ -1,6 +1,6 @@
 //! `cargo xtask TASK`: everything that is not `cargo build`.
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use xtask::kernel::Kernel;
 
 #[derive(Parser)]
@@ -34,8 +34,8 @@ enum Task {
     Lab {
         /// Which
         lab: Lab,
-        /// On these kernels only
-        #[arg(long, value_delimiter = ',', default_values = ["5.10", "6.1", "6.12", "6.18", "newest"])]
+        /// On these kernels only; `svm` has all of them if none is named, `nested` 6.12
+        #[arg(long, value_delimiter = ',')]
         kernel: Vec<Kernel>,
     },
 }
@@ -44,6 +44,8 @@ enum Task {
 enum Lab {
     /// QEMU's TCG with AMD virtualization and Debian's kvm-amd.ko
     Svm,
+    /// In that, QEMU with KVM and a Linux guest whose TSC is moved: everything together
+    Nested,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -55,6 +57,9 @@ fn main() -> anyhow::Result<()> {
         Task::Test(arguments) => xtask::test::run(&arguments),
         Task::Tidy => xtask::tidy::run(),
         Task::Ebpf { check } => xtask::ebpf::run(check),
+        Task::Lab { lab: Lab::Svm, kernel } if kernel.is_empty() => xtask::lab::svm(Kernel::value_variants()),
         Task::Lab { lab: Lab::Svm, kernel } => xtask::lab::svm(&kernel),
+        Task::Lab { lab: Lab::Nested, kernel } if kernel.is_empty() => xtask::lab::nested::run(Kernel::V6_12),
+        Task::Lab { lab: Lab::Nested, kernel } => kernel.into_iter().try_for_each(xtask::lab::nested::run),
     }
 }

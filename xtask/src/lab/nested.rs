@@ -1,0 +1,122 @@
+//! `cargo xtask lab nested`: the whole product on a host that has a real KVM, with a guest whose TSC is moved.
+//!
+//! In:    kernels for host and guest, the newest QEMU, `vtrace`. Out: trace files, and what stock trace-cmd makes of them.
+//! Runs:  three machines in each other: this one, a Debian host under QEMU's TCG with SVM and kvm-amd, and in that a
+//!        Debian guest under QEMU's KVM with our agent.
+//! Full:  does not apply. Trust: both guests are ours; the judge is stock trace-cmd.
+
+use super::judge;
+use crate::image::Recipe;
+use crate::kernel::Kernel;
+use crate::machine::{Machine, turn};
+use crate::qemu::{Qemu, Release};
+use crate::{cache, debian, packages};
+use anyhow::{Context, Result, ensure};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const START: &str = include_str!("nested/start.sh");
+const MOVES: &str = include_str!("nested/moves.sh");
+const IN_GUEST: &str = include_str!("nested/in-guest.sh");
+/// How long the inner guest may take until its agent is there.
+const INNER_BOOT_WAIT_MAX: Duration = Duration::from_secs(300);
+/// How long the recording may take, its end included.
+const RECORD_WAIT_MAX: Duration = Duration::from_secs(300);
+/// Room for what comes out.
+const DISK_BYTES: u64 = 4 << 30;
+/// Offset changes that must have been seen.
+const CHANGES_MIN: usize = 3;
+/// The files of QEMU that a machine without a display needs.
+const FIRMWARE: [&str; 4] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"];
+
+/// Boots, records, judges.
+///
+/// # Errors
+/// When something does not boot, the recording fails, the TSC was not moved, or the judge finds events at wrong times.
+pub fn run(kernel: Kernel) -> Result<()> {
+    packages::ensure(&["trace-cmd"])?;
+    let begun = Instant::now();
+    let folder = cache::target().join("lab-nested");
+    fs::create_dir_all(&folder)?;
+    let disk = folder.join("out.disk");
+    File::create(&disk)?.set_len(DISK_BYTES)?;
+    let turn = turn()?;
+    let host = host(&turn, kernel, &disk)?;
+    println!("host booted: Linux {}, {:.0?}", host.shell("uname -r")?.ok()?, begun.elapsed());
+    let result = record(&host, begun);
+    // Logs are worth having whether it worked or not.
+    host.shell_within("tar -c -C /tmp/out . >/dev/vda && sync", RECORD_WAIT_MAX)?.ok()?;
+    drop(host);
+    let status = Command::new("tar").arg("-xf").arg(&disk).arg("-C").arg(&folder).status()?;
+    ensure!(status.success(), "what came out of the host is no archive");
+    fs::remove_file(&disk)?;
+    result?;
+    println!("files under {}, {:.0?}", folder.display(), begun.elapsed());
+    let verdict = judge::judge(&folder.join("trace.dat"), &folder.join("trace-guest1.dat"))?;
+    println!("{verdict}");
+    verdict.ensure_right(CHANGES_MIN)
+}
+
+/// The host under test: KVM as a module, QEMU, and an image of the guest.
+fn host(turn: &crate::machine::Turn, kernel: Kernel, disk: &Path) -> Result<Machine> {
+    let mut guest = Recipe::new(kernel);
+    guest.module("msr");
+    guest.file("/bin/moves", written("moves", MOVES)?);
+    let guest = guest.make()?;
+    let drive = format!("file={},if=none,format=raw,id=out", disk.display());
+    let mut builder = Machine::builder(turn, kernel)
+        .memory_mb(3072)
+        .without_agent()
+        // A slow host makes Linux mistrust the TSC, and KVM then writes a new offset at every entry.
+        .append("tsc=reliable")
+        .module("kvm_amd")
+        .module("virtio_blk")
+        .file("/guest/vmlinuz", &guest.vmlinuz)
+        .file("/guest/initramfs", &guest.initramfs)
+        .file("/bin/start-guest", &written("start.sh", START)?)
+        .file("/bin/in-guest", &written("in-guest", IN_GUEST)?)
+        .arguments(&["-drive", &drive, "-device", "virtio-blk-pci,drive=out"]);
+    for (inside, outside) in qemu()? {
+        builder = builder.file(&inside, &outside);
+    }
+    builder.boot()
+}
+
+/// QEMU with its loader, libraries and firmware: where each goes, and where it lies.
+fn qemu() -> Result<Vec<(String, PathBuf)>> {
+    let root = Qemu::unpack(Release::Newest)?.root().to_path_buf();
+    let mut files = vec![("/qemu/qemu-system-x86_64".to_owned(), root.join("usr/bin/qemu-system-x86_64"))];
+    for library in debian::libraries(&root, "usr/bin/qemu-system-x86_64")? {
+        let name = library.file_name().context("a library has a name")?.to_string_lossy();
+        files.push((format!("/qemu/lib/{name}"), library.clone()));
+    }
+    for name in FIRMWARE {
+        let places = ["usr/share/seabios", "usr/share/qemu"].map(|dir| root.join(dir).join(name));
+        let place = places.into_iter().find(|path| path.exists());
+        files.push((format!("/qemu/share/{name}"), place.with_context(|| format!("QEMU has no {name}"))?));
+    }
+    Ok(files)
+}
+
+/// A script as a file, for an image.
+fn written(name: &str, text: &str) -> Result<PathBuf> {
+    let path = cache::target().join("lab-nested").join(name);
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// Boots the guest in the host and records both while the guest moves its TSC.
+fn record(host: &Machine, begun: Instant) -> Result<()> {
+    let start = format!("sh /bin/start-guest {}", INNER_BOOT_WAIT_MAX.as_secs());
+    println!("{}", host.shell_within(&start, INNER_BOOT_WAIT_MAX + Duration::from_secs(30))?.ok()?);
+    println!("guest booted under KVM, its agent is there: {:.0?}", begun.elapsed());
+    let record = "cd /tmp/out; vtrace record --dir /run/vtrace -o trace.dat -b 16384 -e kvm -e sched \
+         --dom guest1 -b 8192 -e all -- in-guest moves; echo status $?";
+    println!("{}", host.shell_within(record, RECORD_WAIT_MAX)?.ok()?);
+    println!("recorded: {:.0?}", begun.elapsed());
+    host.shell("cat /tmp/out/guest.answers; printf '1 %s\\n' \"$(echo poweroff -f | base64)\" >/tmp/guest.in; sleep 2")?
+        .ok()
+        .map(|said| println!("{said}"))
+}
