@@ -1,5 +1,7 @@
 //! `cargo xtask TASK`: everything that is not `cargo build`.
 
+#![expect(clippy::print_stdout, reason = "tasks talk to the person at the terminal")]
+
 use clap::{Parser, Subcommand, ValueEnum};
 use xtask::kernel::Kernel;
 
@@ -30,6 +32,13 @@ enum Task {
     Test(xtask::test::Arguments),
     /// Check the rules that neither rustc nor clippy checks
     Tidy,
+    /// Judge the times of a guest's events: the host's file, recorded with `-e kvm`, and the guest's
+    Judge {
+        /// Of the host
+        host: std::path::PathBuf,
+        /// Of the guest
+        guest: std::path::PathBuf,
+    },
     /// Run the clock's live tests on a KVM that this machine does not have
     Lab {
         /// Which
@@ -57,6 +66,11 @@ fn main() -> anyhow::Result<()> {
         Task::Test(arguments) => xtask::test::run(&arguments),
         Task::Tidy => xtask::tidy::run(),
         Task::Ebpf { check } => xtask::ebpf::run(check),
+        Task::Judge { host, guest } => {
+            let verdict = xtask::lab::judge::judge(&host, &guest)?;
+            println!("{verdict}");
+            verdict.ensure_right(1)
+        }
         Task::Lab { lab: Lab::Svm, kernel } if kernel.is_empty() => xtask::lab::svm(Kernel::value_variants()),
         Task::Lab { lab: Lab::Svm, kernel } => xtask::lab::svm(&kernel),
         Task::Lab { lab: Lab::Nested, kernel } if kernel.is_empty() => xtask::lab::nested::run(Kernel::V6_12),

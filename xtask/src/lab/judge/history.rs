@@ -1,0 +1,201 @@
+//! What the host's kernel says of each vCPU: when it was in its guest, and by how much the guest's TSC differed.
+//!
+//! In:    events of the host in the order of time. Out: [`Runs`] and [`Offsets`] by vCPU id. Runs: pure.
+//! Full:  does not apply. Trust: the host's kernel.
+
+use super::report::Event;
+use std::collections::BTreeMap;
+
+/// When a vCPU was in its guest: from kvm_entry to kvm_exit, in order and apart from each other.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Runs {
+    runs: Vec<(u64, u64)>,
+    /// Entries without exit and exits without entry, but for those that the trace's ends cut.
+    pub(super) unpaired: usize,
+}
+
+impl Runs {
+    pub(super) fn len(&self) -> usize {
+        self.runs.len()
+    }
+
+    /// From `time` to the nearest run; 0 inside.
+    pub(super) fn distance(&self, time: u64) -> u64 {
+        let after = self.runs.partition_point(|(entry, _)| *entry <= time);
+        let left = after.checked_sub(1).map_or(u64::MAX, |at| time.saturating_sub(self.runs[at].1));
+        let right = self.runs.get(after).map_or(u64::MAX, |(entry, _)| entry - time);
+        left.min(right)
+    }
+}
+
+/// The runs of every vCPU.
+pub(super) fn runs(events: &[Event]) -> BTreeMap<u32, Runs> {
+    let mut all: BTreeMap<u32, Runs> = BTreeMap::new();
+    // What each thread does: its vCPU, and when it entered if it is inside.
+    let mut threads: BTreeMap<u32, (u32, Option<u64>)> = BTreeMap::new();
+    let mut unknown: BTreeMap<u32, u64> = BTreeMap::new();
+    for event in events {
+        match (event.name, threads.get(&event.pid).copied()) {
+            ("kvm_entry", before) => {
+                let Some(vcpu) = vcpu_of(event.text) else { continue };
+                let runs = all.entry(vcpu).or_default();
+                match (before, unknown.remove(&event.pid)) {
+                    (Some((_, Some(_))), _) => runs.unpaired += 1,
+                    (None, Some(exit)) => runs.runs.push((0, exit)),
+                    _ => {}
+                }
+                threads.insert(event.pid, (vcpu, Some(event.time)));
+            }
+            ("kvm_exit", Some((vcpu, Some(entry)))) => {
+                all.entry(vcpu).or_default().runs.push((entry, event.time));
+                threads.insert(event.pid, (vcpu, None));
+            }
+            ("kvm_exit", Some((vcpu, None))) => all.entry(vcpu).or_default().unpaired += 1,
+            ("kvm_exit", None) => {
+                unknown.insert(event.pid, event.time);
+            }
+            _ => {}
+        }
+    }
+    for (vcpu, entry) in threads.into_values() {
+        all.entry(vcpu).or_default().runs.extend(entry.map(|entry| (entry, u64::MAX)));
+    }
+    all
+}
+
+/// `vcpu 0, rip 0x…`; older kernels and trace-cmd's plugin leave the comma out.
+fn vcpu_of(text: &str) -> Option<u32> {
+    text.strip_prefix("vcpu ")?.split([' ', ',']).next()?.parse().ok()
+}
+
+/// guest − host, in cycles, modulo 2⁶⁴: which held from when.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Offsets {
+    /// The first from the beginning of time.
+    parts: Vec<(u64, u64)>,
+}
+
+impl Offsets {
+    /// What held when the trace began.
+    pub(super) fn first(&self) -> u64 {
+        self.parts[0].1
+    }
+
+    /// What held when the host's TSC was `host`.
+    pub(super) fn at(&self, host: u64) -> u64 {
+        self.parts[self.parts.partition_point(|(from, _)| *from <= host) - 1].1
+    }
+
+    /// By how much each part differs from the one before.
+    pub(super) fn steps(&self) -> Vec<i64> {
+        self.parts.windows(2).map(|pair| pair[1].1.wrapping_sub(pair[0].1).cast_signed()).collect()
+    }
+}
+
+/// The offsets of every vCPU that KVM wrote one for.
+pub(super) fn offsets(events: &[Event]) -> BTreeMap<u32, Offsets> {
+    let mut all: BTreeMap<u32, Offsets> = BTreeMap::new();
+    for event in events.iter().filter(|event| event.name == "kvm_write_tsc_offset") {
+        let Some([vcpu, previous, next]) = offset_of(event.text) else { continue };
+        let Ok(vcpu) = u32::try_from(vcpu) else { continue };
+        let offsets = all.entry(vcpu).or_insert_with(|| Offsets { parts: vec![(0, previous)] });
+        if offsets.parts.last().is_some_and(|(_, last)| *last != next) {
+            offsets.parts.push((event.time, next));
+        }
+    }
+    all
+}
+
+/// `vcpu=0 prev=1 next=2`
+fn offset_of(text: &str) -> Option<[u64; 3]> {
+    let mut words = text.split_whitespace();
+    let mut value = |name: &str| words.next()?.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
+    Some([value("vcpu")?, value("prev")?, value("next")?])
+}
+
+/// The way through one vCPU's events in the order in which it wrote them.
+#[derive(Debug, Default)]
+pub(super) struct Walk {
+    part: usize,
+    host: u64,
+}
+
+impl Walk {
+    /// What the host's TSC was when the guest's was `guest`. After a step back the same guest time comes twice: the
+    /// earliest part that leaves the events in their order, and in a run if one does, is it.
+    pub(super) fn host_tsc(&mut self, guest: u64, offsets: &Offsets, runs: &Runs) -> u64 {
+        let parts = &offsets.parts;
+        let end = |part: usize| parts.get(part + 1).map_or(u64::MAX, |(from, _)| *from);
+        let fits = (self.part..parts.len()).filter_map(|part| {
+            let host = guest.wrapping_sub(parts[part].1);
+            (parts[part].0 <= host && host < end(part) && host >= self.host).then_some((part, host))
+        });
+        let fits: Vec<(usize, u64)> = fits.collect();
+        let inside = fits.iter().find(|(_, host)| runs.distance(*host) == 0);
+        let Some(&(part, host)) = inside.or_else(|| fits.first()) else {
+            // Out of order, which counts as it is: under the offset of the event before.
+            return guest.wrapping_sub(parts[self.part].1);
+        };
+        (self.part, self.host) = (part, host);
+        host
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(pid: u32, time: u64, name: &'static str, text: &'static str) -> Event<'static> {
+        Event { cpu: 0, pid, time, name, text }
+    }
+
+    #[test]
+    fn runs_belong_to_the_vcpu_that_their_thread_entered() {
+        let events = [
+            event(1, 5, "kvm_exit", "reason x"),
+            event(1, 10, "kvm_entry", "vcpu 0, rip 0x1"),
+            event(2, 11, "kvm_entry", "vcpu 1 rip 0x1"),
+            event(1, 20, "kvm_exit", "reason x"),
+            event(1, 25, "kvm_exit", "reason x"),
+            event(2, 26, "kvm_entry", "vcpu 1 rip 0x1"),
+        ];
+        let runs = runs(&events);
+        assert_eq!(runs[&0], Runs { runs: vec![(0, 5), (10, 20)], unpaired: 1 });
+        assert_eq!(runs[&1], Runs { runs: vec![(26, u64::MAX)], unpaired: 1 });
+    }
+
+    #[test]
+    fn distance_is_to_the_nearest_edge() {
+        let runs = Runs { runs: vec![(10, 20), (40, 50)], unpaired: 0 };
+        let distances = [0, 10, 20, 23, 38, 45, 60].map(|time| runs.distance(time));
+        assert_eq!(distances, [10, 0, 0, 3, 2, 0, 10]);
+        assert_eq!(Runs::default().distance(7), u64::MAX);
+    }
+
+    fn moved() -> Offsets {
+        let events = [
+            event(1, 1000, "kvm_write_tsc_offset", "vcpu=0 prev=100 next=300"),
+            event(1, 1500, "kvm_write_tsc_offset", "vcpu=0 prev=300 next=300"),
+            event(1, 2000, "kvm_write_tsc_offset", "vcpu=0 prev=300 next=18446744073709551606"),
+        ];
+        offsets(&events).remove(&0).unwrap()
+    }
+
+    #[test]
+    fn offsets_hold_from_where_they_were_written() {
+        let offsets = moved();
+        assert_eq!(offsets.steps(), [200, -310]);
+        assert_eq!((offsets.first(), offsets.at(999), offsets.at(1000)), (100, 100, 300));
+        assert_eq!(offsets.at(u64::MAX), u64::MAX - 9);
+    }
+
+    #[test]
+    fn walk_finds_the_host_times_across_steps_in_both_directions() {
+        let offsets = moved();
+        let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
+        let truth = [900, 980, 1020, 1400, 1980, 2010, 2200];
+        let mut walk = Walk::default();
+        let found = truth.map(|host: u64| walk.host_tsc(host.wrapping_add(offsets.at(host)), &offsets, &runs));
+        assert_eq!(found, truth);
+    }
+}
