@@ -113,6 +113,8 @@ pub struct Machine {
     pub cpus: Vec<Cpu>,
     /// CPUs that have a data port.
     pub lanes: Vec<Cpu>,
+    /// The APIC id that each online CPU was given at its start: KVM's `vcpu_id`. Empty where there are none.
+    pub apics: Vec<(Cpu, u32)>,
 }
 
 /// What a piece belongs to. Each kind's text is the file of that name in tracefs or procfs.
@@ -269,6 +271,7 @@ impl Message for FromAgent {
             Self::Machine(machine) => {
                 bounded(machine.cpus.len(), CPUS_MAX)?;
                 bounded(machine.lanes.len(), LANES_MAX)?;
+                bounded(machine.apics.len(), CPUS_MAX)?;
                 text(&machine.uname)?;
                 text(&machine.boot_id)
             }

@@ -14,6 +14,7 @@ pub mod feed;
 pub mod plan;
 pub mod ratio;
 pub mod sync;
+pub mod vcpus;
 
 use vtrace_common::time::{GuestTsc, HostTsc};
 

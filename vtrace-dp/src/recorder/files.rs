@@ -19,6 +19,7 @@ use vtrace_common::{
 };
 
 use super::{
+    clocks::GuestClock,
     guest::vcpu_threads,
     host::HostReport,
     run::Recording,
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::{
     cli::plan::{CLOCK, Plan},
-    clock::plan::{ClockPlan, plan},
+    clock::plan::ClockPlan,
     sys::random,
     trace::{metadata::Metadata, option::TraceOption, writer::Writer},
 };
@@ -128,9 +129,9 @@ pub(super) fn keep(files: &mut [MachineFile]) {
 }
 
 /// What is the same in all files of a session.
-struct Common {
-    host_id: u64,
-    scale: Scale,
+pub(super) struct Common {
+    pub(super) host_id: u64,
+    pub(super) scale: Scale,
 }
 
 /// Finishes all files: the host's last, so that it can name its guests. A file that cannot be finished is a remark of
@@ -193,17 +194,17 @@ fn finish_guest(
     common: &Common,
 ) -> (MachineSummary, TraceOption) {
     let armed = session.armed.as_ref().expect("a guest with a file was armed");
-    let clocks = &recording.clocks[index];
-    let clock = plan(&clocks.start, &clocks.end, &armed.lanes, common.host_id);
+    let clock = GuestClock::of(recording, index, session, common);
     let ledgers = if session.is_finished() { session.ledgers.clone() } else { found(&file.writer, armed.page_bytes) };
     let (lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     remarks.extend(session.reports.iter().filter_map(trouble_of));
-    let threads = session.claimed.as_ref().map(|claimed| vcpu_threads(claimed.vmm_pid, &armed.lanes));
+    let kvm = clock.kvm();
+    let threads = session.claimed.as_ref().map(|claimed| vcpu_threads(claimed.vmm_pid, &armed.lanes, kvm));
     if threads.as_ref().is_some_and(|threads| !threads.known) {
         remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }
-    if clock.is_none() {
+    if clock.plan.is_none() {
         remarks.push("its clock could not be measured: its times stay its own".into());
     }
     let mut machine = MachineSummary {
@@ -211,8 +212,8 @@ fn finish_guest(
         file: Some(file.output.path.clone()),
         bytes: 0,
         lanes,
-        clock: clock.as_ref().map(|clock| clock_summary(common, clock, armed.lanes.len())),
-        start_skew_ns: clock.as_ref().and_then(|clock| start_skew_ns(recording, common, session, clock)),
+        start_skew_ns: clock.plan.as_ref().and_then(|plan| start_skew_ns(recording, common, session, plan)),
+        clock: clock.summary,
         commands: session.outputs.commands().to_vec(),
         failed: has_failed(session, &ledgers),
         remarks,
@@ -220,7 +221,7 @@ fn finish_guest(
     let uname = session.claimed.as_ref().map(|claimed| claimed.machine.uname.as_str()).unwrap_or_default();
     let mut options = options(common, &machine, &session.reports, &armed.clock, uname);
     options.push(TraceOption::TraceId(file.trace_id));
-    options.extend(clock.map(|clock| TraceOption::TimeShift(clock.time_shift)));
+    options.extend(clock.plan.map(|plan| TraceOption::TimeShift(plan.time_shift)));
     let vcpus = threads.map(|threads| threads.threads).unwrap_or_default();
     let link = TraceOption::Guest { name: session.name.clone(), trace_id: file.trace_id, vcpus };
     let filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
@@ -308,15 +309,6 @@ fn cpu_stat(lane: &LaneSummary, report: Option<&LaneReport>, clock: Option<&Cloc
     let LaneSummary { cpu, pages_in, pages_out, pages_lost, .. } = lane;
     let clock = clock.map(|clock| format!("vtrace clock: {clock}\n")).unwrap_or_default();
     format!("CPU: {cpu}\n{kernel}\nvtrace pages: {pages_in} in, {pages_out} out, {pages_lost} lost\n{clock}")
-}
-
-fn clock_summary(common: &Common, clock: &ClockPlan, lanes: usize) -> ClockSummary {
-    ClockSummary {
-        source: "measured".into(),
-        vcpus: lanes.saturating_sub(clock.unmeasured.len()),
-        bound_ns: common.scale.ns(clock.bound_cycles),
-        steady: clock.steady,
-    }
 }
 
 /// From the host's start to the guest's, in host time.

@@ -9,6 +9,8 @@
 //! | [`host`] | the host's part: instance, pump, ledger |
 //! | [`tsc`] | how the files turn TSC into nanoseconds |
 //! | [`guest`] | which host threads are a guest's vCPUs |
+//! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
+//! | [`clocks`] | whose word is taken for a guest's times |
 //! | [`command`] | what runs while we record |
 //! | [`files`] | opened first, finished last |
 //! | [`summary`] | the closing table |
@@ -18,11 +20,13 @@
 //! Runs:  on the caller's thread; the host's pages move on a thread of their own
 //! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
 
+pub mod clocks;
 pub mod command;
 pub mod files;
 pub mod guest;
 pub mod guests;
 pub mod host;
+pub mod kvm;
 pub mod outputs;
 pub mod run;
 pub mod session;

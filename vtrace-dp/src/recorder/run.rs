@@ -7,15 +7,18 @@
 //! Full:  a slow disk holds pages back in the rings; the kernels count what they overwrite
 //! Trust: see [`super::session`] and [`super::guests`]
 //!
-//! Order: files opened ─► guests claimed ─► all armed ─► clocks measured ─► host started, guests started ─► markers ─►
-//! command ─► markers ─► all stopped ─► clocks measured ─► guests let go ─► files finished.
+//! Order: files opened ─► guests claimed ─► all armed ─► KVM watched ─► clocks measured ─► host started, guests started ─► markers ─►
+//! command ─► markers ─► all stopped ─► clocks measured ─► KVM's last word ─► guests let go ─► files finished.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
 
 use vtrace_common::{
     time::HostTsc,
     wire::{
-        agent::{Armed, Failure, ToAgent},
+        agent::{Armed, EventRequest, Failure, ToAgent},
         client::LaneLedger,
     },
 };
@@ -25,6 +28,7 @@ use super::{
     files::{self, FileError, Output},
     guests::{Guests, GuestsError},
     host::{HostRecorder, HostReport},
+    kvm::{self, KvmFault, Watch},
     outputs::{Line, Outputs},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
@@ -32,7 +36,7 @@ use super::{
 };
 use crate::{
     cli::plan::Plan,
-    clock::sync::Measurement,
+    clock::{sync::Measurement, vcpus::Told},
     sys::signal::Signals,
     trace::metadata::{Metadata, MetadataFault},
 };
@@ -109,6 +113,9 @@ pub(super) struct Recording<'a> {
     pub(super) host: Host,
     pub(super) calibration: Calibration,
     pub(super) clocks: Vec<Clocks>,
+    watch: Option<Watch>,
+    /// What KVM told of all guests' vCPUs, once the recording is over.
+    pub(super) kvm: Result<Vec<Told>, KvmFault>,
 }
 
 /// The host's part: what an agent would have said of it.
@@ -154,7 +161,8 @@ fn record_with(
     let calibration = Calibration::begin();
     let host = Host::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
-    let mut recording = Recording { plan, guests: guests.take(), host, calibration, clocks };
+    let (watch, kvm) = (None, Err(KvmFault::Unwatched));
+    let mut recording = Recording { plan, guests: guests.take(), host, calibration, clocks, watch, kvm };
     let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
@@ -162,8 +170,11 @@ fn record_with(
 
 impl Host {
     fn arm(plan: &Plan) -> Result<Self, RecordError> {
-        let arm = &plan.host.arm;
-        let recorder = HostRecorder::arm(arm).map_err(RecordError::Host)?;
+        let mut arm = plan.host.arm.clone();
+        if !plan.guests.is_empty() && kvm::can_announce() {
+            arm.events.push(EventRequest { pattern: kvm::ANNOUNCED.into(), ..EventRequest::default() });
+        }
+        let recorder = HostRecorder::arm(&arm).map_err(RecordError::Host)?;
         let mut metadata = Metadata::default();
         let mut added = Ok(());
         let describe = recorder.describe(arm.kallsyms, &mut |piece| {
@@ -210,6 +221,7 @@ impl Recording<'_> {
         self.arm_guests(signals)?;
         let mut files = files::create(self, outputs)?;
         self.send_lanes(&files, signals)?;
+        self.watch_kvm();
         self.measure(|clocks| &mut clocks.start)?;
         self.start(&files, signals)?;
         let command = Command::start(&self.plan.command, self.host.recorder.bound_to())?;
@@ -223,6 +235,9 @@ impl Recording<'_> {
         self.pass_outputs(tell);
         let seconds = begun.elapsed().as_secs_f64();
         self.surviving(|recording| recording.measure(|clocks| &mut clocks.end))?;
+        if let Some(watch) = self.watch.take() {
+            self.kvm = watch.finish();
+        }
         self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), let_go).map_err(Into::into))?;
         Ok(files::finish(self, files, &report, seconds, status))
     }
@@ -231,6 +246,27 @@ impl Recording<'_> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         guests.wait(Phase::Armed, Some(signals))?;
         self.refuse_trouble()
+    }
+
+    /// From now on every change of a guest's TSC is known, where this host's KVM tells it.
+    fn watch_kvm(&mut self) {
+        let claimed = self.guests.iter().flat_map(|guests| &guests.sessions).filter_map(|guest| guest.claimed.as_ref());
+        let mut pids = claimed.map(|claimed| claimed.vmm_pid).peekable();
+        if pids.peek().is_none() {
+            return;
+        }
+        match Watch::begin(pids) {
+            Ok(watch) => self.watch = Some(watch),
+            Err(fault) => self.kvm = Err(fault),
+        }
+    }
+
+    /// Does `part` with the watch, which is over when that fails.
+    fn with_watch(&mut self, part: fn(&mut Watch) -> Result<(), KvmFault>) {
+        if let Some(Err(fault)) = self.watch.as_mut().map(part) {
+            self.watch = None;
+            self.kvm = Err(fault);
+        }
     }
 
     fn send_lanes(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
@@ -341,10 +377,9 @@ impl Recording<'_> {
     }
 
     fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
-        use std::os::fd::AsFd;
-
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut waited = vec![signals.stop(), signals.child()];
+        waited.extend(self.watch.as_ref().map(AsFd::as_fd));
         let live = self.guests.as_mut().filter(|guests| guests.is_live());
         waited.extend(live.as_ref().map(|guests| guests.link().as_fd()));
         let mut polled: Vec<PollFd> = waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
@@ -354,10 +389,16 @@ impl Recording<'_> {
             Err(errno) => return Err(RecordError::System { call: "poll", source: errno.into() }),
         }
         drop(polled);
-        Ok(live.map_or(Ok(()), Guests::take_all)?)
+        live.map_or(Ok(()), Guests::take_all)?;
+        self.with_watch(Watch::collect);
+        Ok(())
     }
 
     fn on_tick(&mut self, begun: Instant, tell: Tell<'_>) -> Result<(), RecordError> {
+        self.with_watch(|watch| {
+            watch.stamp();
+            Ok(())
+        });
         let mut machines = vec![sums("host", &self.host.recorder.ledger())];
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;

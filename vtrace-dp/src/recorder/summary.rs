@@ -10,7 +10,12 @@ use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
 use super::outputs::CommandSummary;
-use crate::tracefs::stats::Stats;
+use crate::{clock::vcpus::Vcpu, tracefs::stats::Stats};
+
+/// [`ClockSummary::source`]: the kernel's own word.
+pub const KVM: &str = "kvm";
+/// [`ClockSummary::source`]: round trips over the control port.
+pub const MEASURED: &str = "measured";
 
 /// One session.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -49,16 +54,22 @@ pub struct MachineSummary {
 }
 
 /// How guest time becomes host time.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct ClockSummary {
-    /// `measured`: round trips over the control port.
+    /// `kvm`: the kernel's own word; `measured`: round trips over the control port.
     pub source: String,
-    /// vCPUs it was measured on.
+    /// vCPUs it is known of.
     pub vcpus: usize,
     /// No converted time is further from the truth than this.
     pub bound_ns: u64,
     /// The offset was the same at start and end.
     pub steady: bool,
+    /// Stretches with one offset and ratio, of the vCPU with the most; 0 where KVM's word is not known.
+    pub segments: usize,
+    /// What KVM said, whether the file's times follow it or not.
+    pub kvm: Vec<Vcpu>,
+    /// Why the times do not follow KVM.
+    pub why_measured: Option<String>,
 }
 
 /// One CPU. `pages_in == pages_out + pages_lost`.
@@ -222,11 +233,21 @@ impl fmt::Display for Summary {
 
 impl fmt::Display for ClockSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { source, vcpus, bound_ns, steady } = self;
-        let plural = if *vcpus == 1 { "" } else { "s" };
-        let steady = if *steady { "" } else { ", offset moved during the trace" };
-        write!(f, "{source}, {vcpus} vCPU{plural}, ±{}{steady}", Nanoseconds(*bound_ns))
+        let Self { source, vcpus, bound_ns, steady, segments, why_measured, .. } = self;
+        write!(f, "{source}, {vcpus} vCPU{}", plural(*vcpus))?;
+        if source == KVM {
+            return write!(f, ", {segments} segment{}, exact", plural(*segments));
+        }
+        write!(f, ", ±{}", Nanoseconds(*bound_ns))?;
+        if !steady {
+            write!(f, ", offset moved during the trace")?;
+        }
+        why_measured.as_ref().map_or(Ok(()), |why| write!(f, "; not by KVM: {why}"))
     }
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 /// A time for a person.
@@ -279,7 +300,8 @@ mod tests {
     #[test]
     fn table_names_machine_counts_clock_and_remarks() {
         let lanes = vec![LaneSummary { pages_in: 10, pages_out: 9, pages_lost: 1, ..LaneSummary::default() }];
-        let clock = ClockSummary { source: "measured".into(), vcpus: 2, bound_ns: 1840, steady: true };
+        let clock =
+            ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 1840, steady: true, ..Default::default() };
         let machine = MachineSummary {
             commands: Vec::new(),
             name: "guest1".into(),
@@ -297,5 +319,15 @@ mod tests {
         assert!(text.contains("clock guest1: measured, 2 vCPUs, ±1.8 µs"), "{text}");
         assert!(text.contains("note guest1: its agent went away"), "{text}");
         assert!(summary.lost_anything());
+    }
+
+    #[test]
+    fn clock_says_whose_word_it_is_and_why() {
+        let kvm = ClockSummary { source: KVM.into(), vcpus: 1, segments: 4, steady: true, ..Default::default() };
+        assert_eq!(kvm.to_string(), "kvm, 1 vCPU, 4 segments, exact");
+        let why_measured = Some("guests ran and kvm_entry kept silent".into());
+        let measured = ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 900, why_measured, ..kvm };
+        let text = "measured, 2 vCPUs, ±900 ns; not by KVM: guests ran and kvm_entry kept silent";
+        assert_eq!(measured.to_string(), text);
     }
 }

@@ -1,0 +1,272 @@
+//! Which vCPU is which CPU of a guest, and what KVM said of its TSC, in the order of time.
+//!
+//! In:    what the eBPF programs told of a VMM's vCPUs; the APIC ids that the guest's agent reports
+//! Out:   a [`Vcpu`] for each lane's CPU, or [`Unknown`]: why there is none
+//! Runs:  pure
+//! Full:  does not apply; the caller bounds what is told
+//! Trust: the kernel. A guest that lies about its APIC ids or its clock misplaces its own events only
+
+use serde::Serialize;
+use vtrace_common::{
+    ids::Cpu,
+    kvm::TscChange,
+    time::{GuestTsc, HostTsc},
+};
+
+use super::{
+    Offset,
+    ratio::{Isa, Ratio},
+    sync::{Interval, Measurement},
+};
+
+/// A state and when it was seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Told {
+    /// The host's TSC at [`TscChange::seen_ns`].
+    pub seen: HostTsc,
+    /// The state.
+    pub change: TscChange,
+}
+
+/// A stretch of a vCPU's life with one offset and one ratio.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct TscState {
+    /// When it was first seen. It began to hold after the run of the guest before; the first one held before it was seen.
+    pub seen: HostTsc,
+    /// `l1_tsc_offset`: guest − scaled host, cycles, modulo 2⁶⁴.
+    pub offset: u64,
+    /// `l1_tsc_scaling_ratio`, fixed point.
+    pub ratio: u64,
+    /// The guest's TSC when it was last left, under the state before: a hint; 0 if unknown.
+    pub last_guest_tsc: u64,
+    /// Where it was seen: [`vtrace_common::kvm::source`].
+    pub source: u8,
+}
+
+/// One CPU of a guest as KVM knows it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Vcpu {
+    /// The guest's number.
+    pub cpu: Cpu,
+    /// KVM's number, the APIC id.
+    pub vcpu_id: u32,
+    /// The thread that ran it last; 0 if it never ran.
+    pub tid: u32,
+    /// At least one, in the order of time; each differs from the one before in offset or ratio.
+    pub states: Vec<TscState>,
+}
+
+/// Why a guest's vCPUs are not known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Unknown {
+    /// TCG, or another hypervisor.
+    #[error("its VMM runs no vCPU under KVM")]
+    NoVcpus,
+    /// Not an x86 guest, or a /proc/cpuinfo without APIC ids.
+    #[error("its agent names no APIC id of {0}")]
+    NoApic(Cpu),
+    /// The VMM has vCPUs, but none with this id.
+    #[error("its VMM has no vCPU with the APIC id {apic} of {cpu}")]
+    NoVcpu {
+        /// Whose.
+        cpu: Cpu,
+        /// Which.
+        apic: u32,
+    },
+    /// None of the VMM's VMs, or several, could be this guest.
+    #[error("{fit} of the {vms} VMs of its VMM fit what was measured")]
+    Ambiguous {
+        /// So many have the right vCPUs and offsets.
+        fit: usize,
+        /// Of so many.
+        vms: usize,
+    },
+    /// Secure TSC: the true offset is encrypted.
+    #[error("the TSC of {0} is out of KVM's hands")]
+    Protected(Cpu),
+}
+
+/// The vCPUs of `vmm_pid` that are the guest's CPUs `lanes`. Several VMs of one process are told apart by `measured`.
+///
+/// # Errors
+/// When a lane has no vCPU, or KVM does not know its TSC.
+pub fn of_guest(
+    told: &[Told],
+    vmm_pid: u32,
+    apics: &[(Cpu, u32)],
+    lanes: &[Cpu],
+    measured: &[Measurement],
+    isa: Isa,
+) -> Result<Vec<Vcpu>, Unknown> {
+    let mut told: Vec<Told> = told.iter().filter(|told| told.change.vmm_pid == vmm_pid).copied().collect();
+    told.sort_by_key(|told| told.change.seen_ns);
+    let mut vms: Vec<u64> = told.iter().map(|told| told.change.kvm).collect();
+    vms.sort_unstable();
+    vms.dedup();
+    let candidates = vms.iter().map(|kvm| {
+        let of_vm: Vec<Told> = told.iter().filter(|told| told.change.kvm == *kvm).copied().collect();
+        lanes.iter().map(|cpu| of_cpu(&of_vm, *cpu, apics, isa)).collect::<Result<Vec<Vcpu>, Unknown>>()
+    });
+    let mut candidates: Vec<_> = candidates.collect();
+    if candidates.len() <= 1 {
+        let only = candidates.pop().unwrap_or(Err(Unknown::NoVcpus))?;
+        let fits = fit(&only, measured, isa);
+        return fits.then_some(only).ok_or(Unknown::Ambiguous { fit: 0, vms: 1 });
+    }
+    let fitting: Vec<_> = candidates.into_iter().flatten().filter(|vcpus| fit(vcpus, measured, isa)).collect();
+    let count = fitting.len();
+    let mut fitting = fitting.into_iter();
+    fitting.next().filter(|_| count == 1).ok_or(Unknown::Ambiguous { fit: count, vms: vms.len() })
+}
+
+/// One CPU's vCPU among those of one VM.
+fn of_cpu(told: &[Told], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcpu, Unknown> {
+    let (_, apic) = *apics.iter().find(|(named, _)| *named == cpu).ok_or(Unknown::NoApic(cpu))?;
+    let mut vcpu = Vcpu { cpu, vcpu_id: apic, tid: 0, states: Vec::new() };
+    for Told { seen, change } in told.iter().filter(|told| told.change.vcpu_id == apic) {
+        // TDX holds its own offset too, and tells KVM once for all.
+        if change.tsc_protected != 0 && isa != Isa::Vmx {
+            return Err(Unknown::Protected(cpu));
+        }
+        if change.vcpu_tid != 0 {
+            vcpu.tid = change.vcpu_tid;
+        }
+        let TscChange { offset, ratio, last_guest_tsc, source, .. } = *change;
+        if vcpu.states.last().is_none_or(|last| (last.offset, last.ratio) != (offset, ratio)) {
+            vcpu.states.push(TscState { seen: *seen, offset, ratio, last_guest_tsc, source });
+        }
+    }
+    if vcpu.states.is_empty() { Err(Unknown::NoVcpu { cpu, apic }) } else { Ok(vcpu) }
+}
+
+/// host − guest under a state, where the guest's TSC runs at the host's rate.
+fn offset_of(state: &TscState, isa: Isa) -> Option<Offset> {
+    matches!(Ratio::read(state.ratio, isa), Ok(None)).then(|| Offset(state.offset.wrapping_neg()))
+}
+
+/// Whether every measurement allows an offset that its vCPU had. One that moved meanwhile says nothing, nor does one of
+/// a scaled TSC.
+fn fit(vcpus: &[Vcpu], measured: &[Measurement], isa: Isa) -> bool {
+    measured.iter().filter(|measurement| !measurement.moved).all(|measurement| {
+        let states = vcpus.iter().filter(|vcpu| vcpu.cpu == measurement.cpu).flat_map(|vcpu| &vcpu.states);
+        let mut offsets = states.map(|state| offset_of(state, isa));
+        offsets.any(|offset| offset.is_none_or(|offset| measurement.interval.contains(offset)))
+    })
+}
+
+/// How many stretches the vCPU with the most has.
+pub fn segments(vcpus: &[Vcpu]) -> usize {
+    vcpus.iter().map(|vcpu| vcpu.states.len()).max().unwrap_or(0)
+}
+
+/// What a measurement without error would have said; nothing if a TSC moved or is scaled.
+pub fn exactly(vcpus: &[Vcpu], isa: Isa) -> Option<Vec<Measurement>> {
+    let exact = vcpus.iter().map(|vcpu| {
+        let [only] = &vcpu.states[..] else { return None };
+        let interval = Interval { low: offset_of(only, isa)?, width: 0 };
+        let (cpu, at) = (vcpu.cpu, GuestTsc(0));
+        Some(Measurement { cpu, at, interval, rounds: 0, refused: 0, best_round_trip: 0, moved: false })
+    });
+    exact.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vtrace_common::kvm::source;
+
+    const VMM: u32 = 77;
+
+    fn told(kvm: u64, vcpu_id: u32, seen_ns: u64, offset: i64) -> Told {
+        let change = TscChange {
+            vcpu: kvm + u64::from(vcpu_id),
+            kvm,
+            offset: offset.cast_unsigned(),
+            ratio: 1 << 32,
+            seen_ns,
+            vmm_pid: VMM,
+            vcpu_tid: 100 + vcpu_id,
+            vcpu_id,
+            source: source::ENTRY,
+            ..TscChange::default()
+        };
+        Told { seen: HostTsc(seen_ns * 3), change }
+    }
+
+    fn measured(cpu: u32, low: u64) -> Measurement {
+        let interval = Interval { low: Offset(low), width: 100 };
+        let (cpu, at) = (Cpu(cpu), GuestTsc(1));
+        Measurement { cpu, at, interval, rounds: 1, refused: 0, best_round_trip: 100, moved: false }
+    }
+
+    fn guest(told: &[Told], apics: &[(Cpu, u32)], measured: &[Measurement]) -> Result<Vec<Vcpu>, Unknown> {
+        let lanes: Vec<Cpu> = apics.iter().map(|(cpu, _)| *cpu).collect();
+        of_guest(told, VMM, apics, &lanes, measured, Isa::Svm)
+    }
+
+    #[test]
+    fn vcpu_belongs_to_the_cpu_with_its_apic_id_not_to_its_place() {
+        let told = [told(1, 0, 5, -500), told(1, 2, 6, -700)];
+        let vcpus = guest(&told, &[(Cpu(0), 2), (Cpu(1), 0)], &[]).unwrap();
+        let found: Vec<_> = vcpus.iter().map(|vcpu| (vcpu.cpu, vcpu.tid, vcpu.states[0].offset.cast_signed())).collect();
+        assert_eq!(found, [(Cpu(0), 102, -700), (Cpu(1), 100, -500)]);
+        let missing = Unknown::NoVcpu { cpu: Cpu(0), apic: 1 };
+        assert_eq!(guest(&told, &[(Cpu(0), 1)], &[]), Err(missing));
+    }
+
+    #[test]
+    fn states_are_in_the_order_of_time_and_differ() {
+        let told = [told(1, 0, 9, -400), told(1, 0, 5, -500), told(1, 0, 7, -500)];
+        let vcpus = guest(&told, &[(Cpu(0), 0)], &[]).unwrap();
+        let states: Vec<_> = vcpus[0].states.iter().map(|state| (state.seen.0, state.offset.cast_signed())).collect();
+        assert_eq!((states, segments(&vcpus)), (vec![(15, -500), (27, -400)], 2));
+        assert_eq!(exactly(&vcpus, Isa::Svm), None);
+    }
+
+    #[test]
+    fn constant_offset_is_exact() {
+        let vcpus = guest(&[told(1, 0, 5, -500)], &[(Cpu(0), 0)], &[measured(0, 450)]).unwrap();
+        let exact = exactly(&vcpus, Isa::Svm).unwrap();
+        let plan = super::super::plan::plan(&exact, &[], &[Cpu(0)], 1).unwrap();
+        assert_eq!((plan.bound_cycles, plan.to_host(Cpu(0), GuestTsc(1000))), (0, HostTsc(1500)));
+    }
+
+    #[test]
+    fn scaled_clock_has_no_constant_offset() {
+        let mut scaled = told(1, 0, 5, -500);
+        scaled.change.ratio = 3 << 31;
+        let vcpus = guest(&[scaled], &[(Cpu(0), 0)], &[measured(0, 1 << 40)]).unwrap();
+        assert_eq!(exactly(&vcpus, Isa::Svm), None);
+    }
+
+    #[test]
+    fn vms_of_one_process_are_told_apart_by_measurement() {
+        let told = [told(1, 0, 5, -500), told(2, 0, 6, -9000)];
+        let apics = [(Cpu(0), 0)];
+        let vcpus = guest(&told, &apics, &[measured(0, 8950)]).unwrap();
+        assert_eq!(vcpus[0].states[0].offset.cast_signed(), -9000);
+        assert_eq!(guest(&told, &apics, &[]), Err(Unknown::Ambiguous { fit: 2, vms: 2 }));
+        assert_eq!(guest(&told, &apics, &[measured(0, 70)]), Err(Unknown::Ambiguous { fit: 0, vms: 2 }));
+    }
+
+    #[test]
+    fn word_that_contradicts_the_measurement_is_not_taken() {
+        let told = [told(1, 0, 5, -500)];
+        assert_eq!(guest(&told, &[(Cpu(0), 0)], &[measured(0, 501)]), Err(Unknown::Ambiguous { fit: 0, vms: 1 }));
+        let moved = Measurement { moved: true, ..measured(0, 501) };
+        assert!(guest(&told, &[(Cpu(0), 0)], &[moved]).is_ok());
+    }
+
+    #[test]
+    fn guest_without_kvm_or_with_a_secret_tsc_is_refused_with_the_reason() {
+        let mut other = told(1, 0, 5, -500);
+        other.change.vmm_pid = 1;
+        assert_eq!(guest(&[other], &[(Cpu(0), 0)], &[]), Err(Unknown::NoVcpus));
+        let mut secret = told(1, 0, 5, -500);
+        secret.change.tsc_protected = 1;
+        assert_eq!(guest(&[secret], &[(Cpu(0), 0)], &[]), Err(Unknown::Protected(Cpu(0))));
+        let lanes = [Cpu(0)];
+        let nameless = of_guest(&[told(1, 0, 5, -500)], VMM, &[], &lanes, &[], Isa::Svm);
+        assert_eq!(nameless, Err(Unknown::NoApic(Cpu(0))));
+    }
+}
