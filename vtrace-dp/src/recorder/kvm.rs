@@ -95,8 +95,8 @@ fn host_tsc(stamps: &[Stamp], ns: u64) -> HostTsc {
     };
     let span_ns = i128::from(second.ns.saturating_sub(first.ns)).max(1);
     let cycles = i128::from(second.tsc) - i128::from(first.tsc);
-    let passed = (i128::from(ns) - i128::from(first.ns)) * cycles / span_ns;
-    HostTsc(u64::try_from(i128::from(first.tsc) + passed).unwrap_or(0))
+    let passed = (i128::from(ns) - i128::from(first.ns)).saturating_mul(cycles) / span_ns;
+    HostTsc(u64::try_from(passed.saturating_add(first.tsc.into())).unwrap_or(0))
 }
 
 /// The programs at work for one recording.

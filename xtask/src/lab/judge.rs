@@ -13,9 +13,9 @@
 mod history;
 mod report;
 
-use self::history::{Offsets, Runs};
-use self::report::{Event, Reports};
-use anyhow::{Result, ensure};
+use self::history::{Offsets, Runs, Walk};
+use self::report::{Event, Reports, Scale};
+use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -37,8 +37,10 @@ pub const SAME_NS: u64 = 2;
 /// What the judge found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// Events of the guest.
+    /// Events of the guest, but for those after the host's last.
     pub events: usize,
+    /// Events of the guest after the host's trace had ended: nobody knows of runs there.
+    pub beyond: usize,
     /// Runs of its vCPUs.
     pub runs: usize,
     /// kvm_entry without its kvm_exit, or the other way round, within the trace: times there cannot be judged.
@@ -47,63 +49,113 @@ pub struct Verdict {
     pub steps: Vec<i64>,
     /// As vtrace wrote the file and stock trace-cmd reads it.
     pub written: Tally,
-    /// Of those outside: the reference has them inside.
-    pub written_wrong: usize,
-    /// With one offset for all.
+    /// With one offset for all: the one at the start.
     pub one_offset: Tally,
     /// With the offset that KVM said.
     pub reference: Tally,
-    /// The largest step back, in nanoseconds: the guest's ring buffer may write later times up to the end of that page.
+    /// Events that follow a step back in their page, and are late in the guest's own trace: not in the tallies above.
+    pub late: usize,
+    /// Those as they are written.
+    pub late_written: Tally,
+    /// The largest step back, in nanoseconds: late by this at most.
     pub step_back_ns: u64,
 }
 
-/// Judges two files of one recording.
+/// Judges two files of one recording. Where KVM moved no TSC there is no reference: then all that is written must lie in
+/// runs.
 ///
 /// # Errors
 /// When stock trace-cmd cannot read them, or they do not hold what is needed.
 pub fn judge(host: &Path, guest: &Path) -> Result<Verdict> {
     let reports = Reports::read(host, guest)?;
-    let shown_host: Vec<Event> = report::events(&reports.shown_host).collect();
-    let raw_host: Vec<Event> = report::events(&reports.raw_host).collect();
-    let (runs, raw_runs) = (history::runs(&shown_host), history::runs(&raw_host));
-    let offsets = history::offsets(&raw_host);
-    ensure!(!runs.is_empty(), "no kvm_entry in {}", host.display());
+    let shown: Vec<Event> = report::events(&reports.shown_host).collect();
+    let raw: Vec<Event> = report::events(&reports.raw_host).collect();
+    let court = Court {
+        scale: reports.scale,
+        is_shifted: reports.is_shifted,
+        shown_end: shown.last().map_or(0, |event| event.time),
+        shown: history::runs(&shown),
+        raw: history::runs(&raw),
+        offsets: history::offsets(&raw),
+    };
+    ensure!(!court.shown.is_empty(), "no kvm_entry in {}", host.display());
+    let steps: Vec<i64> = court.offsets.values().flat_map(Offsets::steps).collect();
+    let back = steps.iter().filter(|step| **step < 0).map(|step| step.unsigned_abs()).max();
     let mut verdict = Verdict {
-        runs: runs.values().map(Runs::len).sum(),
-        unpaired: runs.values().map(|runs| runs.unpaired).sum(),
-        steps: offsets.values().flat_map(Offsets::steps).collect(),
+        runs: court.shown.values().map(Runs::len).sum(),
+        unpaired: court.shown.values().map(|runs| runs.unpaired).sum(),
+        step_back_ns: court.scale.ns(back.unwrap_or(0)),
+        steps,
         ..Verdict::default()
     };
-    let back = verdict.steps.iter().filter(|step| **step < 0).map(|step| step.unsigned_abs()).max();
-    verdict.step_back_ns = reports.scale.ns(back.unwrap_or(0));
-    let mut walks: BTreeMap<u32, history::Walk> = BTreeMap::new();
-    let pairs = report::events(&reports.shown_guest).zip(report::events(&reports.raw_guest));
-    for (shown, raw) in pairs {
-        ensure!((shown.cpu, shown.name) == (raw.cpu, raw.name), "trace-cmd reports the guest in two orders");
-        let (Some(runs), Some(raw_runs)) = (runs.get(&raw.cpu), raw_runs.get(&raw.cpu)) else { continue };
-        let Some(offsets) = offsets.get(&raw.cpu) else { continue };
-        // A file whose pages hold host times already: the guest's own are what KVM made of them.
-        let guest = if reports.is_shifted { raw.time } else { raw.time.wrapping_add(offsets.at(raw.time)) };
-        let walk = walks.entry(raw.cpu).or_default();
-        let reference = walk.host_tsc(guest, offsets, raw_runs);
-        let one = guest.wrapping_sub(offsets.first());
-        let reference_ns = reports.scale.ns(reference);
-        verdict.events += 1;
-        let is_wrong = verdict.written.count(shown.time, runs.distance(shown.time), reference_ns);
-        verdict.one_offset.count(reports.scale.ns(one), reports.scale.ns(raw_runs.distance(one)), reference_ns);
-        let is_lost = verdict.reference.count(reference_ns, reports.scale.ns(raw_runs.distance(reference)), reference_ns);
-        verdict.written_wrong += usize::from(is_wrong && !is_lost);
+    let mut walks: BTreeMap<u32, Walk> = BTreeMap::new();
+    let mut shown: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
+    report::events(&reports.shown_guest).for_each(|event| shown.entry(event.cpu).or_default().push(event));
+    let mut shown: BTreeMap<u32, _> = shown.into_iter().map(|(cpu, events)| (cpu, events.into_iter())).collect();
+    for raw in report::events(&reports.raw_guest) {
+        let shown = shown.get_mut(&raw.cpu).and_then(Iterator::next);
+        let shown = shown.filter(|shown| shown.name == raw.name).context("trace-cmd tells of different events")?;
+        court.judge(shown.time, &raw, walks.entry(raw.cpu).or_default(), &mut verdict)?;
     }
     Ok(verdict)
 }
 
+/// What every event is judged by.
+struct Court {
+    scale: Scale,
+    is_shifted: bool,
+    shown_end: u64,
+    /// In nanoseconds.
+    shown: BTreeMap<u32, Runs>,
+    /// In cycles.
+    raw: BTreeMap<u32, Runs>,
+    offsets: BTreeMap<u32, Offsets>,
+}
+
+impl Court {
+    fn judge(&self, shown_ns: u64, raw: &Event, walk: &mut Walk, verdict: &mut Verdict) -> Result<()> {
+        let (Some(runs), Some(raw_runs)) = (self.shown.get(&raw.cpu), self.raw.get(&raw.cpu)) else {
+            bail!("cpu{} of the guest wrote events and has no runs", raw.cpu);
+        };
+        let distance_ns = runs.distance(shown_ns);
+        let Some(offsets) = self.offsets.get(&raw.cpu) else {
+            let is_beyond = shown_ns > self.shown_end;
+            verdict.beyond += usize::from(is_beyond);
+            if !is_beyond {
+                verdict.events += 1;
+                verdict.written.count(shown_ns, distance_ns, shown_ns);
+            }
+            return Ok(());
+        };
+        // A file whose pages hold host times already: the guest's own are what KVM made of them.
+        let guest = if self.is_shifted { raw.time } else { raw.time.wrapping_add(offsets.at(raw.time)) };
+        let place = walk.place(guest, offsets, raw_runs);
+        let reference_ns = self.scale.ns(place.host);
+        if reference_ns > self.shown_end {
+            verdict.beyond += 1;
+            return Ok(());
+        }
+        verdict.events += 1;
+        if place.is_late {
+            verdict.late += 1;
+            verdict.late_written.count(shown_ns, distance_ns, reference_ns);
+            return Ok(());
+        }
+        let one = guest.wrapping_sub(offsets.first());
+        let raw_distance_ns = |host| self.scale.ns(raw_runs.distance(host));
+        verdict.written.count(shown_ns, distance_ns, reference_ns);
+        verdict.one_offset.count(self.scale.ns(one), raw_distance_ns(one), reference_ns);
+        verdict.reference.count(reference_ns, raw_distance_ns(place.host), reference_ns);
+        Ok(())
+    }
+}
+
 impl Tally {
-    /// Counts an event; true if it lies outside.
-    fn count(&mut self, time_ns: u64, distance_ns: u64, reference_ns: u64) -> bool {
+    /// Counts an event at `time_ns`, so far from the nearest run.
+    fn count(&mut self, time_ns: u64, distance_ns: u64, reference_ns: u64) {
         self.outside += usize::from(distance_ns > 0);
         self.worst_ns = self.worst_ns.max(distance_ns);
         self.elsewhere += usize::from(time_ns.abs_diff(reference_ns) > SAME_NS);
-        distance_ns > 0
     }
 }
 
@@ -114,30 +166,40 @@ impl Verdict {
     pub fn ensure_right(&self, steps_min: usize) -> Result<()> {
         ensure!(self.events > 0 && self.runs > 0, "nothing to judge");
         ensure!(self.steps.len() >= steps_min, "the TSC was moved {} times only", self.steps.len());
-        let Tally { outside, worst_ns, .. } = self.reference;
+        ensure!(self.reference.outside == 0, "KVM's own offsets leave {} events outside", self.reference.outside);
         ensure!(
-            worst_ns <= self.step_back_ns,
-            "the reference has {outside} events outside, up to {worst_ns} ns: more than a step back explains"
+            steps_min == 0 || self.one_offset.elsewhere > 0,
+            "one offset gives the same times: this run proves nothing"
         );
-        ensure!(self.one_offset.elsewhere > 0, "one offset gives the same times: this run proves nothing");
-        ensure!(self.written_wrong == 0, "{} events of the guest are at wrong times in its file", self.written_wrong);
+        ensure!(self.written.outside == 0, "{} events of the guest are at wrong times", self.written.outside);
+        let Tally { worst_ns, .. } = self.late_written;
+        let most = self.step_back_ns;
+        ensure!(worst_ns <= most, "an event after a step back is {worst_ns} ns off, the step was {most} ns");
         Ok(())
     }
 }
 
 impl fmt::Display for Verdict {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(out, "{} events of the guest, {} runs of its vCPUs ({} unpaired)", self.events, self.runs, self.unpaired)?;
+        let Self { events, runs, unpaired, beyond, late, step_back_ns, .. } = self;
+        writeln!(out, "{events} events of the guest, {runs} runs of its vCPUs ({unpaired} unpaired)")?;
+        writeln!(out, "{beyond} more after the host's trace had ended")?;
         writeln!(out, "its TSC was moved {} times: {:?} cycles", self.steps.len(), self.steps)?;
         writeln!(out, "{:30} {:>10} {:>16} {:>12}", "events", "outside", "farthest (ns)", "elsewhere")?;
-        for (what, tally) in [
-            ("as written, by stock trace-cmd", self.written),
-            ("with one offset for all", self.one_offset),
-            ("with KVM's offsets", self.reference),
-        ] {
+        let mut tallies = vec![("as written, by stock trace-cmd", self.written)];
+        if !self.steps.is_empty() {
+            tallies.push(("with one offset for all", self.one_offset));
+            tallies.push(("with KVM's offsets", self.reference));
+        }
+        for (what, tally) in tallies {
             writeln!(out, "{what:30} {:>10} {:>16} {:>12}", tally.outside, tally.worst_ns, tally.elsewhere)?;
         }
-        write!(out, "{} of those outside as written are inside with KVM's offsets", self.written_wrong)
+        let Tally { outside, worst_ns, .. } = self.late_written;
+        write!(
+            out,
+            "{late} more follow a step back in their page (of {step_back_ns} ns at most): {outside} of them outside, \
+             {worst_ns} ns at most"
+        )
     }
 }
 
@@ -153,7 +215,7 @@ mod tests {
             runs: 2,
             steps: vec![5, -5, 5],
             one_offset: tally(3, 40, 4),
-            reference: tally(1, 2, 0),
+            late_written: tally(2, 2, 0),
             step_back_ns: 2,
             ..Verdict::default()
         };
@@ -161,9 +223,10 @@ mod tests {
         assert!(right.ensure_right(4).is_err());
         for wrong in [
             Verdict { events: 0, ..right.clone() },
-            Verdict { written_wrong: 1, ..right.clone() },
+            Verdict { written: tally(1, 1, 1), ..right.clone() },
             Verdict { one_offset: tally(3, 40, 0), ..right.clone() },
             Verdict { reference: tally(1, 3, 0), ..right.clone() },
+            Verdict { late_written: tally(1, 3, 0), ..right.clone() },
         ] {
             assert!(wrong.ensure_right(3).is_err(), "{wrong}");
         }

@@ -19,6 +19,12 @@ impl Runs {
         self.runs.len()
     }
 
+    /// The last exit up to `time`.
+    fn last_exit(&self, time: u64) -> Option<u64> {
+        let after = self.runs.partition_point(|(entry, _)| *entry <= time);
+        self.runs[..after].iter().rev().map(|(_, exit)| *exit).find(|exit| *exit <= time)
+    }
+
     /// From `time` to the nearest run; 0 inside.
     pub(super) fn distance(&self, time: u64) -> u64 {
         let after = self.runs.partition_point(|(entry, _)| *entry <= time);
@@ -86,6 +92,14 @@ impl Offsets {
         self.parts[self.parts.partition_point(|(from, _)| *from <= host) - 1].1
     }
 
+    /// The guest's TSC when it was last left before step back number `fall`. Its ring buffer goes on from there until the
+    /// page is full, and falls back with the next one (kernel/trace/ring_buffer.c, "clock went backwards").
+    fn last_before_fall(&self, fall: usize, runs: &Runs) -> Option<u64> {
+        let backward = self.parts.windows(2).filter(|pair| pair[1].1.wrapping_sub(pair[0].1).cast_signed() < 0);
+        let (before, after) = backward.map(|pair| (pair[0], pair[1])).nth(fall)?;
+        Some(runs.last_exit(after.0)?.wrapping_add(before.1))
+    }
+
     /// By how much each part differs from the one before.
     pub(super) fn steps(&self) -> Vec<i64> {
         self.parts.windows(2).map(|pair| pair[1].1.wrapping_sub(pair[0].1).cast_signed()).collect()
@@ -118,12 +132,28 @@ fn offset_of(text: &str) -> Option<[u64; 3]> {
 pub(super) struct Walk {
     part: usize,
     host: u64,
+    guest: u64,
+    /// Times that fell from one event to the next: each step back shows as one.
+    falls: usize,
+}
+
+/// Where an event belongs.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The host's TSC.
+    pub(super) host: u64,
+    /// The guest stepped back, and the page that it was writing then goes on as if it had not: this event is late, by
+    /// as much as the step at most.
+    pub(super) is_late: bool,
 }
 
 impl Walk {
     /// What the host's TSC was when the guest's was `guest`. After a step back the same guest time comes twice: the
     /// earliest part that leaves the events in their order, and in a run if one does, is it.
-    pub(super) fn host_tsc(&mut self, guest: u64, offsets: &Offsets, runs: &Runs) -> u64 {
+    pub(super) fn place(&mut self, guest: u64, offsets: &Offsets, runs: &Runs) -> Place {
+        self.falls += usize::from(guest < self.guest);
+        self.guest = guest;
+        let is_late = offsets.last_before_fall(self.falls, runs).is_some_and(|last| guest > last);
         let parts = &offsets.parts;
         let end = |part: usize| parts.get(part + 1).map_or(u64::MAX, |(from, _)| *from);
         let fits = (self.part..parts.len()).filter_map(|part| {
@@ -133,11 +163,11 @@ impl Walk {
         let fits: Vec<(usize, u64)> = fits.collect();
         let inside = fits.iter().find(|(_, host)| runs.distance(*host) == 0);
         let Some(&(part, host)) = inside.or_else(|| fits.first()) else {
-            // Out of order, which counts as it is: under the offset of the event before.
-            return guest.wrapping_sub(parts[self.part].1);
+            // Earlier than the event before, which was late: the part is known.
+            return Place { host: guest.wrapping_sub(parts[self.part].1), is_late };
         };
         (self.part, self.host) = (part, host);
-        host
+        Place { host, is_late }
     }
 }
 
@@ -195,7 +225,18 @@ mod tests {
         let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
         let truth = [900, 980, 1020, 1400, 1980, 2010, 2200];
         let mut walk = Walk::default();
-        let found = truth.map(|host: u64| walk.host_tsc(host.wrapping_add(offsets.at(host)), &offsets, &runs));
-        assert_eq!(found, truth);
+        let found = truth.map(|host: u64| walk.place(host.wrapping_add(offsets.at(host)), &offsets, &runs));
+        assert_eq!(found, truth.map(|host| Place { host, is_late: false }));
+    }
+
+    #[test]
+    fn events_between_a_step_back_and_the_next_page_are_late() {
+        let offsets = moved();
+        let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
+        let mut walk = Walk::default();
+        // At 1980 + 300 the guest is left, stepped back by 310, and its page goes on: 2291 instead of 1998.
+        let found = [2280, 2291, 2295, 2010, 2200, 2400].map(|guest| walk.place(guest, &offsets, &runs));
+        assert_eq!(found.each_ref().map(|place| place.is_late), [false, true, true, false, false, false]);
+        assert_eq!([0, 3, 4, 5].map(|at: usize| found[at].host), [1980, 2020, 2210, 2410]);
     }
 }

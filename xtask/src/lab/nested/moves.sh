@@ -1,7 +1,5 @@
 #!/bin/busybox sh
 # In the guest of the guest: something to trace, and five moves of the TSC while it is traced.
-mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
-
 # wrmsr NUMBER VALUE: the driver's file is addressed by the register's number.
 wrmsr() {
     value=$2 bytes= index=0
