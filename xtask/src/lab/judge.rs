@@ -13,7 +13,7 @@
 mod history;
 mod report;
 
-use self::history::{Offsets, Runs, Walk};
+use self::history::{Offsets, Runs};
 use self::report::{Event, Reports, Scale};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -88,16 +88,20 @@ pub fn judge(host: &Path, guest: &Path) -> Result<Verdict> {
         steps,
         ..Verdict::default()
     };
-    let mut walks: BTreeMap<u32, Walk> = BTreeMap::new();
-    let mut shown: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
-    report::events(&reports.shown_guest).for_each(|event| shown.entry(event.cpu).or_default().push(event));
-    let mut shown: BTreeMap<u32, _> = shown.into_iter().map(|(cpu, events)| (cpu, events.into_iter())).collect();
-    for raw in report::events(&reports.raw_guest) {
-        let shown = shown.get_mut(&raw.cpu).and_then(Iterator::next);
-        let shown = shown.filter(|shown| shown.name == raw.name).context("trace-cmd tells of different events")?;
-        court.judge(shown.time, &raw, walks.entry(raw.cpu).or_default(), &mut verdict)?;
+    let shown = by_cpu(&reports.shown_guest);
+    for (cpu, raw) in by_cpu(&reports.raw_guest) {
+        let shown = shown.get(&cpu).filter(|shown| shown.len() == raw.len());
+        let shown = shown.context("trace-cmd tells of more events in one report than in the other")?;
+        court.judge(cpu, shown, &raw, &mut verdict)?;
     }
     Ok(verdict)
+}
+
+/// The times of each CPU's events, in the order in which it wrote them.
+fn by_cpu(report: &str) -> BTreeMap<u32, Vec<u64>> {
+    let mut times: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
+    report::events(report).for_each(|event| times.entry(event.cpu).or_default().push(event.time));
+    times
 }
 
 /// What every event is judged by.
@@ -113,39 +117,38 @@ struct Court {
 }
 
 impl Court {
-    fn judge(&self, shown_ns: u64, raw: &Event, walk: &mut Walk, verdict: &mut Verdict) -> Result<()> {
-        let (Some(runs), Some(raw_runs)) = (self.shown.get(&raw.cpu), self.raw.get(&raw.cpu)) else {
-            bail!("cpu{} of the guest wrote events and has no runs", raw.cpu);
+    fn judge(&self, cpu: u32, shown_ns: &[u64], raw: &[u64], verdict: &mut Verdict) -> Result<()> {
+        let (Some(runs), Some(raw_runs)) = (self.shown.get(&cpu), self.raw.get(&cpu)) else {
+            bail!("cpu{cpu} of the guest wrote events and has no runs");
         };
-        let distance_ns = runs.distance(shown_ns);
-        let Some(offsets) = self.offsets.get(&raw.cpu) else {
-            let is_beyond = shown_ns > self.shown_end;
-            verdict.beyond += usize::from(is_beyond);
-            if !is_beyond {
-                verdict.events += 1;
-                verdict.written.count(shown_ns, distance_ns, shown_ns);
-            }
+        let Some(offsets) = self.offsets.get(&cpu) else {
+            let (known, beyond): (Vec<u64>, Vec<u64>) = shown_ns.iter().partition(|time| **time <= self.shown_end);
+            verdict.beyond += beyond.len();
+            verdict.events += known.len();
+            known.into_iter().for_each(|time| verdict.written.count(time, runs.distance(time), time));
             return Ok(());
         };
         // A file whose pages hold host times already: the guest's own are what KVM made of them.
-        let guest = if self.is_shifted { raw.time } else { raw.time.wrapping_add(offsets.at(raw.time)) };
-        let place = walk.place(guest, offsets, raw_runs);
-        let reference_ns = self.scale.ns(place.host);
-        if reference_ns > self.shown_end {
-            verdict.beyond += 1;
-            return Ok(());
-        }
-        verdict.events += 1;
-        if place.is_late {
-            verdict.late += 1;
-            verdict.late_written.count(shown_ns, distance_ns, reference_ns);
-            return Ok(());
-        }
-        let one = guest.wrapping_sub(offsets.first());
+        let own = |time: &u64| if self.is_shifted { *time } else { time.wrapping_add(offsets.at(*time)) };
+        let guest: Vec<u64> = raw.iter().map(own).collect();
         let raw_distance_ns = |host| self.scale.ns(raw_runs.distance(host));
-        verdict.written.count(shown_ns, distance_ns, reference_ns);
-        verdict.one_offset.count(self.scale.ns(one), raw_distance_ns(one), reference_ns);
-        verdict.reference.count(reference_ns, raw_distance_ns(place.host), reference_ns);
+        let places = history::places(&guest, offsets, raw_runs);
+        for ((&shown_ns, &guest), place) in shown_ns.iter().zip(&guest).zip(places) {
+            let reference_ns = self.scale.ns(place.host);
+            let distance_ns = runs.distance(shown_ns);
+            if reference_ns > self.shown_end {
+                verdict.beyond += 1;
+            } else if place.is_late {
+                verdict.late += 1;
+                verdict.late_written.count(shown_ns, distance_ns, reference_ns);
+            } else {
+                let one = guest.wrapping_sub(offsets.first());
+                verdict.events += 1;
+                verdict.written.count(shown_ns, distance_ns, reference_ns);
+                verdict.one_offset.count(self.scale.ns(one), raw_distance_ns(one), reference_ns);
+                verdict.reference.count(reference_ns, raw_distance_ns(place.host), reference_ns);
+            }
+        }
         Ok(())
     }
 }

@@ -92,12 +92,9 @@ impl Offsets {
         self.parts[self.parts.partition_point(|(from, _)| *from <= host) - 1].1
     }
 
-    /// The guest's TSC when it was last left before step back number `fall`. Its ring buffer goes on from there until the
-    /// page is full, and falls back with the next one (kernel/trace/ring_buffer.c, "clock went backwards").
-    fn last_before_fall(&self, fall: usize, runs: &Runs) -> Option<u64> {
-        let backward = self.parts.windows(2).filter(|pair| pair[1].1.wrapping_sub(pair[0].1).cast_signed() < 0);
-        let (before, after) = backward.map(|pair| (pair[0], pair[1])).nth(fall)?;
-        Some(runs.last_exit(after.0)?.wrapping_add(before.1))
+    /// Whether the guest's TSC fell where this part begins.
+    fn is_backward(&self, part: usize) -> bool {
+        self.parts[part].1.wrapping_sub(self.parts[part - 1].1).cast_signed() < 0
     }
 
     /// By how much each part differs from the one before.
@@ -127,18 +124,8 @@ fn offset_of(text: &str) -> Option<[u64; 3]> {
     Some([value("vcpu")?, value("prev")?, value("next")?])
 }
 
-/// The way through one vCPU's events in the order in which it wrote them.
-#[derive(Debug, Default)]
-pub(super) struct Walk {
-    part: usize,
-    host: u64,
-    guest: u64,
-    /// Times that fell from one event to the next: each step back shows as one.
-    falls: usize,
-}
-
 /// Where an event belongs.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     /// The host's TSC.
     pub(super) host: u64,
@@ -147,28 +134,41 @@ pub(super) struct Place {
     pub(super) is_late: bool,
 }
 
-impl Walk {
-    /// What the host's TSC was when the guest's was `guest`. After a step back the same guest time comes twice: the
-    /// earliest part that leaves the events in their order, and in a run if one does, is it.
-    pub(super) fn place(&mut self, guest: u64, offsets: &Offsets, runs: &Runs) -> Place {
-        self.falls += usize::from(guest < self.guest);
-        self.guest = guest;
-        let is_late = offsets.last_before_fall(self.falls, runs).is_some_and(|last| guest > last);
-        let parts = &offsets.parts;
-        let end = |part: usize| parts.get(part + 1).map_or(u64::MAX, |(from, _)| *from);
-        let fits = (self.part..parts.len()).filter_map(|part| {
-            let host = guest.wrapping_sub(parts[part].1);
-            (parts[part].0 <= host && host < end(part) && host >= self.host).then_some((part, host))
+/// What the host's TSC was at each event of one vCPU, from the guest's, in the order in which it wrote them. After a step
+/// back the same guest time comes twice: the earliest part that leaves the events in their order, and in a run if one
+/// does, is it.
+pub(super) fn places(guest: &[u64], offsets: &Offsets, runs: &Runs) -> Vec<Place> {
+    let parts = &offsets.parts;
+    let end = |part: usize| parts.get(part + 1).map_or(u64::MAX, |(from, _)| *from);
+    let (mut part, mut latest) = (0, 0);
+    let mut places: Vec<Place> = Vec::with_capacity(guest.len());
+    let mut fallen = 0;
+    for (index, &time) in guest.iter().enumerate() {
+        if let Some(before) = index.checked_sub(1).filter(|before| guest[*before] > time) {
+            // The page with the late events is full. What came after the last exit before the step was late.
+            // A step need not show, and another can fit by chance: a page is soon full, so the nearest it is.
+            let since = |step: usize| time.wrapping_sub(parts[step].1).wrapping_sub(parts[step].0);
+            let steps = (fallen + 1..parts.len()).filter(|&step| offsets.is_backward(step));
+            let step = steps.filter(|&step| since(step) < end(step) - parts[step].0).min_by_key(|&step| since(step));
+            if let Some((step, exit)) = step.and_then(|step| Some((step, runs.last_exit(parts[step].0)?))) {
+                let last = exit.wrapping_add(parts[step - 1].1);
+                let late = guest[..=before].iter().rev().take_while(|late| **late > last).count();
+                places[index - late..].iter_mut().for_each(|place| place.is_late = true);
+                (fallen, part, latest) = (step, step, 0);
+            }
+        }
+        let fits = (part..parts.len()).filter_map(|part| {
+            let host = time.wrapping_sub(parts[part].1);
+            (parts[part].0 <= host && host < end(part) && host >= latest).then_some((part, host))
         });
         let fits: Vec<(usize, u64)> = fits.collect();
         let inside = fits.iter().find(|(_, host)| runs.distance(*host) == 0);
-        let Some(&(part, host)) = inside.or_else(|| fits.first()) else {
-            // Earlier than the event before, which was late: the part is known.
-            return Place { host: guest.wrapping_sub(parts[self.part].1), is_late };
-        };
-        (self.part, self.host) = (part, host);
-        Place { host, is_late }
+        let unfit = (part, time.wrapping_sub(parts[part].1)); // it will be outside, and that is what the judge is for
+        let (found, host) = inside.or_else(|| fits.first()).copied().unwrap_or(unfit);
+        (part, latest) = (found, latest.max(host));
+        places.push(Place { host, is_late: false });
     }
+    places
 }
 
 #[cfg(test)]
@@ -220,23 +220,31 @@ mod tests {
     }
 
     #[test]
-    fn walk_finds_the_host_times_across_steps_in_both_directions() {
+    fn host_times_are_found_across_steps_in_both_directions() {
         let offsets = moved();
         let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
         let truth = [900, 980, 1020, 1400, 1980, 2010, 2200];
-        let mut walk = Walk::default();
-        let found = truth.map(|host: u64| walk.place(host.wrapping_add(offsets.at(host)), &offsets, &runs));
-        assert_eq!(found, truth.map(|host| Place { host, is_late: false }));
+        let guest = truth.map(|host: u64| host.wrapping_add(offsets.at(host)));
+        assert_eq!(places(&guest, &offsets, &runs), truth.map(|host| Place { host, is_late: false }));
     }
 
     #[test]
     fn events_between_a_step_back_and_the_next_page_are_late() {
         let offsets = moved();
         let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
-        let mut walk = Walk::default();
-        // At 1980 + 300 the guest is left, stepped back by 310, and its page goes on: 2291 instead of 1998.
-        let found = [2280, 2291, 2295, 2010, 2200, 2400].map(|guest| walk.place(guest, &offsets, &runs));
-        assert_eq!(found.each_ref().map(|place| place.is_late), [false, true, true, false, false, false]);
+        // At 1990 + 300 the guest is left, stepped back by 310, and its page goes on: 2291 instead of 1996.
+        let found = places(&[2280, 2291, 2295, 2010, 2200, 2400], &offsets, &runs);
+        let late: Vec<bool> = found.iter().map(|place| place.is_late).collect();
+        assert_eq!(late, [false, true, true, false, false, false]);
         assert_eq!([0, 3, 4, 5].map(|at: usize| found[at].host), [1980, 2020, 2210, 2410]);
+    }
+
+    #[test]
+    fn step_back_that_no_event_noticed_makes_none_late() {
+        let offsets = moved();
+        let runs = Runs { runs: vec![(1010, 1990), (2005, 9000)], unpaired: 0 };
+        // Nothing was written for longer than the step.
+        let found = places(&[2000, 2190, 2300, 8000], &offsets, &runs);
+        assert_eq!(found, [1700, 1890, 2310, 8010].map(|host| Place { host, is_late: false }));
     }
 }
