@@ -40,7 +40,7 @@ pub fn svm(kernels: &[Kernel]) -> Result<()> {
             .file("/bin/clock-tests", &tests)
             .boot()?;
         let script = "mount -t tracefs tracefs /sys/kernel/tracing; uname -r; \
-             RUST_BACKTRACE=0 clock-tests clock::feed running_kernel --include-ignored --skip hit_costs \
+             RUST_BACKTRACE=0 clock-tests clock::feed recorder::kvm running_kernel --include-ignored --skip hit_costs \
              --test-threads=1 --nocapture"; // nanoseconds mean nothing under TCG
         let output = machine.shell_within(script, TESTS_WAIT_MAX)?;
         println!("{}", output.text());

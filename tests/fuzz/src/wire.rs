@@ -141,7 +141,13 @@ fn to_agent() -> Vec<Vec<u8>> {
 
 fn machine() -> Machine {
     let cpus = vec![Cpu(0), Cpu(1)];
-    Machine { uname: "Linux seed 6.12 x86_64".into(), boot_id: "0b".repeat(18), lanes: cpus.clone(), apics: vec![(Cpu(0), 0), (Cpu(1), 2)], cpus }
+    Machine {
+        uname: "Linux seed 6.12 x86_64".into(),
+        boot_id: "0b".repeat(18),
+        lanes: cpus.clone(),
+        apics: vec![(Cpu(0), 0), (Cpu(1), 2)],
+        cpus,
+    }
 }
 
 fn echo() -> Echo {

@@ -352,6 +352,6 @@ fn failed(map: &'static str, source: MapError) -> FeedError {
 }
 
 #[cfg(test)]
-mod micro;
+pub(crate) mod micro;
 #[cfg(test)]
 mod tests;

@@ -24,6 +24,8 @@ use super::{
 pub struct Told {
     /// The host's TSC at [`TscChange::seen_ns`].
     pub seen: HostTsc,
+    /// How far that may be off, cycles.
+    pub error_cycles: u64,
     /// The state.
     pub change: TscChange,
 }
@@ -33,6 +35,8 @@ pub struct Told {
 pub struct TscState {
     /// When it was first seen. It began to hold after the run of the guest before; the first one held before it was seen.
     pub seen: HostTsc,
+    /// How far that may be off, cycles.
+    pub error_cycles: u64,
     /// `l1_tsc_offset`: guest − scaled host, cycles, modulo 2⁶⁴.
     pub offset: u64,
     /// `l1_tsc_scaling_ratio`, fixed point.
@@ -54,6 +58,9 @@ pub struct Vcpu {
     pub tid: u32,
     /// At least one, in the order of time; each differs from the one before in offset or ratio.
     pub states: Vec<TscState>,
+    /// All that was told, in the order of time: states that were told again too.
+    #[serde(skip)]
+    pub told: Vec<Told>,
 }
 
 /// Why a guest's vCPUs are not known.
@@ -122,8 +129,9 @@ pub fn of_guest(
 /// One CPU's vCPU among those of one VM.
 fn of_cpu(told: &[Told], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcpu, Unknown> {
     let (_, apic) = *apics.iter().find(|(named, _)| *named == cpu).ok_or(Unknown::NoApic(cpu))?;
-    let mut vcpu = Vcpu { cpu, vcpu_id: apic, tid: 0, states: Vec::new() };
-    for Told { seen, change } in told.iter().filter(|told| told.change.vcpu_id == apic) {
+    let told: Vec<Told> = told.iter().filter(|told| told.change.vcpu_id == apic).copied().collect();
+    let mut vcpu = Vcpu { cpu, vcpu_id: apic, tid: 0, states: Vec::new(), told };
+    for &Told { seen, error_cycles, change } in &vcpu.told {
         // TDX holds its own offset too, and tells KVM once for all.
         if change.tsc_protected != 0 && isa != Isa::Vmx {
             return Err(Unknown::Protected(cpu));
@@ -131,9 +139,9 @@ fn of_cpu(told: &[Told], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcp
         if change.vcpu_tid != 0 {
             vcpu.tid = change.vcpu_tid;
         }
-        let TscChange { offset, ratio, last_guest_tsc, source, .. } = *change;
+        let TscChange { offset, ratio, last_guest_tsc, source, .. } = change;
         if vcpu.states.last().is_none_or(|last| (last.offset, last.ratio) != (offset, ratio)) {
-            vcpu.states.push(TscState { seen: *seen, offset, ratio, last_guest_tsc, source });
+            vcpu.states.push(TscState { seen, error_cycles, offset, ratio, last_guest_tsc, source });
         }
     }
     if vcpu.states.is_empty() { Err(Unknown::NoVcpu { cpu, apic }) } else { Ok(vcpu) }
@@ -190,7 +198,7 @@ mod tests {
             source: source::ENTRY,
             ..TscChange::default()
         };
-        Told { seen: HostTsc(seen_ns * 3), change }
+        Told { seen: HostTsc(seen_ns * 3), error_cycles: 1, change }
     }
 
     fn measured(cpu: u32, low: u64) -> Measurement {
@@ -208,7 +216,8 @@ mod tests {
     fn vcpu_belongs_to_the_cpu_with_its_apic_id_not_to_its_place() {
         let told = [told(1, 0, 5, -500), told(1, 2, 6, -700)];
         let vcpus = guest(&told, &[(Cpu(0), 2), (Cpu(1), 0)], &[]).unwrap();
-        let found: Vec<_> = vcpus.iter().map(|vcpu| (vcpu.cpu, vcpu.tid, vcpu.states[0].offset.cast_signed())).collect();
+        let found: Vec<_> =
+            vcpus.iter().map(|vcpu| (vcpu.cpu, vcpu.tid, vcpu.states[0].offset.cast_signed())).collect();
         assert_eq!(found, [(Cpu(0), 102, -700), (Cpu(1), 100, -500)]);
         let missing = Unknown::NoVcpu { cpu: Cpu(0), apic: 1 };
         assert_eq!(guest(&told, &[(Cpu(0), 1)], &[]), Err(missing));
@@ -220,6 +229,7 @@ mod tests {
         let vcpus = guest(&told, &[(Cpu(0), 0)], &[]).unwrap();
         let states: Vec<_> = vcpus[0].states.iter().map(|state| (state.seen.0, state.offset.cast_signed())).collect();
         assert_eq!((states, segments(&vcpus)), (vec![(15, -500), (27, -400)], 2));
+        assert_eq!(vcpus[0].told.iter().map(|told| told.seen.0).collect::<Vec<_>>(), [15, 21, 27]);
         assert_eq!(exactly(&vcpus, Isa::Svm), None);
     }
 

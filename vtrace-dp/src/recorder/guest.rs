@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn threads_that_kvm_names_need_no_name_of_their_own() {
-        let vcpu = |cpu, tid| Vcpu { cpu: Cpu(cpu), vcpu_id: 2 * cpu, tid, states: Vec::new() };
+        let vcpu = |cpu, tid| Vcpu { cpu: Cpu(cpu), vcpu_id: 2 * cpu, tid, states: Vec::new(), told: Vec::new() };
         let pid = std::process::id();
         let cpus = [Cpu(0), Cpu(1)];
         let found = vcpu_threads(pid, &cpus, &[vcpu(1, 41), vcpu(0, 40)]);

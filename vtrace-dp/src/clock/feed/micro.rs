@@ -15,18 +15,18 @@ const IA32_TSC: u32 = 0x10;
 const READ_TSC: &[u8] = &[0x0f, 0x31, 0x66, 0xa3, 0x00, 0x18, 0x66, 0x89, 0x16, 0x04, 0x18, 0xe6, 0x10, 0xeb, 0xf1];
 
 /// One VM with one vCPU.
-pub(super) struct Micro {
-    pub(super) vcpu: VcpuFd,
+pub(crate) struct Micro {
+    pub(crate) vcpu: VcpuFd,
     _vm: VmFd,
     memory: GuestMemoryMmap,
 }
 
 impl Micro {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with_vcpu(0)
     }
 
-    pub(super) fn with_vcpu(vcpu_id: u64) -> Self {
+    pub(crate) fn with_vcpu(vcpu_id: u64) -> Self {
         let kvm = Kvm::new().unwrap();
         let vm = kvm.create_vm().unwrap();
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(MEMORY), 0x1000)]).unwrap();
@@ -51,18 +51,18 @@ impl Micro {
         micro
     }
 
-    pub(super) fn fd(&self) -> u32 {
+    pub(crate) fn fd(&self) -> u32 {
         u32::try_from(self.vcpu.as_raw_fd()).unwrap()
     }
 
-    pub(super) fn second_fd(&self) -> OwnedFd {
+    pub(crate) fn second_fd(&self) -> OwnedFd {
         // SAFETY: the vCPU holds its descriptor open for as long as this borrow.
         let first = unsafe { BorrowedFd::borrow_raw(self.vcpu.as_raw_fd()) };
         first.try_clone_to_owned().unwrap()
     }
 
     /// Lets the guest read its TSC `times` times; each must lie where `expected` puts the host's TSC before and after.
-    pub(super) fn read_tsc(&mut self, times: usize, expected: impl Fn(u64) -> u64) {
+    pub(crate) fn read_tsc(&mut self, times: usize, expected: impl Fn(u64) -> u64) {
         self.start_at(MEMORY);
         self.turn();
         for _ in 0..times {
@@ -76,7 +76,7 @@ impl Micro {
     }
 
     /// The guest adds `ticks` to its TSC_ADJUST.
-    pub(super) fn adjust(&mut self, ticks: u32) {
+    pub(crate) fn adjust(&mut self, ticks: u32) {
         let [one, two, three, four] = ticks.to_le_bytes();
         let code = [
             &[0x66, 0xb9, 0x3b, 0, 0, 0, 0x0f, 0x32][..], // mov ecx, 0x3b; rdmsr
@@ -90,7 +90,7 @@ impl Micro {
     }
 
     /// The host sets the guest's TSC.
-    pub(super) fn set_tsc(&self, ticks: u64) {
+    pub(crate) fn set_tsc(&self, ticks: u64) {
         let entry = kvm_msr_entry { index: IA32_TSC, data: ticks, ..Default::default() };
         assert_eq!(self.vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
     }
@@ -102,7 +102,7 @@ impl Micro {
     }
 
     /// Runs until the guest's next `out`.
-    pub(super) fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         match self.vcpu.run().unwrap() {
             VcpuExit::IoOut(0x10, _) => {}
             other => panic!("the guest left with {other:?}"),
