@@ -12,10 +12,13 @@ use vtrace_common::ids::Cpu;
 
 /// Runs a stock tool; it must succeed and have nothing to complain about.
 pub fn run(program: impl AsRef<OsStr>, words: &[&str], files: &[&Path]) -> Result<String> {
-    let mut command = Command::new(program.as_ref());
-    let output = command.args(words).args(files).output().context("cannot run a stock tool")?;
+    said(Command::new(program.as_ref()).args(words).args(files))
+}
+
+fn said(command: &mut Command) -> Result<String> {
+    let output = command.output().context("cannot run a stock tool")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success() && stderr.trim().is_empty(), "{words:?}: {}: {stderr}", output.status);
+    ensure!(output.status.success() && stderr.trim().is_empty(), "{command:?}: {}: {stderr}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -28,6 +31,16 @@ pub fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
         .expect("stock tools are there");
     let files: Vec<&Path> = files.iter().flat_map(|file| [Path::new("-i"), file]).collect();
     run("trace-cmd", words, &files)
+}
+
+/// The same by trace-cmd of Debian forky, 3.4 or later, unpacked beside this machine's.
+pub fn trace_cmd_newest(words: &[&str], files: &[&Path]) -> Result<String> {
+    let mut command = xtask::packages::trace_cmd_newest()?;
+    command.args(words);
+    for file in files {
+        command.arg("-i").arg(file);
+    }
+    said(&mut command)
 }
 
 /// Lets stock trace-cmd write a file of this version out of `from`.
@@ -94,6 +107,18 @@ pub fn kshark(folder: &Path) -> Result<PathBuf> {
     let words = ["-I/usr/include/kernelshark", "-o"];
     run("gcc", &words, &[&program, &source, Path::new("-lkshark")])?;
     Ok(program)
+}
+
+/// CPU and time of every entry of a file, as KernelShark loads them.
+pub fn shark_entries(file: &Path) -> Result<Vec<(Cpu, u64)>> {
+    let folder = tempfile::tempdir()?;
+    let said = said(Command::new(kshark(folder.path())?).env("KSHARK_ENTRIES", "1").arg(file))?;
+    let entries = said.lines().filter_map(|line| line.strip_prefix("entry 0 "));
+    let entries = entries.map(|line| {
+        let (cpu, time) = line.split_once(' ').context("CPU and time")?;
+        Ok((Cpu(cpu.parse()?), time.parse()?))
+    });
+    entries.collect()
 }
 
 /// What KernelShark finds in files: entries of each stream, and the host threads of each guest's vCPUs.

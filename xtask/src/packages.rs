@@ -3,6 +3,7 @@
 //! In: package names. Out: they are installed. Runs: dpkg-query, and apt-get where something is missing.
 //! Full: apt's error goes up. Trust: the machine's own apt.
 
+use crate::debian::{self, Set};
 use anyhow::{Context, Result, ensure};
 use std::process::Command;
 
@@ -12,6 +13,18 @@ pub const COMPILERS: [&str; 3] = ["gcc", "g++", "libc6-dev"];
 /// Stock tools that read what vtrace writes: trace-cmd, and the library behind KernelShark with what a C++ program
 /// needs to open a file as KernelShark does.
 pub const JUDGES: [&str; 5] = ["trace-cmd", "libkshark-dev", "gcc", "g++", "libc6-dev"];
+
+/// trace-cmd of the next Debian, which reads files by newer code.
+const TRACE_CMD_NEWEST: Set =
+    Set { name: "trace-cmd-newest", suites: &["forky"], packages: &["trace-cmd"], with_dependencies: true };
+
+/// `trace-cmd` of Debian forky, run with its own libraries; unpacked into the cache if it is not there.
+///
+/// # Errors
+/// When it cannot be had.
+pub fn trace_cmd_newest() -> Result<Command> {
+    debian::command(&debian::unpack(&TRACE_CMD_NEWEST)?, "usr/bin/trace-cmd")
+}
 
 /// Installs those of the packages that are not installed; says so only then.
 ///

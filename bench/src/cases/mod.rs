@@ -7,6 +7,7 @@
 //! To add a case: a file with `run`, its line in [`CASES`], what it must reach in `target`, a line in the tests below.
 
 mod ceilings;
+mod clock;
 mod drain;
 mod guest;
 mod idle;
@@ -42,6 +43,7 @@ pub(crate) const CASES: &[Case] = &[
         about: "a booted guest: vhost-user against virtserialport over FIFO and socket",
         run: guest::run,
     },
+    Case { name: "clock", about: "guest times to host times, one by one and in pages", run: clock::run },
     Case { name: "idle", about: "wake-ups with 64 lanes that nothing comes over", run: idle::run },
 ];
 
@@ -114,6 +116,11 @@ mod tests {
             return println!("skipped: tracefs is not writable here");
         }
         sane("pump", &pump::measure(1, 4 * MIB).unwrap(), 3);
+    }
+
+    #[test]
+    fn clock_of_some_conversions_and_pages_has_figures() {
+        sane("clock", &clock::measure(1, 10_000, 4 * MIB).unwrap(), 2);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 // Loads trace files as KernelShark does and says what it finds.
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "libkshark.h"
 #include "libkshark-tepdata.h"
@@ -21,6 +22,9 @@ int main(int argc, char **argv)
 		ssize_t count = kshark_load_entries(context, stream, &rows);
 		if (count < 1)
 			return 3;
+		if (getenv("KSHARK_ENTRIES"))
+			for (ssize_t row = 0; row < count; row++)
+				printf("entry %d %d %" PRId64 "\n", stream, rows[row]->cpu, rows[row]->ts);
 		printf("stream %d %zd %" PRId64 " %" PRId64 "\n", stream, count, rows[0]->ts, rows[count - 1]->ts);
 	}
 	int count = kshark_tracecmd_get_hostguest_mapping(&maps);

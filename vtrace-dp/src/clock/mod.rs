@@ -10,11 +10,19 @@
 //! modulo 2⁶⁴.
 
 pub mod btf;
+pub mod exact;
 pub mod feed;
+pub mod lane;
+pub mod math;
 pub mod plan;
 pub mod ratio;
+pub mod segment;
 pub mod sync;
 pub mod vcpus;
+pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod trap;
 
 use vtrace_common::time::{GuestTsc, HostTsc};
 

@@ -54,7 +54,7 @@ impl Isa {
 }
 
 /// A fixed-point number that is not one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ratio {
     /// As the hardware takes it.
     pub raw: NonZeroU64,
@@ -63,7 +63,7 @@ pub struct Ratio {
 }
 
 /// A ratio that this CPU cannot have.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("TSC ratio {raw:#x} on a CPU without VMX and SVM")]
 pub struct RatioError {
     /// As KVM holds it.

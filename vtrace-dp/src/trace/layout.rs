@@ -70,6 +70,8 @@ pub mod id {
     pub const AREAS: u16 = 0x7641;
     /// Ours: a JSON text about the recording. No option points to it.
     pub const NOTES: u16 = 0x764e;
+    /// Ours: the guest's clock ([`super::super::segments`]). No option points to it.
+    pub const SEGMENTS: u16 = 0x7653;
 }
 
 /// Name in front of the header page's text in HEADER_INFO.
@@ -88,6 +90,8 @@ pub const INTERPOLATE: u32 = 1;
 pub const OPTIONS_BYTES_MAX: usize = 32 << 20;
 /// Room kept for notes.
 pub const NOTES_BYTES_MAX: usize = 16 << 20;
+/// Room kept for segments.
+pub const SEGMENTS_BYTES_MAX: usize = 12 << 20;
 /// Options sections of one file that a reader follows.
 pub const OPTIONS_SECTIONS_MAX: usize = 256;
 /// Sections of one file that a reader looks at.
@@ -103,7 +107,12 @@ const _: () = {
     let head = MAGIC.len() + VERSION_7.len() + 4 + UNCOMPRESSED.len();
     assert!(head == 24 && OPTIONS_POINTER_AT == 24);
     // Stock readers seek with an int: everything but pages has to begin below 2 GiB.
-    let front = METADATA_BYTES_MAX + CMDLINES_BYTES_MAX + OPTIONS_BYTES_MAX + NOTES_BYTES_MAX + 64 * CPUS_MAX;
+    let front = METADATA_BYTES_MAX
+        + CMDLINES_BYTES_MAX
+        + OPTIONS_BYTES_MAX
+        + NOTES_BYTES_MAX
+        + SEGMENTS_BYTES_MAX
+        + 64 * CPUS_MAX;
     assert!(front < 1 << 30, "room for format counts and section headers must be left below 2 GiB");
     assert!(AREA_BYTES_MAX <= AREAS_BYTES_MAX && AREA_BYTES_MIN < AREA_BYTES_MAX);
 };

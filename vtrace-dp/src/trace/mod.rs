@@ -26,7 +26,11 @@ pub mod merge;
 pub mod metadata;
 pub mod option;
 pub mod reader;
+pub mod rewrite;
 pub mod section;
+pub mod segments;
 pub mod stamp;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod walk;
 pub mod writer;

@@ -10,6 +10,7 @@ use super::{
     input::{Input, ReadFault},
     layout::{INTERPOLATE, OPTION_HEADER_BYTES, id},
     section::bytes_of,
+    segments::Segments,
 };
 
 /// One option.
@@ -45,6 +46,9 @@ pub enum TraceOption {
         /// See mult.
         shift: u32,
     },
+    /// The guest's clock. Not an option but a section of its own: stock readers complain of options they do not know, and
+    /// pass over sections ([`super::segments`]).
+    Segments(Segments),
 }
 
 /// What a stock reader adds to a guest's time stamps.
@@ -97,6 +101,7 @@ impl TraceOption {
             Self::TimeShift(_) => id::TIME_SHIFT,
             Self::Guest { .. } => id::GUEST,
             Self::Tsc2Nsec { .. } => id::TSC2NSEC,
+            Self::Segments(_) => id::SEGMENTS,
         }
     }
 
@@ -120,6 +125,7 @@ impl TraceOption {
                 out.extend(shift.to_le_bytes());
                 out.extend(0u64.to_le_bytes()); // offset: stock writes 0 and does not read it
             }
+            Self::Segments(segments) => out = segments.encode(),
         }
         Ok(out)
     }

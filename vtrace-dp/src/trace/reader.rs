@@ -25,6 +25,7 @@ use super::{
     metadata::Metadata,
     option::TraceOption,
     section::SectionHeader,
+    segments::Segments,
     walk::{Events, PageFault},
 };
 
@@ -170,6 +171,15 @@ impl<S: Source> Reader<S> {
         let mut input = payload(&self.source, offset, header);
         let text = input.bytes(header.bytes, NOTES_BYTES_MAX, "notes")?;
         String::from_utf8(text).map(Some).map_err(|_| ReadFault::Nonsense { what: "notes", offset })
+    }
+
+    /// The guest's clock, as our writer left it.
+    ///
+    /// # Errors
+    /// The section is broken.
+    pub fn segments(&self) -> Result<Option<Segments>, ReadFault> {
+        let found = self.contents.section(id::SEGMENTS);
+        found.map(|(offset, header)| Segments::read(&mut payload(&self.source, offset, header))).transpose()
     }
 
     /// Where our writer says the lanes are, right even for a file that was never finished.

@@ -27,6 +27,22 @@ pub struct Event<'a> {
     pub time: u64,
     /// What: begins with the event's id (u16).
     pub data: &'a [u8],
+    /// Bytes from the start of the page to its first word.
+    pub at: usize,
+    /// How its time was written.
+    pub stamp: Stamp,
+}
+
+/// How the time of an event was written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stamp {
+    /// As what passed since the event, or the page, before it.
+    Delta,
+    /// As nothing passed, in the long form for what is too long for the short one: the writer's clock had gone back
+    /// (`rb_add_timestamp()`: a time extend of zero that is not the page's first word). What follows counts from here.
+    Stopped,
+    /// As a whole.
+    Absolute,
 }
 
 /// Why a page cannot be walked.
@@ -57,6 +73,11 @@ pub struct Walk {
     at: usize,
     end: usize,
     time: u64,
+    /// What stood in front of the next event.
+    stamp: Stamp,
+    /// Of the event that was found last.
+    event_at: usize,
+    event_stamp: Stamp,
 }
 
 impl<'a> Events<'a> {
@@ -87,7 +108,8 @@ impl<'a> Iterator for Events<'a> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let found = self.walk.next(self.page)?;
-        Some(found.map(|(time, range)| Event { time, data: &self.page[range] }))
+        let (at, stamp) = (self.walk.event_at, self.walk.event_stamp);
+        Some(found.map(|(time, range)| Event { time, data: &self.page[range], at, stamp }))
     }
 }
 
@@ -99,7 +121,8 @@ impl Walk {
     pub fn new(page: &[u8]) -> Result<Self, PageFault> {
         let header = Header::parse(page, page.len()).map_err(PageFault::Header)?;
         let data_bytes = usize::try_from(header.data_bytes).expect("Header::parse compared it with the page");
-        Ok(Self { header, at: HEADER_BYTES, end: HEADER_BYTES + data_bytes, time: header.time })
+        let (at, end) = (HEADER_BYTES, HEADER_BYTES + data_bytes);
+        Ok(Self { header, at, end, time: header.time, event_at: at, event_stamp: Stamp::Delta, stamp: Stamp::Delta })
     }
 
     /// The page's header.
@@ -137,6 +160,11 @@ impl Walk {
                 let long = (u64::from(self.word(page, self.at + 4)?) << DELTA_BITS) + delta;
                 let stamp = long | (self.time & STAMP_UPPER);
                 self.time = if kind == TIME_STAMP { stamp } else { self.time.wrapping_add(long) };
+                self.stamp = match (kind, long) {
+                    (TIME_STAMP, _) => Stamp::Absolute,
+                    (_, 0) if self.at > HEADER_BYTES => Stamp::Stopped,
+                    _ => self.stamp,
+                };
                 self.at += 8;
                 return Ok(None);
             }
@@ -155,8 +183,13 @@ impl Walk {
         };
         let end = start.checked_add(bytes).filter(|end| *end <= self.end).ok_or(PageFault::Event { at: self.at })?;
         // The length that is written counts bytes, the next event begins at a word.
-        self.at = end.next_multiple_of(4).max(self.at + 4);
-        Ok((kind != PADDING).then_some(start..end))
+        self.event_at = self.at;
+        self.at = end.next_multiple_of(4).max(self.event_at + 4);
+        if kind == PADDING {
+            return Ok(None);
+        }
+        self.event_stamp = std::mem::replace(&mut self.stamp, Stamp::Delta);
+        Ok(Some(start..end))
     }
 
     fn length(&self, page: &[u8], at: usize) -> Result<usize, PageFault> {
@@ -207,6 +240,18 @@ mod tests {
         assert_eq!(events.iter().map(|event| event.time).collect::<Vec<_>>(), [upper + 1000, second, third]);
         assert_eq!(events[1].data, [8, 0, 0, 0, 9, 0, 0, 0]);
         assert_eq!(events[2].data, [10, 0, 0, 0]);
+    }
+
+    #[test]
+    fn event_at_which_the_clock_went_back_is_seen() {
+        let extend = |long: u32| [word(TIME_EXTEND, 0), long];
+        let event = [word(1, 4), 7];
+        let words =
+            [extend(0), event, extend(1), event, extend(0), event, event, [word(TIME_STAMP, 3), 1], event, event];
+        let page = page(9, &words.concat());
+        let stamps: Vec<_> = Events::new(&page).unwrap().map(|event| event.unwrap().stamp).collect();
+        use Stamp::{Absolute, Delta, Stopped};
+        assert_eq!(stamps, [Delta, Delta, Stopped, Delta, Absolute, Delta], "the first word of a page may say zero");
     }
 
     #[test]

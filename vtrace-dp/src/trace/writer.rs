@@ -22,7 +22,7 @@ use super::{
     format,
     layout::{
         AREA_BYTES_MAX, AREA_BYTES_MIN, AREAS_BYTES_MAX, FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTION_HEADER_BYTES,
-        OPTIONS_BYTES_MAX, OPTIONS_POINTER_AT, SECTION_HEADER_BYTES, UNCOMPRESSED, VERSION_7, id,
+        OPTIONS_BYTES_MAX, OPTIONS_POINTER_AT, SECTION_HEADER_BYTES, SEGMENTS_BYTES_MAX, UNCOMPRESSED, VERSION_7, id,
     },
     metadata::Metadata,
     option::{self, OptionFault, TraceOption},
@@ -251,6 +251,9 @@ impl Writer {
         if !notes.is_empty() {
             section::push(&mut bytes, id::NOTES, notes.as_bytes());
         }
+        for segments in options.iter().filter(|option| option.id() == id::SEGMENTS) {
+            section::push(&mut bytes, id::SEGMENTS, &segments.encode()?);
+        }
         // Only now is it known where the BUFFER section is that its option points to.
         let section_at = self.tail_at + bytes_of(&bytes);
         let place = usize::try_from(options_at - self.tail_at + SECTION_HEADER_BYTES).expect("bounded") + buffer_at;
@@ -263,6 +266,7 @@ impl Writer {
         for option in options {
             match option {
                 TraceOption::CpuCount(count) => cpus = cpus.max(*count),
+                TraceOption::Segments(_) => {} // a section of its own
                 option => option::push(payload, option.id(), &option.encode()?)?,
             }
         }
@@ -321,8 +325,8 @@ impl Tail {
 const RESERVED_BYTES: u64 = 256 << 10;
 
 fn tail_bytes_max() -> u64 {
-    let texts = CMDLINES_BYTES_MAX + OPTIONS_BYTES_MAX + NOTES_BYTES_MAX;
-    u64::try_from(texts).expect("usize has at most 64 bits") + 8 + 4 * SECTION_HEADER_BYTES
+    let texts = CMDLINES_BYTES_MAX + OPTIONS_BYTES_MAX + NOTES_BYTES_MAX + SEGMENTS_BYTES_MAX;
+    u64::try_from(texts).expect("usize has at most 64 bits") + 8 + 5 * SECTION_HEADER_BYTES
 }
 
 fn bounded(what: &'static str, bytes: usize, bytes_max: usize) -> Result<(), WriteFault> {

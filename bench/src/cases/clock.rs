@@ -1,0 +1,99 @@
+//! Guest time to host time, and pages rewritten by it.
+//!
+//! In:    times of a guest at two thirds of the host's rate; a lane of 64 MiB of its pages in a memory file
+//! Out:   ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages in place, through the same calls
+//! Runs:  on this thread
+
+use std::{fs::File, hint::black_box, os::unix::fs::FileExt, time::Instant};
+
+use anyhow::{Context, Result};
+use vtrace_common::{
+    ids::Cpu,
+    time::{GuestTsc, HostTsc},
+    wire::client::Area,
+};
+use vtrace_dp::{
+    clock::{
+        math::Pair,
+        ratio::{Isa, Ratio},
+        table::Table,
+        testing::{Change, Life, Story},
+    },
+    device::testing::memory_file,
+    trace::rewrite::rewrite,
+};
+
+use super::alternately;
+use crate::row::Row;
+
+const CONVERSIONS: u32 = 20_000_000;
+const PAGE: u32 = 4096;
+const BYTES: u64 = 64 << 20;
+
+/// Measures `rounds` pairs.
+pub(super) fn run(rounds: u32) -> Result<Vec<Row>> {
+    measure(rounds, CONVERSIONS, BYTES)
+}
+
+/// The same with so many conversions, and pages of so many bytes.
+pub(super) fn measure(rounds: u32, conversions: u32, bytes: u64) -> Result<Vec<Row>> {
+    let ratio = Ratio { raw: ((1u64 << 48) / 3 * 2).try_into()?, fraction_bits: 48 };
+    let slower = Pair { offset: 77, ratio: Some(ratio) };
+    let life = Life { gap_max: 4000, rest: 40_000_000, ..Life::new(1, vec![Change { after: 0, pair: slower }]) };
+    let story = life.live(|_| vec![7; 60]);
+    let mut rows = Vec::new();
+    for round in 0..rounds {
+        let scaled = || Ok(conversion_ns(slower, conversions));
+        let same = || Ok(conversion_ns(Pair { ratio: None, ..slower }, conversions));
+        let row = Row::new("clock", "conversion", round, "ns", alternately(round, scaled, same)?);
+        rows.push(row.beside("at the host's rate"));
+        let row = Row::new("clock", "rewrite", round, "GB/s", speeds(round, &life, &story, bytes)?);
+        rows.push(row.beside("reading and writing"));
+    }
+    Ok(rows)
+}
+
+fn conversion_ns(pair: Pair, count: u32) -> f64 {
+    let (base, near) = (pair.to_guest(HostTsc(10_000_000_000_000)), HostTsc(10_000_000_000_000));
+    let (mut sum, begun) = (0, Instant::now());
+    for step in 0..count {
+        let guest = GuestTsc(base.0.wrapping_add(u64::from(step) * 37));
+        sum ^= pair.to_host(black_box(guest), near).map_or(0, |range| range.middle().0);
+    }
+    black_box(sum);
+    begun.elapsed().as_secs_f64() * 1e9 / f64::from(count)
+}
+
+/// GB/s of rewriting, and of reading and writing the same. Each lane is made anew for each.
+fn speeds(round: u32, life: &Life, story: &Story, bytes: u64) -> Result<[f64; 2]> {
+    let table = Table::build(HostTsc(life.since), Isa::Vmx, story.seen.clone(), &[Cpu(0)])?;
+    let length = u64::try_from(story.pages.len())?;
+    let lanes = bytes / length + 1;
+    let area = |lane: u64| Area { cpu: Cpu(0), offset: lane << 32, bytes_max: 1 << 32 };
+    let timed = |one: &dyn Fn(&File, Area) -> Result<()>| -> Result<f64> {
+        let file = memory_file(0)?;
+        (0..lanes).try_for_each(|lane| file.write_all_at(&story.pages, area(lane).offset))?;
+        let begun = Instant::now();
+        (0..lanes).try_for_each(|lane| one(&file, area(lane)))?;
+        Ok(f64::from(u32::try_from(length * lanes)?) / 1e9 / begun.elapsed().as_secs_f64())
+    };
+    let rewritten = |file: &File, area: Area| {
+        let lane = table.lane(area.cpu).context("a lane that is known")?;
+        rewrite(file, &area, length, PAGE, lane)?;
+        Ok(())
+    };
+    let copied = |file: &File, area: Area| copy(file, area.offset, story.pages.len());
+    alternately(round, || timed(&rewritten), || timed(&copied))
+}
+
+/// Reads and writes a mebibyte at a time.
+fn copy(file: &File, offset: u64, bytes: usize) -> Result<()> {
+    let mut chunk = vec![0; 1 << 20];
+    for begin in (0..bytes).step_by(chunk.len()) {
+        let count = chunk.len().min(bytes - begin);
+        let at = offset + u64::try_from(begin)?;
+        file.read_exact_at(&mut chunk[..count], at)?;
+        file.write_all_at(&chunk[..count], at)?;
+    }
+    Ok(())
+}
