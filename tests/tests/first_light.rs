@@ -27,20 +27,20 @@ const LOAD: &str = "for i in 1 2; do (while :; do sleep 0.01; done) </dev/null >
 
 #[test]
 fn first_light_on_kernel_6_1() -> Result<()> {
-    first_light(Kernel::V6_1)
+    first_light(Kernel::V6_1, "buffered")
 }
 
 #[test]
 fn first_light_on_kernel_6_12() -> Result<()> {
-    first_light(Kernel::V6_12)
+    first_light(Kernel::V6_12, "direct")
 }
 
 #[test]
 fn first_light_on_newest_kernel() -> Result<()> {
-    first_light(Kernel::Newest)
+    first_light(Kernel::Newest, "auto")
 }
 
-fn first_light(kernel: Kernel) -> Result<()> {
+fn first_light(kernel: Kernel, sink: &str) -> Result<()> {
     let turn = turn()?;
     let folder = tempfile::tempdir()?;
     let server = Server::start(&[GUEST])?;
@@ -49,8 +49,10 @@ fn first_light(kernel: Kernel) -> Result<()> {
     server.await_agent(GUEST)?;
     machine.shell(LOAD)?.ok()?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let words = format!("-e sched -e irq --dom {GUEST} -e sched -e irq:* -- sleep 2");
+    let words = format!("--sink {sink} -e sched -e irq --dom {GUEST} -e sched -e irq:* -- sleep 2");
     let recording = recorder.run(&words)?.ok()?;
+    let used = recording.machine(GUEST)?["sink"].clone();
+    ensure!(sink == "auto" || used == sink, "{sink} was asked for, {used} was used");
 
     pages_are_those_the_guest_read(&machine, &recording)?;
     every_event_the_kernels_counted_is_in_the_files(&recording)?;

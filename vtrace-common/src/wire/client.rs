@@ -38,7 +38,8 @@ pub enum ToServer {
         /// The request.
         request: ToAgent,
     },
-    /// Write this guest's pages there; one descriptor, writable and seekable, comes with it. → `LanesReady`
+    /// Write this guest's pages there; one descriptor, writable and seekable, comes with it. With a second one, another
+    /// description of the same file that has O_DIRECT, pages go past the page cache where they can. → `LanesReady`
     Lanes(Lanes),
     /// What has come so far? → `Ledger`
     Ledger {

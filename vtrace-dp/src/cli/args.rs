@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
+use crate::recorder::sink::SinkChoice;
+
 /// Where server and clients meet when nobody says otherwise.
 pub const RUN_DIR: &str = "/run/vtrace";
 
@@ -61,6 +63,9 @@ pub struct RecordArgs {
     /// Leave kernel symbols out: arms faster, functions stay numbers
     #[arg(long)]
     pub no_kallsyms: bool,
+    /// How guests' pages are written: past the page cache where that is to be had, or one way
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    pub sink: SinkChoice,
     /// Exit with status 3 if a single page or event was lost
     #[arg(long)]
     pub strict: bool,

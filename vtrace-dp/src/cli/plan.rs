@@ -10,7 +10,7 @@ use clap::ArgMatches;
 use vtrace_common::{limits::NAME_BYTES_MAX, wire::agent::Arm};
 
 use super::{args::RecordArgs, machine_options};
-use crate::server::check_name;
+use crate::{recorder::sink::SinkChoice, server::check_name};
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";
@@ -26,6 +26,8 @@ pub struct Plan {
     pub command: Vec<OsString>,
     /// Stop after this long.
     pub timeout: Option<Duration>,
+    /// How guests' pages are written.
+    pub sink: SinkChoice,
     /// Exit with 3 on any loss.
     pub strict: bool,
     /// The closing table as JSON.
@@ -124,6 +126,7 @@ impl Plan {
             guests,
             command: args.command.clone(),
             timeout: args.timeout.map(timeout).transpose()?,
+            sink: args.sink,
             strict: args.strict,
             json: args.json,
             quiet: args.quiet,

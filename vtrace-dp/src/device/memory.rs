@@ -28,8 +28,12 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, mmap::MmapRegionError};
 use vtrace_common::limits::MEMORY_REGIONS_MAX;
 
+use crate::sys::writes::Vectors;
+
 /// Entries of one vectored write (IOV_MAX, include/uapi/linux/uio.h).
 pub const BATCH_ENTRIES_MAX: usize = 1024;
+/// Bytes of our own that a batch has room for.
+pub const OWN_BYTES_MAX: usize = 4096;
 /// Alignment of a region in the guest, in the VMM and in its file: then alignment in the guest is alignment here.
 const REGION_ALIGNMENT: u64 = 4096;
 
@@ -327,11 +331,22 @@ pub struct Batch {
     memory: Arc<Memory>,
     entries: Vec<libc::iovec>,
     bytes: u64,
+    /// Bytes that stand for some of the guest's.
+    own: Arc<MmapRegion>,
+    own_bytes: usize,
 }
 
-// SAFETY: the pointers lead into mappings that `memory` keeps in place wherever the batch goes; they are only handed to
-// the kernel, which reads bytes that the guest may be changing at that time, as it may for any device.
+// SAFETY: the pointers lead into mappings that `memory` and `own` keep in place wherever the batch goes; they are only
+// handed to the kernel, which reads bytes that the guest may be changing at that time, as it may for any device.
 unsafe impl Send for Batch {}
+
+// SAFETY: `memory` and `own` keep what the entries name mapped, and go only with the batch; the entries lie on the heap,
+// where they stay when the batch is moved.
+unsafe impl Vectors for Batch {
+    fn vectors(&self) -> &[libc::iovec] {
+        &self.entries
+    }
+}
 
 /// A place in a batch to return to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -353,7 +368,16 @@ pub struct Written {
 impl Batch {
     /// An empty batch over `memory`.
     pub fn new(memory: Arc<Memory>) -> Self {
-        Self { memory, entries: Vec::with_capacity(BATCH_ENTRIES_MAX), bytes: 0 }
+        let own = MmapRegion::new(OWN_BYTES_MAX).expect("a page of memory");
+        Self { memory, entries: Vec::with_capacity(BATCH_ENTRIES_MAX), bytes: 0, own: Arc::new(own), own_bytes: 0 }
+    }
+
+    /// From now on, spans of `memory`. The batch is empty.
+    pub fn remap(&mut self, memory: &Arc<Memory>) {
+        assert!(self.entries.is_empty(), "what is gathered belongs to the old memory");
+        if !Arc::ptr_eq(&self.memory, memory) {
+            self.memory = Arc::clone(memory);
+        }
     }
 
     /// Adds a span that lies in one region. False if the batch is full: write it, clear it, push again. Hot.
@@ -362,14 +386,34 @@ impl Batch {
         let (region, offset) = self.memory.place(span.gpa, bytes)?;
         let slice = region.mapping.get_slice(offset, bytes).map_err(|_| Outside(span.gpa))?;
         let base = slice.ptr_guard().as_ptr().cast_mut();
+        Ok(self.append(base, bytes))
+    }
+
+    /// Adds bytes that are not the guest's, and copies them. False if there is no room. Hot.
+    pub fn push_own(&mut self, bytes: &[u8]) -> bool {
+        let Ok(slice) = self.own.get_slice(self.own_bytes, bytes.len()) else { return false };
+        slice.copy_from(bytes);
+        let base = slice.ptr_guard().as_ptr().cast_mut();
+        let is_pushed = self.append(base, bytes.len());
+        self.own_bytes += if is_pushed { bytes.len() } else { 0 };
+        is_pushed
+    }
+
+    fn append(&mut self, base: *mut u8, bytes: usize) -> bool {
         let full = self.entries.len() == BATCH_ENTRIES_MAX;
         match self.entries.last_mut() {
             Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == base => last.iov_len += bytes,
-            _ if full => return Ok(false),
+            _ if full => return false,
             _ => self.entries.push(libc::iovec { iov_base: base.cast(), iov_len: bytes }),
         }
-        self.bytes += u64::from(span.bytes);
-        Ok(true)
+        self.bytes += u64::try_from(bytes).expect("usize has at most 64 bits");
+        true
+    }
+
+    /// Every entry begins and ends at a multiple of `alignment`. Hot.
+    pub fn is_aligned(&self, alignment: usize) -> bool {
+        let bits = self.entries.iter().fold(0, |bits, entry| bits | entry.iov_base.addr() | entry.iov_len);
+        bits.is_multiple_of(alignment)
     }
 
     /// Bytes gathered. Hot.
@@ -400,13 +444,23 @@ impl Batch {
     /// Forgets everything. Hot.
     pub fn clear(&mut self) {
         self.entries.clear();
-        self.bytes = 0;
+        (self.bytes, self.own_bytes) = (0, 0);
+    }
+
+    /// Writes what is left behind the first `done` bytes, at its place in a file in which the batch begins at `offset`.
+    /// Like [`Batch::write_at`], and says how far all of it came.
+    pub fn write_rest(&mut self, file: BorrowedFd<'_>, offset: u64, done: u64) -> Written {
+        let first = self.advance(0, usize::try_from(done).expect("bytes of a batch in memory"));
+        self.write_from(file, offset, first, done)
     }
 
     /// Writes everything at `offset` of the file. The batch is used up: entries move on as they are written, so only
     /// `clear` may follow. Hot.
     pub fn write_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> Written {
-        let (mut first, mut done) = (0, 0);
+        self.write_from(file, offset, 0, 0)
+    }
+
+    fn write_from(&mut self, file: BorrowedFd<'_>, offset: u64, mut first: usize, mut done: u64) -> Written {
         while done < self.bytes {
             match self.write_once(file, first, offset + done) {
                 Ok(0) => return Written { bytes: done, fault: Some(io::Error::from_raw_os_error(libc::ENOSPC)) },

@@ -2,7 +2,7 @@
 //!
 //! In:    batches of guest memory, and where they belong in the file
 //! Out:   bytes in the file
-//! Runs:  on the worker's thread, which waits for each write
+//! Runs:  on the worker's thread, which waits for each write, or is told later how far it came
 //! Full:  says how far a write came and why it ended; the lane counts what is lost
 //! Trust: the file is the client's: it may be full, slow, or fail in any way
 
@@ -10,17 +10,47 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::{fd::AsFd, unix::fs::FileExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::device::memory::{Batch, Written};
 
-/// A place that pages go to.
+/// How a write ended that [`Sink::submit`] had left under way.
+#[derive(Debug)]
+pub struct Landed {
+    /// What was given with it.
+    pub tag: u64,
+    /// How far it came.
+    pub written: Written,
+}
+
+/// A place that pages go to. The provided methods are those of a sink whose writes are over when they return.
 pub trait Sink: Send + fmt::Debug {
     /// Writes a whole batch at `offset`. The batch is used up. Hot.
     fn write(&mut self, batch: &mut Batch, offset: u64) -> Written;
+    /// Writes a whole batch at `offset`, or only starts to. `Some`: it is over, the batch is used up. `None`: it is under
+    /// way, its end comes from [`Sink::landed`] with `tag`; the batch was taken, an empty one is in its place. Hot.
+    fn submit(&mut self, batch: &mut Batch, offset: u64, _tag: u64) -> Option<Written> {
+        Some(self.write(batch, offset))
+    }
+    /// The end of a write that was under way, in any order. `None`: none has ended yet, or, if it shall `wait`, none is
+    /// under way. Ask until there is none: not every one rings the bell. Hot.
+    fn landed(&mut self, _wait: bool) -> Option<Landed> {
+        None
+    }
+    /// Readable when a write that was under way has ended. `None`: no write ever is.
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// Bytes that are worth a write of their own; a batch with fewer waits for more, as long as it may.
+    fn write_bytes(&self) -> u64 {
+        u64::MAX
+    }
     /// Makes a stretch, shorter than a page, zero again that held part of a page.
     fn erase(&mut self, offset: u64, bytes: u64) -> io::Result<()>;
 }
@@ -47,6 +77,16 @@ impl FileSink {
             return invalid("file is open for appending");
         }
         Ok(Self { file })
+    }
+
+    /// The file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The file, to be written in another way.
+    pub(super) fn into_file(self) -> File {
+        self.file
     }
 }
 

@@ -38,23 +38,27 @@ use super::{
     lane::Lane,
     ledger::Counters,
     road::Road,
-    sink::{NullSink, Sink},
+    sink::{Landed, NullSink, Sink},
 };
 use crate::device::{
     memory::{Memory, Span},
     ring::{CHAIN_SPANS_MAX, Ring, RingFault},
 };
 
-/// How long chains are held back at most, so that one write and one interrupt serve many.
-const HOLD_US_MAX: u64 = 1500;
+/// Chains are held back so that one write and one interrupt serve many: for one tick at least, for two at most.
+const TICK_US: u64 = 750;
 /// Panics after which rings are not served any more, only commands.
 const PANICS_MAX: u32 = 8;
 /// Roads of one guest: every ring and every lane may be of a CPU that the other kind does not have.
 const ROADS_MAX: usize = 2 * LANES_MAX;
 /// Events of one epoll_wait.
-const EVENTS_MAX: usize = 64;
+const EVENTS_MAX: usize = 128;
 const COMMAND: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
+const LANDED: u64 = u64::MAX - 2;
+
+/// What is done with a road.
+type Act = fn(&mut Road, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>;
 
 /// What is called with the ledgers when the lanes are closed.
 pub(super) type Done = Box<dyn FnOnce(Vec<LaneLedger>) + Send>;
@@ -96,6 +100,12 @@ pub(super) struct Worker {
     timer: TimerFd,
     timer_runs: bool,
     roads: Vec<Road>,
+    /// Roads that are ready, each once.
+    ready: Vec<usize>,
+    /// Those that are being served.
+    serving: Vec<usize>,
+    /// Roads that hold chains, each once; the timer runs if there are any.
+    timed: Vec<usize>,
     sink: Box<dyn Sink>,
     /// Of the lanes there are.
     counters: Vec<Arc<Counters>>,
@@ -121,7 +131,8 @@ impl Worker {
         epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
         let (timer_runs, stopping, finish, current, panics) = (false, false, None, None, 0);
         let (roads, counters, spans) = (Vec::new(), Vec::new(), Vec::with_capacity(CHAIN_SPANS_MAX));
-        let sink = Box::new(NullSink);
+        let list = || Vec::with_capacity(ROADS_MAX);
+        let (ready, serving, timed, sink) = (list(), list(), list(), Box::new(NullSink));
         Ok(Self {
             guest,
             commands,
@@ -130,6 +141,9 @@ impl Worker {
             timer,
             timer_runs,
             roads,
+            ready,
+            serving,
+            timed,
             sink,
             counters,
             finish,
@@ -165,6 +179,7 @@ impl Worker {
             match event.data() {
                 COMMAND => commands = true,
                 TIMER => tick = self.timer_expired(),
+                LANDED => {}
                 index => self.kicked(index),
             }
         }
@@ -178,12 +193,14 @@ impl Worker {
         if self.panics < PANICS_MAX {
             self.serve(tick);
         }
+        // What ended meanwhile does not ring again.
+        self.land(false);
         self.check_finish();
         true
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let ready = self.panics < PANICS_MAX && self.roads.iter().any(|road| road.ready);
+        let ready = self.panics < PANICS_MAX && !self.ready.is_empty();
         if ready || self.stopping {
             return EpollTimeout::ZERO;
         }
@@ -193,12 +210,14 @@ impl Worker {
     }
 
     fn kicked(&mut self, index: u64) {
-        let Some(road) = usize::try_from(index).ok().and_then(|index| self.roads.get_mut(index)) else { return };
+        let Some(index) = usize::try_from(index).ok().filter(|index| *index < self.roads.len()) else { return };
+        let road = &mut self.roads[index];
         if let Some(ring) = road.ring() {
             let mut counter = [0; 8];
             // Non-blocking; if another read was faster there is nothing to read, and looking at the ring costs little.
             let _ = nix::unistd::read(ring.kick(), &mut counter);
             road.ready = true;
+            self.note(index);
         }
     }
 
@@ -208,23 +227,49 @@ impl Worker {
         true
     }
 
-    /// Serves the rings that were kicked, and those that hold chains if the time is up.
-    fn serve(&mut self, tick: bool) {
-        for index in 0..self.roads.len() {
-            let road = &mut self.roads[index];
-            if tick && road.holds() {
-                self.with_road(index, |road, sink, spans| road.tick(sink, spans));
-            } else if road.ready {
-                self.with_road(index, |road, sink, spans| road.serve(sink, spans));
-            }
+    /// Puts a road onto the lists that it belongs to. Hot.
+    fn note(&mut self, index: usize) {
+        let road = &mut self.roads[index];
+        if road.ready && !std::mem::replace(&mut road.queued, true) {
+            self.ready.push(index);
         }
-        if !self.timer_runs && self.roads.iter().any(Road::holds) {
-            let time = Expiration::OneShot(TimeSpec::from_duration(Duration::from_micros(HOLD_US_MAX)));
+        if road.holds() && !std::mem::replace(&mut road.timed, true) {
+            self.timed.push(index);
+        }
+        let discarded = road.discarded_bytes();
+        if discarded > 0 {
+            self.discarded_bytes.fetch_add(discarded, Ordering::Relaxed);
+        }
+    }
+
+    /// Serves the rings that were kicked, and those that hold chains if the time is up. Hot.
+    fn serve(&mut self, tick: bool) {
+        if tick {
+            self.each_of(|worker| &mut worker.timed, |road| road.timed = false, Road::tick);
+        }
+        self.each_of(
+            |worker| &mut worker.ready,
+            |road| road.queued = false,
+            |road, sink, spans| {
+                if road.ready { road.serve(sink, spans) } else { Ok(()) }
+            },
+        );
+        if !self.timer_runs && !self.timed.is_empty() {
+            let time = Expiration::OneShot(TimeSpec::from_duration(Duration::from_micros(TICK_US)));
             self.timer.set(time, TimerSetTimeFlags::empty()).expect("a timer of our own takes a short time");
             self.timer_runs = true;
         }
-        let discarded = self.roads.iter().map(Road::discarded_bytes).sum();
-        self.discarded_bytes.store(discarded, Ordering::Relaxed);
+    }
+
+    /// Does something with each road that is on a list now, which is empty before the first has its turn. Hot.
+    fn each_of(&mut self, list: fn(&mut Self) -> &mut Vec<usize>, leave: fn(&mut Road), act: Act) {
+        let mut serving = std::mem::take(&mut self.serving);
+        std::mem::swap(&mut serving, list(self));
+        serving.iter().for_each(|index| leave(&mut self.roads[*index]));
+        for index in serving.drain(..) {
+            self.with_road(index, act);
+        }
+        self.serving = serving;
     }
 
     /// Does something with a road; a fault ends its ring. Hot.
@@ -238,7 +283,18 @@ impl Worker {
         if let Err(fault) = act(road, &mut *self.sink, &mut self.spans) {
             self.end_ring(index, fault);
         }
+        self.note(index);
         self.current = None;
+    }
+
+    /// Takes the ends of writes; all of them if it shall `wait`: then nothing of any guest's memory is in use. Hot.
+    fn land(&mut self, wait: bool) {
+        while let Some(Landed { tag, written }) = self.sink.landed(wait) {
+            let index = Lane::numbered(tag);
+            if index < self.roads.len() {
+                self.with_road(index, |road, _, _| road.landed(tag, written));
+            }
+        }
     }
 
     fn end_ring(&mut self, index: usize, fault: RingFault) {
@@ -248,17 +304,20 @@ impl Worker {
         road.end(&mut *self.sink);
     }
 
+    /// Writes what is held, and waits until it is written.
     fn flush_all(&mut self) {
         for index in 0..self.roads.len() {
             self.with_road(index, |road, sink, _| road.flush(sink));
         }
+        self.land(true);
     }
 
     /// Takes what waits in each ring, writes it, gives it back.
     fn drain_all(&mut self) {
         for index in 0..self.roads.len() {
-            self.with_road(index, |road, sink, spans| if road.runs() { road.tick(sink, spans) } else { Ok(()) });
+            self.with_road(index, |road, sink, spans| if road.runs() { road.drain(sink, spans) } else { Ok(()) });
         }
+        self.land(true);
     }
 
     /// Commands, in order.
@@ -315,7 +374,10 @@ impl Worker {
         };
         let data = u64::try_from(index).expect("at most ROADS_MAX roads");
         match self.epoll.add(ring.kick(), EpollEvent::new(EpollFlags::EPOLLIN, data)) {
-            Ok(()) => self.roads[index].start(ring),
+            Ok(()) => {
+                self.roads[index].start(ring);
+                self.note(index);
+            }
             Err(errno) => log::warn!("{}: kick cannot be watched: {errno}", LaneId { guest: self.guest, cpu }),
         }
     }
@@ -325,6 +387,7 @@ impl Worker {
         if self.roads[index].runs() {
             self.with_road(index, |road, sink, _| road.flush(sink));
         }
+        self.land(true);
         unwatch(&self.epoll, &self.roads[index]);
         self.roads[index].stop()
     }
@@ -343,8 +406,15 @@ impl Worker {
         }
         // What is in the rings now was sent before: it is none of these lanes'.
         self.drain_all();
-        for (cpu, lane) in attachment.lanes {
+        if let Some(bell) = attachment.sink.bell()
+            && let Err(errno) = self.epoll.add(bell, EpollEvent::new(EpollFlags::EPOLLIN, LANDED))
+        {
+            log::warn!("guest{}: the ends of writes cannot be watched: {errno}", self.guest.0);
+            return false;
+        }
+        for (cpu, mut lane) in attachment.lanes {
             if let Some(index) = self.road(cpu) {
+                lane.number(index);
                 self.roads[index].lane = Some(lane);
             }
         }
@@ -387,6 +457,10 @@ impl Worker {
     /// Closes all lanes; from now on what comes is discarded. Rings were flushed.
     fn close_lanes(&mut self) {
         for index in 0..self.roads.len() {
+            self.with_road(index, |road, sink, _| road.end_lane(sink));
+        }
+        self.land(true);
+        for index in 0..self.roads.len() {
             let cpu = self.roads[index].cpu;
             let ends = self.finish.as_ref().map_or(&[][..], |finish| &finish.ends);
             let sent = ends.iter().find(|end| end.cpu == cpu).map(|end| end.bytes_sent);
@@ -394,6 +468,10 @@ impl Worker {
                 road.close(sink, sent);
                 Ok(())
             });
+        }
+        if let Some(bell) = self.sink.bell() {
+            // It was added when the lanes were attached.
+            let _ = self.epoll.delete(bell);
         }
         self.sink = Box::new(NullSink);
     }

@@ -24,6 +24,7 @@ use super::{
     host::HostReport,
     run::Recording,
     session::GuestSession,
+    sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
     tsc::Scale,
 };
@@ -61,6 +62,8 @@ pub(super) struct MachineFile {
     output: Output,
     trace_id: u64,
     pub(super) writer: Writer,
+    /// A guest's file once more, past the page cache, if it is written so.
+    pub(super) direct: Option<File>,
 }
 
 impl Drop for Output {
@@ -108,7 +111,14 @@ pub(super) fn create(recording: &Recording, outputs: Vec<Output>) -> Result<Vec<
         (&session.metadata, armed)
     });
     let machines = std::iter::once((&host.metadata, &host.armed)).chain(guests);
-    machines.zip(outputs).map(|((metadata, armed), output)| create_one(metadata, armed, output)).collect()
+    let made = machines.zip(outputs).map(|((metadata, armed), output)| create_one(metadata, armed, output));
+    let mut files = made.collect::<Result<Vec<_>, _>>()?;
+    for file in files.iter_mut().skip(1) {
+        let direct = open_direct(recording.plan.sink, file.writer.file());
+        let failed = |source| FileError { path: file.output.path.clone(), what: "open past the page cache", source };
+        file.direct = direct.map_err(failed)?;
+    }
+    Ok(files)
 }
 
 fn create_one(
@@ -120,7 +130,7 @@ fn create_one(
     let file = output.file.try_clone().and_then(|file| file.set_len(0).map(|()| file)).map_err(failed)?;
     let writer = Writer::create(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes);
     let writer = writer.map_err(|fault| failed(fault.into()))?;
-    Ok(MachineFile { output, trace_id: random() | 1, writer })
+    Ok(MachineFile { output, trace_id: random() | 1, writer, direct: None })
 }
 
 /// The recording has begun: the files stay, whatever happens.
@@ -172,6 +182,7 @@ fn finish_host(
         file: Some(file.output.path.clone()),
         bytes: 0,
         lanes,
+        sink: None,
         clock: None,
         start_skew_ns: None,
         commands: Vec::new(),
@@ -212,6 +223,7 @@ fn finish_guest(
         file: Some(file.output.path.clone()),
         bytes: 0,
         lanes,
+        sink: Some(if file.direct.is_some() { "direct" } else { "buffered" }),
         start_skew_ns: clock.plan.as_ref().and_then(|plan| start_skew_ns(recording, common, session, plan)),
         clock: clock.summary,
         commands: session.outputs.commands().to_vec(),

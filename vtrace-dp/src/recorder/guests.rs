@@ -170,10 +170,10 @@ impl Guests {
         self.send(requests)
     }
 
-    /// Tells the server where the pages of guest `index` go.
-    pub fn send_lanes(&mut self, index: usize, areas: &[Area], file: &File) -> Result<(), GuestsError> {
+    /// Tells the server where the pages of guest `index` go: descriptors of one file, the second past the page cache.
+    pub fn send_lanes(&mut self, index: usize, areas: &[Area], files: &[&File]) -> Result<(), GuestsError> {
         let Some(request) = self.sessions[index].lanes(areas) else { return Ok(()) };
-        Ok(self.link.send_with_file(&request, file)?)
+        Ok(self.link.send_with_files(&request, files)?)
     }
 
     /// Applies one step of the state machine to every guest and sends what it wants.

@@ -30,5 +30,6 @@ pub mod kvm;
 pub mod outputs;
 pub mod run;
 pub mod session;
+pub mod sink;
 pub mod summary;
 pub mod tsc;

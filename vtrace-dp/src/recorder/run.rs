@@ -272,7 +272,8 @@ impl Recording<'_> {
     fn send_lanes(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         for (index, file) in files.iter().skip(1).enumerate() {
-            guests.send_lanes(index, file.writer.areas(), file.writer.file())?;
+            let files: Vec<_> = [file.writer.file()].into_iter().chain(&file.direct).collect();
+            guests.send_lanes(index, file.writer.areas(), &files)?;
         }
         guests.wait(Phase::Ready, Some(signals))?;
         self.refuse_trouble()

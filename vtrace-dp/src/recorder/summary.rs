@@ -41,6 +41,8 @@ pub struct MachineSummary {
     pub bytes: u64,
     /// One entry a CPU.
     pub lanes: Vec<LaneSummary>,
+    /// How a guest's pages got into the file: `direct` past the page cache, or `buffered`.
+    pub sink: Option<&'static str>,
     /// How its times become host times; empty for the host.
     pub clock: Option<ClockSummary>,
     /// From the first machine's start to this one's, nanoseconds of host time.
@@ -308,6 +310,7 @@ mod tests {
             file: Some("trace-guest1.dat".into()),
             bytes: 36864,
             lanes,
+            sink: Some("buffered"),
             clock: Some(clock),
             start_skew_ns: None,
             failed: true,

@@ -31,13 +31,15 @@ use vtrace_common::{
 
 use super::{
     guest::{Command, GuestSlot, Holder},
-    lanes::{check_areas, check_file},
+    lanes::{LanesFault, check_areas, check_direct, check_file},
     outbox::{Bell, Outbox, Session},
 };
 use crate::sys::socket::{Peer, receive, send_now};
 
 /// Answers that may wait before a client's requests do.
 const ANSWERS_WAITING_MAX: usize = 4 * FRAMES_WAITING_MAX;
+/// Descriptors of a request: a file, and the same past the page cache.
+const FILES_MAX: usize = 2;
 /// Bytes read at a time.
 const PIECE_BYTES: usize = 16 << 10;
 /// Longest wait a client may ask for when it finishes.
@@ -97,8 +99,8 @@ pub(super) struct Client {
     greeted: bool,
     /// Bytes that the socket has not taken yet.
     unsent: Vec<u8>,
-    /// The descriptor that came with bytes of a frame that is not whole yet.
-    passed: Option<OwnedFd>,
+    /// The descriptors that came with bytes of a frame that is not whole yet.
+    passed: Vec<OwnedFd>,
     held: HashMap<String, Held>,
 }
 
@@ -114,7 +116,7 @@ impl Client {
             decoder: Decoder::default(),
             greeted: false,
             unsent: encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds"),
-            passed: None,
+            passed: Vec::new(),
             held: HashMap::new(),
         })
     }
@@ -204,8 +206,10 @@ impl Client {
             Err(error) if error.would_block() => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let uninvited = descriptors.len() + usize::from(self.passed.is_some()) > 1;
-        self.passed = if uninvited { None } else { self.passed.take().or(descriptors.into_iter().next()) };
+        self.passed.extend(descriptors);
+        if self.passed.len() > FILES_MAX {
+            self.passed.clear();
+        }
         self.decoder.push(&piece[..count]);
         while let Some(frame) = self.decoder.next_frame()? {
             if !self.greeted {
@@ -221,7 +225,7 @@ impl Client {
         }
         if self.decoder.is_empty() {
             // It came with no request that takes one.
-            self.passed = None;
+            self.passed.clear();
         }
         Ok(())
     }
@@ -300,19 +304,27 @@ impl Client {
     }
 
     fn attach(&mut self, lanes: &Lanes) -> Result<Option<FromServer>, Refusal> {
-        let file = self.passed.take().map(File::from);
+        let mut files = std::mem::take(&mut self.passed).into_iter().map(File::from);
+        let (file, direct) = (files.next(), files.next());
         let guest = lanes.guest.clone();
         let held = self.claimed(&guest)?;
         if held.phase == Phase::Attached {
             return Err(state(&guest, "the guest has lanes already"));
         }
-        let file = file.ok_or_else(|| Refusal::Request { detail: "no one descriptor came with the lanes".into() })?;
-        check_file(&file).map_err(|fault| Refusal::Request { detail: fault.to_string() })?;
-        check_areas(lanes, held.slot.ports()).map_err(|fault| Refusal::Request { detail: fault.to_string() })?;
-        held.slot
-            .drain
-            .attach(file, lanes.page_bytes, lanes.areas.clone())
-            .map_err(|error| state(&guest, &error.to_string()))?;
+        let file =
+            file.ok_or_else(|| Refusal::Request { detail: "not one descriptor or two came with the lanes".into() })?;
+        let wrong = |fault: LanesFault| Refusal::Request { detail: fault.to_string() };
+        check_file(&file).map_err(wrong)?;
+        if let Some(direct) = &direct {
+            check_direct(&file, direct).map_err(wrong)?;
+        }
+        check_areas(lanes, held.slot.ports()).map_err(wrong)?;
+        let (drain, areas) = (&held.slot.drain, lanes.areas.clone());
+        let attached = match direct {
+            Some(direct) => drain.attach_direct(file, direct, lanes.page_bytes, areas),
+            None => drain.attach(file, lanes.page_bytes, areas),
+        };
+        attached.map_err(|error| state(&guest, &error.to_string()))?;
         held.phase = Phase::Attached;
         Ok(Some(FromServer::LanesReady { guest }))
     }

@@ -1,11 +1,15 @@
 //! Whether a client's file and areas can be written to.
 //!
-//! In:    a `Lanes` request and the descriptor that came with it
+//! In:    a `Lanes` request and the descriptors that came with it
 //! Out:   nothing, or a [`LanesFault`]
 //! Runs:  on the client's thread
 //! Trust: nothing: areas may overlap, wrap around or belong to no CPU; the descriptor may be anything
 
-use std::{fs::File, io, os::fd::AsFd};
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vtrace_common::{
@@ -13,6 +17,8 @@ use vtrace_common::{
     limits::{LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     wire::client::Lanes,
 };
+
+use crate::sys::direct::is_direct;
 
 /// Why pages cannot go there.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +31,10 @@ pub(super) enum LanesFault {
     NotWritable,
     #[error("the file is open for appending: pages would not go to their places")]
     Appending,
+    #[error("the second descriptor is of another file")]
+    OtherFile,
+    #[error("the second descriptor does not go past the page cache (O_DIRECT)")]
+    NotDirect,
     #[error("a page of {0} bytes is none")]
     Page(u32),
     #[error("{0} lanes")]
@@ -51,6 +61,17 @@ pub(super) fn check_file(file: &File) -> Result<(), LanesFault> {
         return Err(LanesFault::NotWritable);
     }
     if flags.contains(OFlag::O_APPEND) { Err(LanesFault::Appending) } else { Ok(()) }
+}
+
+/// Refuses what is not another description of `file`, writable and with O_DIRECT.
+pub(super) fn check_direct(file: &File, direct: &File) -> Result<(), LanesFault> {
+    check_file(direct)?;
+    let identity = |file: &File| Ok((file.metadata()?.dev(), file.metadata()?.ino()));
+    if identity(file).map_err(LanesFault::Examine)? != identity(direct).map_err(LanesFault::Examine)? {
+        return Err(LanesFault::OtherFile);
+    }
+    let is_direct = is_direct(direct).map_err(|error| LanesFault::Examine(error.into()))?;
+    if is_direct { Ok(()) } else { Err(LanesFault::NotDirect) }
 }
 
 /// Refuses areas that overlap, are out of place or belong to a CPU without a port.
@@ -85,7 +106,7 @@ pub(super) fn check_areas(lanes: &Lanes, ports: usize) -> Result<(), LanesFault>
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
+    use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt};
 
     use proptest::prelude::*;
     use vtrace_common::wire::client::Area;
@@ -134,6 +155,22 @@ mod tests {
         assert!(matches!(check_file(&appending), Err(LanesFault::Appending)));
         let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
         assert!(matches!(check_file(&null), Err(LanesFault::NotRegular)));
+    }
+
+    #[test]
+    fn second_descriptor_is_of_the_same_file_writable_and_direct() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (path, other) = (folder.path().join("trace.dat"), folder.path().join("other.dat"));
+        let (file, another) = (File::create(&path).unwrap(), File::create(&other).unwrap());
+        assert!(matches!(check_direct(&file, &another), Err(LanesFault::OtherFile)));
+        assert!(matches!(check_direct(&file, &file), Err(LanesFault::NotDirect)));
+        let Ok(direct) = crate::sys::direct::reopen(&file) else {
+            return eprintln!("skipped: no O_DIRECT in the source folder");
+        };
+        check_direct(&file, &direct).unwrap();
+        assert!(matches!(check_direct(&another, &direct), Err(LanesFault::OtherFile)));
+        let reading = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+        assert!(matches!(check_direct(&file, &reading), Err(LanesFault::NotWritable)));
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! A client's side of the control socket.
 //!
-//! In:    requests, with a file for one of them; the server's frames
+//! In:    requests, with files for one of them; the server's frames
 //! Out:   messages, or a [`LinkError`] that says why there are none
 //! Runs:  on the caller's thread
 //! Full:  a send waits until the server has read; the server reads whenever its answers are read
@@ -30,7 +30,7 @@ use vtrace_common::wire::{
 use super::CONTROL_SOCKET;
 use crate::sys::{
     SysError,
-    socket::{Peer, receive, send_all},
+    socket::{Peer, receive, send_all_with},
 };
 
 /// How long a server may take to greet.
@@ -111,7 +111,7 @@ impl Link {
         let server = Hello { version_min: 0, version_max: 0, software: String::new() };
         let mut link = Self { socket, decoder: Decoder::default(), server, peer };
         // A server that is full says so and closes, and may have done it before our hello: what it said is still there.
-        let sent = link.transmit(&Hello::ours(crate::SOFTWARE), None);
+        let sent = link.transmit(&Hello::ours(crate::SOFTWARE), &[]);
         if !matches!(sent, Err(LinkError::Closed)) {
             sent?;
         }
@@ -132,12 +132,18 @@ impl Link {
 
     /// Sends a request.
     pub fn send(&mut self, request: &ToServer) -> Result<(), LinkError> {
-        self.transmit(request, None)
+        self.transmit(request, &[])
     }
 
     /// Sends a request and a descriptor for `file` with it.
     pub fn send_with_file(&mut self, request: &ToServer, file: &File) -> Result<(), LinkError> {
-        self.transmit(request, Some(file.as_fd()))
+        self.send_with_files(request, &[file])
+    }
+
+    /// Sends a request and descriptors for `files` with it.
+    pub fn send_with_files(&mut self, request: &ToServer, files: &[&File]) -> Result<(), LinkError> {
+        let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+        self.transmit(request, &descriptors)
     }
 
     /// The next message; waits for `timeout`, or for ever. `None`: none came in time.
@@ -148,8 +154,8 @@ impl Link {
         Ok(self.frame(timeout)?.map(|frame| frame.open()).transpose()?)
     }
 
-    fn transmit(&self, message: &impl Message, with: Option<BorrowedFd<'_>>) -> Result<(), LinkError> {
-        match send_all(self.socket.as_fd(), &encode(message)?, with) {
+    fn transmit(&self, message: &impl Message, with: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+        match send_all_with(self.socket.as_fd(), &encode(message)?, with) {
             Err(SysError { errno: Errno::EPIPE | Errno::ECONNRESET, .. }) => Err(LinkError::Closed),
             result => Ok(result?),
         }

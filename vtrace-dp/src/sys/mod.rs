@@ -7,6 +7,7 @@
 //! Trust: the kernel
 
 pub mod cpuid;
+pub mod direct;
 pub mod perf;
 pub mod program;
 pub mod signal;
@@ -15,6 +16,7 @@ pub mod splice;
 pub mod tsc;
 pub mod uring;
 pub mod wait;
+pub mod writes;
 
 use std::{
     hash::{BuildHasher, Hasher, RandomState},

@@ -70,15 +70,20 @@ pub fn receive(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<(usize, Vec<Ow
 
 /// Sends what fits now, without waiting; the descriptor, if any, goes with the first byte.
 pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_>>) -> Result<usize, SysError> {
-    transmit(socket, bytes, with, MsgFlags::MSG_DONTWAIT)
+    transmit(socket, bytes, with.as_slice(), MsgFlags::MSG_DONTWAIT)
 }
 
 /// Sends everything; waits as the socket does. The descriptor, if any, goes with the first byte.
 pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_>>) -> Result<(), SysError> {
+    send_all_with(socket, bytes, with.as_slice())
+}
+
+/// The same with several descriptors, at most [`DESCRIPTORS_MAX`].
+pub fn send_all_with(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Result<(), SysError> {
     let (mut done, mut with) = (0, with);
     while done < bytes.len() {
         match transmit(socket, &bytes[done..], with, MsgFlags::empty()) {
-            Ok(sent) => (done, with) = (done + sent, None),
+            Ok(sent) => (done, with) = (done + sent, &[]),
             Err(SysError { errno: Errno::EINTR, .. }) => {}
             Err(error) => return Err(error),
         }
@@ -86,17 +91,12 @@ pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_
     Ok(())
 }
 
-fn transmit(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    with: Option<BorrowedFd<'_>>,
-    flags: MsgFlags,
-) -> Result<usize, SysError> {
+fn transmit(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<usize, SysError> {
     let flags = flags | MsgFlags::MSG_NOSIGNAL;
-    let Some(descriptor) = with else {
+    if with.is_empty() {
         return send(socket.as_raw_fd(), bytes, flags).map_err(SysError::of("send"));
-    };
-    let numbers = [descriptor.as_raw_fd()];
+    }
+    let numbers: Vec<RawFd> = with.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&numbers)];
     sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, flags, None).map_err(SysError::of("sendmsg"))
 }

@@ -27,6 +27,13 @@ fn page(number: u8, good: bool) -> Vec<u8> {
     page
 }
 
+/// The page as it is in the file if pages before it were refused.
+fn marked(mut page: Vec<u8>) -> Vec<u8> {
+    let header = Header::parse(&page, PAGE).unwrap();
+    page[8..16].copy_from_slice(&Header { missed: true, ..header }.commit().to_le_bytes());
+    page
+}
+
 struct Bench {
     memory: Arc<Memory>,
     lane: Lane,
@@ -87,8 +94,65 @@ fn page_with_a_bad_header_is_refused_and_the_next_takes_its_place() {
     let mut bench = bench();
     bench.come(&[page(1, true), page(2, false), page(3, true)].concat());
     let (ledger, area) = bench.close(None);
-    assert_eq!(area, [page(1, true), page(3, true)].concat());
+    assert_eq!(area, [page(1, true), marked(page(3, true))].concat());
     assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (3, 2, 1));
+}
+
+#[test]
+fn gap_is_marked_once_and_guest_memory_stays_as_it_was() {
+    let mut bench = bench();
+    bench.come(&[page(1, false), page(2, false)].concat());
+    let after = page(3, true);
+    // The header comes in three pieces.
+    [&after[..5], &after[5..12], &after[12..]].into_iter().for_each(|piece| bench.come(piece));
+    bench.come(&page(4, true));
+    let memory = Arc::clone(&bench.memory);
+    let (ledger, area) = bench.close(None);
+    assert_eq!(area, [marked(after), page(4, true)].concat());
+    assert_eq!((ledger.pages_out, ledger.pages_refused), (2, 2));
+    let mut last = vec![0; PAGE];
+    let span = Span { gpa: 2 * PAGE as u64 + 1 + PAGE as u64 + 3, bytes: PAGE as u32 };
+    memory.copy_out(span, &mut last).unwrap();
+    assert!(last == page(4, true), "what the guest holds is not ours to change");
+}
+
+#[test]
+fn page_whose_header_was_cut_by_a_write_leaves_the_mark_to_the_next() {
+    let mut bench = bench();
+    bench.come(&page(1, false));
+    let cut = page(2, true);
+    bench.come(&cut[..9]);
+    bench.write();
+    bench.come(&cut[9..]);
+    bench.come(&page(3, true));
+    let (_, area) = bench.close(None);
+    assert_eq!(area, [cut, marked(page(3, true))].concat());
+}
+
+#[test]
+fn page_that_the_kernel_marked_itself_is_left_alone() {
+    let mut bench = bench();
+    let mut own = marked(page(2, true));
+    own[8..16].copy_from_slice(&0xffff_ffff_c000_0fc0u64.to_le_bytes());
+    bench.come(&[page(1, false), own.clone(), page(3, true)].concat());
+    let (_, area) = bench.close(None);
+    assert_eq!(area, [own, page(3, true)].concat());
+}
+
+#[test]
+fn more_marks_than_a_batch_has_room_for_are_written_all() {
+    let mut bench = Bench::new(memory_file(0).unwrap(), 1000);
+    for number in 0..300u16 {
+        // Two pages in the same place again and again: what is written was checked before.
+        bench.next = u64::from(number % 16) * 2 * PAGE as u64;
+        if number % 16 == 0 {
+            bench.write();
+        }
+        bench.come(&[page(1, false), page(2, true)].concat());
+    }
+    let (ledger, area) = bench.close(None);
+    assert_eq!((ledger.pages_out, ledger.pages_refused), (300, 300));
+    assert!(area == marked(page(2, true)).repeat(300));
 }
 
 #[test]
@@ -100,7 +164,7 @@ fn header_cut_by_a_write_is_still_checked() {
     bench.come(&bad[9..]);
     bench.come(&page(2, true));
     let (ledger, area) = bench.close(None);
-    assert_eq!(area, page(2, true));
+    assert_eq!(area, marked(page(2, true)));
     assert_eq!((ledger.pages_in, ledger.pages_refused), (2, 1));
 }
 
@@ -170,6 +234,7 @@ proptest! {
         let mut stream = pages.concat();
         stream.extend(&page(99, true)[..torn]);
         let mut bench = Bench::new(memory_file(0).unwrap(), pages_max);
+        let any_write = cuts.iter().any(|(_, write)| *write);
         let mut rest = &stream[..];
         for (bytes, write) in cuts {
             let (piece, after) = rest.split_at(bytes.min(rest.len()));
@@ -184,7 +249,17 @@ proptest! {
         let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page.clone())
             .take(pages_max as usize).collect();
         let expected = kept.concat();
-        prop_assert_eq!(&area[..expected.len()], &expected[..]);
+        let mut unmarked = area[..expected.len()].to_vec();
+        unmarked.chunks_exact_mut(PAGE).zip(&kept).for_each(|(page, kept)| page[11..16].copy_from_slice(&kept[11..16]));
+        prop_assert_eq!(&unmarked, &expected);
+        // Without a header cut by a write the marks are where the gaps are, and nowhere else.
+        let marks = area[..expected.len()].chunks_exact(PAGE).map(|page| page[15] == 0xff).collect::<Vec<_>>();
+        let gaps: Vec<bool> = (0..good.len()).filter(|n| good[*n]).map(|n| n > 0 && !good[n - 1]).collect();
+        let count = |flags: &[bool]| flags.iter().filter(|flag| **flag).count();
+        prop_assert!(count(&marks) <= count(&gaps[..marks.len()]));
+        if !any_write {
+            prop_assert_eq!(&marks[..], &gaps[..marks.len()]);
+        }
         prop_assert!(area[expected.len()..].iter().all(|&byte| byte == 0));
         prop_assert_eq!((ledger.pages_in, ledger.pages_out), (pages.len() as u64, kept.len() as u64));
         prop_assert_eq!((ledger.bytes_torn, ledger.bytes_missing), (torn as u64, 5));
