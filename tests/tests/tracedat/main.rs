@@ -2,6 +2,7 @@
 
 mod decode;
 mod files;
+mod gap;
 mod host;
 
 use std::{collections::BTreeMap, fs::File, path::Path};

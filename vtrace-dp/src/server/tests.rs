@@ -314,6 +314,33 @@ fn lanes_without_a_proper_file_are_refused() {
 }
 
 #[test]
+fn second_descriptor_is_taken_only_if_it_is_the_same_file_past_the_page_cache() {
+    let house = House::new();
+    let (mut machine, mut link) = (house.guest("guest1"), house.link());
+    assert!(is_claimed(&claim(&mut link)));
+    let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let other = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let Ok(direct) = crate::sys::direct::reopen(&file) else { return println!("skipped: no O_DIRECT here") };
+    for files in [[&file, &file], [&other, &direct], [&direct, &file]] {
+        link.send_with_files(&lanes(8192), &files).unwrap();
+        assert!(matches!(refusal(next(&mut link)), Refusal::Request { .. }));
+    }
+    link.send_with_files(&lanes(8192), &[&file, &direct, &other]).unwrap();
+    assert!(matches!(refusal(next(&mut link)), Refusal::Request { .. }), "three are too many");
+    link.send_with_files(&lanes(8192), &[&file, &direct]).unwrap();
+    assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
+    let mut page = vec![0x22; 4096];
+    page[8..16].copy_from_slice(&4080u64.to_le_bytes());
+    machine.out[2].send_blocking(&page, 4096);
+    let ends = vec![vtrace_common::wire::client::LaneEnd { cpu: Cpu(1), bytes_sent: 4096 }];
+    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), ends, wait_ms_max: 5000 });
+    assert!(matches!(answer, FromServer::Finished { .. }));
+    let mut written = vec![0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut written, 8192).unwrap();
+    assert_eq!(written, page);
+}
+
+#[test]
 fn descriptors_that_nobody_asked_for_are_closed() {
     let house = House::new();
     let (_machine, mut link) = (house.guest("guest1"), house.link());

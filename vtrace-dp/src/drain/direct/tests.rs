@@ -33,7 +33,7 @@ fn files(folder: &Path, bytes: u64) -> Option<(File, File)> {
     match reopen(&file) {
         Ok(direct) => Some((file, direct)),
         Err(error) => {
-            eprintln!("skipped: no O_DIRECT in {}: {error}", folder.display());
+            println!("skipped: no O_DIRECT in {}: {error}", folder.display());
             None
         }
     }
@@ -164,6 +164,29 @@ fn gap_is_marked_in_the_file_and_pages_behind_it_fly_again() {
 }
 
 #[test]
+fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land() {
+    let Some(files) = files(here(), 64 << 20) else { return };
+    let again = (files.0.try_clone().unwrap(), files.1.try_clone().unwrap());
+    let mut bench = Bench::new(files, 63 << 20);
+    bench.send(&pages(1500));
+    bench.drain.tell(crate::drain::Command::Panic(Some(Cpu(0))));
+    let base = bench.drain.ring_stopped(Cpu(0)).expect("its base is still known");
+    let ledger = bench.finish(0);
+    assert_eq!(ledger.pages_in, ledger.pages_out + ledger.pages_refused);
+    let kept = ledger.pages_out as usize * PAGE as usize;
+    assert!(bench.content(kept) == pages(1500)[..kept]);
+    // The next session of the same guest is whole.
+    let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 63 << 20 };
+    bench.drain.attach_direct(again.0, again.1, PAGE, vec![area]).unwrap();
+    bench.driver = Driver::new(Arc::clone(&bench.memory), 0, ENTRIES, BUFFER, true);
+    bench.driver.begin_at(base);
+    bench.start(base);
+    bench.send(&pages(700));
+    assert_eq!(bench.finish(700 * u64::from(PAGE)).pages_out, 700);
+    assert!(bench.content(700 * PAGE as usize) == pages(700));
+}
+
+#[test]
 fn idle_lane_costs_no_wake_up_once_its_writes_have_landed() {
     let Some(files) = files(here(), 64 << 20) else { return };
     let mut bench = Bench::new(files, 63 << 20);
@@ -209,7 +232,7 @@ impl Small {
         };
         let made = run("mkfs.ext4", &["-q", "-F", "-m", "0", "-O", "^has_journal", "image"]);
         if !made || !run("mount", &["-o", "loop", "image", "mnt"]) {
-            eprintln!("skipped: no file system of our own (mkfs.ext4, loop mount)");
+            println!("skipped: no file system of our own (mkfs.ext4, loop mount)");
             return None;
         }
         Some(Self { folder })
