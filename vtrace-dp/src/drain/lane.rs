@@ -181,7 +181,7 @@ impl Lane {
 
     /// Puts a header that says that events were lost into the place of the guest's. Rare.
     fn mark_gap(&mut self, header: Header, batch: &mut Batch, sink: &mut dyn Sink) {
-        let commit = Header { missed: true, ..header }.commit();
+        let commit = Header { missed: true, missed_stored: false, ..header }.commit();
         self.header[HEADER_BYTES - 8..].copy_from_slice(&commit.to_le_bytes());
         batch.rewind(self.mark);
         if !batch.push_own(&self.header) {

@@ -371,6 +371,35 @@ fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
     assert!(bench.finish(vec![end(1, 1)], 600_000).is_empty());
 }
 
+/// A sink of ours with a mistake in it: the first write panics.
+#[derive(Debug)]
+struct Mistaken(FileSink, bool);
+
+impl Sink for Mistaken {
+    fn write(&mut self, batch: &mut Batch, offset: u64) -> Written {
+        assert!(std::mem::replace(&mut self.1, true), "as the test wants");
+        self.0.write(batch, offset)
+    }
+    fn erase(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.0.erase(offset, bytes)
+    }
+}
+
+#[test]
+fn lanes_that_waited_behind_one_that_panicked_are_served_without_another_kick() {
+    let mut bench = Bench::new(8);
+    let sink = Mistaken(FileSink::new(bench.file.try_clone().unwrap()).unwrap(), false);
+    bench.drain.attach_sink(Box::new(sink), PAGE, (0..8).map(area).collect()).unwrap();
+    (0..8).for_each(|cpu| bench.send(cpu, &page(cpu, 0)));
+    let begun = Instant::now();
+    while bench.drain.ledger().iter().map(|lane| lane.pages_out).sum::<u64>() < 7 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "one lane ends, seven go on: {:?}", bench.drain.ledger());
+        thread::yield_now();
+    }
+    let ledgers = bench.finish(Vec::new(), 10_000);
+    assert!(ledgers.iter().all(|lane| lane.pages_in == lane.pages_out + lane.pages_refused));
+}
+
 #[test]
 fn memory_that_is_plugged_in_while_pages_flow_disturbs_nothing() {
     let mut bench = Bench::attached(1);

@@ -489,6 +489,12 @@ impl Worker {
         log::error!("guest{}: drain panicked ({} of {PANICS_MAX})", self.guest.0, self.panics);
         // Commands may wait behind the one that panicked, and they were all announced once.
         let _ = self.wake.write(1);
+        // So may roads: the list that was being worked on is gone.
+        (self.ready.clear(), self.timed.clear());
+        for index in 0..self.roads.len() {
+            (self.roads[index].queued, self.roads[index].timed) = (false, false);
+            self.note(index);
+        }
         let Some(index) = self.current.take() else { return };
         let road = &mut self.roads[index];
         unwatch(&self.epoll, road);
