@@ -213,6 +213,19 @@ impl Memory {
         Ok(slice.copy_to(&mut into[..bytes]))
     }
 
+    /// Has the processor fetch the first bytes of a span, which are wanted soon: a guest's page is seldom in this
+    /// processor's cache, and waiting for one after the other costs more than all else that is done with them. Hot.
+    pub fn prefetch(&self, span: Span) {
+        let Ok((region, offset)) = self.place(span.gpa, 1) else { return };
+        let Ok(slice) = region.mapping.get_slice(offset, 1) else { return };
+        let guard = slice.ptr_guard();
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing into the program and never faults, whatever lies at the address.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(guard.as_ptr().cast());
+        }
+    }
+
     /// Copies into the guest, as many bytes as both have; returns how many.
     pub fn copy_in(&self, span: Span, from: &[u8]) -> Result<usize, Outside> {
         let bytes = usize::try_from(span.bytes).map_or(from.len(), |bytes| bytes.min(from.len()));

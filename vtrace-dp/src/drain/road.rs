@@ -160,6 +160,7 @@ impl Road {
             self.hold(chain);
             return Ok(());
         };
+        spans.iter().for_each(|span| self.batch.memory().prefetch(*span));
         // Readable spans come first and add up; what is writable is none of ours.
         let mut left = chain.readable_bytes;
         for span in spans {

@@ -490,7 +490,8 @@ impl Worker {
         // Commands may wait behind the one that panicked, and they were all announced once.
         let _ = self.wake.write(1);
         // So may roads: the list that was being worked on is gone.
-        (self.ready.clear(), self.timed.clear());
+        self.ready.clear();
+        self.timed.clear();
         for index in 0..self.roads.len() {
             (self.roads[index].queued, self.roads[index].timed) = (false, false);
             self.note(index);
