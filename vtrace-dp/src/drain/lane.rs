@@ -251,7 +251,7 @@ impl Lane {
 
     /// Queues a write. One that is over is counted with the one before it, if that is over too. Hot.
     fn depart(&mut self, flight: Flight) {
-        if let Some(written) = &flight.written {
+        if let Some(written) = flight.written.as_ref().filter(|written| written.bytes > 0) {
             self.written_end = self.written_end.max(flight.start + written.bytes);
         }
         match self.flights.back_mut() {
@@ -282,7 +282,9 @@ impl Lane {
             self.flights.pop_front_if(|flight| flight.written.is_some())
         {
             self.chains_done += chains;
-            self.written_end = self.written_end.max(start + written.bytes);
+            if written.bytes > 0 {
+                self.written_end = self.written_end.max(start + written.bytes);
+            }
             if bytes == 0 || self.ledger.write_errno != 0 {
                 continue;
             }
