@@ -10,6 +10,7 @@ mod ceilings;
 mod clock;
 mod drain;
 mod guest;
+mod hostlanes;
 mod idle;
 mod pump;
 mod ring;
@@ -44,6 +45,7 @@ pub(crate) const CASES: &[Case] = &[
         run: guest::run,
     },
     Case { name: "clock", about: "guest times to host times, one by one and in pages", run: clock::run },
+    Case { name: "hostlanes", about: "vtrace record against trace-cmd record, on this host", run: hostlanes::run },
     Case { name: "idle", about: "wake-ups with 64 lanes that nothing comes over", run: idle::run },
 ];
 

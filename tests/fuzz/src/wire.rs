@@ -127,6 +127,7 @@ fn to_agent() -> Vec<Vec<u8>> {
             clock: "x86-tsc".into(),
             events,
             buffer_kb: 1408,
+            subbuf_kb: 64,
             kallsyms: true,
             ..Arm::default()
         })),

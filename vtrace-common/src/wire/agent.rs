@@ -236,6 +236,8 @@ pub enum FailureKind {
     Memory,
     /// A data port is missing for a CPU.
     NoPort,
+    /// The kernel has no pages (sub-buffers) of that size.
+    NoSuchPageSize,
     /// The driver did not accept VIRTIO_RING_F_INDIRECT_DESC: pages would be lost unseen.
     NoIndirect,
 }

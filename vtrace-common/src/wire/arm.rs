@@ -22,6 +22,8 @@ pub struct Arm {
     pub events: Vec<EventRequest>,
     /// Ring buffer per CPU; 0 leaves the kernel's default.
     pub buffer_kb: u32,
+    /// One page (sub-buffer); 0 leaves the kernel's own, 4 KiB on x86.
+    pub subbuf_kb: u32,
     /// Whether kernel symbols are wanted.
     pub kallsyms: bool,
     /// Tracer and functions.

@@ -60,6 +60,10 @@ pub struct RecordArgs {
     /// Stop after this many seconds
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
+    /// Record the host in real time (SCHED_FIFO), before everything that is traced, with this priority
+    #[arg(long, value_name = "PRIO", num_args = 0..=1, require_equals = true, default_missing_value = "1",
+          value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub rt: Option<u8>,
     /// Leave kernel symbols out: arms faster, functions stay numbers
     #[arg(long)]
     pub no_kallsyms: bool,
@@ -160,6 +164,10 @@ pub struct MachineArgs {
     /// Ring buffer of each CPU, in KiB
     #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
     pub buffer_kb: Vec<u32>,
+    /// Page (sub-buffer) of the ring buffers, in KiB: a power of two up to 512. Larger ones cost less CPU time and
+    /// reach the file later; 64 is a good choice for heavy loads (kernel 6.8)
+    #[arg(long = "subbuf-size", value_name = "KB", help_heading = "For each machine")]
+    pub subbuf_kb: Vec<u32>,
     /// Run this in the guest while recording, up to `\;`
     #[arg(
         long,

@@ -188,6 +188,9 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
             Complaint::new(cannot, format!("{object}: {detail}"), "use a device that offers indirect descriptors")
         }
         FailureKind::Memory => Complaint::new(cannot, format!("{object}: {detail}"), "a smaller -b, or more memory"),
+        FailureKind::NoSuchPageSize => {
+            Complaint::new(cannot, format!("{object}: {detail}"), "4, 8, 16, 32, 64, 128, 256 or 512")
+        }
         FailureKind::State => Complaint::new(cannot, format!("{object}: {detail}"), "wait for the other recording"),
         FailureKind::NoSuchTracer => {
             Complaint::new(cannot, format!("it has no tracer {object:?}"), format!("it has: {near}"))

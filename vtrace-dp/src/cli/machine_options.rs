@@ -15,7 +15,7 @@ use vtrace_common::wire::agent::{Arm, CommandRequest, EventRequest};
 use super::plan::PlanFault;
 
 /// Options that are for one machine, by clap's id.
-const OPTIONS: [&str; 19] = [
+const OPTIONS: [&str; 20] = [
     "event",
     "filter",
     "trigger",
@@ -34,6 +34,7 @@ const OPTIONS: [&str; 19] = [
     "cpu_mask",
     "clock",
     "buffer_kb",
+    "subbuf_kb",
     "exec",
 ];
 
@@ -111,10 +112,8 @@ impl Machine<'_> {
             "cpu_mask" if word == "all" || word == "-1" => arm.cpu_mask.clear(),
             "cpu_mask" => arm.cpu_mask = word.trim_start_matches("0x").into(),
             "clock" => arm.clock = if word == "tsc2nsec" { super::plan::CLOCK.into() } else { word },
-            "buffer_kb" if arm.buffer_kb != 0 => {
-                return Err(PlanFault::Twice { option: "-b", machine: self.name.into() });
-            }
-            "buffer_kb" => arm.buffer_kb = number(&word),
+            "buffer_kb" => return self.size("-b", |arm| &mut arm.buffer_kb, &word),
+            "subbuf_kb" => return self.size("--subbuf-size", |arm| &mut arm.subbuf_kb, &word),
             option => unreachable!("{option} is not one of OPTIONS"),
         }
         Ok(())
@@ -134,6 +133,11 @@ impl Machine<'_> {
     ) -> Result<(), PlanFault> {
         let before = std::mem::replace(place(&mut self.arm), word);
         if before.is_empty() { Ok(()) } else { Err(PlanFault::Twice { option, machine: self.name.into() }) }
+    }
+
+    fn size(&mut self, option: &'static str, place: fn(&mut Arm) -> &mut u32, word: &str) -> Result<(), PlanFault> {
+        let before = std::mem::replace(place(&mut self.arm), number(word));
+        if before == 0 { Ok(()) } else { Err(PlanFault::Twice { option, machine: self.name.into() }) }
     }
 
     fn processes(&mut self, list: &str) -> Result<(), PlanFault> {

@@ -24,6 +24,8 @@ pub struct Plan {
     pub guests: Vec<GuestPlan>,
     /// Runs while we record; empty: until Ctrl-C.
     pub command: Vec<OsString>,
+    /// Real-time priority of the host's recorder.
+    pub rt: Option<u8>,
     /// Stop after this long.
     pub timeout: Option<Duration>,
     /// How guests' pages are written.
@@ -125,6 +127,7 @@ impl Plan {
             host: MachinePlan { arm: host_arm, output: args.output.clone() },
             guests,
             command: args.command.clone(),
+            rt: args.rt,
             timeout: args.timeout.map(timeout).transpose()?,
             sink: args.sink,
             strict: args.strict,
@@ -233,10 +236,16 @@ mod tests {
     fn buffer_size_belongs_to_the_machine_before_it() {
         let plan = plan("vtrace record -b 64 --dom g -e all -b 128").unwrap();
         assert_eq!((plan.host.arm.buffer_kb, plan.guests[0].machine.arm.buffer_kb), (64, 128));
-        assert_eq!(
-            self::plan("vtrace record -e x -b 1 -b 2"),
-            Err(PlanFault::Twice { option: "-b", machine: "the host".into() })
-        );
+        let twice = |option| Err(PlanFault::Twice { option, machine: "the host".into() });
+        assert_eq!(self::plan("vtrace record -e x -b 1 -b 2"), twice("-b"));
+        assert_eq!(self::plan("vtrace record -e x --subbuf-size 8 --subbuf-size 8"), twice("--subbuf-size"));
+    }
+
+    #[test]
+    fn page_size_belongs_to_the_machine_before_it_and_priority_to_the_host() {
+        let plan = plan("vtrace record -e x --subbuf-size 64 --rt --dom g -e all --subbuf-size 16 true").unwrap();
+        assert_eq!((plan.host.arm.subbuf_kb, plan.guests[0].machine.arm.subbuf_kb, plan.rt), (64, 16, Some(1)));
+        assert_eq!((self::plan("vtrace record -e x --rt=7").unwrap().rt, plan.command.len()), (Some(7), 1));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! Order: `arm`, `describe`, `attach`, `start`, `mark` at any time, `stop`, `describe_end`, `close`. Dropped at any
 //! point, it leaves no instance, thread or descriptor behind.
 
+mod direct;
 pub mod lane;
 pub mod pump;
 
@@ -25,7 +26,7 @@ use vtrace_common::{
 
 use self::{
     lane::{Counts, End},
-    pump::{LaneEnd, Pump, PumpUse},
+    pump::{LaneEnd, Pump, PumpUse, Way},
 };
 use crate::{
     sys::tsc,
@@ -93,11 +94,12 @@ impl HostRecorder {
         self.instance.describe(kallsyms, each)
     }
 
-    /// Pages go to these areas of `file` from now on, one area for each CPU that is to be recorded.
+    /// Pages go to these areas of `file` from now on, one area for each CPU that is to be recorded. With a `priority`
+    /// they are moved in real time (SCHED_FIFO).
     ///
     /// # Errors
-    /// `State` when pages have a place already; `Kernel` when a tap, a pipe or a thread is refused.
-    pub fn attach(&mut self, file: File, areas: &[Area]) -> Result<(), Failure> {
+    /// `State` when pages have a place already; `Kernel` when a tap, a pipe, a thread or its priority is refused.
+    pub fn attach(&mut self, file: File, areas: &[Area], priority: Option<u8>) -> Result<(), Failure> {
         if self.pump.is_some() || !self.cpus.is_empty() {
             return Err(state("the host's pages have a place already"));
         }
@@ -109,7 +111,8 @@ impl HostRecorder {
             detail: error.to_string(),
             near: Vec::new(),
         };
-        self.pump = Some(Pump::spawn(taps, areas.to_vec(), file, page_bytes).map_err(refused)?);
+        let way = Way { page_bytes, batch_pages: self.instance.pages_promised(), priority };
+        self.pump = Some(Pump::spawn(taps, areas.to_vec(), file, way).map_err(refused)?);
         self.cpus = areas.iter().map(|area| area.cpu).collect();
         Ok(())
     }

@@ -305,7 +305,7 @@ impl Recording<'_> {
         let marker = files::marker(self.plan, "start");
         let writer = &files[0].writer;
         let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
-        self.host.recorder.attach(file, writer.areas()).map_err(RecordError::Host)?;
+        self.host.recorder.attach(file, writer.areas(), self.plan.rt).map_err(RecordError::Host)?;
         self.host.started = Some(self.host.recorder.start(&marker).map_err(RecordError::Host)?);
         if let Some(guests) = &mut self.guests {
             guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;

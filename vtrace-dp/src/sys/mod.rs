@@ -10,6 +10,7 @@ pub mod cpuid;
 pub mod direct;
 pub mod perf;
 pub mod program;
+pub mod realtime;
 pub mod signal;
 pub mod socket;
 pub mod splice;

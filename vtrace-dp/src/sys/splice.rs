@@ -6,7 +6,10 @@
 //! Full:  EAGAIN ([`SysError::would_block`]) when a non-blocking side has no data or no room
 //! Trust: the kernel
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    io::IoSliceMut,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 pub use nix::fcntl::SpliceFFlags as SpliceFlags;
 use nix::{
@@ -49,6 +52,11 @@ pub fn tee(
 /// Reads into `bytes`; from `trace_pipe_raw` at most one sub-buffer, also a partly filled one. Hot.
 pub fn read(source: BorrowedFd<'_>, bytes: &mut [u8]) -> Result<usize, SysError> {
     nix::unistd::read(source, bytes).map_err(SysError::of("read"))
+}
+
+/// Reads into all of `pieces` with one call; from `trace_pipe_raw` one sub-buffer into each. Hot.
+pub fn read_pieces(source: BorrowedFd<'_>, pieces: &mut [IoSliceMut<'_>]) -> Result<usize, SysError> {
+    nix::sys::uio::readv(source, pieces).map_err(SysError::of("readv"))
 }
 
 /// Writes `bytes` at `offset` of a file; returns how many were written. Hot.

@@ -57,8 +57,8 @@ impl Tracefs {
     /// Makes the instance `name` and prepares everything `arm` asks for; tracing stays off.
     ///
     /// # Errors
-    /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `Expression`, `Memory` (the ring
-    /// buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else `Kernel`. Nothing
+    /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `NoSuchPageSize`, `Expression`,
+    /// `Memory` (the ring buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else `Kernel`. Nothing
     /// stays behind.
     pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
         let mut instance = self.make_instance(name)?;
@@ -71,6 +71,9 @@ impl Tracefs {
         instance.set_tracing(false)?;
         instance.set_clock(&arm.clock)?;
         write(&instance.path.join("buffer_percent"), &BUFFER_PERCENT.to_string())?;
+        if arm.subbuf_kb > 0 {
+            instance.set_page_size(arm.subbuf_kb)?; // before the buffer's: the kernel keeps its bytes, not its pages
+        }
         if arm.buffer_kb > 0 {
             write(&instance.path.join("buffer_size_kb"), &arm.buffer_kb.to_string())?;
         }
@@ -244,6 +247,37 @@ impl Instance {
         write(&path, wanted)
     }
 
+    /// Sets the size of a page (sub-buffer), for all CPUs.
+    fn set_page_size(&self, kb: u32) -> Result<(), Failure> {
+        let object = format!("--subbuf-size {kb}");
+        let no_such = |detail: &str| Err(failure(FailureKind::NoSuchPageSize, &object, detail));
+        let bytes = usize::try_from(kb).ok().and_then(|kb| kb.checked_mul(1024)).unwrap_or(usize::MAX);
+        if !bytes.is_power_of_two() || !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes) {
+            let range = format!("not a power of two from {} to {}", PAGE_BYTES_MIN >> 10, PAGE_BYTES_MAX >> 10);
+            return no_such(&range);
+        }
+        let path = self.path.join("buffer_subbuf_size_kb");
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => no_such("this kernel has one size only (before 6.8)"),
+            _ => write(&path, &kb.to_string()),
+        }
+    }
+
+    /// Full pages that a tap holds, at least, when poll(2) says that it can be read; 0 where it makes no such promise:
+    /// on kernels before 6.1, where it does not keep to `buffer_percent`, and for buffers of a few pages.
+    ///
+    /// Source: kernel/trace/ring_buffer.c, `full_hit()`: the page being written to is one of the dirty ones.
+    pub fn pages_promised(&self) -> usize {
+        if !kernel_is_at_least(6, 1) {
+            return 0;
+        }
+        let text = read(&self.path.join("buffer_size_kb")).unwrap_or_default();
+        let kb: u64 = text.split_whitespace().next().and_then(|kb| kb.parse().ok()).unwrap_or(0);
+        let pages = kb.saturating_mul(1024) / u64::from(self.page_bytes.max(1));
+        let promised = (pages.saturating_mul(u64::from(BUFFER_PERCENT)) / 100).saturating_sub(1);
+        usize::try_from(promised).unwrap_or(usize::MAX)
+    }
+
     /// CPUs that are online; where sysfs does not say, those that have a buffer.
     fn online(&self) -> Result<Vec<Cpu>, Failure> {
         if let Some(cpus) = online_cpus() {
@@ -287,6 +321,17 @@ fn page_bytes(header_page: &str) -> Result<u32, Failure> {
         bytes.is_power_of_two() && (PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes)
     };
     sum.filter(is_possible).ok_or_else(|| failure(FailureKind::Kernel, "events/header_page", header_page))
+}
+
+fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
+    release.is_ok_and(|release| parse_release(&release) >= Some((major, minor)))
+}
+
+/// `6.18.44-fc` is 6.18.
+fn parse_release(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// CPUs that are online as sysfs lists them; `None` where it does not say.
@@ -334,11 +379,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn release_is_two_numbers_or_nothing() {
+        assert_eq!(parse_release("6.18.44-fc-v669"), Some((6, 18)));
+        assert_eq!(parse_release("6.1-rc1"), Some((6, 1)));
+        assert_eq!((parse_release("x"), parse_release("6")), (None, None));
+    }
+
     proptest! {
         #[test]
         fn any_text_gives_an_answer(text: String) {
             let _ = page_bytes(&text);
             let _ = parse_cpus(&text);
+            let _ = parse_release(&text);
         }
 
         #[test]

@@ -71,6 +71,27 @@ fn failed_arm_leaves_nothing_behind_and_says_on_what() {
 }
 
 #[test]
+fn page_has_the_size_asked_for_or_the_refusal_says_why() {
+    let Some(tracefs) = tracefs() else { return };
+    let with = |subbuf_kb| tracefs.arm(&name("pages"), &Arm { subbuf_kb, ..arm(&[]) });
+    for odd in [1, 3, 48, 1024, u32::MAX] {
+        let failure = with(odd).unwrap_err();
+        assert_eq!((failure.kind, failure.object), (FailureKind::NoSuchPageSize, format!("--subbuf-size {odd}")));
+    }
+    match with(16) {
+        Err(failure) => {
+            assert_eq!(failure.kind, FailureKind::NoSuchPageSize);
+            println!("{}: {}", failure.object, failure.detail);
+        }
+        Ok(instance) => {
+            let size = fs::read_to_string(instance.path().join("buffer_size_kb")).unwrap();
+            assert_eq!(instance.page_bytes(), 16 << 10);
+            assert!(size.trim().parse::<u32>().unwrap() >= 512, "the buffer is as large as asked for: {size}");
+        }
+    }
+}
+
+#[test]
 fn marker_is_in_the_trace_only_while_tracing_is_on() {
     let Some(tracefs) = tracefs() else { return };
     let instance = tracefs.arm(&name("mark"), &arm(&[])).unwrap();

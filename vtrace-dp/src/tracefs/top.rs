@@ -16,7 +16,7 @@ use super::{expressions::Undo, failure, read, write};
 pub(super) const MARK: &str = "-top";
 
 /// Files whose contents come back.
-const KEPT: [&str; 4] = ["trace_clock", "buffer_percent", "buffer_size_kb", "tracing_cpumask"];
+const KEPT: [&str; 5] = ["trace_clock", "buffer_percent", "buffer_subbuf_size_kb", "buffer_size_kb", "tracing_cpumask"];
 /// Lists that are empty when nobody traces.
 const LISTS: [&str; 6] = [
     "set_ftrace_filter",

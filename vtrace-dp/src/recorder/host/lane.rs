@@ -1,4 +1,4 @@
-//! One host CPU's road from its ring buffer to its area of the file.
+//! One host CPU's road through the page cache: tap ─► pipe ─► file, by splice.
 //!
 //! In:    a tap, a pipe that is empty between two calls
 //! Out:   pages at the area's offset, one behind the other; counts: `taken == written + lost`
@@ -12,7 +12,7 @@ use std::{
 };
 
 use nix::errno::Errno;
-use vtrace_common::{ids::Cpu, wire::client::Area};
+use vtrace_common::wire::client::Area;
 
 use crate::sys::{
     SysError,
@@ -39,9 +39,9 @@ pub enum End {
 /// What a lane has done; others may look while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
-    taken: AtomicU64,
-    written: AtomicU64,
-    lost: AtomicU64,
+    pub(super) taken: AtomicU64,
+    pub(super) written: AtomicU64,
+    pub(super) lost: AtomicU64,
 }
 
 /// [`Counts`] at one moment. At the end, `taken == written + lost`.
@@ -72,10 +72,6 @@ pub(super) struct Lane<'a> {
 impl<'a> Lane<'a> {
     pub(super) fn new(area: Area, page_bytes: usize, counts: &'a Counts) -> Self {
         Self { area, page_bytes, counts, end: None }
-    }
-
-    pub(super) fn cpu(&self) -> Cpu {
-        self.area.cpu
     }
 
     pub(super) fn end(&self) -> Option<End> {
@@ -132,7 +128,7 @@ impl<'a> Lane<'a> {
 
     /// Pages that were written, in bytes.
     fn bytes_written(&self) -> u64 {
-        self.counts.written.load(Relaxed) * u64::try_from(self.page_bytes).expect("usize is 64 bits")
+        self.counts.written.load(Relaxed) * count(self.page_bytes)
     }
 
     fn count_taken(&self, bytes: usize) {
@@ -164,7 +160,7 @@ impl<'a> Lane<'a> {
         let begin = self.area.offset + self.bytes_written();
         let mut done = 0;
         while done < page.len() && self.end.is_none() {
-            let at = begin + u64::try_from(done).expect("usize is 64 bits");
+            let at = begin + count(done);
             match write_at(file, &page[done..], at) {
                 Ok(0) => self.end = Some(End::File(SysError { call: "pwrite", errno: Errno::EIO })),
                 Ok(bytes) => done += bytes,
@@ -184,8 +180,14 @@ impl<'a> Lane<'a> {
     }
 }
 
-fn add(counter: &AtomicU64, pages: usize) {
-    counter.fetch_add(u64::try_from(pages).expect("usize is 64 bits"), Relaxed);
+/// Counts pages, on the one thread that counts them there.
+pub(super) fn add(counter: &AtomicU64, pages: usize) {
+    counter.fetch_add(count(pages), Relaxed);
+}
+
+/// A count or length of this process as a file knows it.
+pub(super) fn count(bytes: usize) -> u64 {
+    u64::try_from(bytes).expect("usize is 64 bits")
 }
 
 /// Empties a pipe of what no file takes.
@@ -210,6 +212,7 @@ mod tests {
     };
 
     use nix::mount::{MsFlags, mount, umount};
+    use vtrace_common::ids::Cpu;
 
     use super::*;
 

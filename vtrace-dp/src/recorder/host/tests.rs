@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::mount::{MsFlags, mount, umount};
 use vtrace_common::{page, wire::agent::EventRequest};
 
 use super::*;
@@ -14,6 +15,8 @@ use crate::tracefs::stats::Stats;
 
 /// One recording at a time: descriptors of this process are counted.
 static ALONE: Mutex<()> = Mutex::new(());
+
+const WAY: Way = Way { page_bytes: 4096, batch_pages: 0, priority: None };
 
 fn alone() -> Option<MutexGuard<'static, ()>> {
     let can = nix::unistd::geteuid().is_root() && Tracefs::find_or_mount().is_ok();
@@ -100,7 +103,7 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     let mut recorder = HostRecorder::arm(&arm(0x10ad, &["sched", "irq"], 0)).unwrap();
     let path = recorder.instance.path().to_owned();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 30));
-    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (tsc_before, tsc_after) = recorder.start("vtrace start").unwrap();
     load(Duration::from_secs(1));
     let report = recorder.stop().unwrap();
@@ -138,7 +141,7 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     instance.set_tracing(false).unwrap();
     for cpu in instance.cpus().to_vec() {
         let (file, area) = (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20 });
-        let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), 4096).unwrap();
+        let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), WAY).unwrap();
         let lane = report(&pump.stop().lanes[0], 4096, (String::new(), instance.stats(cpu)));
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let mut page = [0; 4096];
@@ -153,12 +156,113 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     }
 }
 
+/// The numbers of the markers in a lane, in the order of its pages.
+fn markers(file: &File, area: Area, pages: u64) -> Vec<u32> {
+    let mut bytes = vec![0; usize::try_from(pages).unwrap() * 4096];
+    file.read_exact_at(&mut bytes, area.offset).unwrap();
+    let found = bytes.windows(14).filter(|words| words.starts_with(b"number"));
+    found.map(|words| std::str::from_utf8(&words[6..]).unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn both_roads_bring_the_same_markers_in_the_same_order() {
+    const COUNT: u32 = 40_000;
+    let Some(_alone) = alone() else { return };
+    let tracefs = Tracefs::find_or_mount().unwrap();
+    let batch_of = |instance: &Instance, direct: bool| if direct { instance.pages_promised() } else { 0 };
+    for direct in [true, false] {
+        let name = format!("{INSTANCE_PREFIX}{}-roads", std::process::id());
+        let instance = tracefs.arm(&name, &arm(9, &[], 4096)).unwrap();
+        let cpus = instance.cpus().to_vec();
+        let area =
+            |(at, cpu): (usize, &Cpu)| Area { cpu: *cpu, offset: u64::try_from(at).unwrap() << 32, bytes_max: 1 << 30 };
+        let areas: Vec<Area> = cpus.iter().enumerate().map(area).collect();
+        let taps = cpus.iter().map(|cpu| instance.tap(*cpu).unwrap()).collect();
+        let (file, batch_pages) = (tempfile::tempfile().unwrap(), batch_of(&instance, direct));
+        let way = Way { batch_pages, ..WAY };
+        let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), way).unwrap();
+        instance.set_tracing(true).unwrap();
+        (0..COUNT).for_each(|number| instance.mark(&format!("number{number:08}")).unwrap());
+        instance.set_tracing(false).unwrap();
+        let ends = pump.stop().lanes;
+        let lanes: Vec<Vec<u32>> =
+            areas.iter().zip(&ends).map(|(area, lane)| markers(&file, *area, lane.pages.written)).collect();
+        assert!(ends.iter().all(|lane| (lane.pages.lost, lane.end) == (0, None)), "{ends:?}");
+        assert!(lanes.iter().all(|lane| lane.is_sorted()), "in order on each CPU");
+        let mut all = lanes.concat();
+        all.sort_unstable();
+        assert!(all.iter().copied().eq(0..COUNT), "each once: {} (batches of {batch_pages})", all.len());
+    }
+}
+
+#[test]
+fn large_pages_reach_the_file_whole() {
+    let Some(_alone) = alone() else { return };
+    let arm = Arm { subbuf_kb: 64, ..arm(10, &["sched"], 2048) };
+    let mut recorder = match HostRecorder::arm(&arm) {
+        Err(failure) if failure.kind == FailureKind::NoSuchPageSize => return println!("skipped: {}", failure.detail),
+        recorder => recorder.unwrap(),
+    };
+    assert_eq!(recorder.armed().page_bytes, 64 << 10);
+    let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 30));
+    recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
+    recorder.start("start").unwrap();
+    load(Duration::from_millis(500));
+    let report = recorder.stop().unwrap();
+    for (area, lane) in areas.iter().zip(&report.lanes) {
+        let stats = Stats::parse(&lane.stats_after).unwrap();
+        let (events, gaps) = walk(&file, *area, lane, 64 << 10);
+        assert_eq!((events, gaps > 0), (stats.read_events, stats.lost() > 0));
+        assert!(lane.pages_sent > 0 && lane.bytes_sent == lane.pages_sent << 16);
+    }
+}
+
+#[test]
+fn priority_that_the_kernel_refuses_is_named_and_nothing_runs() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(11, &[], 0)).unwrap();
+    let areas = areas(&recorder, 1 << 20);
+    let failure = recorder.attach(tempfile::tempfile().unwrap(), &areas, Some(100)).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Kernel);
+    assert!(failure.detail.starts_with("real-time priority: sched_setscheduler: "), "{}", failure.detail);
+    assert_eq!(recorder.start("start").unwrap_err().kind, FailureKind::State);
+}
+
+#[test]
+fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
+    let Some(_alone) = alone() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    mount(Some("tmpfs"), directory.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1M")).unwrap();
+    let file = File::create_new(directory.path().join("trace")).unwrap();
+    let tracefs = Tracefs::find_or_mount().unwrap();
+    let instance = tracefs.arm(&format!("{INSTANCE_PREFIX}{}-full", std::process::id()), &arm(12, &[], 4096)).unwrap();
+    let areas: Vec<Area> = instance
+        .cpus()
+        .iter()
+        .map(|cpu| Area { cpu: *cpu, offset: u64::from(cpu.0) << 30, bytes_max: 1 << 30 })
+        .collect();
+    let taps = areas.iter().map(|area| instance.tap(area.cpu).unwrap()).collect();
+    let way = Way { batch_pages: instance.pages_promised(), ..WAY };
+    let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), way).unwrap();
+    instance.set_tracing(true).unwrap();
+    (0..4000).for_each(|_| instance.mark(&"m".repeat(1000)).unwrap());
+    instance.set_tracing(false).unwrap();
+    let ends = pump.stop().lanes;
+    let pages = |count: fn(&lane::Pages) -> u64| ends.iter().map(|lane| count(&lane.pages)).sum::<u64>();
+    println!("{ends:?}");
+    assert!((1..=256).contains(&pages(|pages| pages.written)), "what fits into 1 MiB");
+    assert!(pages(|pages| pages.lost) > 0 && ends.iter().any(|lane| matches!(lane.end, Some(End::File(_)))));
+    assert!(ends.iter().all(|lane| lane.pages.taken == lane.pages.written + lane.pages.lost));
+    drop(file);
+    umount(directory.path()).unwrap();
+}
+
 #[test]
 fn marker_is_the_only_event_of_a_trace_without_events() {
     let Some(_alone) = alone() else { return };
     let mut recorder = HostRecorder::arm(&arm(2, &[], 0)).unwrap();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 20));
-    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (before, after) = recorder.start("first words").unwrap();
     let report = recorder.stop().unwrap();
     assert_eq!(report.lanes.iter().map(|lane| lane.pages_sent).sum::<u64>(), 1);
@@ -176,7 +280,7 @@ fn full_area_ends_its_lane_and_the_rest_is_counted_by_the_kernel() {
     let Some(_alone) = alone() else { return };
     let mut recorder = HostRecorder::arm(&arm(3, &["sched"], 64)).unwrap();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 3 * 4096 + 100));
-    recorder.attach(file.try_clone().unwrap(), &areas).unwrap();
+    recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
     load(Duration::from_millis(300));
     let report = recorder.stop().unwrap();
@@ -196,7 +300,7 @@ fn idle_pump_sleeps() {
     let Some(_alone) = alone() else { return };
     let mut recorder = HostRecorder::arm(&arm(4, &[], 0)).unwrap();
     let areas = areas(&recorder, 1 << 20);
-    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
     sleep(Duration::from_millis(300));
     let report = recorder.stop().unwrap();
@@ -209,7 +313,7 @@ fn buffer_of_a_few_pages_does_not_make_the_pump_spin() {
     let Some(_alone) = alone() else { return };
     let mut recorder = HostRecorder::arm(&arm(7, &[], 16)).unwrap();
     let areas = areas(&recorder, 1 << 20);
-    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
     sleep(Duration::from_millis(300));
     let report = recorder.stop().unwrap();
@@ -224,7 +328,7 @@ fn dropped_recorder_leaves_nothing_even_while_tracing() {
     let before = open_descriptors();
     let mut recorder = HostRecorder::arm(&arm(5, &["sched"], 0)).unwrap();
     let (path, areas) = (recorder.instance.path().to_owned(), areas(&recorder, 1 << 20));
-    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
+    recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
     drop(recorder);
     assert!(!path.exists());
@@ -238,6 +342,6 @@ fn calls_out_of_order_are_refused() {
     assert_eq!(recorder.start("start").unwrap_err().kind, FailureKind::State);
     assert_eq!(recorder.stop().unwrap_err().kind, FailureKind::State);
     let areas = areas(&recorder, 1 << 20);
-    recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap();
-    assert_eq!(recorder.attach(tempfile::tempfile().unwrap(), &areas).unwrap_err().kind, FailureKind::State);
+    recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
+    assert_eq!(recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap_err().kind, FailureKind::State);
 }

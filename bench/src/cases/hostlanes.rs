@@ -1,0 +1,273 @@
+//! Host lanes beside stock `trace-cmd record`: the same events, from the same load.
+//!
+//! In:    a load of this process's own: a thread for each CPU makes a fixed number of system calls that nothing else
+//!        makes, or writes a fixed number of markers as fast as it can
+//! Out:   CPU seconds of the whole recording program and its children per GiB of events (start, description and end
+//!        included), what they cost without a load, and the share of events that was lost
+//! Runs:  both programs as a person would run them, stopped with Ctrl-C; one after the other, in turns
+//! Trust: a side that says nothing of losses where there are none is not compared: its own count is asked for
+//!
+//! Where this machine forbids files that trace-cmd insists on (`ftrace_enabled`, `set_ftrace_*`), it sees others in
+//! their place, in a mount namespace of its own.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    sys::{
+        resource::{UsageWho, getrusage},
+        signal::{Signal, kill},
+        time::TimeValLike,
+        uio::process_vm_readv,
+    },
+    unistd::Pid,
+};
+use vtrace_dp::tracefs::{Tracefs, online_cpus};
+
+use crate::row::Row;
+
+/// The events of [`Load::Calls`]; nobody else makes this call.
+const EVENTS: [&str; 2] = ["syscalls:sys_enter_process_vm_readv", "syscalls:sys_exit_process_vm_readv"];
+/// Of both events together in the ring buffer: 64 and 24 bytes of record, 4 of header each.
+const CALL_BYTES: f64 = 96.0;
+const GIB: f64 = 1_073_741_824.0;
+const MARKER: [u8; 1000] = [b'm'; 1000];
+const READY_MAX: Duration = Duration::from_secs(30);
+/// Where ftrace is kept from, an empty file does instead; `$1` is that file.
+const STOCK: &str = "for file in /proc/sys/kernel/ftrace_enabled \
+     $(ls -d /sys/kernel/tracing/set_ftrace_* /sys/kernel/tracing/set_graph_*); \
+     do cat $file >$file || mount --bind $1 $file; done 2>/dev/null; shift; exec trace-cmd record \"$@\"";
+
+/// Who records.
+#[derive(Clone, Copy)]
+enum Side {
+    Stock,
+    Ours,
+}
+
+/// What is recorded, on every CPU.
+#[derive(Clone, Copy)]
+enum Load {
+    Nothing,
+    /// So many system calls: two events each.
+    Calls(u32),
+    /// So many markers, into the recorder's own buffers.
+    Markers(u32),
+}
+
+/// What a recording took.
+struct Cost {
+    cpu_s: f64,
+    stop_s: f64,
+    lost: u64,
+}
+
+/// Measures `rounds` of each comparison.
+pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
+    let vtrace = built()?;
+    let (calls, markers) = (amount("CALLS", 8_000_000)?, amount("MARKERS", 1_000_000)?);
+    let mut rows = Vec::new();
+    for round in 0..rounds {
+        let both = |metric, unit, figures: [f64; 2]| Row::new("hostlanes", metric, round, unit, figures);
+        let ours_alone = record(&vtrace, (Side::Ours, &[]), Load::Nothing)?;
+        let stock_alone = record(&vtrace, (Side::Stock, &[]), Load::Nothing)?;
+        rows.push(both("start and end cpu", "s", [ours_alone.cpu_s, stock_alone.cpu_s]));
+        for (subbuf, names) in [
+            (&[][..], ["cpu, 4 KiB pages", "net cpu, 4 KiB pages"]),
+            (&["--subbuf-size", "64"], ["cpu, 64 KiB pages", "net cpu, 64 KiB pages"]),
+        ] {
+            let ours = record(&vtrace, (Side::Ours, subbuf), Load::Calls(calls))?;
+            let stock = record(&vtrace, (Side::Stock, &[]), Load::Calls(calls))?;
+            ensure!((ours.lost, stock.lost) == (0, 0), "events were lost: {} and {}", ours.lost, stock.lost);
+            let gib = f64::from(calls) * lanes()? * CALL_BYTES / GIB;
+            let net = [ours.cpu_s - ours_alone.cpu_s, stock.cpu_s - stock_alone.cpu_s];
+            rows.push(both(names[0], "s/GiB", [ours.cpu_s / gib, stock.cpu_s / gib]));
+            rows.push(both(names[1], "s/GiB", net.map(|cpu_s| cpu_s / gib)));
+            rows.push(both("stop to a usable file", "s", [ours.stop_s, stock.stop_s]));
+        }
+        let share = |cost: &Cost| Ok::<_, anyhow::Error>(real(cost.lost)? / (f64::from(markers) * lanes()?));
+        let ours = record(&vtrace, (Side::Ours, &["--rt=1"]), Load::Markers(markers))?;
+        let stock = record(&vtrace, (Side::Stock, &["-r", "1"]), Load::Markers(markers))?;
+        rows.push(both("events lost", "of 1", [share(&ours)?, share(&stock)?]));
+    }
+    Ok(rows)
+}
+
+/// `VTRACE_BENCH_NAME`, for machines on which the usual amount says too little or takes too long.
+fn amount(name: &str, usual: u32) -> Result<u32> {
+    let Ok(text) = std::env::var(format!("VTRACE_BENCH_{name}")) else { return Ok(usual) };
+    text.parse().with_context(|| format!("VTRACE_BENCH_{name}={text}"))
+}
+
+fn real(count: u64) -> Result<f64> {
+    Ok(f64::from(u32::try_from(count)?))
+}
+
+fn lanes() -> Result<f64> {
+    real(u64::try_from(cpus()?.len())?)
+}
+
+fn cpus() -> Result<Vec<usize>> {
+    let online = online_cpus().context("which CPUs are online is not known")?;
+    online.iter().map(|cpu| Ok(usize::try_from(cpu.0)?)).collect()
+}
+
+/// Builds the program that is measured, beside this one.
+fn built() -> Result<PathBuf> {
+    let cargo =
+        Command::new("cargo").args(["build", "--release", "-q", "-p", "vtrace-dp", "--bin", "vtrace"]).status()?;
+    ensure!(cargo.success(), "cargo build: {cargo}");
+    let program = std::env::current_exe()?.with_file_name("vtrace");
+    ensure!(program.exists(), "{} is not there: build with --release", program.display());
+    Ok(program)
+}
+
+/// Records `load` in a folder of its own, on the file system of the work tree.
+fn record(vtrace: &Path, (side, options): (Side, &[&str]), load: Load) -> Result<Cost> {
+    let folder = std::env::current_dir()?.join("target").join(format!("hostlanes-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    let cost = record_in(&folder, vtrace, (side, options), load);
+    fs::remove_dir_all(&folder)?;
+    nix::unistd::sync(); // what is left of one is not written while the next one runs
+    cost
+}
+
+fn record_in(folder: &Path, vtrace: &Path, (side, options): (Side, &[&str]), load: Load) -> Result<Cost> {
+    let used = cpu_of_children()?;
+    let mut command = side.command(vtrace, folder)?;
+    command.args(options).args(EVENTS.iter().flat_map(|event| ["-e", event])).current_dir(folder);
+    let (out, said) = (File::create(folder.join("out"))?, File::create(folder.join("said"))?);
+    let mut child = command.stdout(out).stderr(said).stdin(Stdio::null()).spawn()?;
+    let begun = side.wait_until_tracing(&mut child);
+    let loaded = begun.and_then(|traced| load.run(&traced));
+    let stopped = Instant::now();
+    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
+    let status = child.wait()?;
+    loaded?;
+    let (out, said) = (fs::read_to_string(folder.join("out"))?, fs::read_to_string(folder.join("said"))?);
+    ensure!(status.success(), "{status}: {said}");
+    let lost = side.lost(&out, &said)?;
+    Ok(Cost { cpu_s: cpu_of_children()? - used, stop_s: stopped.elapsed().as_secs_f64(), lost })
+}
+
+/// CPU time of all processes that have ended and were waited for, theirs included.
+fn cpu_of_children() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let us = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Ok(Duration::from_micros(u64::try_from(us)?).as_secs_f64())
+}
+
+impl Side {
+    fn command(self, vtrace: &Path, folder: &Path) -> Result<Command> {
+        let mut command = match self {
+            Self::Ours => {
+                let mut command = Command::new(vtrace);
+                command.args(["record", "--json"]);
+                command
+            }
+            Self::Stock => {
+                let stand_in = folder.join("stand-in");
+                fs::write(&stand_in, "1\n")?;
+                let mut command = Command::new("unshare");
+                command.args(["-m", "sh", "-c", STOCK, "sh"]).arg(stand_in);
+                command
+            }
+        };
+        command.args(["-o", "trace.dat"]);
+        Ok(command)
+    }
+
+    /// The folder of the buffers in use, once tracing is on.
+    fn wait_until_tracing(self, child: &mut Child) -> Result<PathBuf> {
+        let root = Tracefs::find_or_mount().map_err(|failure| anyhow::anyhow!("{failure:?}"))?.root().to_owned();
+        let begun = Instant::now();
+        while begun.elapsed() < READY_MAX {
+            ensure!(child.try_wait()?.is_none(), "the recorder has ended");
+            let folder = match self {
+                Self::Stock => Some(root.clone()),
+                Self::Ours => instance(&root, child.id())?,
+            };
+            if let Some(folder) = folder
+                && is_on(&folder.join("tracing_on"))
+                && is_on(&folder.join("events/syscalls/sys_exit_process_vm_readv/enable"))
+            {
+                sleep(Duration::from_millis(200)); // its readers are being started
+                return Ok(folder);
+            }
+            sleep(Duration::from_millis(10));
+        }
+        bail!("no tracing after {READY_MAX:?}")
+    }
+
+    fn lost(self, out: &str, said: &str) -> Result<u64> {
+        match self {
+            Self::Ours => {
+                let summary: serde_json::Value = serde_json::from_str(out)?;
+                let lanes = summary["machines"][0]["lanes"].as_array().context("no lanes in the summary")?;
+                let lost = |lane: &serde_json::Value| lane["events_lost"].as_u64().context("no count of lost events");
+                lanes.iter().map(lost).sum()
+            }
+            Self::Stock => {
+                // CPU 0: 123 events lost
+                let lines = said.lines().chain(out.lines()).filter_map(|line| line.strip_suffix(" events lost"));
+                let number = |line: &str| Ok(line.rsplit(' ').next().unwrap_or_default().parse::<u64>()?);
+                lines.map(number).sum()
+            }
+        }
+    }
+}
+
+fn is_on(file: &Path) -> bool {
+    fs::read_to_string(file).is_ok_and(|text| text.trim() == "1")
+}
+
+/// The instance of the recorder with this process id.
+fn instance(root: &Path, pid: u32) -> Result<Option<PathBuf>> {
+    let name = format!("vtrace-{pid}-");
+    let mut entries = fs::read_dir(root.join("instances"))?.flatten();
+    let ours = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(&name));
+    Ok(ours.map(|entry| entry.path()))
+}
+
+impl Load {
+    /// Runs it to its end, on every CPU at the same time.
+    fn run(self, traced: &Path) -> Result<()> {
+        let marker = traced.join("trace_marker");
+        let threads: Vec<_> = cpus()?
+            .into_iter()
+            .map(|cpu| {
+                let marker = marker.clone();
+                std::thread::spawn(move || self.run_on(cpu, &marker))
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a load does not panic"))
+    }
+
+    fn run_on(self, cpu: usize, marker: &Path) -> Result<()> {
+        let mut cpus = CpuSet::new();
+        cpus.set(cpu)?;
+        sched_setaffinity(Pid::from_raw(0), &cpus)?;
+        match self {
+            Self::Nothing => {}
+            Self::Calls(count) => {
+                for _ in 0..count {
+                    // Reads nothing from nobody: the cheapest call with six arguments.
+                    let _ = process_vm_readv(Pid::this(), &mut [], &[]);
+                }
+            }
+            Self::Markers(count) => {
+                let mut marker = OpenOptions::new().write(true).open(marker)?;
+                (0..count).try_for_each(|_| marker.write_all(&MARKER))?;
+            }
+        }
+        Ok(())
+    }
+}
