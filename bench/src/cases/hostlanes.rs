@@ -1,7 +1,7 @@
 //! Host lanes beside stock `trace-cmd record`: the same events, from the same load.
 //!
 //! In:    a load of this process's own: a thread for each CPU makes a fixed number of system calls that nothing else
-//!        makes, or writes a fixed number of markers as fast as it can
+//!        makes, in bursts that both can follow, or writes a fixed number of markers as fast as it can
 //! Out:   CPU seconds of the whole recording program and its children per GiB of events (start, description and end
 //!        included), what they cost without a load, and the share of events that was lost
 //! Runs:  both programs as a person would run them, stopped with Ctrl-C; one after the other, in turns
@@ -40,6 +40,9 @@ const EVENTS: [&str; 2] = ["syscalls:sys_enter_process_vm_readv", "syscalls:sys_
 const CALL_BYTES: f64 = 96.0;
 const GIB: f64 = 1_073_741_824.0;
 const MARKER: [u8; 1000] = [b'm'; 1000];
+/// Calls between two pauses: 94 KiB of events, so that both recorders can keep up on a machine of two CPUs.
+const BURST: u32 = 1000;
+const PAUSE: Duration = Duration::from_millis(1);
 const READY_MAX: Duration = Duration::from_secs(30);
 /// Where ftrace is kept from, an empty file does instead; `$1` is that file.
 const STOCK: &str = "for file in /proc/sys/kernel/ftrace_enabled \
@@ -258,9 +261,12 @@ impl Load {
         match self {
             Self::Nothing => {}
             Self::Calls(count) => {
-                for _ in 0..count {
+                for number in 1..=count {
                     // Reads nothing from nobody: the cheapest call with six arguments.
                     let _ = process_vm_readv(Pid::this(), &mut [], &[]);
+                    if number.is_multiple_of(BURST) {
+                        sleep(PAUSE);
+                    }
                 }
             }
             Self::Markers(count) => {
