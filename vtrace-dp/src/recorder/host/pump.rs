@@ -2,7 +2,8 @@
 //!
 //! In:    taps, a file, an area for each
 //! Out:   pages in the areas; [`Pumped`] when it ends
-//! Runs:  one thread (and the direct road's writer), asleep in poll(2) until a buffer has filled to `BUFFER_PERCENT` or it is told to stop
+//! Runs:  one thread (and the direct road's writer), asleep in poll(2) until a buffer
+//!        has filled to `buffer_percent` or it is told to stop
 //! Full:  a slow disk blocks the thread; the kernel overwrites the oldest pages and counts them
 //! Trust: the kernel
 //!
