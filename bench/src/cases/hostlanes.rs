@@ -44,6 +44,8 @@ const MARKER: [u8; 1000] = [b'm'; 1000];
 /// Calls between two pauses: 94 KiB of events, so that both recorders can keep up on a machine of two CPUs.
 const BURST: u32 = 1000;
 const PAUSE: Duration = Duration::from_millis(1);
+/// Ring buffer of each CPU, for both: room for what comes while the other CPU's recorder is having its turn.
+const BUFFER: [&str; 2] = ["-b", "4096"];
 const TRIES_MAX: u32 = 5;
 const READY_MAX: Duration = Duration::from_secs(30);
 /// Where ftrace is kept from, an empty file does instead; `$1` is that file.
@@ -81,20 +83,21 @@ pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
     let (calls, markers) = (amount("CALLS", 8_000_000)?, amount("MARKERS", 1_000_000)?);
     let mut rows = Vec::new();
     for round in 0..rounds {
-        let both = |metric, unit, figures: [f64; 2]| Row::new("hostlanes", metric, round, unit, figures);
+        let both =
+            |metric, unit, figures: [f64; 2]| Row::new("hostlanes", metric, round, unit, figures).beside("trace-cmd");
         let ours_alone = record(&vtrace, (Side::Ours, &[]), Load::Nothing)?;
         let stock_alone = record(&vtrace, (Side::Stock, &[]), Load::Nothing)?;
         rows.push(both("start and end cpu", "s", [ours_alone.cpu_s, stock_alone.cpu_s]));
         for (subbuf, names) in [
-            (&[][..], ["cpu, 4 KiB pages", "net cpu, 4 KiB pages"]),
-            (&["--subbuf-size", "64"], ["cpu, 64 KiB pages", "net cpu, 64 KiB pages"]),
+            (&[][..], ["cpu, 4 KiB pages", "net cpu, 4 KiB pages", "stop to a file, 4 KiB pages"]),
+            (&["--subbuf-size", "64"], ["cpu, 64 KiB pages", "net cpu, 64 KiB pages", "stop to a file, 64 KiB pages"]),
         ] {
             let (ours, stock) = lossless_pair(&vtrace, subbuf, Load::Calls(calls))?;
             let gib = f64::from(calls) * lanes()? * CALL_BYTES / GIB;
             let net = [ours.cpu_s - ours_alone.cpu_s, stock.cpu_s - stock_alone.cpu_s];
             rows.push(both(names[0], "s/GiB", [ours.cpu_s / gib, stock.cpu_s / gib]));
             rows.push(both(names[1], "s/GiB", net.map(|cpu_s| cpu_s / gib)));
-            rows.push(both("stop to a usable file", "s", [ours.stop_s, stock.stop_s]));
+            rows.push(both(names[2], "s", [ours.stop_s, stock.stop_s]));
         }
         let share = |cost: &Cost| Ok::<_, anyhow::Error>(real(cost.lost)? / (f64::from(markers) * lanes()?));
         let ours = record(&vtrace, (Side::Ours, &["--rt=1"]), Load::Markers(markers))?;
@@ -159,7 +162,7 @@ fn record(vtrace: &Path, (side, options): (Side, &[&str]), load: Load) -> Result
 fn record_in(folder: &Path, vtrace: &Path, (side, options): (Side, &[&str]), load: Load) -> Result<Cost> {
     let used = cpu_of_children()?;
     let mut command = side.command(vtrace, folder)?;
-    command.args(options).args(EVENTS.iter().flat_map(|event| ["-e", event])).current_dir(folder);
+    command.args(options).args(BUFFER).args(EVENTS.iter().flat_map(|event| ["-e", event])).current_dir(folder);
     let (out, said) = (File::create(folder.join("out"))?, File::create(folder.join("said"))?);
     let mut child = command.stdout(out).stderr(said).stdin(Stdio::null()).spawn()?;
     let begun = side.wait_until_tracing(&mut child);

@@ -3,8 +3,8 @@
 //! In:    taps of which poll(2) has said that at least `batch` pages are full
 //! Out:   pages at the areas' offsets, one behind the other; counts: at the end `taken == written + lost`
 //! Runs:  pages are taken on the pump's thread, written by one more ([`Writer`])
-//! Full:  while the disk has [`SPARE_BLOCKS`] blocks to write, a further one goes through the page cache, from the
-//!        pump's own thread; an area without room and a failed write end the lane
+//! Full:  while more than [`WAITING_MAX`] blocks wait for the disk, the writer goes through the page cache; when no
+//!        block is free, so does the pump itself; an area without room and a failed write end the lane
 //! Trust: the kernel
 //!
 //! Memory: [`BLOCK_BYTES`] for each lane and each spare block, touched when it is first used.
@@ -23,10 +23,10 @@ use std::{
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
-        mpsc::{Receiver, SyncSender},
     },
 };
 
+use crossbeam::channel::{Receiver, Sender};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
@@ -41,8 +41,10 @@ use crate::sys::{
 
 /// What is written at once.
 pub(super) const BLOCK_BYTES: usize = 1 << 20;
-/// Blocks that may wait for the disk.
-pub(super) const SPARE_BLOCKS: usize = 8;
+/// Blocks beside those of the lanes.
+pub(super) const SPARE_BLOCKS: usize = 48;
+/// Blocks that may wait for a disk that is slower than the load.
+const WAITING_MAX: usize = 8;
 /// Pages of one readv(2).
 const PIECES_MAX: usize = 64;
 
@@ -154,14 +156,17 @@ pub(super) struct Writer<'a, 'b> {
     pub(super) fates: &'a [Fate<'a>],
     pub(super) page_bytes: usize,
     pub(super) jobs: Receiver<Job<'b>>,
-    pub(super) free: SyncSender<&'b mut [u8]>,
+    pub(super) free: Sender<&'b mut [u8]>,
 }
 
 impl Writer<'_, '_> {
     /// Hot.
     pub(super) fn run(self) {
-        for Job { lane, offset, bytes, block } in self.jobs {
-            let written = self.files.write(&block[..bytes], offset);
+        for Job { lane, offset, bytes, block } in &self.jobs {
+            let written = match self.jobs.len() {
+                waiting if waiting > WAITING_MAX => write_all(self.files.plain.as_fd(), &block[..bytes], offset),
+                _ => self.files.write(&block[..bytes], offset),
+            };
             self.fates[lane].record(self.page_bytes, bytes, offset, written);
             drop(self.free.try_send(block)); // at the end nobody asks for it any more, and there is still more to write
         }
@@ -184,7 +189,7 @@ pub(super) struct Direct<'a, 'b> {
     page_bytes: usize,
     batch_pages: usize,
     lanes: Vec<Filling<'b>>,
-    jobs: SyncSender<Job<'b>>,
+    jobs: Sender<Job<'b>>,
     free: Receiver<&'b mut [u8]>,
 }
 
@@ -194,7 +199,7 @@ impl<'a, 'b> Direct<'a, 'b> {
         writer: (&'a Files, &'a [Fate<'a>]),
         page_bytes: usize,
         batch_pages: usize,
-        jobs: SyncSender<Job<'b>>,
+        jobs: Sender<Job<'b>>,
         free: Receiver<&'b mut [u8]>,
     ) -> Self {
         let (files, fates) = writer;

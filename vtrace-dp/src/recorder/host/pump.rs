@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crossbeam::channel::bounded;
 use memmap2::{Advice, MmapMut};
 use nix::sys::{
     resource::{UsageWho, getrusage},
@@ -225,8 +226,8 @@ impl Run {
         let (files, fates) = (&files, &fates[..]);
         let (mut ends, failed, used) = scope(|scope| {
             let blocks = fates.len() + SPARE_BLOCKS;
-            let (jobs, queue) = sync_channel(blocks);
-            let (give_back, free) = sync_channel(blocks);
+            let (jobs, queue) = bounded(blocks);
+            let (give_back, free) = bounded(blocks);
             for block in memory.chunks_exact_mut(BLOCK_BYTES) {
                 give_back.try_send(block).expect("there is room for every block");
             }
