@@ -18,11 +18,11 @@ pub mod plan;
 pub mod ratio;
 pub mod segment;
 pub mod sync;
-pub mod vcpus;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod trap;
+pub mod vcpus;
 
 use vtrace_common::time::{GuestTsc, HostTsc};
 
