@@ -45,14 +45,15 @@ pub enum State {
     Finished,
 }
 
-/// Where one lane's pages are: first those in `moved`, then those in `rest`.
+/// Where one lane's pages are: first those in `moved`, then those in `rest`. `moved` holds what was moved already, or
+/// the older pages of a lane that began again at its area's start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LaneArea {
     /// Whose.
     pub cpu: Cpu,
-    /// What is in its new place already.
+    /// The first ones.
     pub moved: Extent,
-    /// What is where it was written; of an open file, the whole area.
+    /// The others, where they were written; of an open file, the whole area.
     pub rest: Extent,
 }
 
@@ -67,12 +68,17 @@ pub struct Areas {
     pub file_bytes: u64,
     /// A stretch that is being taken out of the file. It is out when the file is that much shorter than `file_bytes`.
     pub pending: Extent,
+    /// Where options that are known before the end are kept ([`super::early`]).
+    pub early_at: u64,
+    /// A lane keeps only its newest bytes, at least so many, and begins again at its area's start when it has reached
+    /// the end ([`super::keep`]); 0: it keeps all.
+    pub newest_bytes: u64,
     /// One entry a lane.
     pub lanes: Vec<LaneArea>,
 }
 
-const VERSION: u32 = 1;
-const HEAD_BYTES: u64 = 4 * 4 + 3 * 8;
+const VERSION: u32 = 2;
+const HEAD_BYTES: u64 = 4 * 4 + 5 * 8;
 const LANE_BYTES: u64 = 2 * 4 + 4 * 8;
 
 impl Areas {
@@ -88,7 +94,7 @@ impl Areas {
         for word in [VERSION, self.state.code(), self.page_bytes, count] {
             out.extend(word.to_le_bytes());
         }
-        for word in [self.file_bytes, self.pending.offset, self.pending.bytes] {
+        for word in [self.file_bytes, self.pending.offset, self.pending.bytes, self.early_at, self.newest_bytes] {
             out.extend(word.to_le_bytes());
         }
         for lane in &self.lanes {
@@ -116,13 +122,14 @@ impl Areas {
         }
         let file_bytes = input.u64("size of areas")?;
         let pending = read_extent(input)?;
+        let (early_at, newest_bytes) = (input.u64("place of early options")?, input.u64("bytes kept of a lane")?);
         let mut lanes = Vec::new();
         for _ in 0..count {
             let cpu = Cpu(input.u32("CPU of an area")?);
             input.u32("area")?;
             lanes.push(LaneArea { cpu, moved: read_extent(input)?, rest: read_extent(input)? });
         }
-        Ok(Self { state, page_bytes, file_bytes, pending, lanes })
+        Ok(Self { state, page_bytes, file_bytes, pending, early_at, newest_bytes, lanes })
     }
 
     /// The same for a file of this size: what was pending is out, or it is not.
@@ -182,6 +189,8 @@ mod tests {
             page_bytes: 4096,
             file_bytes: 1000,
             pending,
+            early_at: 77,
+            newest_bytes: 0,
             lanes: vec![lane(0, 100), lane(3, 200)],
         }
     }

@@ -6,18 +6,22 @@
 //! Full:  copying needs room for one step only; where there is none the lane stays where it is, behind its hole
 //! Trust: the file is ours and nobody writes to it
 //!
-//! Two ways. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes. Elsewhere bytes are copied downwards step by step
-//! with copy_file_range (which shares blocks on btrfs), and what was copied is punched out, so that no second copy of
-//! the data ever exists. Before each step that cannot be repeated, `save` has put the new places into the file.
+//! Two ways. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes; the kernel first writes back what is dirty behind the
+//! hole, so a recording has that done all the while ([`crate::recorder`]'s write-behind). Elsewhere bytes are copied
+//! downwards step by step with copy_file_range (which shares blocks on btrfs), and what was copied is punched out, so
+//! that no second copy of the data ever exists. Before each step that cannot be repeated, `save` has put the new places
+//! into the file. Where copying would really move bytes, and more than [`COPY_BYTES_MAX`] (a tmpfs), the holes stay: a
+//! sparse file is as right, and a copy of gigabytes at the end is what this whole file is made to avoid.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, copy_file_range, fallocate},
+    sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs},
 };
 
-use super::areas::{Areas, Extent};
+use super::areas::{Areas, Extent, LaneArea};
 
 /// How the holes went.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -26,9 +30,12 @@ pub enum Way {
     Collapsed,
     /// Bytes were copied downwards.
     Copied,
-    /// There was no room to copy: holes are left. The file is as right, but sparse.
+    /// Holes are left: there was no room to copy, or too much to move. The file is as right, but sparse.
     Left,
 }
+
+/// Most bytes that are moved by really copying them: some hundredths of a second.
+pub(super) const COPY_BYTES_MAX: u64 = 64 << 20;
 
 /// Most bytes copied between two saves.
 pub(super) const STEP_BYTES: u64 = 64 << 20;
@@ -45,6 +52,8 @@ pub(super) struct Collapse<'a> {
     pub(super) unit: u64,
     /// Most bytes copied between two saves; a multiple of the unit.
     pub(super) step_bytes: u64,
+    /// Most bytes copied in all where a copy does not share blocks.
+    pub(super) copy_bytes_max: u64,
     /// Puts the areas into the file.
     pub(super) save: &'a mut dyn FnMut(&Areas) -> io::Result<()>,
 }
@@ -52,15 +61,35 @@ pub(super) struct Collapse<'a> {
 impl Collapse<'_> {
     /// Moves the lanes together, the first one to `start` (a multiple of the unit, not behind it).
     pub(super) fn run(&mut self, start: u64) -> io::Result<Way> {
+        self.join()?;
         self.cut()?;
         match self.collapse(start) {
             Ok(()) => return Ok(Way::Collapsed),
             Err(error) if is_refusal(&error) || is_full(&error) => {}
             Err(error) => return Err(error),
         }
+        let bytes = self.areas.lanes.iter().filter(|lane| lane.rest.offset > start).map(|lane| lane.rest.bytes);
+        if bytes.sum::<u64>() > self.copy_bytes_max && !shares_blocks(self.file) {
+            return Ok(Way::Left);
+        }
         let way = self.copy(start)?;
         self.cut()?;
         Ok(way)
+    }
+
+    /// Puts lanes that lie in two places into one, the first: those that began again at their area's start, and those
+    /// a crash met half moved.
+    fn join(&mut self) -> io::Result<()> {
+        for index in 0..self.areas.lanes.len() {
+            let lane = &mut self.areas.lanes[index];
+            if lane.moved.bytes > 0 && lane.rest.bytes == 0 {
+                lane.rest = lane.moved;
+            } else if lane.moved.bytes > 0 {
+                self.move_rest(index)?;
+            }
+            self.areas.lanes[index].moved = Extent::default();
+        }
+        Ok(())
     }
 
     /// Ends the file with its last lane.
@@ -78,7 +107,7 @@ impl Collapse<'_> {
         let mut from = start;
         let mut holes = Vec::new();
         for lane in self.areas.lanes.iter().filter(|lane| lane.rest.bytes > 0) {
-            let bytes = lane.rest.offset - from;
+            let bytes = lane.rest.offset.saturating_sub(from);
             if bytes > 0 {
                 holes.push(Extent { offset: from, bytes });
             }
@@ -117,16 +146,25 @@ impl Collapse<'_> {
                     result => result?,
                 }
             }
-            to = (to + from.bytes).next_multiple_of(self.unit);
+            to = self.areas.lanes[index].rest.end().next_multiple_of(self.unit);
         }
         Ok(Way::Copied)
     }
 
     fn move_lane(&mut self, index: usize, to: u64) -> io::Result<()> {
-        let from = self.areas.lanes[index].rest;
         self.areas.lanes[index].moved = Extent { offset: to, bytes: 0 };
-        // A step never reaches into what is not copied yet: it can be repeated.
-        let mut step_max = self.step_bytes.min(from.offset - to);
+        self.move_rest(index)
+    }
+
+    /// Copies `rest` behind `moved`, and makes one of both.
+    fn move_rest(&mut self, index: usize) -> io::Result<()> {
+        let LaneArea { moved, rest, .. } = self.areas.lanes[index];
+        // A step never reaches into what is not copied yet: it can be repeated. The distance stays the same.
+        let distance = moved.end().abs_diff(rest.offset);
+        let mut step_max = self.step_bytes.min(distance);
+        if step_max == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a lane in two places that are one"));
+        }
         while self.areas.lanes[index].rest.bytes > 0 {
             let lane = self.areas.lanes[index];
             let step = step_max.min(lane.rest.bytes);
@@ -149,6 +187,11 @@ impl Collapse<'_> {
         lane.rest = std::mem::take(&mut lane.moved);
         (self.save)(self.areas)
     }
+}
+
+/// Whether a copy within a file of this file system moves no bytes. (xfs does too, and collapses.)
+fn shares_blocks(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|about| about.filesystem_type() == BTRFS_SUPER_MAGIC)
 }
 
 fn allocate(file: &File, flags: FallocateFlags, extent: Extent) -> io::Result<()> {
@@ -217,10 +260,7 @@ mod tests {
 
     use vtrace_common::ids::Cpu;
 
-    use super::{
-        super::areas::{LaneArea, State},
-        *,
-    };
+    use super::{super::areas::State, *};
 
     const UNIT: u64 = 4096;
     const AREA: u64 = 64 * UNIT;
@@ -240,7 +280,15 @@ mod tests {
             file.write_all_at(&content(index), rest.offset).unwrap();
             lanes.push(LaneArea { cpu: Cpu(u32::try_from(index).unwrap()), moved: Extent::default(), rest });
         }
-        Areas { state: State::Closed, page_bytes: 4096, file_bytes: 5 * AREA, pending: Extent::default(), lanes }
+        Areas {
+            state: State::Closed,
+            page_bytes: 4096,
+            file_bytes: 5 * AREA,
+            pending: Extent::default(),
+            early_at: 0,
+            newest_bytes: 0,
+            lanes,
+        }
     }
 
     fn assert_whole(file: &File, areas: &Areas) {
@@ -271,8 +319,9 @@ mod tests {
                 saved = areas.clone();
                 Ok(())
             };
+            let (step_bytes, copy_bytes_max) = (2 * UNIT, COPY_BYTES_MAX);
             let mut collapse =
-                Collapse { file: &file, areas: &mut areas, unit: UNIT, step_bytes: 2 * UNIT, save: &mut save };
+                Collapse { file: &file, areas: &mut areas, unit: UNIT, step_bytes, copy_bytes_max, save: &mut save };
             let result = collapse.run(UNIT);
             let file_bytes = file.metadata().unwrap().len();
             assert_whole(&file, &saved.settle(file_bytes));

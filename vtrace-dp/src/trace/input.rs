@@ -6,6 +6,11 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
+use nix::{
+    errno::Errno,
+    unistd::{Whence, lseek64},
+};
+
 use super::section::bytes_of;
 
 /// Something that can be read at any place.
@@ -14,6 +19,10 @@ pub trait Source {
     fn bytes(&self) -> u64;
     /// Fills `buffer` from `at`.
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()>;
+    /// The first byte from `at` on that may be something else than zero; its size if there is none.
+    fn data_at(&self, at: u64) -> u64 {
+        at.min(self.bytes())
+    }
 }
 
 /// A file and its size when it was opened. A file that shrinks meanwhile gives errors, not nonsense.
@@ -42,6 +51,14 @@ impl Source for FileSource {
     }
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, at)
+    }
+    fn data_at(&self, at: u64) -> u64 {
+        let Ok(offset) = i64::try_from(at) else { return self.bytes };
+        match lseek64(&self.file, offset, Whence::SeekData) {
+            Ok(data) => u64::try_from(data).unwrap_or(at).clamp(at, self.bytes.max(at)),
+            Err(Errno::ENXIO) => self.bytes.max(at),
+            Err(_) => at, // a file system that does not know its holes
+        }
     }
 }
 

@@ -92,6 +92,8 @@ pub const OPTIONS_BYTES_MAX: usize = 32 << 20;
 pub const NOTES_BYTES_MAX: usize = 16 << 20;
 /// Room kept for segments.
 pub const SEGMENTS_BYTES_MAX: usize = 12 << 20;
+/// Room kept, twice, for options that are known before the end ([`super::early`]).
+pub const EARLY_BYTES_MAX: u64 = 1 << 20;
 /// Options sections of one file that a reader follows.
 pub const OPTIONS_SECTIONS_MAX: usize = 256;
 /// Sections of one file that a reader looks at.

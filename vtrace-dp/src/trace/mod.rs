@@ -11,7 +11,7 @@
 //!
 //! ```text
 //! head ─ HEADER_INFO ─ FTRACE_EVENTS ─ EVENT_FORMATS ─ KALLSYMS ─ PRINTK      written once, never moved
-//! AREAS (ours) ─ CMDLINES ─ OPTIONS ─ NOTES (ours) ─┐                          written again when the trace ends
+//! AREAS (ours) ─ CMDLINES ─ OPTIONS ─ NOTES (ours) ─┐ early options (ours)     written again when the trace ends
 //! BUFFER ─ padding ─ lane ─ lane ─ …               ◄┘ holes are collapsed      pages, in their final place at once
 //! ```
 
@@ -19,14 +19,19 @@ pub mod areas;
 pub mod collapse;
 pub mod compressed;
 pub mod fields;
+pub mod early;
 pub mod format;
+pub mod found;
+mod frame;
 pub mod input;
+pub mod keep;
 pub mod layout;
 pub mod merge;
 pub mod metadata;
 pub mod option;
 pub mod reader;
 pub mod rewrite;
+pub mod restore;
 pub mod section;
 pub mod segments;
 pub mod stamp;
