@@ -34,6 +34,8 @@ pub enum Verb {
     /// Become a command that is traced from its first instruction on (record and agent use it for -F)
     #[command(hide = true)]
     Launch(LaunchArgs),
+    /// Finish files whose recording was killed
+    Restore(RestoreArgs),
 }
 
 /// `vtrace record [OPTIONS] [--dom GUEST [GUEST OPTIONS]]… [--] [COMMAND]`
@@ -64,6 +66,12 @@ pub struct RecordArgs {
     #[arg(long, value_name = "PRIO", num_args = 0..=1, require_equals = true, default_missing_value = "1",
           value_parser = clap::value_parser!(u8).range(1..=99))]
     pub rt: Option<u8>,
+    /// Keep only the newest pages of each CPU, at least this many KiB
+    #[arg(short = 'm', long = "newest", value_name = "KB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub newest_kb: Option<u32>,
+    /// Stop before a file grows beyond SIZE bytes (K, M, G and T are taken)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_file: Option<u64>,
     /// Leave kernel symbols out: arms faster, functions stay numbers
     #[arg(long)]
     pub no_kallsyms: bool,
@@ -267,4 +275,53 @@ pub struct CheckArgs {
     /// Each vCPU, and the events that are farthest outside
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// `vtrace restore PATH…`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "After a crash of record, server, agent, guest or host: every whole page is kept, host and guests\n\
+                  still know each other. A finished file is left as it is; so is one that is being recorded.\n\n\
+                  Exit status: 0 all files are valid now, 1 one is not, 2 usage, 3 pages are missing under --strict."
+)]
+pub struct RestoreArgs {
+    /// A file, or a folder whose files are all looked at
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// Exit with status 3 if a page is missing
+    #[arg(long)]
+    pub strict: bool,
+    /// Print what was found as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A number of bytes, as people write it.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("not a size: 512M, 4G".into()),
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| "not a size: 512M, 4G".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("64K"), Ok(64 << 10));
+        assert_eq!(size("2T"), Ok(2 << 40));
+        for wrong in ["", "0", "-1", "4X", "G", "1.5G", "99999999999G", "4é"] {
+            assert!(size(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

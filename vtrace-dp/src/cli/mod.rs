@@ -14,6 +14,7 @@ mod list;
 mod machine_options;
 pub mod plan;
 mod record;
+mod restore;
 mod server;
 mod status;
 
@@ -52,6 +53,7 @@ pub fn main() -> ExitCode {
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Launch(args) => launch::run(&args),
+        Verb::Restore(args) => restore::run(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

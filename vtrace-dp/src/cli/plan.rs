@@ -10,7 +10,7 @@ use clap::ArgMatches;
 use vtrace_common::{limits::NAME_BYTES_MAX, wire::agent::Arm};
 
 use super::{args::RecordArgs, machine_options};
-use crate::{recorder::sink::SinkChoice, server::check_name};
+use crate::{recorder::sink::SinkChoice, server::check_name, trace::writer::Bounds};
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";
@@ -30,6 +30,10 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// How guests' pages are written.
     pub sink: SinkChoice,
+    /// Keep the newest bytes of each lane only, at least so many.
+    pub newest_bytes: Option<u64>,
+    /// Stop before a file grows beyond this.
+    pub file_bytes_max: Option<u64>,
     /// Exit with 3 on any loss.
     pub strict: bool,
     /// The closing table as JSON.
@@ -130,11 +134,18 @@ impl Plan {
             rt: args.rt,
             timeout: args.timeout.map(timeout).transpose()?,
             sink: args.sink,
+            newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
+            file_bytes_max: args.max_file,
             strict: args.strict,
             json: args.json,
             quiet: args.quiet,
             dir: args.dir.clone(),
         })
+    }
+
+    /// What bounds the lanes of every file.
+    pub fn bounds(&self) -> Bounds {
+        Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes: self.newest_bytes }
     }
 }
 

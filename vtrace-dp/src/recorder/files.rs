@@ -4,24 +4,24 @@
 //! Out:   one trace.dat each, tied together: TRACEID and GUEST, one TSC2NSEC for all, TIME_SHIFT in the guests'
 //! Trust: nothing a guest says decides where a byte goes
 
-use std::{
-    fs::{File, OpenOptions, TryLockError},
-    io,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
 
 use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
     page::{HEADER_BYTES, Header},
-    wire::{agent::LaneReport, client::LaneLedger},
+    wire::{
+        agent::{Armed, LaneReport},
+        client::LaneLedger,
+    },
 };
 
 use super::{
+    behind::Behind,
     clocks::GuestClock,
     guest::vcpu_threads,
     host::HostReport,
+    naming::Output,
     run::Recording,
     session::GuestSession,
     sink::open_direct,
@@ -30,9 +30,16 @@ use super::{
 };
 use crate::{
     cli::plan::{CLOCK, Plan},
-    clock::plan::ClockPlan,
+    clock::{
+        plan::{ClockPlan, plan},
+        vcpus::Vcpu,
+    },
     sys::random,
-    trace::{metadata::Metadata, option::TraceOption, writer::Writer},
+    trace::{
+        metadata::Metadata,
+        option::TraceOption,
+        writer::{Bounds, Writer},
+    },
 };
 
 /// What was being done to a file.
@@ -47,15 +54,6 @@ pub struct FileError {
     pub source: io::Error,
 }
 
-/// A file that is open and not yet touched.
-#[derive(Debug)]
-pub(super) struct Output {
-    path: PathBuf,
-    file: File,
-    /// This run made it: it goes again if the recording does not begin.
-    made: bool,
-}
-
 /// A file that pages are being written to.
 #[derive(Debug)]
 pub(super) struct MachineFile {
@@ -66,76 +64,80 @@ pub(super) struct MachineFile {
     pub(super) direct: Option<File>,
 }
 
-impl Drop for Output {
-    fn drop(&mut self) {
-        if self.made {
-            // Best effort: an empty file that stays is not worth a second error.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 /// A marker's text: the same in all files of a session.
 pub(super) fn marker(plan: &Plan, word: &str) -> String {
     format!("vtrace: {word} {:016x}", plan.host.arm.session)
 }
 
-/// Opens every file of a plan, the host's first. Nothing is truncated yet.
+/// Opens every file of a plan, the host's first. What was there before is not touched.
 pub(super) fn open(plan: &Plan) -> Result<Vec<Output>, FileError> {
     let guests = plan.guests.iter().map(|guest| &guest.machine.output);
-    std::iter::once(&plan.host.output).chain(guests).map(|path| open_one(path)).collect()
+    std::iter::once(&plan.host.output).chain(guests).map(|path| Output::open(path)).collect()
 }
 
-fn open_one(path: &Path) -> Result<Output, FileError> {
-    let failed = |source| FileError { path: path.into(), what: "open", source };
-    let mut options = OpenOptions::new();
-    let (file, made) = match options.read(true).write(true).create_new(true).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            (options.create_new(false).open(path).map_err(failed)?, false)
-        }
-        file => (file.map_err(failed)?, true),
-    };
-    file.try_lock().map_err(|error| {
-        let taken = || io::Error::new(io::ErrorKind::ResourceBusy, "another recording writes to it");
-        failed(if matches!(error, TryLockError::WouldBlock) { taken() } else { error.into() })
-    })?;
-    Ok(Output { path: path.into(), file, made })
-}
-
-/// Writes the heads and reserves the lanes' areas.
+/// Writes the heads, reserves the lanes' areas, and keeps in each file what is known already: a file whose recording
+/// is killed can be restored, and its host and guests still know each other.
 pub(super) fn create(recording: &Recording, outputs: Vec<Output>) -> Result<Vec<MachineFile>, FileError> {
     let host = &recording.host;
-    let sessions = recording.guests.iter().flat_map(|guests| &guests.sessions);
-    let guests = sessions.map(|session| {
-        let armed = session.armed.as_ref().expect("every guest is armed before its file is made");
-        (&session.metadata, armed)
-    });
-    let machines = std::iter::once((&host.metadata, &host.armed)).chain(guests);
-    let made = machines.zip(outputs).map(|((metadata, armed), output)| create_one(metadata, armed, output));
-    let mut files = made.collect::<Result<Vec<_>, _>>()?;
+    let armed = recording.sessions().map(|session| (&session.metadata, armed(session)));
+    let machines = std::iter::once((&host.metadata, &host.armed)).chain(armed);
+    let bounds = recording.plan.bounds();
+    let created = machines.zip(outputs).map(|((metadata, armed), output)| create_one(metadata, armed, output, bounds));
+    let mut files = created.collect::<Result<Vec<_>, _>>()?;
     for file in files.iter_mut().skip(1) {
         let direct = open_direct(recording.plan.sink, file.writer.file());
-        let failed = |source| FileError { path: file.output.path.clone(), what: "open past the page cache", source };
+        let failed = |source| FileError { path: file.output.path().into(), what: "open past the page cache", source };
         file.direct = direct.map_err(failed)?;
     }
+    keep_options(recording, &mut files);
     Ok(files)
 }
 
-fn create_one(
-    metadata: &Metadata,
-    armed: &vtrace_common::wire::agent::Armed,
-    output: Output,
-) -> Result<MachineFile, FileError> {
-    let failed = |source| FileError { path: output.path.clone(), what: "write", source };
-    let file = output.file.try_clone().and_then(|file| file.set_len(0).map(|()| file)).map_err(failed)?;
-    let writer = Writer::create(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes);
+/// A guest with a file.
+fn armed(session: &GuestSession) -> &Armed {
+    session.armed.as_ref().expect("every guest is armed before its file is made")
+}
+
+fn create_one(metadata: &Metadata, armed: &Armed, output: Output, bounds: Bounds) -> Result<MachineFile, FileError> {
+    let failed = |source| FileError { path: output.path().into(), what: "write", source };
+    let file = output.file.try_clone().map_err(failed)?;
+    let writer = Writer::create_bounded(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes, bounds);
     let writer = writer.map_err(|fault| failed(fault.into()))?;
     Ok(MachineFile { output, trace_id: random() | 1, writer, direct: None })
 }
 
-/// The recording has begun: the files stay, whatever happens.
-pub(super) fn keep(files: &mut [MachineFile]) {
-    files.iter_mut().for_each(|file| file.output.made = false);
+/// Keeps in every file what is known now: again when clocks have been measured. A file that cannot keep it is no worse
+/// if its recording ends well.
+pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
+    let common = Common { host_id: files[0].trace_id, scale: recording.calibration.scale() };
+    let mut links = Vec::new();
+    for ((session, file), clocks) in recording.sessions().zip(&mut files[1..]).zip(&recording.clocks) {
+        let armed = armed(session);
+        let mut options = machine_options(&common, &armed.clock, guest_uname(session), file.trace_id);
+        let clock = plan(&clocks.start, &clocks.end, &armed.lanes, common.host_id);
+        options.extend(clock.map(|clock| TraceOption::TimeShift(clock.time_shift)));
+        links.push(link(session, file.trace_id, &[]).0);
+        keep_in(file, &options);
+    }
+    let mut options = machine_options(&common, &recording.host.armed.clock, &uname(), common.host_id);
+    options.extend(links);
+    keep_in(&mut files[0], &options);
+}
+
+fn keep_in(file: &mut MachineFile, options: &[TraceOption]) {
+    if let Err(fault) = file.writer.update_options(options) {
+        log::warn!("{}: {}", file.output.path().display(), chain(&fault));
+    }
+}
+
+/// Writes pages behind the recording from now on.
+pub(super) fn write_behind(files: &[MachineFile]) -> Behind {
+    Behind::start(files.iter().filter_map(|file| file.output.file.try_clone().ok()).collect())
+}
+
+/// The recording has begun: the files get their names and stay, whatever happens.
+pub(super) fn begin(files: &mut [MachineFile]) {
+    files.iter_mut().for_each(|file| file.output.begin());
 }
 
 /// What is the same in all files of a session.
@@ -166,7 +168,7 @@ pub(super) fn finish(
     }
     machines.insert(0, finish_host(recording, host, report, options, &common));
     let session = format!("{:016x}", recording.plan.host.arm.session);
-    Summary { session, seconds, machines, command_status }
+    Summary { session, seconds, machines, ended: recording.ended, command_status }
 }
 
 fn finish_host(
@@ -179,7 +181,7 @@ fn finish_host(
     let lanes: Vec<LaneSummary> = report.lanes.iter().map(LaneSummary::host).collect();
     let mut machine = MachineSummary {
         name: "host".into(),
-        file: Some(file.output.path.clone()),
+        file: Some(file.output.path().into()),
         bytes: 0,
         lanes,
         sink: None,
@@ -189,8 +191,8 @@ fn finish_host(
         failed: report.lanes.iter().any(|lane| !lane.trouble.is_empty()),
         remarks: report.lanes.iter().filter_map(trouble_of).collect(),
     };
-    let mut options = options(common, &machine, &report.lanes, &recording.host.armed.clock, &uname());
-    options.push(TraceOption::TraceId(common.host_id));
+    let mut options = machine_options(common, &recording.host.armed.clock, &uname(), common.host_id);
+    options.extend(cpu_stats(&machine, &report.lanes));
     options.extend(links);
     let filled: Vec<(Cpu, u64)> = report.lanes.iter().map(|lane| (lane.cpu, lane.bytes_sent)).collect();
     write(file, &filled, &recording.host.metadata.cmdlines, &options, &mut machine);
@@ -204,15 +206,14 @@ fn finish_guest(
     file: MachineFile,
     common: &Common,
 ) -> (MachineSummary, TraceOption) {
-    let armed = session.armed.as_ref().expect("a guest with a file was armed");
+    let armed = armed(session);
     let clock = GuestClock::of(recording, index, session, common);
     let ledgers = if session.is_finished() { session.ledgers.clone() } else { found(&file.writer, armed.page_bytes) };
     let (lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     remarks.extend(session.reports.iter().filter_map(trouble_of));
-    let kvm = clock.kvm();
-    let threads = session.claimed.as_ref().map(|claimed| vcpu_threads(claimed.vmm_pid, &armed.lanes, kvm));
-    if threads.as_ref().is_some_and(|threads| !threads.known) {
+    let (link, known) = link(session, file.trace_id, clock.kvm());
+    if !known {
         remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }
     if clock.plan.is_none() {
@@ -220,7 +221,7 @@ fn finish_guest(
     }
     let mut machine = MachineSummary {
         name: session.name.clone(),
-        file: Some(file.output.path.clone()),
+        file: Some(file.output.path().into()),
         bytes: 0,
         lanes,
         sink: Some(if file.direct.is_some() { "direct" } else { "buffered" }),
@@ -230,15 +231,25 @@ fn finish_guest(
         failed: has_failed(session, &ledgers),
         remarks,
     };
-    let uname = session.claimed.as_ref().map(|claimed| claimed.machine.uname.as_str()).unwrap_or_default();
-    let mut options = options(common, &machine, &session.reports, &armed.clock, uname);
-    options.push(TraceOption::TraceId(file.trace_id));
+    let mut options = machine_options(common, &armed.clock, guest_uname(session), file.trace_id);
+    options.extend(cpu_stats(&machine, &session.reports));
     options.extend(clock.plan.map(|plan| TraceOption::TimeShift(plan.time_shift)));
-    let vcpus = threads.map(|threads| threads.threads).unwrap_or_default();
-    let link = TraceOption::Guest { name: session.name.clone(), trace_id: file.trace_id, vcpus };
     let filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     (machine, link)
+}
+
+/// What ties a guest's file to the host's, and whether the threads of its vCPUs are known.
+fn link(session: &GuestSession, trace_id: u64, by_kvm: &[Vcpu]) -> (TraceOption, bool) {
+    let threads = session.claimed.as_ref();
+    let threads = threads.map(|claimed| vcpu_threads(claimed.vmm_pid, &armed(session).lanes, by_kvm));
+    let known = threads.as_ref().is_none_or(|threads| threads.known);
+    let vcpus = threads.map(|threads| threads.threads).unwrap_or_default();
+    (TraceOption::Guest { name: session.name.clone(), trace_id, vcpus }, known)
+}
+
+fn guest_uname(session: &GuestSession) -> &str {
+    session.claimed.as_ref().map(|claimed| claimed.machine.uname.as_str()).unwrap_or_default()
 }
 
 /// What a server that has gone left in the file: pages up to the first that was never written.
@@ -290,29 +301,26 @@ fn filled(ledgers: &[LaneLedger], page_bytes: u32) -> Vec<(Cpu, u64)> {
     ledgers.iter().map(|ledger| (ledger.cpu, ledger.pages_out * u64::from(page_bytes))).collect()
 }
 
-fn options(
-    common: &Common,
-    machine: &MachineSummary,
-    reports: &[LaneReport],
-    clock: &str,
-    uname: &str,
-) -> Vec<TraceOption> {
-    let cpus = machine.lanes.iter().map(|lane| lane.cpu + 1).max().unwrap_or(0);
+/// What is known of a machine before its trace begins.
+fn machine_options(common: &Common, clock: &str, uname: &str, trace_id: u64) -> Vec<TraceOption> {
     let mut options = vec![
-        TraceOption::CpuCount(cpus),
         TraceOption::TraceClock(clock.into()),
         TraceOption::Uname(uname.into()),
         TraceOption::Version(format!("vtrace {}", env!("CARGO_PKG_VERSION"))),
+        TraceOption::TraceId(trace_id),
     ];
     // A clock that is not the TSC has nanoseconds of its own.
     if clock.contains(&format!("[{CLOCK}]")) {
         options.push(TraceOption::Tsc2Nsec { mult: common.scale.mult, shift: common.scale.shift });
     }
-    options.extend(machine.lanes.iter().map(|lane| {
+    options
+}
+
+fn cpu_stats(machine: &MachineSummary, reports: &[LaneReport]) -> impl Iterator<Item = TraceOption> {
+    machine.lanes.iter().map(|lane| {
         let report = reports.iter().find(|report| report.cpu.0 == lane.cpu);
         TraceOption::CpuStat(cpu_stat(lane, report, machine.clock.as_ref()))
-    }));
-    options
+    })
 }
 
 /// What `trace-cmd report --stat` shows: the kernel's words, then ours.
@@ -353,13 +361,31 @@ fn write(
     options: &[TraceOption],
     machine: &mut MachineSummary,
 ) {
+    note_old_pages(&file, filled, machine);
     let note = serde_json::to_string(machine).expect("a summary is plain data");
-    let path = &file.output.path;
+    let path = file.output.path();
     match file.writer.finish(filled, cmdlines, options, &note) {
         Ok(finished) => machine.bytes = finished.bytes,
         Err(source) => {
             machine.failed = true;
             machine.remarks.push(format!("{} could not be finished: {}", path.display(), chain(&source)));
         }
+    }
+}
+
+/// Pages that were in the file and went when newer ones came.
+fn note_old_pages(file: &MachineFile, filled: &[(Cpu, u64)], machine: &mut MachineSummary) {
+    let areas = file.writer.areas().iter();
+    let kept =
+        |cpu: Cpu, bytes| areas.clone().find(|area| area.cpu == cpu).map(|area| file.writer.kept_bytes(area, bytes));
+    for (cpu, bytes) in filled {
+        let old = bytes.saturating_sub(kept(*cpu, *bytes).unwrap_or(*bytes));
+        if let Some(lane) = machine.lanes.iter_mut().find(|lane| lane.cpu == cpu.0 && old > 0) {
+            lane.pages_old = lane.pages_out * old / bytes;
+        }
+    }
+    let old: u64 = machine.lanes.iter().map(|lane| lane.pages_old).sum();
+    if old > 0 {
+        machine.remarks.push(format!("{old} older pages went to make room for newer ones"));
     }
 }

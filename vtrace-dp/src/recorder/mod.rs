@@ -13,6 +13,9 @@
 //! | [`clocks`] | whose word is taken for a guest's times |
 //! | [`command`] | what runs while we record |
 //! | [`files`] | opened first, finished last |
+//! | `naming` | their names: what was there before stays until the recording has begun |
+//! | [`behind`] | written while we record, so that the end is near |
+//! | [`limit`] | when files end a recording |
 //! | [`summary`] | the closing table |
 //!
 //! In:    a `Plan`; messages of the server
@@ -20,6 +23,7 @@
 //! Runs:  on the caller's thread; the host's pages move on a thread of their own
 //! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
 
+pub mod behind;
 pub mod clocks;
 pub mod command;
 pub mod files;
@@ -27,6 +31,8 @@ pub mod guest;
 pub mod guests;
 pub mod host;
 pub mod kvm;
+pub mod limit;
+mod naming;
 pub mod outputs;
 pub mod run;
 pub mod session;

@@ -25,10 +25,12 @@ use vtrace_common::{
 
 use super::{
     command::{Command, CommandError},
-    files::{self, FileError, Output},
+    files::{self, FileError},
     guests::{Guests, GuestsError},
     host::{HostRecorder, HostReport},
     kvm::{self, KvmFault, Watch},
+    limit::{Ended, FileState, Limit},
+    naming::Output,
     outputs::{Line, Outputs},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
@@ -116,6 +118,9 @@ pub(super) struct Recording<'a> {
     watch: Option<Watch>,
     /// What KVM told of all guests' vCPUs, once the recording is over.
     pub(super) kvm: Result<Vec<Told>, KvmFault>,
+    limit: Limit,
+    /// The files ended it.
+    pub(super) ended: Option<Ended>,
 }
 
 /// The host's part: what an agent would have said of it.
@@ -162,7 +167,8 @@ fn record_with(
     let host = Host::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
     let (watch, kvm) = (None, Err(KvmFault::Unwatched));
-    let mut recording = Recording { plan, guests: guests.take(), host, calibration, clocks, watch, kvm };
+    let (guests_now, limit, ended) = (guests.take(), Limit::new(plan.file_bytes_max), None);
+    let mut recording = Recording { plan, guests: guests_now, host, calibration, clocks, watch, kvm, limit, ended };
     let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
@@ -217,15 +223,24 @@ impl Host {
 }
 
 impl Recording<'_> {
+    /// The guests' parts.
+    pub(super) fn sessions(&self) -> impl Iterator<Item = &GuestSession> {
+        self.guests.iter().flat_map(|guests| &guests.sessions)
+    }
+
     fn go(&mut self, signals: &Signals, outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
         let mut files = files::create(self, outputs)?;
         self.send_lanes(&files, signals)?;
         self.watch_kvm();
         self.measure(|clocks| &mut clocks.start)?;
+        if self.guests.is_some() {
+            files::keep_options(self, &mut files);
+        }
         self.start(&files, signals)?;
         let command = Command::start(&self.plan.command, self.host.recorder.bound_to())?;
-        files::keep(&mut files);
+        files::begin(&mut files);
+        let behind = files::write_behind(&files);
         let begun = Instant::now();
         let status = self.run_command(command, signals, begun, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
@@ -239,6 +254,7 @@ impl Recording<'_> {
             self.kvm = watch.finish();
         }
         self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), let_go).map_err(Into::into))?;
+        drop(behind);
         Ok(files::finish(self, files, &report, seconds, status))
     }
 
@@ -273,7 +289,7 @@ impl Recording<'_> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         for (index, file) in files.iter().skip(1).enumerate() {
             let files: Vec<_> = [file.writer.file()].into_iter().chain(&file.direct).collect();
-            guests.send_lanes(index, file.writer.areas(), &files)?;
+            guests.send_lanes(index, self.plan.newest_bytes, file.writer.areas(), &files)?;
         }
         guests.wait(Phase::Ready, Some(signals))?;
         self.refuse_trouble()
@@ -344,7 +360,7 @@ impl Recording<'_> {
                 return Ok(status);
             }
             let over = ends.is_some_and(|ends| ends <= Instant::now()) || self.guest_commands_ended();
-            if signals.take_stop() > 0 || over || !self.records_anything() {
+            if signals.take_stop() > 0 || over || self.ended.is_some() || !self.records_anything() {
                 command.stop(signals)?;
                 return Ok(None);
             }
@@ -400,7 +416,16 @@ impl Recording<'_> {
             watch.stamp();
             Ok(())
         });
-        let mut machines = vec![sums("host", &self.host.recorder.ledger())];
+        let ledger = self.host.recorder.ledger();
+        let mut files = vec![file_state(&ledger, self.host.armed.page_bytes)];
+        // What is not written of the host's pages, no file took.
+        files[0].failed = ledger.iter().any(|lane| lane.pages_refused > 0);
+        files.extend(self.sessions().map(|session| {
+            let page_bytes = session.armed.as_ref().map_or(0, |armed| armed.page_bytes);
+            file_state(&session.ledgers, page_bytes)
+        }));
+        self.ended = self.limit.tick(&files);
+        let mut machines = vec![sums("host", &ledger)];
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;
             machines.extend(guests.sessions.iter().map(|session| sums(&session.name, &session.ledgers)));
@@ -442,6 +467,13 @@ impl Recording<'_> {
 fn let_go(guests: &mut Guests) -> Result<(), GuestsError> {
     guests.step_all(GuestSession::close)?;
     guests.wait(Phase::Closed, None)
+}
+
+/// How far a machine's file is.
+fn file_state(ledgers: &[LaneLedger], page_bytes: u32) -> FileState {
+    let pages = ledgers.iter().map(|lane| lane.pages_out).fold(0, u64::saturating_add);
+    let failed = ledgers.iter().any(|lane| lane.write_errno != 0);
+    FileState { bytes: pages.saturating_mul(u64::from(page_bytes)), failed }
 }
 
 /// A machine's pages in the file and lost, for the status line.

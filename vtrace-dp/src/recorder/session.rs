@@ -169,9 +169,10 @@ impl GuestSession {
     }
 
     /// Where its pages go. The file's descriptor has to travel with it.
-    pub fn lanes(&self, areas: &[Area]) -> Option<ToServer> {
+    pub fn lanes(&self, areas: &[Area], newest_bytes: Option<u64>) -> Option<ToServer> {
         let page_bytes = self.armed.as_ref()?.page_bytes;
-        Some(ToServer::Lanes(Lanes { guest: self.name.clone(), page_bytes, areas: areas.to_vec() }))
+        let (guest, areas) = (self.name.clone(), areas.to_vec());
+        Some(ToServer::Lanes(Lanes { guest, page_bytes, newest_bytes, areas }))
     }
 
     /// The server says this about the guest: what to answer.

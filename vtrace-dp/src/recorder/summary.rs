@@ -9,7 +9,7 @@ use std::{fmt, path::PathBuf};
 use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
-use super::outputs::CommandSummary;
+use super::{limit::Ended, outputs::CommandSummary};
 use crate::{clock::vcpus::Vcpu, tracefs::stats::Stats};
 
 /// [`ClockSummary::source`]: the kernel's own word.
@@ -26,6 +26,8 @@ pub struct Summary {
     pub seconds: f64,
     /// The host first, then the guests in the order typed.
     pub machines: Vec<MachineSummary>,
+    /// Why the recording ended before its command, where its files were the reason.
+    pub ended: Option<Ended>,
     /// How the command ended: its exit code, or 128 + signal.
     pub command_status: Option<u8>,
 }
@@ -83,6 +85,8 @@ pub struct LaneSummary {
     pub pages_in: u64,
     /// Pages in the file.
     pub pages_out: u64,
+    /// Of those: older ones that went to make room, where only the newest are kept.
+    pub pages_old: u64,
     /// Pages in between.
     pub pages_lost: u64,
     /// Of those: taken by the agent and not sent.
@@ -146,6 +150,7 @@ impl LaneSummary {
             cpu: ledger.cpu.0,
             pages_in,
             pages_out: ledger.pages_out,
+            pages_old: 0,
             pages_lost: pages_in.saturating_sub(ledger.pages_out),
             pages_lost_agent,
             pages_lost_transport,
@@ -203,6 +208,11 @@ impl fmt::Display for Summary {
             "{:width$} {pages_in:>10} {out:>10} {lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8}  file",
             "machine"
         )?;
+        match self.ended {
+            Some(Ended::FileSize) => writeln!(f, "stopped: a file reached its largest size")?,
+            Some(Ended::CannotWrite) => writeln!(f, "stopped: pages could not be written")?,
+            None => {}
+        }
         for machine in &self.machines {
             let Totals { pages_in, pages_out, pages_lost, events, events_lost } = machine.totals();
             let (bytes, seconds) = (machine.bytes, self.seconds);
@@ -316,7 +326,8 @@ mod tests {
             failed: true,
             remarks: vec!["its agent went away".into()],
         };
-        let summary = Summary { session: "7".into(), seconds: 3.0, machines: vec![machine], command_status: None };
+        let summary =
+            Summary { session: "7".into(), seconds: 3.0, machines: vec![machine], ended: None, command_status: None };
         let text = summary.to_string();
         assert!(text.contains("trace-guest1.dat"), "{text}");
         assert!(text.contains("clock guest1: measured, 2 vCPUs, ±1.8 µs"), "{text}");

@@ -112,8 +112,8 @@ impl Frame {
         if !texts.notes.is_empty() {
             section::push(&mut bytes, id::NOTES, texts.notes.as_bytes());
         }
-        for segments in texts.options.iter().filter(|option| option.id() == id::SEGMENTS) {
-            section::push(&mut bytes, id::SEGMENTS, &segments.encode()?);
+        for (_, segments) in texts.options.iter().filter(|(id, _)| *id == id::SEGMENTS) {
+            section::push(&mut bytes, id::SEGMENTS, segments);
         }
         // Only now is it known where the BUFFER section is that its option points to.
         let section_at = self.tail_at + bytes_of(&bytes);

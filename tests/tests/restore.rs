@@ -1,0 +1,285 @@
+//! Recordings that are killed, copied at a random instant as a power failure would leave them, or meet a full disk or
+//! a limit: what stock tools make of the files afterwards.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    path::Path,
+    process::{Child, Command},
+    thread::sleep,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    mount::{MsFlags, mount, umount},
+    unistd::{Whence, lseek64},
+};
+use serde_json::Value;
+use vtrace_dp::trace::{input::FileSource, reader::Reader};
+use vtrace_tests::{
+    judge::{lines, trace_cmd},
+    recording::{Recorder, Recording},
+};
+
+/// Busy enough for many pages a second on every CPU.
+const BUSY: &str = "-q -e sched -e syscalls:sys_enter_read -e syscalls:sys_exit_read -e syscalls:sys_enter_write -- \
+                    dd if=/dev/zero of=/dev/null bs=1 count=200000000";
+
+fn recorder(folder: &Path) -> Recorder<'_> {
+    Recorder { server: folder, folder }
+}
+
+/// Waits until the file has its name and this many bytes.
+fn await_bytes(file: &Path, bytes: u64) -> Result<()> {
+    let begun = Instant::now();
+    while fs::metadata(file).map_or(0, |about| about.blocks() * 512) < bytes {
+        ensure!(begun.elapsed() < Duration::from_secs(20), "{} does not grow", file.display());
+        sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Some milliseconds, another number each time.
+fn some_time(ms_max: u32) -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("it is after 1970");
+    Duration::from_millis(u64::from(now.subsec_nanos() / 1000 % ms_max))
+}
+
+fn kill(mut child: Child) -> Result<()> {
+    child.kill()?;
+    child.wait()?;
+    let _ = Command::new("pkill").args(["-KILL", "-P", &child.id().to_string()]).status();
+    Ok(())
+}
+
+fn restore(paths: &[&Path]) -> Result<Value> {
+    let output = Command::new(xtask::build::vtrace()?).args(["restore", "--json"]).args(paths).output()?;
+    ensure!(output.status.success(), "vtrace restore: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn pages(outcome: &Value) -> Result<u64> {
+    let lanes = outcome["lanes"].as_array().context("an outcome has lanes")?;
+    lanes.iter().map(|lane| lane["pages"].as_u64().context("a lane has pages")).sum()
+}
+
+/// Stock tools read the file, and find the events that the whole pages in it have.
+fn is_valid(file: &Path) -> Result<usize> {
+    let said = trace_cmd(&["dump", "--validate"], &[file])?;
+    ensure!(said.contains("is a valid trace-cmd file"), "{said}");
+    let reader = Reader::open(FileSource::new(File::open(file)?)?)?;
+    let Some(top) = reader.top() else { return Ok(0) };
+    let mut events = 0;
+    for lane in &top.lanes {
+        reader.events(top, lane, |_, _| events += 1)?;
+    }
+    let report = lines(&trace_cmd(&["report", "--ts-check"], &[file])?);
+    assert_eq!(report.len(), events, "stock report shows every event");
+    Ok(events)
+}
+
+/// Copies what is in a file, hole by hole, while it is written.
+fn copy_now(from: &Path, to: &Path) -> Result<()> {
+    let (source, copy) = (File::open(from)?, OpenOptions::new().write(true).create_new(true).open(to)?);
+    copy.set_len(source.metadata()?.len())?;
+    let (mut at, mut buffer) = (0, vec![0; 1 << 20]);
+    while let Ok(data) = lseek64(source.as_fd(), at, Whence::SeekData) {
+        let hole = lseek64(source.as_fd(), data, Whence::SeekHole)?;
+        at = data;
+        while at < hole {
+            let bytes = usize::try_from(hole - at)?.min(buffer.len());
+            source.read_exact_at(&mut buffer[..bytes], u64::try_from(at)?)?;
+            copy.write_all_at(&buffer[..bytes], u64::try_from(at)?)?;
+            at += i64::try_from(bytes)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn killed_recording_has_every_page_that_was_written() -> Result<()> {
+    for _ in 0..3 {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("trace.dat");
+        let child = recorder(folder.path()).start(BUSY)?;
+        await_bytes(&file, 12 << 20)?;
+        sleep(some_time(300));
+        kill(child)?;
+        let outcome = restore(&[folder.path()])?;
+        ensure!(outcome[0]["was"] == "open" && outcome[0]["linked"] == true, "{outcome:#}");
+        ensure!(pages(&outcome[0])? > 100 && outcome[0]["lanes"][0]["pages_missing"] == 0, "{outcome:#}");
+        ensure!(is_valid(&file)? > 1000, "{outcome:#}");
+        let shown = trace_cmd(&["dump", "--options"], &[&file])?;
+        for option in ["TSC2NSEC", "TRACEID", "TRACECLOCK", "UNAME", "CPUCOUNT"] {
+            ensure!(shown.contains(option), "{option} is missing: {shown}");
+        }
+        let before = fs::read(&file)?;
+        ensure!(restore(&[&file])?[0]["was"] == "finished");
+        ensure!(fs::read(&file)? == before, "a finished file is left as it is");
+    }
+    Ok(())
+}
+
+#[test]
+fn copy_of_a_running_recording_has_every_page_that_was_complete() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("trace.dat");
+    let child = recorder(folder.path()).start(BUSY)?;
+    await_bytes(&file, 12 << 20)?;
+    ensure!(
+        !Command::new(xtask::build::vtrace()?).arg("restore").arg(&file).output()?.status.success(),
+        "it is locked"
+    );
+    let copies: Vec<_> = (0..4).map(|index| folder.path().join(format!("copy{index}.dat"))).collect();
+    for copy in &copies {
+        sleep(some_time(200));
+        copy_now(&file, copy)?;
+    }
+    kill(child)?;
+    for copy in &copies {
+        let outcome = restore(&[copy])?;
+        let found = pages(&outcome[0])?;
+        ensure!(found > 100, "{outcome:#}");
+        is_valid(copy)?;
+        let reader = Reader::open(FileSource::new(File::open(copy)?)?)?;
+        let top = reader.top().context("it has pages")?;
+        let there: u64 = top.lanes.iter().map(|lane| lane.bytes / u64::from(top.page_bytes)).sum();
+        let missing: u64 = outcome[0]["lanes"]
+            .as_array()
+            .context("lanes")?
+            .iter()
+            .map(|lane| lane["pages_missing"].as_u64().unwrap_or(0))
+            .sum();
+        assert_eq!(there, found + missing, "what is said is there");
+    }
+    Ok(())
+}
+
+#[test]
+fn recording_killed_anywhere_in_its_end_can_be_restored() -> Result<()> {
+    let mut states = Vec::new();
+    for ms in [0u64, 5, 10, 20, 40, 60, 90, 130, 200] {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("trace.dat");
+        fs::write(&file, "what was there before")?;
+        let child = recorder(folder.path()).start("-q -e sched -e irq -e syscalls -- sleep 0.5")?;
+        await_bytes(&file, 1 << 20)?;
+        sleep(Duration::from_millis(450 + ms));
+        kill(child)?;
+        let outcome = restore(&[&file])?;
+        states.push(outcome[0]["was"].as_str().context("a state")?.to_owned());
+        ensure!(is_valid(&file)? > 100, "{outcome:#}");
+    }
+    println!("killed {states:?}");
+    Ok(())
+}
+
+#[test]
+fn file_that_was_there_stays_until_the_recording_begins() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("trace.dat");
+    fs::write(&file, "precious")?;
+    let recording = recorder(folder.path()).run("-e no_such_event -- true")?;
+    assert_eq!((recording.status, fs::read(&file)?), (1, b"precious".to_vec()));
+    let recording = recorder(folder.path()).run("-e sched -- ./no-such-command")?;
+    assert_eq!((recording.status, fs::read(&file)?), (1, b"precious".to_vec()));
+    recorder(folder.path()).run("-e sched -- sleep 0.2")?.ok()?;
+    is_valid(&file)?;
+    assert_eq!(fs::read_dir(folder.path())?.count(), 1, "nothing else is left behind");
+    Ok(())
+}
+
+/// A tmpfs of so many bytes, unmounted with its owner.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new(kind: &str, bytes: u64) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        if kind == "tmpfs" {
+            mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(&*format!("size={bytes}")))?;
+        } else {
+            let image = folder.path().with_extension("img");
+            File::create(&image)?.set_len(bytes)?;
+            let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image).status()?;
+            ensure!(made.success(), "mkfs.ext4: {made}");
+            let mounted = Command::new("mount").args(["-o", "loop"]).args([&*image, folder.path()]).status()?;
+            ensure!(mounted.success(), "mount: {mounted}");
+        }
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = umount(self.0.path());
+        let _ = fs::remove_file(self.0.path().with_extension("img"));
+    }
+}
+
+#[test]
+fn full_disk_stops_the_recording_and_leaves_a_valid_file() -> Result<()> {
+    for kind in ["tmpfs", "ext4"] {
+        let small = Small::new(kind, 40 << 20)?;
+        let folder = small.0.path();
+        let begun = Instant::now();
+        let recording = recorder(folder).run("-e sched -e syscalls -- dd if=/dev/zero of=/dev/null bs=1")?;
+        ensure!(begun.elapsed() < Duration::from_secs(60), "it stops by itself");
+        assert_eq!((recording.status, &recording.summary["ended"]), (1, &Value::from("cannot-write")), "{kind}");
+        ensure!(recording.sum("host", "pages_lost")? > 0, "{kind}: the ledger says what was refused");
+        let remarks = recording.machine("host")?["remarks"].to_string();
+        ensure!(remarks.contains("No space left on device"), "{kind}: {remarks}");
+        is_whole(&recording)?;
+    }
+    Ok(())
+}
+
+/// The file has all pages that the summary says, as stock tools see it.
+fn is_whole(recording: &Recording) -> Result<()> {
+    let file = recording.file("host");
+    is_valid(&file)?;
+    let reader = Reader::open(FileSource::new(File::open(&file)?)?)?;
+    let top = reader.top().context("it has pages")?;
+    let there: u64 = top.lanes.iter().map(|lane| lane.bytes / u64::from(top.page_bytes)).sum();
+    assert_eq!(there, recording.sum("host", "pages_out")? - recording.sum("host", "pages_old")?);
+    Ok(())
+}
+
+#[test]
+fn recording_stops_before_its_file_is_larger_than_asked() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let words = "--max-file 64M -e sched -e syscalls -- dd if=/dev/zero of=/dev/null bs=1";
+    let recording = recorder(folder.path()).run(words)?;
+    assert_eq!((recording.status, &recording.summary["ended"]), (0, &Value::from("file-size")), "{}", recording.said);
+    let bytes = fs::metadata(recording.file("host"))?.len();
+    ensure!((16 << 20..96 << 20).contains(&bytes), "{bytes} bytes");
+    is_whole(&recording)
+}
+
+#[test]
+fn only_the_newest_pages_are_kept_where_that_is_asked() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let words = "-m 2048 -e sched -e syscalls -- dd if=/dev/zero of=/dev/null bs=1 count=3000000";
+    let recording = recorder(folder.path()).run(words)?.ok()?;
+    ensure!(recording.sum("host", "pages_old")? > 0, "{:#}", recording.summary);
+    let reader = Reader::open(FileSource::new(File::open(recording.file("host"))?)?)?;
+    let top = reader.top().context("it has pages")?;
+    let most = top.lanes.iter().map(|lane| lane.bytes).max().context("it has lanes")?;
+    ensure!((2 << 20..=4 << 20).contains(&most), "{most} bytes of a lane");
+    is_whole(&recording)
+}
+
+#[test]
+fn folder_without_recordings_is_left_alone() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("other.dat"), "x")?;
+    assert_eq!(restore(&[folder.path()])?, Value::Array(Vec::new()));
+    let missing = Command::new(xtask::build::vtrace()?).arg("restore").arg(folder.path().join("none")).output()?;
+    assert_eq!(missing.status.code(), Some(1));
+    ensure!(String::from_utf8_lossy(&missing.stdout).contains(&io::Error::from_raw_os_error(2).kind().to_string()));
+    Ok(())
+}

@@ -1,0 +1,122 @@
+//! `vtrace restore`
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use super::{FAILED, LOST, args::RestoreArgs, complaint::Complaint, put};
+use crate::{
+    recorder::files::chain,
+    trace::{
+        layout::MAGIC,
+        restore::{RestoreFault, Restored, Was, restore},
+    },
+};
+
+/// What became of one file.
+#[derive(Serialize)]
+struct Outcome {
+    file: PathBuf,
+    #[serde(flatten)]
+    restored: Option<Restored>,
+    error: Option<String>,
+}
+
+/// Restores every file and prints a line for each, and one for each of its lanes.
+pub(super) fn run(args: &RestoreArgs) -> Result<u8, Complaint> {
+    let mut outcomes = Vec::new();
+    for path in &args.paths {
+        if path.is_dir() {
+            outcomes.extend(traces(path)?.into_iter().filter_map(|file| restore_in_folder(&file)));
+        } else {
+            outcomes.push(outcome(path, restore_one(path)));
+        }
+    }
+    if args.json {
+        put(&serde_json::to_string_pretty(&outcomes).expect("an outcome is plain data"))?;
+    } else if outcomes.is_empty() {
+        put("no file here that vtrace recorded")?;
+    } else {
+        put(&outcomes.iter().map(text).collect::<Vec<_>>().join("\n"))?;
+    }
+    Ok(exit_status(args, &outcomes))
+}
+
+fn exit_status(args: &RestoreArgs, outcomes: &[Outcome]) -> u8 {
+    let is_missing = |outcome: &Outcome| outcome.restored.as_ref().is_some_and(Restored::is_missing_pages);
+    match () {
+        () if outcomes.iter().any(|outcome| outcome.error.is_some()) => FAILED,
+        () if args.strict && outcomes.iter().any(is_missing) => LOST,
+        () => 0,
+    }
+}
+
+/// The files of a folder that begin as a trace does, by name.
+fn traces(folder: &Path) -> Result<Vec<PathBuf>, Complaint> {
+    let failed = |error| Complaint::new(format!("cannot look into {}", folder.display()), error, "");
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        // Not by their first bytes: a pipe would wait for a writer for ever.
+        if path.is_file() && is_trace(&path) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn is_trace(path: &Path) -> bool {
+    let mut magic = [0; MAGIC.len()];
+    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && magic == MAGIC
+}
+
+/// None for a trace of somebody else: nobody named it.
+fn restore_in_folder(path: &Path) -> Option<Outcome> {
+    let result = restore_one(path);
+    (!matches!(result, Err(RestoreFault::NotOurs))).then(|| outcome(path, result))
+}
+
+fn restore_one(path: &Path) -> Result<Restored, RestoreFault> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    restore(file.map_err(|source| RestoreFault::Io { action: "open", source })?)
+}
+
+fn outcome(path: &Path, result: Result<Restored, RestoreFault>) -> Outcome {
+    let (restored, error) = match result {
+        Ok(restored) => (Some(restored), None),
+        Err(fault) => (None, Some(chain(&fault))),
+    };
+    Outcome { file: path.into(), restored, error }
+}
+
+fn text(outcome: &Outcome) -> String {
+    let file = outcome.file.display();
+    let restored = match (&outcome.restored, &outcome.error) {
+        (Some(restored), _) => restored,
+        (None, error) => return format!("{file}: not restored: {}", error.as_deref().unwrap_or_default()),
+    };
+    let was = match restored.was {
+        Was::Finished => return format!("{file}: finished, nothing to do ({} bytes)", restored.bytes),
+        Was::Open => "was being recorded",
+        Was::Closed => "was being finished",
+    };
+    let mut lines = vec![format!("{file}: restored, {was} ({} bytes)", restored.bytes)];
+    lines.push(format!("  {:<6} {:>10} {:>10} {:>10} {:>10}", "cpu", "pages", "missing", "torn", "left out"));
+    lines.extend(restored.lanes.iter().map(|lane| {
+        let [pages, missing, torn, left] = [lane.pages, lane.pages_missing, lane.pages_torn, lane.pages_left_out];
+        format!("  {:<6} {pages:>10} {missing:>10} {torn:>10} {left:>10}", lane.cpu)
+    }));
+    if restored.sparse {
+        lines.push("  holes are left between its lanes: copy it with cp, tar -S or rsync -S".into());
+    }
+    if !restored.linked {
+        lines.push("  it was killed before its clock was known: times are cycles".into());
+    }
+    lines.join("\n")
+}

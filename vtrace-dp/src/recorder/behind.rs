@@ -1,0 +1,104 @@
+//! Writes pages to the disk while the recording runs, so that little is left to be written at its end.
+//!
+//! In:    the files of a recording
+//! Out:   their heads on the disk at once; then every [`STEP_BYTES`] the pages that are only in memory
+//! Runs:  on a thread of its own that looks ten times a second; asleep in between
+//! Full:  a slow disk blocks this thread alone
+//! Trust: nothing comes in
+//!
+//! Taking the holes out of a file makes ext4 and xfs write back what is dirty behind them and drop what they had
+//! cached (`ext4_collapse_range()`, `xfs_flush_unmap_range()`). Done behind the recording it costs the same work and no
+//! time at the end. It also bounds what a power failure takes. POSIX_FADV_DONTNEED does both: it starts writing what is
+//! dirty and drops what is written; a file system in memory ignores it.
+
+use std::{
+    fs::File,
+    os::unix::fs::MetadataExt,
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::{Builder, JoinHandle},
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{PosixFadviseAdvice, posix_fadvise},
+    sys::signal::SigSet,
+};
+
+/// A file that has grown by this much is written behind.
+pub const STEP_BYTES: u64 = 32 << 20;
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Unit of `st_blocks`, whatever the file system's is.
+const BLOCK_BYTES: u64 = 512;
+
+/// Writes behind until it is dropped.
+#[derive(Debug)]
+pub struct Behind {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Behind {
+    /// Starts the thread. Without it a recording is as right, and ends later.
+    pub fn start(files: Vec<File>) -> Self {
+        let (stop, stopped) = channel();
+        let run = move || {
+            // They are for the thread that waits for them.
+            let _ = SigSet::all().thread_block();
+            for file in &files {
+                let _ = file.sync_all();
+            }
+            let mut files: Vec<(File, u64)> = files.into_iter().map(|file| (file, 0)).collect();
+            while stopped.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+                files.iter_mut().for_each(|(file, written)| write(file, written));
+            }
+        };
+        let thread = Builder::new().name("vtrace-behind".into()).spawn(run);
+        let thread = thread.inspect_err(|error| log::warn!("pages are not written behind: {error}")).ok();
+        Self { stop: Some(stop), thread }
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the write-behind panicked");
+        }
+    }
+}
+
+fn write(file: &File, written: &mut u64) {
+    let Ok(about) = file.metadata() else { return };
+    let bytes = about.blocks() * BLOCK_BYTES;
+    if bytes >= *written + STEP_BYTES {
+        *written = bytes;
+        // Advice: what is not taken costs time at the end, nothing else.
+        let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::FileExt, thread::sleep, time::Instant};
+
+    use super::*;
+
+    #[test]
+    fn behind_ends_when_it_is_dropped_and_takes_no_page_away() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let behind = Behind::start(vec![file.try_clone().unwrap()]);
+        let bytes = vec![7; 1 << 20];
+        for at in 0..(2 * STEP_BYTES) >> 20 {
+            file.write_all_at(&bytes, at << 20).unwrap();
+        }
+        sleep(3 * LOOK_EVERY);
+        let begun = Instant::now();
+        drop(behind);
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        let mut back = vec![0; 1 << 20];
+        for at in 0..(2 * STEP_BYTES) >> 20 {
+            file.read_exact_at(&mut back, at << 20).unwrap();
+            assert!(back == bytes, "every byte is where it was");
+        }
+    }
+}
