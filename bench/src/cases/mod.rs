@@ -9,6 +9,7 @@
 mod ceilings;
 mod clock;
 mod drain;
+mod finish;
 mod guest;
 mod hostlanes;
 mod idle;
@@ -46,6 +47,7 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case { name: "clock", about: "guest times to host times, one by one and in pages", run: clock::run },
     Case { name: "hostlanes", about: "vtrace record against trace-cmd record, on this host", run: hostlanes::run },
+    Case { name: "finish", about: "from stop to a usable file, against trace-cmd's copy at its end", run: finish::run },
     Case { name: "idle", about: "wake-ups with 64 lanes that nothing comes over", run: idle::run },
 ];
 
@@ -123,6 +125,11 @@ mod tests {
     #[test]
     fn clock_of_some_conversions_and_pages_has_figures() {
         sane("clock", &clock::measure(1, 10_000, 4 * MIB).unwrap(), 2);
+    }
+
+    #[test]
+    fn end_of_a_few_megabytes_has_figures() {
+        sane("finish", &finish::measure(1, MIB).unwrap(), 2);
     }
 
     #[test]

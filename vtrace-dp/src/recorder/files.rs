@@ -20,7 +20,7 @@ use super::{
     behind::Behind,
     clocks::GuestClock,
     guest::vcpu_threads,
-    host::HostReport,
+    host::{HostReport, lane::End},
     naming::Output,
     run::Recording,
     session::GuestSession,
@@ -188,7 +188,7 @@ fn finish_host(
         clock: None,
         start_skew_ns: None,
         commands: Vec::new(),
-        failed: report.lanes.iter().any(|lane| !lane.trouble.is_empty()),
+        failed: report.ends.iter().flatten().any(|end| !is_bound(recording, end)),
         remarks: report.lanes.iter().filter_map(trouble_of).collect(),
     };
     let mut options = machine_options(common, &recording.host.armed.clock, &uname(), common.host_id);
@@ -250,6 +250,11 @@ fn link(session: &GuestSession, trace_id: u64, by_kvm: &[Vcpu]) -> (TraceOption,
 
 fn guest_uname(session: &GuestSession) -> &str {
     session.claimed.as_ref().map(|claimed| claimed.machine.uname.as_str()).unwrap_or_default()
+}
+
+/// The lane ended where it was asked to.
+fn is_bound(recording: &Recording, end: &End) -> bool {
+    recording.plan.file_bytes_max.is_some() && matches!(end, End::AreaFull { .. })
 }
 
 /// What a server that has gone left in the file: pages up to the first that was never written.
