@@ -50,7 +50,7 @@ fn await_bytes(file: &Path, bytes: u64) -> Result<()> {
 /// Some milliseconds, another number each time.
 fn some_time(ms_max: u32) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("it is after 1970");
-    Duration::from_millis(u64::from(now.subsec_nanos() / 1000 % ms_max))
+    Duration::from_millis(u64::from(now.subsec_micros() % ms_max))
 }
 
 fn kill(mut child: Child) -> Result<()> {
