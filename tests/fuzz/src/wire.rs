@@ -196,7 +196,7 @@ fn to_server() -> Vec<Vec<u8>> {
         ToServer::List,
         ToServer::Claim { guest: guest() },
         ToServer::Agent { guest: guest(), request: ToAgent::Ping { id: 3 } },
-        ToServer::Lanes(Lanes { guest: guest(), page_bytes: 4096, newest_bytes: Some(7), areas }),
+        ToServer::Lanes(Lanes { guest: guest(), page_bytes: 4096, areas }),
         ToServer::Ledger { guest: guest() },
         ToServer::Finish { guest: guest(), ends, wait_ms_max: 500 },
         ToServer::Release { guest: guest() },

@@ -69,9 +69,6 @@ pub struct Lanes {
     pub guest: String,
     /// Bytes of one page, as its agent said when it was armed.
     pub page_bytes: u32,
-    /// Each lane keeps its newest bytes only, at least so many; it begins again at its area's start when it has reached
-    /// the end.
-    pub newest_bytes: Option<u64>,
     /// One area of the file for each lane.
     pub areas: Vec<Area>,
 }

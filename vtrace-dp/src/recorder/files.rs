@@ -64,6 +64,15 @@ pub(super) struct MachineFile {
     pub(super) direct: Option<File>,
 }
 
+impl MachineFile {
+    /// Gives the room of pages back that are too old, when so many bytes were written to each lane.
+    pub(super) fn drop_older(&mut self, written: &[(Cpu, u64)]) {
+        if let Err(error) = self.writer.drop_older(written) {
+            log::debug!("{}: old pages keep their room: {error}", self.output.path().display());
+        }
+    }
+}
+
 /// A marker's text: the same in all files of a session.
 pub(super) fn marker(plan: &Plan, word: &str) -> String {
     format!("vtrace: {word} {:016x}", plan.host.arm.session)
@@ -302,7 +311,7 @@ fn trouble_of(report: &LaneReport) -> Option<String> {
     (!report.trouble.is_empty()).then(|| format!("{}: {}", report.cpu, report.trouble))
 }
 
-fn filled(ledgers: &[LaneLedger], page_bytes: u32) -> Vec<(Cpu, u64)> {
+pub(super) fn filled(ledgers: &[LaneLedger], page_bytes: u32) -> Vec<(Cpu, u64)> {
     ledgers.iter().map(|ledger| (ledger.cpu, ledger.pages_out * u64::from(page_bytes))).collect()
 }
 

@@ -171,14 +171,8 @@ impl Guests {
     }
 
     /// Tells the server where the pages of guest `index` go: descriptors of one file, the second past the page cache.
-    pub fn send_lanes(
-        &mut self,
-        index: usize,
-        newest_bytes: Option<u64>,
-        areas: &[Area],
-        files: &[&File],
-    ) -> Result<(), GuestsError> {
-        let Some(request) = self.sessions[index].lanes(areas, newest_bytes) else { return Ok(()) };
+    pub fn send_lanes(&mut self, index: usize, areas: &[Area], files: &[&File]) -> Result<(), GuestsError> {
+        let Some(request) = self.sessions[index].lanes(areas) else { return Ok(()) };
         Ok(self.link.send_with_files(&request, files)?)
     }
 

@@ -242,7 +242,7 @@ impl Recording<'_> {
         files::begin(&mut files);
         let behind = files::write_behind(&files);
         let begun = Instant::now();
-        let status = self.run_command(command, signals, begun, tell)?;
+        let status = self.run_command(command, signals, begun, &mut files, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
         self.surviving(Self::stop_guests)?;
         let report = self.host.stop()?;
@@ -289,7 +289,7 @@ impl Recording<'_> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         for (index, file) in files.iter().skip(1).enumerate() {
             let files: Vec<_> = [file.writer.file()].into_iter().chain(&file.direct).collect();
-            guests.send_lanes(index, self.plan.newest_bytes, file.writer.areas(), &files)?;
+            guests.send_lanes(index, file.writer.areas(), &files)?;
         }
         guests.wait(Phase::Ready, Some(signals))?;
         self.refuse_trouble()
@@ -345,6 +345,7 @@ impl Recording<'_> {
         mut command: Command,
         signals: &Signals,
         begun: Instant,
+        files: &mut [files::MachineFile],
         tell: Tell<'_>,
     ) -> Result<Option<u8>, RecordError> {
         let mut tick = begun + TICK;
@@ -366,7 +367,7 @@ impl Recording<'_> {
             }
             if tick <= Instant::now() {
                 tick += TICK;
-                self.surviving(|recording| recording.on_tick(begun, tell))?;
+                self.surviving(|recording| recording.on_tick(begun, files, tell))?;
             }
         }
     }
@@ -411,7 +412,7 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn on_tick(&mut self, begun: Instant, tell: Tell<'_>) -> Result<(), RecordError> {
+    fn on_tick(&mut self, begun: Instant, made: &mut [files::MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
         self.with_watch(|watch| {
             watch.stamp();
             Ok(())
@@ -425,6 +426,7 @@ impl Recording<'_> {
             file_state(&session.ledgers, page_bytes)
         }));
         self.ended = self.limit.tick(&files);
+        self.drop_older(made, &ledger);
         let mut machines = vec![sums("host", &ledger)];
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;
@@ -432,6 +434,20 @@ impl Recording<'_> {
         }
         tell(&News::Progress(Progress { elapsed: begun.elapsed(), machines }));
         Ok(())
+    }
+
+    /// Where only the newest pages are kept, gives the room of older ones back.
+    fn drop_older(&self, files: &mut [files::MachineFile], host: &[LaneLedger]) {
+        if self.plan.newest_bytes.is_none() {
+            return;
+        }
+        let guests = self
+            .sessions()
+            .map(|session| (session.ledgers.as_slice(), session.armed.as_ref().map_or(0, |armed| armed.page_bytes)));
+        let machines = std::iter::once((host, self.host.armed.page_bytes)).chain(guests);
+        for (file, (ledger, page_bytes)) in files.iter_mut().zip(machines) {
+            file.drop_older(&files::filled(ledger, page_bytes));
+        }
     }
 
     fn stop_guests(&mut self) -> Result<(), RecordError> {

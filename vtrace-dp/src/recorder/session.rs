@@ -169,10 +169,10 @@ impl GuestSession {
     }
 
     /// Where its pages go. The file's descriptor has to travel with it.
-    pub fn lanes(&self, areas: &[Area], newest_bytes: Option<u64>) -> Option<ToServer> {
+    pub fn lanes(&self, areas: &[Area]) -> Option<ToServer> {
         let page_bytes = self.armed.as_ref()?.page_bytes;
         let (guest, areas) = (self.name.clone(), areas.to_vec());
-        Some(ToServer::Lanes(Lanes { guest, page_bytes, newest_bytes, areas }))
+        Some(ToServer::Lanes(Lanes { guest, page_bytes, areas }))
     }
 
     /// The server says this about the guest: what to answer.

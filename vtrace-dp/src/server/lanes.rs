@@ -118,7 +118,7 @@ mod tests {
     }
 
     fn check(areas: &[Area]) -> Result<(), LanesFault> {
-        check_areas(&Lanes { guest: "guest1".into(), page_bytes: 4096, newest_bytes: None, areas: areas.to_vec() }, 3)
+        check_areas(&Lanes { guest: "guest1".into(), page_bytes: 4096, areas: areas.to_vec() }, 3)
     }
 
     #[test]

@@ -144,7 +144,6 @@ fn lanes(offset: u64) -> ToServer {
     ToServer::Lanes(Lanes {
         guest: guest1(),
         page_bytes: 4096,
-        newest_bytes: None,
         areas: vec![Area { cpu: Cpu(1), offset, bytes_max: 1 << 20 }],
     })
 }

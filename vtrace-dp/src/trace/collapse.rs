@@ -199,7 +199,7 @@ fn allocate(file: &File, flags: FallocateFlags, extent: Extent) -> io::Result<()
 }
 
 /// Gives the room of a stretch back. Where that is not possible it comes back when the file is cut.
-fn punch(file: &File, extent: Extent) -> io::Result<()> {
+pub(super) fn punch(file: &File, extent: Extent) -> io::Result<()> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     allocate(file, flags, extent)
 }

@@ -69,6 +69,11 @@ impl Newest {
         Self { area_bytes, newest_bytes, step_bytes: step_bytes(newest_bytes, unit), written: 0, punched: 0 }
     }
 
+    /// Bytes that were written in all.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
     /// Bytes of one step.
     pub fn step_bytes(&self) -> u64 {
         self.step_bytes

@@ -20,7 +20,7 @@ use vtrace_common::{
 pub use super::frame::Finished;
 use super::{
     areas::{Areas, Extent, LaneArea, State},
-    collapse::reserve,
+    collapse::{punch, reserve},
     early, format,
     frame::{Frame, Sections, Texts, bounded, raw},
     keep,
@@ -99,6 +99,8 @@ pub struct Bounds {
 pub struct Writer {
     frame: Frame,
     areas: Vec<Area>,
+    /// Of each area, where only the newest bytes are kept.
+    newest: Vec<keep::Newest>,
     bounds: Bounds,
     early_at: u64,
     turn: u64,
@@ -153,7 +155,9 @@ impl Writer {
         let areas = reserve_areas(&file, data_at, unit, &lanes, bounds)?;
         let cpu_count_min = lanes.last().map_or(0, |cpu| cpu.0 + 1);
         let frame = Frame { file, clock, page_bytes, unit, sections, areas_at, tail_at };
-        let writer = Self { frame, areas, bounds, early_at, turn: 0, cpu_count_min };
+        let keep = |bytes| areas.iter().map(|area| keep::Newest::new(area.bytes_max, bytes, unit)).collect();
+        let newest = bounds.newest_bytes.map_or_else(Vec::new, keep);
+        let writer = Self { frame, areas, newest, bounds, early_at, turn: 0, cpu_count_min };
         writer.begin(&front, &metadata.cmdlines, data_at)?;
         Ok(writer)
     }
@@ -212,6 +216,21 @@ impl Writer {
         let areas = self.fill(filled)?;
         let options = raw(options, self.cpu_count_min)?;
         self.frame.finish(areas, &Texts { cmdlines: cmdlines.to_vec(), options, notes: notes.to_owned() })
+    }
+
+    /// `written`: bytes that each lane has taken so far. Where only the newest are kept, older ones give their room back.
+    ///
+    /// # Errors
+    /// A file system that makes no holes; the file is right, and larger than it should be.
+    pub fn drop_older(&mut self, written: &[(Cpu, u64)]) -> io::Result<()> {
+        for (area, newest) in self.areas.iter().zip(&mut self.newest) {
+            let now = written.iter().find(|(cpu, _)| *cpu == area.cpu).map_or(0, |(_, bytes)| *bytes);
+            let mut more = now.min(area.bytes_max).saturating_sub(newest.written());
+            while let Some(old) = newest.wrote(std::mem::take(&mut more)) {
+                punch(&self.frame.file, Extent { offset: area.offset + old.offset, bytes: old.bytes })?;
+            }
+        }
+        Ok(())
     }
 
     /// How many of the bytes that were written to a lane are in the file.
@@ -333,7 +352,10 @@ fn reserve_areas(file: &File, data_at: u64, unit: u64, lanes: &[Cpu], bounds: Bo
     let slack = bounds.newest_bytes.map_or(0, |newest_bytes| keep::slack_bytes(newest_bytes, unit));
     let least = bounds.newest_bytes.map_or(AREA_BYTES_MIN, |newest_bytes| keep::area_bytes_min(newest_bytes, unit));
     let mut bytes_max = AREA_BYTES_MAX.min(AREAS_BYTES_MAX / count.max(1)).saturating_sub(slack);
-    bytes_max = bytes_max.min(disk_bytes(file)?).min(bounds.lane_bytes_max.unwrap_or(u64::MAX)).max(least);
+    if bounds.newest_bytes.is_none() {
+        bytes_max = bytes_max.min(disk_bytes(file)?);
+    }
+    bytes_max = bytes_max.min(bounds.lane_bytes_max.unwrap_or(u64::MAX)).max(least);
     loop {
         bytes_max = bytes_max / unit * unit;
         if bytes_max < least {

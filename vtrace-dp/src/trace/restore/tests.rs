@@ -134,6 +134,29 @@ fn newest_pages_of_a_lane_that_began_again_are_in_order() {
     }
 }
 
+#[test]
+fn old_pages_give_their_room_back_while_recording_and_the_newest_are_found_after_a_crash() {
+    for folder in FOLDERS {
+        for crash in [true, false] {
+            let bounds = Bounds { newest_bytes: Some(1 << 20), lane_bytes_max: None };
+            let count = 5000;
+            let (file, mut writer) = writer(folder, bounds, [count, 4]);
+            writer.drop_older(&[(Cpu(0), count * PAGE), (Cpu(3), 4 * PAGE)]).unwrap();
+            file.sync_all().unwrap();
+            let room = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+            assert!(room < 8 << 20, "{room} bytes of {} are kept", count * PAGE);
+            let kept = writer.kept_bytes(&writer.areas()[0], count * PAGE) / PAGE;
+            if crash {
+                drop(writer);
+                assert_eq!(restore(file.try_clone().unwrap()).unwrap().lanes[0].pages, kept);
+            } else {
+                writer.finish(&[(Cpu(0), count * PAGE), (Cpu(3), 4 * PAGE)], b"", &options(), "{}").unwrap();
+            }
+            assert_eq!(times(&file), [(100 + count - kept..100 + count).collect(), (100..104).collect::<Vec<_>>()]);
+        }
+    }
+}
+
 fn bytes(pages: [u64; 2]) -> Vec<u8> {
     let bounds = Bounds { lane_bytes_max: Some(1), newest_bytes: None };
     let (file, writer) = writer("/dev/shm", bounds, pages);
