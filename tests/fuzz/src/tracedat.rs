@@ -1,4 +1,4 @@
-//! trace.dat: any file, opened and walked to its last event.
+//! trace.dat: any file, opened and walked to its last event, and looked at as if its recording had been killed.
 //!
 //! Input: the file.
 
@@ -12,6 +12,7 @@ use vtrace_dp::trace::{
     metadata::Metadata,
     option::{ShiftSample, TimeShift, TraceOption},
     reader::Reader,
+    restore,
     stamp::Stamps,
     writer::Writer,
 };
@@ -21,6 +22,10 @@ const EVENTS_MAX: usize = 1 << 16;
 
 /// Reads everything there is.
 pub fn run(bytes: &[u8]) {
+    if let Ok(lanes) = restore::look(&bytes, 4096) {
+        let pages: u64 = lanes.iter().map(|lane| lane.pages).sum();
+        assert!(pages <= bytes.len() as u64 / 4096, "{pages} pages in {} bytes", bytes.len());
+    }
     let Ok(reader) = Reader::open(bytes) else { return };
     let _ = (reader.notes(), reader.areas());
     decode(&reader);

@@ -2,7 +2,7 @@
 //!
 //! In:    the files of a recording
 //! Out:   their heads on the disk at once; then every [`STEP_BYTES`] the pages that are only in memory
-//! Runs:  on a thread of its own that looks ten times a second; asleep in between
+//! Runs:  on a thread of its own that looks ten times a second, more often while much comes; asleep in between
 //! Full:  a slow disk blocks this thread alone
 //! Trust: nothing comes in
 //!
@@ -25,8 +25,10 @@ use nix::{
 };
 
 /// A file that has grown by this much is written behind.
-pub const STEP_BYTES: u64 = 32 << 20;
+pub const STEP_BYTES: u64 = 16 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// After a look that found a step.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Unit of `st_blocks`, whatever the file system's is.
 const BLOCK_BYTES: u64 = 512;
 
@@ -48,8 +50,10 @@ impl Behind {
                 let _ = file.sync_all();
             }
             let mut files: Vec<(File, u64)> = files.into_iter().map(|file| (file, 0)).collect();
-            while stopped.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-                files.iter_mut().for_each(|(file, written)| write(file, written));
+            let mut wait = LOOK_EVERY;
+            while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+                let grown = files.iter_mut().filter_map(|(file, written)| write(file, written)).count();
+                wait = if grown > 0 { LOOK_AGAIN } else { LOOK_EVERY };
             }
         };
         let thread = Builder::new().name("vtrace-behind".into()).spawn(run);
@@ -67,14 +71,16 @@ impl Drop for Behind {
     }
 }
 
-fn write(file: &File, written: &mut u64) {
-    let Ok(about) = file.metadata() else { return };
-    let bytes = about.blocks() * BLOCK_BYTES;
-    if bytes >= *written + STEP_BYTES {
-        *written = bytes;
-        // Advice: what is not taken costs time at the end, nothing else.
-        let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+/// Something if the file had grown by a step.
+fn write(file: &File, written: &mut u64) -> Option<()> {
+    let bytes = file.metadata().ok()?.blocks() * BLOCK_BYTES;
+    if bytes < *written + STEP_BYTES {
+        return None;
     }
+    *written = bytes;
+    // Advice: what is not taken costs time at the end, nothing else.
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    Some(())
 }
 
 #[cfg(test)]

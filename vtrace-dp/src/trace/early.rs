@@ -70,9 +70,7 @@ fn read_slot<S: Source>(source: &S, at: u64) -> Result<Option<(u64, Vec<RawOptio
 /// Options one behind the other.
 pub(super) fn encode(options: &[RawOption]) -> Result<Vec<u8>, OptionFault> {
     let mut out = Vec::new();
-    // Segments have a section of their own.
-    let options = options.iter().filter(|(id, _)| *id != super::layout::id::SEGMENTS);
-    options.into_iter().try_for_each(|(id, payload)| option::push(&mut out, *id, payload))?;
+    options.iter().try_for_each(|(id, payload)| option::push(&mut out, *id, payload))?;
     Ok(out)
 }
 

@@ -47,6 +47,8 @@ pub(super) struct Texts {
     pub(super) cmdlines: Vec<u8>,
     pub(super) options: Vec<RawOption>,
     pub(super) notes: String,
+    /// Payloads of sections of ours that no option points to.
+    pub(super) segments: Vec<Vec<u8>>,
 }
 
 /// A finished file.
@@ -112,9 +114,7 @@ impl Frame {
         if !texts.notes.is_empty() {
             section::push(&mut bytes, id::NOTES, texts.notes.as_bytes());
         }
-        for (_, segments) in texts.options.iter().filter(|(id, _)| *id == id::SEGMENTS) {
-            section::push(&mut bytes, id::SEGMENTS, segments);
-        }
+        texts.segments.iter().for_each(|segments| section::push(&mut bytes, id::SEGMENTS, segments));
         // Only now is it known where the BUFFER section is that its option points to.
         let section_at = self.tail_at + bytes_of(&bytes);
         let place = usize::try_from(options_at - self.tail_at + SECTION_HEADER_BYTES).expect("bounded") + buffer_at;
@@ -186,11 +186,18 @@ pub(super) fn raw(options: &[TraceOption], cpu_count_min: u32) -> Result<Vec<Raw
     for option in options {
         match option {
             TraceOption::CpuCount(count) => cpus = cpus.max(*count),
+            TraceOption::Segments(_) => {} // a section of its own
             option => raw.push((option.id(), option.encode()?)),
         }
     }
     raw.push((id::CPUCOUNT, TraceOption::CpuCount(cpus).encode()?));
     Ok(raw)
+}
+
+/// Those that are sections of their own.
+pub(super) fn segments(options: &[TraceOption]) -> Result<Vec<Vec<u8>>, WriteFault> {
+    let segments = options.iter().filter(|option| option.id() == id::SEGMENTS);
+    Ok(segments.map(TraceOption::encode).collect::<Result<_, _>>()?)
 }
 
 pub(super) fn bounded(what: &'static str, bytes: usize, bytes_max: usize) -> Result<(), WriteFault> {

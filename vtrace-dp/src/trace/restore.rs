@@ -13,6 +13,7 @@
 //! | finished | | the file is left as it is |
 
 use std::{
+    cell::Cell,
     fs::{File, TryLockError},
     io,
     os::unix::fs::FileExt,
@@ -32,7 +33,8 @@ use super::{
     frame::{Frame, Sections, Texts, raw},
     input::{FileSource, Input, ReadFault, Source},
     layout::{
-        FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX, SECTION_HEADER_BYTES, UNCOMPRESSED, VERSION_7, id,
+        FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX, SECTION_HEADER_BYTES, SEGMENTS_BYTES_MAX,
+        UNCOMPRESSED, VERSION_7, id,
     },
     option::TraceOption,
     section::{SectionHeader, bytes_of},
@@ -210,6 +212,7 @@ fn plan<S: Source>(source: &S, skeleton: &Skeleton, unit: u64) -> Result<Plan, R
             cmdlines: tail.map(|tail| tail.texts.cmdlines).unwrap_or_default(),
             options: early.map_or_else(|| raw(&[], cpus), Ok)?,
             notes: notes(&plan),
+            segments: Vec::new(),
         },
     };
     Ok(plan)
@@ -341,14 +344,15 @@ struct Tail {
 }
 
 fn read_tail<S: Source>(source: &S, skeleton: &Skeleton) -> Result<Tail, ReadFault> {
-    let mut at = skeleton.tail_at();
-    let mut next = |expected: u16| {
-        let nonsense = ReadFault::Nonsense { what: "end of the file", offset: at };
-        let (input, header) = open(source, at)?;
+    let at = Cell::new(skeleton.tail_at());
+    let next = |expected: u16| {
+        let start = at.get();
+        let nonsense = ReadFault::Nonsense { what: "end of the file", offset: start };
+        let (input, header) = open(source, start)?;
         if header.id != expected || header.is_compressed() {
             return Err(nonsense);
         }
-        at += SECTION_HEADER_BYTES + header.bytes;
+        at.set(start + SECTION_HEADER_BYTES + header.bytes);
         Ok((input, header))
     };
     let (mut input, _) = next(id::CMDLINES)?;
@@ -361,7 +365,11 @@ fn read_tail<S: Source>(source: &S, skeleton: &Skeleton) -> Result<Tail, ReadFau
         Err(_) => Vec::new(),
     };
     let notes = String::from_utf8(notes).unwrap_or_default();
-    Ok(Tail { texts: Texts { cmdlines, options, notes }, clock })
+    let mut segments = Vec::new();
+    if let Ok((mut input, header)) = next(id::SEGMENTS) {
+        segments.push(input.bytes(header.bytes, SEGMENTS_BYTES_MAX, "segments")?);
+    }
+    Ok(Tail { texts: Texts { cmdlines, options, notes, segments }, clock })
 }
 
 /// Options but those that say where things are, and the clock of the pages. The end has to be there.

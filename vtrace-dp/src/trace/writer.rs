@@ -22,7 +22,7 @@ use super::{
     areas::{Areas, Extent, LaneArea, State},
     collapse::{punch, reserve},
     early, format,
-    frame::{Frame, Sections, Texts, bounded, raw},
+    frame::{Frame, Sections, Texts, bounded, raw, segments},
     keep,
     layout::{
         AREA_BYTES_MAX, AREA_BYTES_MIN, AREAS_BYTES_MAX, FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX,
@@ -170,7 +170,7 @@ impl Writer {
         let file_bytes = data_at.max(self.areas.last().map_or(0, area_end));
         frame.save(&self.lane_areas(State::Open, file_bytes))?;
         let options = raw(&[], self.cpu_count_min)?;
-        let tail = frame.tail(&Texts { cmdlines: cmdlines.to_vec(), options, notes: String::new() }, &[])?;
+        let tail = frame.tail(&Texts { cmdlines: cmdlines.to_vec(), options, ..Texts::default() }, &[])?;
         frame.write_tail(&tail, 0, file_bytes)?;
         frame.point_to(&tail)
     }
@@ -214,8 +214,8 @@ impl Writer {
         notes: &str,
     ) -> Result<Finished, WriteFault> {
         let areas = self.fill(filled)?;
-        let options = raw(options, self.cpu_count_min)?;
-        self.frame.finish(areas, &Texts { cmdlines: cmdlines.to_vec(), options, notes: notes.to_owned() })
+        let (segments, options) = (segments(options)?, raw(options, self.cpu_count_min)?);
+        self.frame.finish(areas, &Texts { cmdlines: cmdlines.to_vec(), options, notes: notes.to_owned(), segments })
     }
 
     /// `written`: bytes that each lane has taken so far. Where only the newest are kept, older ones give their room back.
