@@ -9,12 +9,13 @@
 //! | [`policy`] | what the guest's owner allows |
 //! | [`work`] | what a session owns |
 //! | [`command`] | what the host wants run |
-//! | [`pump`] | tap ─► pipe ─► port, io_uring |
+//! | [`pump`] | threads that wait for lanes, io_uring |
+//! | [`road`] | one lane: tap ─► pipe ─► port, splice(2) |
 //! | [`lane`] | one lane's states and counts: pure |
 //!
 //! In:    requests of one host over `agent-ctl-path`
 //! Out:   pages of every CPU over `trace-path-cpuN`; answers
-//! Runs:  two threads: control (main) and pump; the kernel's io_uring workers
+//! Runs:  control on the main thread, and a thread of the pump for every few lanes
 //! Full:  a slow host blocks the ports; the ring buffers overwrite and count
 //! Trust: the kernel; the host may ask anything, in any order, and gets an answer or a refusal
 //!
@@ -29,6 +30,7 @@ mod machine;
 pub mod policy;
 mod port;
 mod pump;
+mod road;
 mod session;
 #[cfg(feature = "testing")]
 pub mod testing;

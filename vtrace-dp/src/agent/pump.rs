@@ -1,18 +1,15 @@
-//! The pump: moves pages from taps to ports by io_uring splice.
+//! The pump: moves pages from taps to ports by splice(2), and sleeps in io_uring until there is something to move.
 //!
 //! In:    taps and ports of a session; orders to drain or to abandon
-//! Out:   pages in the ports; one [`LaneEnd`] per lane when the thread ends
-//! Runs:  its own thread, one ring for all lanes; splices run in kernel workers. A quiet guest wakes nothing
-//! Full:  a port whose host is slow blocks the worker of that lane's splice; the ring buffer then overwrites and counts
+//! Out:   pages in the ports; one [`LaneEnd`] per lane when the threads have ended
+//! Runs:  threads of its own, each with one ring for its lanes. A quiet guest wakes nothing
+//! Full:  a lane whose port has no room waits for it, the others go on; the ring buffer then overwrites and counts
 //! Trust: the kernel; a splice that moved nothing although pages waited is counted as loss
-//!
-//! The rest of a ring buffer (a page that is not full can only be read(2)) goes through the same pipe as every other
-//! page, so there is one way into a port, one place that counts, and one place that tees.
 
 use std::{
-    fs::File,
+    collections::VecDeque,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
@@ -23,7 +20,6 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
         eventfd::{EfdFlags, EventFd},
         time::TimeSpec,
@@ -32,18 +28,21 @@ use nix::{
 };
 use vtrace_common::ids::Cpu;
 
-use super::lane::{Lane, Ledger, Next, Step};
+use super::{
+    lane::{Next, Step, Wait},
+    road::Road,
+};
 use crate::{
     sys::{
         SysError,
-        splice::{Pipe, SpliceFlags, splice, tee},
-        uring::{Completion, READABLE, Ring},
+        uring::{Completion, READABLE, Ring, WRITABLE},
     },
     tracefs::Tap,
 };
 
-/// What one lane keeps on its way at most: the largest pipe an ordinary system allows.
-const PIPE_BYTES: usize = 1 << 20;
+/// Lanes of one thread, and threads at most (then they have more lanes each).
+const LANES_A_THREAD: usize = 8;
+const THREADS_MAX: usize = 8;
 /// First and longest rest of lanes whose taps call themselves readable and give nothing: kernels whose poll ignores
 /// the watermark (before 6.1, where stable updates lack "Have polling block on watermark").
 const PAUSE_MIN: Duration = Duration::from_millis(10);
@@ -62,7 +61,7 @@ pub(super) struct PumpError {
 }
 
 impl PumpError {
-    fn of<E: Into<std::io::Error>>(object: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(super) fn of<E: Into<std::io::Error>>(object: impl Into<String>) -> impl FnOnce(E) -> Self {
         let object = object.into();
         move |source| Self { object, source: source.into() }
     }
@@ -96,45 +95,36 @@ enum Order {
 /// A running pump. Dropping it abandons what is on its way.
 #[derive(Debug)]
 pub(super) struct Pump {
+    threads: Vec<Worker>,
+    done: Arc<EventFd>,
+}
+
+/// One of its threads.
+#[derive(Debug)]
+struct Worker {
     orders: Sender<Order>,
     bell: Arc<EventFd>,
-    done: Arc<EventFd>,
-    thread: Option<JoinHandle<Vec<LaneEnd>>>,
+    thread: JoinHandle<Vec<LaneEnd>>,
 }
 
 impl Pump {
-    /// Starts moving pages from each tap to its port. The ports block, the taps do not. With `tee`, a copy of every
-    /// page goes to `TEE/cpuN.raw` before it goes to the port (to verify the way, not to record: it costs as much).
+    /// Starts moving pages from each tap to its port. Neither blocks from now on. With `tee`, a copy of every page goes
+    /// to `TEE/cpuN.raw` before it goes to the port (to verify the way, not to record: it costs as much).
     pub(super) fn start(lanes: Vec<(Tap, OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Self, PumpError> {
-        let bell = Arc::new(signal()?);
         let done = Arc::new(signal()?);
-        let (orders, inbox) = channel();
+        let last = Arc::new(Done(Arc::clone(&done)));
         let roads = lanes.into_iter().map(|(tap, port)| Road::new(tap, port, page_bytes, tee));
-        let roads: Vec<Road> = roads.collect::<Result<_, _>>()?;
-        let ring = Ring::new(2 * roads.len() + 4).map_err(PumpError::of("io_uring"))?;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
-            .map_err(PumpError::of("timerfd"))?;
-        let scratch = vec![0; usize::try_from(page_bytes).expect("a page fits memory")];
-        let (bell_inside, last) = (Arc::clone(&bell), Done(Arc::clone(&done)));
-        let work = Work {
-            ring,
-            roads,
-            bell: bell_inside,
-            inbox,
-            timer,
-            pause: PAUSE_MIN,
-            alarmed: false,
-            order: None,
-            scratch,
-        };
-        let thread = std::thread::Builder::new()
-            .name("vtrace-pump".into())
-            .spawn(move || {
-                let _last = last;
-                work.run()
-            })
-            .map_err(PumpError::of("thread"))?;
-        Ok(Self { orders, bell, done, thread: Some(thread) })
+        let mut roads: VecDeque<Road> = roads.collect::<Result<_, _>>()?;
+        let mut pump = Self { threads: Vec::new(), done };
+        // Neighbours stay together: they share caches, and memory is near.
+        let share = share(roads.len());
+        loop {
+            let few = roads.drain(..share.min(roads.len())).collect();
+            pump.threads.push(Worker::start(few, page_bytes, Arc::clone(&last))?);
+            if roads.is_empty() {
+                return Ok(pump);
+            }
+        }
     }
 
     /// Readable once the pump has ended, by an order or in trouble.
@@ -147,15 +137,20 @@ impl Pump {
         self.order(Order::Drain);
     }
 
-    /// What the lanes did, after [`Pump::done`] (or it waits). `None` when the thread has panicked.
+    /// What the lanes did, after [`Pump::done`] (or it waits). `None` when a thread has panicked.
     pub(super) fn join(mut self) -> Option<Vec<LaneEnd>> {
-        self.thread.take().and_then(|thread| thread.join().ok())
+        let ends = self.threads.drain(..).map(|worker| worker.thread.join().ok());
+        // All of them are waited for, whatever became of the first.
+        let ends: Vec<_> = ends.collect();
+        Some(ends.into_iter().collect::<Option<Vec<_>>>()?.concat())
     }
 
     fn order(&self, order: Order) {
-        // A pump that has ended listens no more, and has nothing left to do.
-        if self.orders.send(order).is_ok() {
-            self.bell.write(1).expect("a bell of few rings has room");
+        for worker in &self.threads {
+            // A thread that has ended listens no more, and has nothing left to do.
+            if worker.orders.send(order).is_ok() {
+                worker.bell.write(1).expect("a bell of few rings has room");
+            }
         }
     }
 }
@@ -163,19 +158,53 @@ impl Pump {
 impl Drop for Pump {
     fn drop(&mut self) {
         self.order(Order::Abandon);
-        match self.thread.take().map(JoinHandle::join) {
-            None => {}
-            Some(Ok(ends)) => {
-                for end in ends.iter().filter(|end| end.pages_lost > 0) {
-                    log::warn!("{}: {} pages are abandoned", end.cpu, end.pages_lost);
+        for worker in self.threads.drain(..) {
+            match worker.thread.join() {
+                Ok(ends) => {
+                    for end in ends.iter().filter(|end| end.pages_lost > 0) {
+                        log::warn!("{}: {} pages are abandoned", end.cpu, end.pages_lost);
+                    }
                 }
+                Err(_) => log::error!("the pump has panicked"),
             }
-            Some(Err(_)) => log::error!("the pump has panicked"),
         }
     }
 }
 
-/// Rings when the thread ends, whichever way.
+impl Worker {
+    fn start(roads: Vec<Road>, page_bytes: u32, last: Arc<Done>) -> Result<Self, PumpError> {
+        let bell = Arc::new(signal()?);
+        let (orders, inbox) = channel();
+        let ring = Ring::new(2 * roads.len() + 4).map_err(PumpError::of("io_uring"))?;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
+            .map_err(PumpError::of("timerfd"))?;
+        let work = Work {
+            ring,
+            turns: VecDeque::with_capacity(roads.len()),
+            roads,
+            bell: Arc::clone(&bell),
+            inbox,
+            timer,
+            pause: PAUSE_MIN,
+            alarmed: false,
+            order: None,
+            scratch: vec![0; usize::try_from(page_bytes).expect("a page fits memory")],
+        };
+        let thread = std::thread::Builder::new().name("vtrace-pump".into()).spawn(move || {
+            let _last = last;
+            work.run()
+        });
+        Ok(Self { orders, bell, thread: thread.map_err(PumpError::of("thread"))? })
+    }
+}
+
+/// Lanes of each thread, of so many.
+fn share(lanes: usize) -> usize {
+    lanes.div_ceil(lanes.div_ceil(LANES_A_THREAD).clamp(1, THREADS_MAX))
+}
+
+/// Rings when the last thread ends, whichever way.
+#[derive(Debug)]
 struct Done(Arc<EventFd>);
 
 impl Drop for Done {
@@ -192,16 +221,15 @@ fn signal() -> Result<EventFd, PumpError> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 enum Operation {
-    Poll = 1,
-    Fill = 2,
-    Send = 3,
-    Bell = 4,
-    Timer = 5,
-    Cancel = 6,
+    Page = 1,
+    Room = 2,
+    Bell = 3,
+    Timer = 4,
+    Cancel = 5,
 }
 
 impl Operation {
-    const ALL: [Self; 6] = [Self::Poll, Self::Fill, Self::Send, Self::Bell, Self::Timer, Self::Cancel];
+    const ALL: [Self; 5] = [Self::Page, Self::Room, Self::Bell, Self::Timer, Self::Cancel];
 
     fn tag(self, lane: usize) -> u64 {
         u64::try_from(lane).expect("lanes are few") << 8 | u64::from(self as u8)
@@ -215,110 +243,11 @@ impl Operation {
     }
 }
 
-/// One lane's descriptors.
-#[derive(Debug)]
-struct Road {
-    tap: Tap,
-    port: OwnedFd,
-    pipe: Pipe,
-    lane: Lane,
-    tee: Option<Tee>,
-    /// It has lost pages, and the log says so.
-    is_lossy: bool,
-}
-
-impl Road {
-    fn new(tap: Tap, port: OwnedFd, page_bytes: u32, tee: Option<&Path>) -> Result<Self, PumpError> {
-        let pipe = waiting_pipe()?;
-        let pipe_bytes = u32::try_from(pipe.bytes_max).unwrap_or(u32::MAX / 2);
-        if pipe_bytes < page_bytes {
-            let object = format!("pipe of {pipe_bytes} bytes for pages of {page_bytes}");
-            return Err(PumpError::of(object)(Errno::EINVAL));
-        }
-        let tee = tee.map(|directory| Tee::new(directory, tap.cpu, pipe.bytes_max)).transpose()?;
-        Ok(Self { tap, port, pipe, lane: Lane::new(page_bytes, pipe_bytes), tee, is_lossy: false })
-    }
-
-    /// Reads what is no full page into the pipe: a page per read(2), each padded to a whole one.
-    fn read_rest(&mut self, scratch: &mut [u8]) -> Result<u32, Errno> {
-        let page_bytes = u32::try_from(scratch.len()).expect("a page");
-        let mut taken = 0;
-        while taken + page_bytes <= self.lane.fill_bytes() {
-            let count = match nix::unistd::read(&self.tap.fd, scratch) {
-                Ok(0) | Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => continue,
-                Ok(count) => count,
-                Err(errno) => return Err(errno),
-            };
-            scratch[count..].fill(0);
-            if nix::unistd::write(&self.pipe.writer, scratch)? != scratch.len() {
-                return Err(Errno::ENOBUFS);
-            }
-            taken += page_bytes;
-        }
-        Ok(taken)
-    }
-
-    /// Empties the pipe: another one takes its place.
-    fn discard(&mut self) -> Result<(), PumpError> {
-        self.pipe = waiting_pipe()?;
-        Ok(())
-    }
-
-    fn end(&self, page_bytes: u64) -> LaneEnd {
-        let Ledger { tapped, sent, lost } = self.lane.ledger();
-        let end = LaneEnd {
-            cpu: self.tap.cpu,
-            pages_tapped: tapped / page_bytes,
-            pages_sent: sent / page_bytes,
-            pages_lost: lost.div_ceil(page_bytes),
-            bytes_sent: sent,
-            trouble: self.lane.trouble(),
-        };
-        assert_eq!(end.pages_tapped, end.pages_sent + end.pages_lost, "every page of {} is in the ledger", end.cpu);
-        end
-    }
-}
-
-/// A pipe whose reading side waits: a splice from a non-blocking one would not wait for the port either (fs/splice.c,
-/// where the port is a pipe).
-fn waiting_pipe() -> Result<Pipe, PumpError> {
-    let pipe = Pipe::new(PIPE_BYTES).map_err(PumpError::of("pipe"))?;
-    fcntl(&pipe.reader, FcntlArg::F_SETFL(OFlag::empty())).map_err(PumpError::of("pipe"))?;
-    Ok(pipe)
-}
-
-/// A copy of a lane's pages in a file.
-#[derive(Debug)]
-struct Tee {
-    pipe: Pipe,
-    file: File,
-    path: PathBuf,
-}
-
-impl Tee {
-    fn new(directory: &Path, cpu: Cpu, pipe_bytes: usize) -> Result<Self, PumpError> {
-        let path = directory.join(format!("{cpu}.raw"));
-        let file = File::create(&path).map_err(PumpError::of(path.display().to_string()))?;
-        let pipe = Pipe::new(pipe_bytes).map_err(PumpError::of("pipe"))?;
-        Ok(Self { pipe, file, path })
-    }
-
-    fn copy(&self, source: &Pipe, bytes: usize) -> Result<(), SysError> {
-        let mut left = tee(source.reader.as_fd(), self.pipe.writer.as_fd(), bytes, SpliceFlags::SPLICE_F_NONBLOCK)?;
-        if left != bytes {
-            return Err(SysError { call: "tee", errno: Errno::ENOSPC });
-        }
-        while left > 0 {
-            left -= splice(self.pipe.reader.as_fd(), self.file.as_fd(), None, left, SpliceFlags::empty())?;
-        }
-        Ok(())
-    }
-}
-
 struct Work {
     ring: Ring,
     roads: Vec<Road>,
+    /// Lanes that may have more pages, in order.
+    turns: VecDeque<usize>,
     bell: Arc<EventFd>,
     inbox: Receiver<Order>,
     timer: TimerFd,
@@ -343,31 +272,34 @@ impl Work {
         self.ring.push_poll(self.bell.as_fd(), READABLE, Operation::Bell.tag(0))?;
         self.ring.push_poll(self.timer.as_fd(), READABLE, Operation::Timer.tag(0))?;
         for index in 0..self.roads.len() {
-            self.go(index, Next::Poll)?;
+            self.wait(index, Wait::Page)?;
         }
         while self.order.is_none() || self.roads.iter().any(|road| road.lane.step() != Step::Ended) {
-            self.ring.submit_and_wait()?;
+            if self.turns.is_empty() {
+                self.ring.submit_and_wait()?
+            } else {
+                self.ring.submit()?
+            }
             while let Some(completion) = self.ring.pop() {
                 self.complete(completion)?;
+            }
+            // Who has more after its turn stands at the end, behind whoever became ready meanwhile.
+            for _ in 0..self.turns.len() {
+                let Some(index) = self.turns.pop_front() else { break };
+                let next = self.roads[index].lane.resumed();
+                self.go(index, next)?;
             }
         }
         Ok(())
     }
 
     /// Hot.
-    fn complete(&mut self, Completion { tag, result }: Completion) -> Result<(), SysError> {
-        let (operation, index) = Operation::of(tag);
+    fn complete(&mut self, completion: Completion) -> Result<(), SysError> {
+        let (operation, index) = Operation::of(completion.tag);
+        let outcome = completion.outcome();
         let next = match operation {
-            Operation::Poll => self.roads[index].lane.polled(result),
-            Operation::Fill => {
-                if result > 0 {
-                    self.pause = PAUSE_MIN;
-                }
-                let next = self.roads[index].lane.filled(result);
-                self.tee(index, next);
-                next
-            }
-            Operation::Send => self.roads[index].lane.sent(result),
+            Operation::Page => self.roads[index].lane.readable(outcome),
+            Operation::Room => self.roads[index].lane.writable(outcome),
             Operation::Bell => return self.obey(),
             Operation::Timer => return self.resume(),
             Operation::Cancel => return Ok(()),
@@ -375,61 +307,35 @@ impl Work {
         self.go(index, next)
     }
 
-    /// Does what a lane wants next, until something is outstanding for it or it has ended. Hot (but for the end).
-    fn go(&mut self, index: usize, mut next: Next) -> Result<(), SysError> {
-        loop {
-            let road = &mut self.roads[index];
-            let fill_bytes = road.lane.fill_bytes();
-            next = match next {
-                Next::Poll => {
-                    return self.ring.push_poll(road.tap.fd.as_fd(), READABLE, Operation::Poll.tag(index));
-                }
-                Next::Fill => {
-                    let (tap, pipe) = (road.tap.fd.as_fd(), road.pipe.writer.as_fd());
-                    let flags = SpliceFlags::SPLICE_F_MOVE | SpliceFlags::SPLICE_F_NONBLOCK;
-                    return self.ring.push_splice(tap, pipe, fill_bytes, flags, Operation::Fill.tag(index));
-                }
-                Next::Send(bytes) => {
-                    let (pipe, port) = (road.pipe.reader.as_fd(), road.port.as_fd());
-                    let flags = SpliceFlags::SPLICE_F_MOVE;
-                    return self.ring.push_splice(pipe, port, bytes, flags, Operation::Send.tag(index));
-                }
-                Next::Pause => return self.rest(),
-                Next::ReadRest => {
-                    let next = match road.read_rest(&mut self.scratch) {
-                        Ok(bytes) => road.lane.read_rest(bytes),
-                        Err(errno) => road.lane.rest_failed(errno),
-                    };
-                    self.tee(index, next);
-                    next
-                }
-                Next::Discard => {
-                    if !std::mem::replace(&mut road.is_lossy, true) {
-                        log::warn!("{}: the port takes pages and loses them", road.tap.cpu);
-                    }
-                    match road.discard() {
-                        Ok(()) => road.lane.discarded(),
-                        Err(_) => road.lane.rest_failed(Errno::EMFILE),
-                    }
-                }
-                Next::End => {
-                    let trouble = road.lane.trouble();
-                    if !trouble.is_empty() {
-                        log::warn!("{} has ended early: {trouble}", road.tap.cpu);
-                    }
-                    return Ok(());
-                }
-            };
+    /// Does what a lane wants next, until it has to wait. Hot.
+    fn go(&mut self, index: usize, next: Next) -> Result<(), SysError> {
+        let road = &mut self.roads[index];
+        let before = road.lane.ledger();
+        let wait = road.go(next, &mut self.scratch);
+        if road.lane.ledger() != before {
+            self.pause = PAUSE_MIN;
         }
+        self.wait(index, wait)
     }
 
-    /// Copies pages that have just come into the pipe, when that is wanted. Hot (when it is not).
-    fn tee(&mut self, index: usize, next: Next) {
-        let road = &mut self.roads[index];
-        let (Some(tee), Next::Send(bytes)) = (&road.tee, next) else { return };
-        if let Err(error) = tee.copy(&road.pipe, usize::try_from(bytes).expect("a pipe fits memory")) {
-            log::error!("{}: the copy ends here: {error}", tee.path.display());
-            road.tee = None;
+    /// Sees to it that a lane hears of what it waits for. Hot (but for the end).
+    fn wait(&mut self, index: usize, wait: Wait) -> Result<(), SysError> {
+        let road = &self.roads[index];
+        match wait {
+            Wait::Page => self.ring.push_poll(road.tap.fd.as_fd(), READABLE, Operation::Page.tag(index)),
+            Wait::Room => self.ring.push_poll(road.port.as_fd(), WRITABLE, Operation::Room.tag(index)),
+            Wait::Turn => {
+                self.turns.push_back(index);
+                Ok(())
+            }
+            Wait::Timer => self.rest(),
+            Wait::End => {
+                let trouble = road.lane.trouble();
+                if !trouble.is_empty() {
+                    log::warn!("{} has ended early: {trouble}", road.tap.cpu);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -485,10 +391,9 @@ impl Work {
                 Order::Abandon => road.lane.cancel(),
             };
             let operation = match road.lane.step() {
-                Step::Waiting => Operation::Poll,
-                Step::Filling => Operation::Fill,
-                Step::Sending => Operation::Send,
-                Step::Pausing | Step::Ended => continue,
+                Step::Waiting => Operation::Page,
+                Step::Blocked => Operation::Room,
+                Step::Filling | Step::Sending | Step::Pausing | Step::Ended => continue,
             };
             if outstanding {
                 self.ring.push_cancel(operation.tag(index), Operation::Cancel.tag(index))?;

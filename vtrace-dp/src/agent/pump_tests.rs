@@ -1,6 +1,7 @@
 //! The pump over this machine's tracefs, with pipes and sockets as ports. Without privilege: said, and nothing tested.
 
 use std::{
+    fs::File,
     io::Read,
     os::unix::net::UnixStream,
     sync::atomic::{AtomicU32, Ordering},

@@ -1,12 +1,13 @@
-//! io_uring without pointers: poll, splice, cancel.
+//! io_uring without pointers: poll, cancel. To wait for many descriptors with one system call, and to ask for the next
+//! wait of each in the same call.
 //!
 //! In:    descriptors and a tag per operation
-//! Out:   completions: the tag and what the system call would have returned
-//! Runs:  on the caller's thread; splices run in kernel workers of the process (a splice never completes inline)
+//! Out:   completions: the tag and what is ready
+//! Runs:  on the caller's thread; a poll needs no kernel worker
 //! Full:  a full submission queue is submitted; completions that find no room are kept by the kernel (5.5 and later)
 //! Trust: the kernel
 //!
-//! Works from Linux 5.7 on (IORING_OP_SPLICE).
+//! Works from Linux 5.6 on (the probe of operations).
 #![expect(unsafe_code, reason = "the kernel reads submission entries that only unsafe code may push")]
 
 use std::{
@@ -21,14 +22,23 @@ use super::SysError;
 
 /// What a poll waits for: there is something to read.
 pub const READABLE: u32 = libc::POLLIN.unsigned_abs() as u32;
+/// What a poll waits for: there is room to write.
+pub const WRITABLE: u32 = libc::POLLOUT.unsigned_abs() as u32;
 
 /// One operation's end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Completion {
     /// The operation's.
     pub tag: u64,
-    /// A count, or a negative errno.
+    /// What is ready, or a negative errno.
     pub result: i32,
+}
+
+impl Completion {
+    /// Whether it succeeded. Hot.
+    pub fn outcome(self) -> Result<(), Errno> {
+        if self.result >= 0 { Ok(()) } else { Err(Errno::from_raw(self.result.checked_neg().unwrap_or(libc::EIO))) }
+    }
 }
 
 /// A submission and a completion queue.
@@ -46,16 +56,16 @@ impl Ring {
     /// A ring with room for `operations` at a time.
     ///
     /// # Errors
-    /// `ENOSYS` without io_uring or without its splice, `EPERM` when `kernel.io_uring_disabled` or a seccomp filter
+    /// `ENOSYS` without io_uring, `EPERM` when `kernel.io_uring_disabled` or a seccomp filter
     /// forbids it, `ENOMEM` when the memlock limit is too low (kernels before 5.12).
     pub fn new(operations: usize) -> Result<Self, SysError> {
         let entries = u32::try_from(operations.next_power_of_two()).unwrap_or(u32::MAX);
         let ring = IoUring::new(entries).map_err(failed("io_uring_setup"))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe).map_err(failed("io_uring_register"))?;
-        let needed = [opcode::PollAdd::CODE, opcode::Splice::CODE, opcode::AsyncCancel::CODE];
+        let needed = [opcode::PollAdd::CODE, opcode::AsyncCancel::CODE];
         if !needed.into_iter().all(|code| probe.is_supported(code)) {
-            return Err(SysError { call: "IORING_OP_SPLICE", errno: Errno::ENOSYS });
+            return Err(SysError { call: "IORING_OP_POLL_ADD", errno: Errno::ENOSYS });
         }
         Ok(Self { ring })
     }
@@ -63,21 +73,6 @@ impl Ring {
     /// Completes once, when `fd` is ready for `events` (or in error). Hot.
     pub fn push_poll(&mut self, fd: BorrowedFd<'_>, events: u32, tag: u64) -> Result<(), SysError> {
         self.push(&opcode::PollAdd::new(Fd(fd.as_raw_fd()), events).build().user_data(tag))
-    }
-
-    /// splice(2) of up to `bytes_max`; one of the two is a pipe. Hot.
-    ///
-    /// The descriptors are looked up when the kernel starts the operation: keep them open until it completes.
-    pub fn push_splice(
-        &mut self,
-        source: BorrowedFd<'_>,
-        target: BorrowedFd<'_>,
-        bytes_max: u32,
-        flags: super::splice::SpliceFlags,
-        tag: u64,
-    ) -> Result<(), SysError> {
-        let entry = opcode::Splice::new(Fd(source.as_raw_fd()), -1, Fd(target.as_raw_fd()), -1, bytes_max);
-        self.push(&entry.flags(flags.bits()).build().user_data(tag))
     }
 
     /// Asks for the end of the operation tagged `target`, which completes with what it had got or an error. The
@@ -97,6 +92,19 @@ impl Ring {
                 Err(error) => return Err(failed("io_uring_enter")(error)),
             }
         }
+    }
+
+    /// Hands over what was pushed, if anything was. Hot.
+    pub fn submit(&mut self) -> Result<(), SysError> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+                Err(error) => return Err(failed("io_uring_enter")(error)),
+            }
+        }
+        Ok(())
     }
 
     /// The next completion, if there is one. Hot.
@@ -123,19 +131,27 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> SysError {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, os::fd::AsFd};
+    use std::{
+        fs::File,
+        io::{Read, Write},
+        os::fd::AsFd,
+    };
 
     use super::*;
-    use crate::sys::splice::{Pipe, SpliceFlags};
+    use crate::sys::splice::Pipe;
 
     #[test]
-    fn splice_reports_what_it_moved() {
-        let (source, target) = (Pipe::new(1 << 16).unwrap(), Pipe::new(1 << 16).unwrap());
-        std::fs::File::from(source.writer.try_clone().unwrap()).write_all(b"page").unwrap();
+    fn poll_of_a_pipe_that_is_emptied_says_that_there_is_room() {
+        let pipe = Pipe::new(1 << 16).unwrap();
+        let (mut writer, mut reader) = (File::from(pipe.writer), File::from(pipe.reader));
+        while writer.write(&[0; 4096]).is_ok() {}
         let mut ring = Ring::new(4).unwrap();
-        ring.push_splice(source.reader.as_fd(), target.writer.as_fd(), 100, SpliceFlags::empty(), 7).unwrap();
+        ring.push_poll(writer.as_fd(), WRITABLE, 7).unwrap();
+        ring.submit().unwrap();
+        assert_eq!(ring.pop(), None);
+        reader.read_exact(&mut [0; 4096]).unwrap();
         ring.submit_and_wait().unwrap();
-        assert_eq!(ring.pop(), Some(Completion { tag: 7, result: 4 }));
+        assert_eq!(ring.pop().map(|end| (end.tag, end.outcome())), Some((7, Ok(()))));
     }
 
     #[test]
@@ -160,7 +176,7 @@ mod tests {
         for tag in 0..9 {
             ring.push_poll(pipe.reader.as_fd(), READABLE, tag).unwrap();
         }
-        std::fs::File::from(pipe.writer.try_clone().unwrap()).write_all(b"x").unwrap();
+        File::from(pipe.writer.try_clone().unwrap()).write_all(b"x").unwrap();
         let mut count = 0;
         while count < 9 {
             ring.submit_and_wait().unwrap();
