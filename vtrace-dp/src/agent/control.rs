@@ -35,6 +35,7 @@ use super::{
     command::{Running, STREAMS, Stream},
     link::{Gone, HOST_SILENCE, Heard, Link},
     machine,
+    place::Place,
     policy::Policy,
     port::Ports,
     session::{Effect, Outcome, State},
@@ -67,6 +68,8 @@ pub(super) struct Options {
     pub(super) without_indirect: bool,
     /// What may be asked.
     pub(super) policy: Policy,
+    /// Where the agent runs, and commands do not.
+    pub(super) place: Place,
 }
 
 /// How far the greetings are.
@@ -314,7 +317,8 @@ impl<'a> Control<'a> {
     /// Starts what the host wants run. One that does not start is a failure of the session.
     fn start_commands(&mut self) -> Result<(), Refused> {
         let Some(work) = &mut self.work else { return Ok(()) };
-        work.start_commands(self.options.policy.user)?;
+        let Options { place, policy, .. } = self.options;
+        place.outside(|| work.start_commands(policy.user))?;
         for (index, command) in work.commands.iter().enumerate() {
             for (place, stream) in STREAMS.into_iter().enumerate() {
                 let Some(fd) = command.fd(stream) else { continue };

@@ -51,7 +51,7 @@ impl Rig {
         let inside = quit.clone();
         let thread = std::thread::spawn(move || {
             let policy = Policy::load("/nonexistent".into(), Some(Exec::Only(vec!["sh".into()]))).unwrap();
-            let options = Options { tee: None, once, without_indirect: false, policy };
+            let options = Options { tee: None, once, without_indirect: false, policy, place: Place::default() };
             Control::new(theirs.into(), &ports, &options, inside.as_fd()).unwrap().serve().unwrap()
         });
         let session = SESSION.fetch_add(1, Ordering::Relaxed);

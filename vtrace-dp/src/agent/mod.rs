@@ -7,6 +7,7 @@
 //! | [`control`] | the control loop |
 //! | [`session`] | what a session allows: pure |
 //! | [`policy`] | what the guest's owner allows |
+//! | [`place`] | which CPUs the agent runs on |
 //! | [`work`] | what a session owns |
 //! | [`command`] | what the host wants run |
 //! | [`pump`] | threads that wait for lanes, io_uring |
@@ -27,6 +28,7 @@ mod control;
 mod lane;
 mod link;
 mod machine;
+mod place;
 pub mod policy;
 mod port;
 mod pump;
@@ -58,6 +60,8 @@ use crate::{
     tracefs::{Tracefs, online_cpus},
 };
 use control::{Control, End, Options};
+use place::Place;
+pub use place::PlaceFault;
 use policy::Policy;
 use port::{Found, Ports, Uevents};
 
@@ -82,6 +86,8 @@ pub struct AgentConfig {
     pub policy: PathBuf,
     /// What may be run, instead of what the file says.
     pub exec: Option<policy::Exec>,
+    /// The CPUs that the agent itself runs on (`0-3,8`), not what it runs for a host; else those it inherits.
+    pub cpus: Option<String>,
 }
 
 impl Default for AgentConfig {
@@ -94,6 +100,7 @@ impl Default for AgentConfig {
             without_indirect: false,
             policy: policy::FILE.into(),
             exec: None,
+            cpus: None,
         }
     }
 }
@@ -115,6 +122,9 @@ pub enum AgentError {
     /// The owner's rules cannot be read: without them nothing is done.
     #[error(transparent)]
     Policy(#[from] policy::PolicyFault),
+    /// It cannot run on the CPUs it was told to.
+    #[error("the agent's own CPUs")]
+    Place(#[from] PlaceFault),
     /// Something every Linux has was refused.
     #[error(transparent)]
     System(#[from] SysError),
@@ -126,6 +136,7 @@ pub enum AgentError {
 /// # Errors
 /// [`AgentError`]; a host that goes, or a port that is unplugged, is none.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
+    let place = Place::take(config.cpus.as_deref())?;
     let quit = signals()?;
     let news = Uevents::listen()?;
     let ports = Ports {
@@ -135,7 +146,8 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         lane_prefix: config.lane_port_prefix,
     };
     let policy = Policy::load(config.policy, config.exec)?;
-    let options = Options { tee: config.tee, once: config.once, without_indirect: config.without_indirect, policy };
+    let AgentConfig { tee, once, without_indirect, .. } = config;
+    let options = Options { tee, once, without_indirect, policy, place };
     let mut cleaned = false;
     while let Some(port) = open_control(&ports, &news, &quit)? {
         // Only the owner of the control port may clean up: another agent's instance is not stale.

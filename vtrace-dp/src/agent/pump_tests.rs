@@ -8,7 +8,12 @@ use std::{
     time::Instant,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::prctl,
+    unistd::Pid,
+};
 use vtrace_common::{page::Header, wire::agent::Arm};
 
 use super::*;
@@ -171,6 +176,134 @@ fn nothing_of_a_dropped_pump_stays() {
         drop(pump);
     }
     instance.remove().unwrap();
+}
+
+/// The threads of a pump that `start` starts: a timer slack nobody else has is handed on to them.
+fn threads_of<T>(start: impl FnOnce() -> T) -> (T, Vec<String>) {
+    static SLACK_NS: AtomicU32 = AtomicU32::new(50_001);
+    let slack_ns = SLACK_NS.fetch_add(1, Ordering::Relaxed);
+    let before = prctl::get_timerslack().unwrap();
+    prctl::set_timerslack(slack_ns.into()).unwrap();
+    let started = start();
+    prctl::set_timerslack(u64::try_from(before).unwrap()).unwrap();
+    let threads = std::fs::read_dir("/proc/self/task").unwrap();
+    let threads = threads.map(|thread| thread.unwrap().file_name().into_string().unwrap()).filter(|thread| {
+        let slack = std::fs::read_to_string(format!("/proc/{thread}/timerslack_ns"));
+        slack.is_ok_and(|slack| slack.trim() == slack_ns.to_string())
+    });
+    (started, threads.collect())
+}
+
+/// How often they have been woken up, or made to wait for a CPU.
+fn switches(threads: &[String]) -> u64 {
+    let each = |thread: &String| {
+        let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+        let counts = status.lines().filter_map(|line| line.split_once("voluntary_ctxt_switches:"));
+        counts.map(|(_, count)| count.trim().parse::<u64>().unwrap()).sum::<u64>()
+    };
+    threads.iter().map(each).sum()
+}
+
+/// Waits until they sleep, then watches them do so.
+fn sleep_through(threads: &[String]) {
+    let begun = Instant::now();
+    let mut before = switches(threads);
+    loop {
+        std::thread::sleep(Duration::from_millis(300));
+        let now = switches(threads);
+        if now == before {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "{} wake-ups in 300 ms", now - before);
+        before = now;
+    }
+}
+
+#[test]
+fn quiet_lanes_and_blocked_lanes_wake_nobody() {
+    let Some(instance) = instance(4096) else { return };
+    instance.set_tracing(true).unwrap();
+    let ((pump, outlets), threads) = threads_of(|| pump(&instance, pipe_port, None));
+    assert_eq!(threads.len(), 1, "a thread is enough for {} lanes", outlets.len());
+    sleep_through(&threads);
+    marks(&instance, 3000);
+    sleep_through(&threads);
+    assert!(!is_done(&pump, Duration::ZERO));
+    drop((pump, outlets));
+    instance.remove().unwrap();
+}
+
+fn entries(instance: &Instance, cpu: Cpu) -> u64 {
+    Stats::parse(&instance.stats(cpu)).unwrap().entries
+}
+
+#[test]
+fn full_port_holds_up_no_other_lane() {
+    let Some(instance) = instance(4096) else { return };
+    let [full, free] = instance.cpus()[..2] else { return println!("skipped: one CPU") };
+    let (pump, mut outlets) = pump(&instance, pipe_port, None);
+    let home = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    for cpu in [full, free] {
+        let mut there = CpuSet::new();
+        there.set(usize::try_from(cpu.0).unwrap()).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &there).unwrap();
+        marks(&instance, 2000);
+    }
+    sched_setaffinity(Pid::from_raw(0), &home).unwrap();
+    let unread = outlets.remove(0);
+    let readers = readers(outlets);
+    pump.drain();
+    let begun = Instant::now();
+    while entries(&instance, free) > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{free} waits for {full}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!is_done(&pump, Duration::ZERO) && entries(&instance, full) > 0);
+    pump.order(Order::Abandon);
+    let ends = pump.join().unwrap();
+    assert!(ends[0].pages_lost > 0 && ends[1].pages_lost == 0 && ends[1].pages_sent > 400, "{ends:?}");
+    drop((unread, readers));
+    instance.remove().unwrap();
+}
+
+#[test]
+fn many_lanes_are_shared_among_threads_and_their_ends_keep_their_order() {
+    let Some(first) = instance(64) else { return };
+    let mut instances = vec![first];
+    while instances.len() * instances[0].cpus().len() < 3 * LANES_A_THREAD / 2 {
+        instances.push(instance(64).unwrap());
+    }
+    let (lanes, outlets): (Vec<_>, Vec<_>) = instances
+        .iter()
+        .flat_map(|instance| instance.cpus().iter().map(|cpu| instance.tap(*cpu).unwrap()))
+        .map(|tap| {
+            let (inlet, outlet) = pipe_port();
+            ((tap, inlet), outlet)
+        })
+        .unzip();
+    let cpus: Vec<Cpu> = lanes.iter().map(|(tap, _): &(Tap, OwnedFd)| tap.cpu).collect();
+    let (pump, threads) = threads_of(|| Pump::start(lanes, instances[0].page_bytes(), None).unwrap());
+    assert_eq!(threads.len(), cpus.len().div_ceil(LANES_A_THREAD));
+    instances.iter().for_each(|instance| marks(instance, 9));
+    assert!(!is_done(&pump, Duration::from_millis(50)));
+    let readers = readers(outlets);
+    pump.drain();
+    assert!(is_done(&pump, Duration::from_secs(20)));
+    let ends = pump.join().unwrap();
+    assert_eq!(ends.iter().map(|end| end.cpu).collect::<Vec<_>>(), cpus);
+    for (end, reader) in ends.iter().zip(readers) {
+        assert_eq!((end.pages_lost, end.bytes_sent), (0, u64::try_from(reader.join().unwrap().len()).unwrap()));
+    }
+    assert!(ends.iter().map(|end| end.pages_sent).sum::<u64>() >= u64::try_from(instances.len()).unwrap());
+    instances.into_iter().for_each(|instance| instance.remove().unwrap());
+}
+
+#[test]
+fn no_thread_has_more_than_its_lanes_until_there_are_threads_enough() {
+    assert_eq!([1, 2, 8].map(share), [1, 2, 8]);
+    assert_eq!([9, 16, 17].map(share), [5, 8, 6]);
+    assert_eq!([64, 65, 126].map(share), [8, 9, 16]);
+    assert!((1..=126usize).all(|lanes| lanes.div_ceil(share(lanes)) <= THREADS_MAX));
 }
 
 #[test]

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// What one lane keeps on its way at most: the largest pipe an ordinary system allows.
-const PIPE_BYTES: usize = 1 << 20;
+const PIPE_BYTES: usize = 1 << 18;
 /// Pages are moved, never waited for.
 const FLAGS: SpliceFlags = SpliceFlags::SPLICE_F_MOVE.union(SpliceFlags::SPLICE_F_NONBLOCK);
 

@@ -10,6 +10,7 @@ pub(super) fn run(args: AgentArgs) -> Result<u8, Complaint> {
         (_, true) => Some(Exec::Any),
         _ => None,
     };
-    agent::run(AgentConfig { tee: args.tee, policy: args.policy, exec, ..AgentConfig::default() })?;
+    let AgentArgs { tee, policy, agent_cpus: cpus, .. } = args;
+    agent::run(AgentConfig { tee, policy, exec, cpus, ..AgentConfig::default() })?;
     Ok(0)
 }

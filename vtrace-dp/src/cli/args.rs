@@ -237,6 +237,9 @@ pub struct AgentArgs {
     /// Run no command, whatever the policy says
     #[arg(long)]
     pub no_exec: bool,
+    /// Run the agent itself, not what hosts run, on these CPUs, such as 0-3,8 (otherwise wherever it may)
+    #[arg(long, value_name = "LIST")]
+    pub agent_cpus: Option<String>,
     /// What a host may ask
     #[arg(long, value_name = "FILE", default_value = "/etc/vtrace/agent.toml")]
     pub policy: PathBuf,

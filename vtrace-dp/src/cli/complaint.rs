@@ -126,6 +126,7 @@ impl From<AgentError> for Complaint {
             AgentError::Busy(_) => "one agent serves all hosts: stop the other one",
             AgentError::Port { .. } => "be root",
             AgentError::Policy(_) => "vtrace agent --policy FILE",
+            AgentError::Place(_) => "vtrace agent --agent-cpus LIST: CPUs that are online",
             AgentError::System(_) => "",
         };
         Self::new("the agent cannot run", chain(&error), remedy)

@@ -351,8 +351,8 @@ pub fn online_cpus() -> Option<Vec<Cpu>> {
     parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?)
 }
 
-/// Parses a list of CPUs such as `0-3,8`.
-fn parse_cpus(text: &str) -> Option<Vec<Cpu>> {
+/// Parses a list of CPUs such as `0-3,8`; `None` where it is none.
+pub fn parse_cpus(text: &str) -> Option<Vec<Cpu>> {
     let mut cpus = Vec::new();
     for part in text.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
