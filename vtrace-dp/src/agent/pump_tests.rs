@@ -115,6 +115,39 @@ fn what_is_tapped_is_received_over_sockets() {
 }
 
 #[test]
+fn pages_larger_than_the_smallest_pipe_are_moved_whole() {
+    for page_kib in [64, 512] {
+        let Some(instance) = instance(4096) else { return };
+        if std::fs::write(instance.path().join("buffer_subbuf_size_kb"), page_kib.to_string()).is_err() {
+            return println!("skipped: this kernel has pages of 4 KiB only");
+        }
+        let page_bytes: usize = page_kib << 10;
+        let lane = |cpu: &Cpu| {
+            let (inlet, outlet) = pipe_port();
+            ((instance.tap(*cpu).unwrap(), inlet), outlet)
+        };
+        let (lanes, outlets) = instance.cpus().iter().map(lane).unzip();
+        let pump = Pump::start(lanes, u32::try_from(page_bytes).unwrap(), None).unwrap();
+        let readers = readers(outlets);
+        marks(&instance, 3000);
+        pump.drain();
+        let ends = pump.join().unwrap();
+        let mut data_bytes_max = 0;
+        for (end, reader) in ends.iter().zip(readers) {
+            let received = reader.join().unwrap();
+            assert_eq!((end.trouble.as_str(), end.pages_lost), ("", 0));
+            assert_eq!(end.pages_sent, u64::try_from(received.len() / page_bytes).unwrap());
+            for page in received.chunks(page_bytes) {
+                data_bytes_max = data_bytes_max.max(Header::parse(page, page_bytes).unwrap().data_bytes);
+            }
+        }
+        assert!(usize::try_from(data_bytes_max).unwrap() > page_bytes * 9 / 10, "pages are as large as was asked for");
+        assert!(ends.iter().map(|end| end.bytes_sent).sum::<u64>() >= 3000 * 900);
+        instance.remove().unwrap();
+    }
+}
+
+#[test]
 fn lone_event_arrives_with_the_drain() {
     let Some(instance) = instance(0) else { return };
     let (pump, outlets) = pump(&instance, pipe_port, None);

@@ -6,6 +6,10 @@
 //! Full:  a port without room says EAGAIN, and its pages stay in the pipe
 //! Trust: the kernel; a splice that moved nothing although pages waited is counted as loss
 //!
+//! Memory of a lane in the guest: a pipe and the pages in it, at most 256 KiB (1 MiB with pages larger than 4 KiB); and
+//! in the driver a copy of each page that the host has not taken yet, at most 256 KiB for each entry of the port's queue
+//! (32 MiB with 128). The host needs none for a page on its way: it lies in guest memory.
+//!
 //! The rest of a ring buffer (a page that is not full can only be read(2)) goes through the same pipe as every other
 //! page, so there is one way into a port, one place that counts, and one place that tees.
 
@@ -33,8 +37,12 @@ use crate::{
     tracefs::Tap,
 };
 
-/// What one lane keeps on its way at most: the largest pipe an ordinary system allows.
-const PIPE_BYTES: usize = 1 << 18;
+/// Pages that one splice moves at most, and so what a lane keeps on its way between tap and port. A quarter or four times
+/// as many cost as much CPU or more (docs/pump.md), and what is given to virtio_console at a time decides how much a slow
+/// host makes the guest hold.
+const PAGES_A_PIPE: usize = 64;
+/// The largest pipe an ordinary system allows: fewer pages where they are larger than 16 KiB.
+const PIPE_BYTES_MAX: usize = 1 << 20;
 /// Pages are moved, never waited for.
 const FLAGS: SpliceFlags = SpliceFlags::SPLICE_F_MOVE.union(SpliceFlags::SPLICE_F_NONBLOCK);
 
@@ -56,7 +64,7 @@ impl Road {
         let flags = fcntl(&port, FcntlArg::F_GETFL).map_err(PumpError::of("port"))?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
         fcntl(&port, FcntlArg::F_SETFL(flags)).map_err(PumpError::of("port"))?;
-        let pipe = Pipe::new(PIPE_BYTES).map_err(PumpError::of("pipe"))?;
+        let pipe = Pipe::new(pipe_bytes_max(page_bytes)).map_err(PumpError::of("pipe"))?;
         let pipe_bytes = u32::try_from(pipe.bytes_max).unwrap_or(u32::MAX / 2);
         if pipe_bytes < page_bytes {
             let object = format!("pipe of {pipe_bytes} bytes for pages of {page_bytes}");
@@ -125,7 +133,7 @@ impl Road {
         if !std::mem::replace(&mut self.is_lossy, true) {
             log::warn!("{}: the port takes pages and loses them", self.tap.cpu);
         }
-        match Pipe::new(PIPE_BYTES) {
+        match Pipe::new(self.pipe.bytes_max) {
             Ok(pipe) => {
                 self.pipe = pipe;
                 self.lane.discarded()
@@ -157,6 +165,11 @@ impl Road {
         assert_eq!(end.pages_tapped, end.pages_sent + end.pages_lost, "every page of {} is in the ledger", end.cpu);
         end
     }
+}
+
+/// How large a pipe to ask for; where the system's limits refuse it, 64 KiB have to do.
+fn pipe_bytes_max(page_bytes: u32) -> usize {
+    (PAGES_A_PIPE * size(page_bytes)).min(PIPE_BYTES_MAX)
 }
 
 fn size(bytes: u32) -> usize {

@@ -30,8 +30,9 @@ use super::{
 /// How full a CPU's buffer is when its readers wake up, in percent.
 ///
 /// A wake-up costs an interrupt on the traced CPU and a pass of the pump; what is left above is the time the pump has
-/// before pages are overwritten. With the kernel's default of 1.4 MiB a CPU, 10 % is about 35 pages a wake-up, an
-/// eighth of a 1 MiB pipe, and 9/10 of the buffer is head room. The kernel's own default (50) leaves half of it.
+/// before pages are overwritten. With the kernel's default of 1.4 MiB a CPU, 10 % is about 35 pages a wake-up, and 9/10
+/// of the buffer is head room. 1 % costs the agent's pump half as much CPU again or twice as much; 25 % saves up to a
+/// seventh and loses events at rates at which 10 % does not; so does the kernel's own default, 50 % (docs/pump.md).
 pub const BUFFER_PERCENT: u32 = 10;
 
 /// The same for pages of [`PAGE_BYTES_LARGE`] and more, of which a buffer has few: 10 % of 1.4 MiB would be two of
