@@ -69,7 +69,7 @@ fn main() -> anyhow::Result<()> {
         Task::Judge { host, guest } => {
             let verdict = xtask::lab::judge::judge(&host, &guest)?;
             println!("{verdict}");
-            verdict.ensure_right(1)
+            verdict.ensure_right(1, None)
         }
         Task::Lab { lab: Lab::Svm, kernel } if kernel.is_empty() => xtask::lab::svm(Kernel::value_variants()),
         Task::Lab { lab: Lab::Svm, kernel } => xtask::lab::svm(&kernel),

@@ -22,6 +22,7 @@ use crate::trace::{
     merge::{Merge, Merged},
     option::TraceOption,
     reader::Reader,
+    segments::Shown,
     stamp::Stamps,
 };
 
@@ -163,6 +164,11 @@ fn notes<S: Source>(host: &Reader<S>, guest: &Reader<S>, stamps: &Stamps, seen: 
     if scale != stamps.scale() {
         notes.push("host and guest do not turn cycles into nanoseconds alike".into());
     }
+    match guest.segments().ok().flatten().map(|segments| segments.shown) {
+        Some(Shown::Raw) => notes.push("its times are the guest's own, as was asked for".into()),
+        Some(Shown::Mixed) => notes.push("its times are partly the guest's: they were being converted".into()),
+        Some(Shown::Shifted | Shown::Rewritten) | None => {}
+    }
     if guest.buffers().iter().any(|buffer| !buffer.name.is_empty()) {
         notes.push("only its top instance is checked: stock readers shift no other".into());
     }
@@ -194,7 +200,8 @@ fn said_bound_ns(text: &str) -> Option<u64> {
     if line.ends_with("exact") {
         return Some(0);
     }
-    let mut words = line.split_once('±')?.1.split([' ', ',']);
+    let bound = line.split_once('±').or_else(|| line.split_once("by up to "));
+    let mut words = bound?.1.split([' ', ',']);
     let (number, unit) = (words.next()?, words.next()?);
     let unit_ns: u64 = match unit {
         "ns" => 1,
@@ -222,6 +229,10 @@ mod tests {
         assert_eq!(said("measured, 1 vCPU, ±912 ns, offset moved during the trace"), Some(912));
         assert_eq!(said("measured, 1 vCPU, ±1.0 ms"), Some(1_100_000));
         assert_eq!(said("kvm, 4 vCPUs, 3 segments, exact"), Some(0));
+        assert_eq!(said("kvm, 1 vCPU, 4 segments, exact to ±38 ns"), Some(38));
+        let some = said("kvm, 1 vCPU, 4 segments, exact but 12 events marked uncertain by up to 3.1 µs");
+        assert_eq!(some, Some(3_200));
+        assert_eq!(said("raw"), None);
         assert_eq!(said("kvm"), None);
         assert_eq!(said_bound_ns("CPU: 0\nentries: 1\n"), None);
     }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::{
     Against, CheckError,
-    pairs::{Causes, Reading},
+    pairs::{Causes, Key, Reading, Rule},
     windows::{Gaps, Windows},
 };
 use crate::trace::{
@@ -42,13 +42,34 @@ pub struct Host {
     boundaries: usize,
 }
 
-/// Which of these events the host's file has formats of; what it never recorded it has none of, or none of that kind.
+/// What an event of the host says of the thread that did it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Did {
+    /// kvm_entry; the vCPU's id, if it says it.
+    Enter(Option<u32>),
+    /// kvm_exit
+    Leave,
+    /// sched_switch: from one thread to another.
+    Switch(Option<u32>, Option<u32>),
+    /// The host's half of a pair.
+    Cause(Rule, Key),
+    /// Our eBPF program found a TSC changed, right before a kvm_entry.
+    Announce {
+        /// `l1_tsc_offset`
+        offset: u64,
+        /// `l1_tsc_scaling_ratio`
+        ratio: u64,
+    },
+}
+
+/// Which of these events the host has formats of; what it never recorded it has none of, or none of that kind.
 #[derive(Debug)]
 enum Kind {
     Entry { vcpu: Option<Field> },
     Exit,
     Switch { from: Field, to: Field },
     Cause(Reading),
+    Announce { text: Field },
 }
 
 impl Kind {
@@ -59,16 +80,56 @@ impl Kind {
             ("sched", "sched_switch") => {
                 Some(Self::Switch { from: format.field("prev_pid")?.clone(), to: format.field("next_pid")?.clone() })
             }
+            ("bpf_trace", "bpf_trace_printk") => Some(Self::Announce { text: format.field("bpf_string")?.clone() }),
             _ => Reading::of_host(format).map(Self::Cause),
         }
     }
+
+    fn read(&self, event: &[u8]) -> Option<Did> {
+        Some(match self {
+            Self::Entry { vcpu } => Did::Enter(vcpu.as_ref().and_then(|field| field.small(event))),
+            Self::Exit => Did::Leave,
+            Self::Switch { from, to } => Did::Switch(from.small(event), to.small(event)),
+            Self::Cause(reading) => reading.read(event).map(|(rule, key)| Did::Cause(rule, key))?,
+            Self::Announce { text } => announced(text.contents(event)?)?,
+        })
+    }
 }
 
-/// An event's kind and who did it.
+/// `vtrace tsc: vcpu 0 offset -77 ratio 100000000`, as our eBPF program writes it.
+fn announced(text: &[u8]) -> Option<Did> {
+    let text = std::str::from_utf8(text).ok()?.trim_end_matches(['\0', '\n']);
+    let mut words = text.strip_prefix("vtrace tsc: vcpu ")?.split(' ');
+    let (_, offset, ratio) = (words.next()?, words.nth(1)?, words.nth(1)?);
+    let offset: i64 = offset.parse().ok()?;
+    Some(Did::Announce { offset: offset.cast_unsigned(), ratio: u64::from_str_radix(ratio, 16).ok()? })
+}
+
+/// How a host's events are read.
 #[derive(Debug)]
-struct Decoder {
-    kind: Kind,
-    pid: Field,
+pub struct Decoders {
+    kinds: HashMap<u16, (Kind, Field)>,
+}
+
+impl Decoders {
+    /// By the formats of the host.
+    pub fn of(formats: &Formats) -> Self {
+        let decoder =
+            |format: &EventFormat| Some((format.id, (Kind::of(format)?, format.field("common_pid")?.clone())));
+        Self { kinds: formats.each().filter_map(decoder).collect() }
+    }
+
+    /// Entries and exits are both told.
+    pub fn know_runs(&self) -> bool {
+        let has = |wanted: fn(&Kind) -> bool| self.kinds.values().any(|(kind, _)| wanted(kind));
+        has(|kind| matches!(kind, Kind::Entry { .. })) && has(|kind| matches!(kind, Kind::Exit))
+    }
+
+    /// Who did what. Hot.
+    pub fn read(&self, event: &[u8]) -> Option<(u32, Did)> {
+        let (kind, pid) = self.kinds.get(&id(event)?)?;
+        Some((pid.small(event)?, kind.read(event)?))
+    }
 }
 
 impl Host {
@@ -78,11 +139,7 @@ impl Host {
     /// A page cannot be read or is broken; options that make no sense.
     pub fn read<S: Source>(reader: &Reader<S>, threads: &[u32]) -> Result<Self, CheckError> {
         let stamps = Stamps::of(reader.options(), reader.other_options())?;
-        let formats = Formats::of(reader.metadata());
-        let decoder = |format: &EventFormat| {
-            Some((format.id, Decoder { kind: Kind::of(format)?, pid: format.field("common_pid")?.clone() }))
-        };
-        let decoders: HashMap<u16, Decoder> = formats.each().filter_map(decoder).collect();
+        let decoders = Decoders::of(&Formats::of(reader.metadata()));
         let mut host = Self::default();
         threads.iter().for_each(|thread| drop(host.on_cpu.insert(*thread, Windows::default())));
         let clock = reader.top().map(|top| top.clock.clone()).unwrap_or_default();
@@ -103,32 +160,27 @@ impl Host {
         Ok(host)
     }
 
-    fn take(&mut self, event: &Merged<'_>, decoders: &HashMap<u16, Decoder>) {
+    fn take(&mut self, event: &Merged<'_>, decoders: &Decoders) {
         if let Some(since) = event.lost_since {
             self.gaps.push(since, event.time);
         }
-        let Some(decoder) = id(event.data).and_then(|id| decoders.get(&id)) else { return };
-        let Some(thread) = decoder.pid.small(event.data) else { return };
-        match &decoder.kind {
-            Kind::Entry { vcpu } => {
-                if let Some(vcpu) = vcpu.as_ref().and_then(|field| field.small(event.data)) {
+        let Some((thread, did)) = decoders.read(event.data) else { return };
+        match did {
+            Did::Enter(vcpu) => {
+                if let Some(vcpu) = vcpu {
                     self.vcpu_ids.insert(thread, vcpu);
                 }
                 if self.has_room() {
                     self.runs.entry(thread).or_default().push(event.time, true);
                 }
             }
-            Kind::Exit if self.has_room() => self.runs.entry(thread).or_default().push(event.time, false),
-            Kind::Exit => {}
-            Kind::Switch { from, to } => {
-                self.switch(from.small(event.data), event.time, false);
-                self.switch(to.small(event.data), event.time, true);
+            Did::Leave if self.has_room() => self.runs.entry(thread).or_default().push(event.time, false),
+            Did::Leave | Did::Announce { .. } => {}
+            Did::Switch(from, to) => {
+                self.switch(from, event.time, false);
+                self.switch(to, event.time, true);
             }
-            Kind::Cause(reading) => {
-                if let Some(cause) = reading.read(event.data) {
-                    self.causes.push(thread, cause, event.time);
-                }
-            }
+            Did::Cause(rule, key) => self.causes.push(thread, (rule, key), event.time),
         }
     }
 
@@ -165,6 +217,22 @@ impl Host {
             Against::Runs => self.runs.get(&thread),
             Against::OnCpu => self.on_cpu.get(&thread),
             Against::Nothing => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announced_change_is_read_as_our_program_writes_it() {
+        let expected = Did::Announce { offset: 77u64.wrapping_neg(), ratio: 1 << 32 };
+        assert_eq!(announced(b"vtrace tsc: vcpu 3 offset -77 ratio 100000000\0"), Some(expected));
+        let own = Did::Announce { offset: 5, ratio: 0 };
+        assert_eq!(announced(b"vtrace tsc: vcpu 0 offset 5 ratio 0\n"), Some(own));
+        for other in [&b"vtrace tsc: vcpu 0 offset x ratio 0"[..], b"vtrace tsc: vcpu 0 offset 5", b"other", b"\xff"] {
+            assert_eq!(announced(other), None);
         }
     }
 }

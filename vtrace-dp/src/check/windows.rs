@@ -30,6 +30,15 @@ pub struct Windows {
     boundaries: Vec<Boundary>,
 }
 
+/// What is known of a thread in some stretch of time.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Known {
+    /// Windows, ends included, in order.
+    pub inside: Vec<(u64, u64)>,
+    /// Stretches of which all windows are known, in order.
+    pub stretches: Vec<(u64, u64)>,
+}
+
 /// Stretches of time in which the host lost events.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Gaps {
@@ -63,6 +72,28 @@ impl Windows {
     /// Nothing is known of this thread.
     pub fn is_empty(&self) -> bool {
         self.boundaries.is_empty()
+    }
+
+    /// What is known of `from..=to`: when the thread was inside, and in which stretches of it that is the whole truth.
+    pub fn known(&self, gaps: &Gaps, from: u64, to: u64) -> Known {
+        let mut known = Known::default();
+        let first = self.boundaries.partition_point(|boundary| boundary.time < from);
+        let last = self.boundaries.partition_point(|boundary| boundary.time <= to);
+        for pair in self.boundaries[first..last].windows(2) {
+            let (begin, end) = (pair[0].time, pair[1].time);
+            let is_whole = pair[0].opens != pair[1].opens && gaps.side(begin, end, begin) == Some(Side::Without);
+            if !is_whole {
+                continue;
+            }
+            match known.stretches.last_mut() {
+                Some(stretch) if stretch.1 == begin => stretch.1 = end,
+                _ => known.stretches.push((begin, end)),
+            }
+            if pair[0].opens {
+                known.inside.push((begin, end));
+            }
+        }
+        known
     }
 
     /// Where `time` lies.
@@ -190,6 +221,17 @@ mod tests {
         let close = windows(&[(10, false), (20, false)]);
         let place = |time| close.place(&gaps, time);
         assert_eq!([12, 15, 18].map(place), [Place::Outside(2), Place::Uncovered, Place::Inside]);
+    }
+
+    #[test]
+    fn only_windows_with_both_ends_and_no_gap_are_the_whole_truth() {
+        let missing =
+            windows(&[(10, true), (20, false), (30, true), (40, false), (50, false), (60, true), (70, false)]);
+        let known = missing.known(&Gaps::default(), 0, 100);
+        assert_eq!(known.inside, [(10, 20), (30, 40), (60, 70)]);
+        assert_eq!(known.stretches, [(10, 40), (50, 70)]);
+        let known = missing.known(&gaps(&[(15, 16)]), 0, 39);
+        assert_eq!((known.inside, known.stretches), (vec![], vec![(20, 30)]));
     }
 
     #[test]

@@ -78,6 +78,9 @@ pub struct RecordArgs {
     /// How guests' pages are written: past the page cache where that is to be had, or one way
     #[arg(long, value_enum, value_name = "HOW", default_value_t)]
     pub sink: SinkChoice,
+    /// Leave guests' times as their own clocks told them
+    #[arg(long)]
+    pub raw_clock: bool,
     /// Exit with status 3 if a single page or event was lost
     #[arg(long)]
     pub strict: bool,

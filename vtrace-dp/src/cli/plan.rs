@@ -34,6 +34,8 @@ pub struct Plan {
     pub newest_bytes: Option<u64>,
     /// Stop before a file grows beyond this.
     pub file_bytes_max: Option<u64>,
+    /// Guests' times stay their own.
+    pub raw_clock: bool,
     /// Exit with 3 on any loss.
     pub strict: bool,
     /// The closing table as JSON.
@@ -136,6 +138,7 @@ impl Plan {
             sink: args.sink,
             newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
             file_bytes_max: args.max_file,
+            raw_clock: args.raw_clock,
             strict: args.strict,
             json: args.json,
             quiet: args.quiet,

@@ -22,40 +22,10 @@ use vtrace_common::{
 };
 
 use super::{
-    segment::{Refusal, Segment},
+    segment::Segment,
     table::{Table, distance},
 };
 use crate::trace::option::{ShiftSample, TimeShift};
-
-/// Where a guest's host times come from.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum ClockSource {
-    /// From KVM.
-    Kvm {
-        /// vCPUs that are known.
-        vcpus: usize,
-        /// Segments of all of them.
-        segments: usize,
-        /// The widest boundary between two segments, host cycles; 0: exact.
-        bound_cycles: u64,
-    },
-    /// From round trips over the control port.
-    Measured {
-        /// No event is farther off, host cycles ([`super::plan::ClockPlan::bound_cycles`]).
-        bound_cycles: u64,
-        /// Why KVM was not asked, or had no answer.
-        why: Option<Refusal>,
-    },
-    /// Times are the guest's own.
-    Raw,
-}
-
-impl ClockSource {
-    /// Of a table.
-    pub fn of(table: &Table) -> Self {
-        Self::Kvm { vcpus: table.histories().count(), segments: table.segments(), bound_cycles: table.bound() }
-    }
-}
 
 /// How host times get into a file.
 #[derive(Clone, PartialEq, Eq, Debug)]

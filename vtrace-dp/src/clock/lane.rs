@@ -6,7 +6,12 @@
 //! Full:  does not apply
 //! Trust: pages come from guests: any times have an answer
 //!
+//! A page alone can look right in two places: that of a guest whose clock went back by a second looks the same a second
+//! later, if it ran then. All pages behind it have to find a place too: [`Lane::look_ahead`] goes through them before.
+//!
 //! [`super::table`] says which segment a time belongs to, [`super::trap`] what becomes of times that stood still.
+
+use std::collections::HashMap;
 
 use vtrace_common::time::{GuestTsc, HostTsc};
 
@@ -16,6 +21,11 @@ use super::{
     trap,
 };
 use crate::trace::walk::Stamp;
+
+/// Places of pages to come that are remembered; beyond these only the next page is looked at.
+const AHEAD_MAX: usize = 1 << 20;
+/// A clock of more segments is not looked ahead for: the work grows with their number.
+const AHEAD_SEGMENTS_MAX: usize = 1 << 12;
 
 /// A way through one lane.
 #[derive(Debug)]
@@ -27,6 +37,10 @@ pub struct Lane<'a> {
     candidates: Vec<Candidate>,
     /// For each event that is looked at: where its candidates begin.
     begins: Vec<usize>,
+    /// The number of the page that comes next.
+    number: u64,
+    /// Where a page can begin, if that is less than its first time says.
+    ahead: HashMap<u64, Vec<(usize, HostRange)>>,
 }
 
 /// Where the way has come.
@@ -54,13 +68,53 @@ pub type Stamped = (GuestTsc, Stamp);
 impl<'a> Lane<'a> {
     pub(super) fn new(vcpu: &'a Vcpu, since: HostTsc) -> Self {
         let place = Place { segment: 0, low: since };
-        Self { vcpu, place, shown: since, candidates: Vec::new(), begins: Vec::new() }
+        let (candidates, begins, ahead) = (Vec::new(), Vec::new(), HashMap::new());
+        Self { vcpu, place, shown: since, candidates, begins, number: 0, ahead }
+    }
+
+    /// Whether it is of use to look ahead.
+    pub fn is_moved(&self) -> bool {
+        (2..=AHEAD_SEGMENTS_MAX).contains(&self.vcpu.segments().len())
+    }
+
+    /// Goes through the numbers and first times of all pages, the last page first, before the way begins.
+    pub fn look_ahead(&mut self, pages: impl Iterator<Item = (u64, GuestTsc)>) {
+        let (mut behind, mut remembered): (Option<Vec<(usize, HostRange)>>, usize) = (None, 0);
+        for (number, guest) in pages {
+            let all = self.places(0, guest, self.place.low);
+            let leads = |(segment, range): &(usize, HostRange)| {
+                let follows = |(next, place): &(usize, HostRange)| next >= segment && place.high.0 >= range.low.0;
+                behind.as_ref().is_none_or(|behind| behind.iter().any(follows))
+            };
+            let usable: Vec<_> = all.iter().copied().filter(leads).collect();
+            if usable.is_empty() {
+                continue;
+            }
+            if usable.len() < all.len() && remembered < AHEAD_MAX {
+                remembered += usable.len();
+                self.ahead.insert(number, usable.clone());
+            }
+            behind = Some(usable);
+        }
+    }
+
+    /// Where a guest time can be, in this segment and behind it.
+    fn places(&self, from: usize, guest: GuestTsc, near: HostTsc) -> Vec<(usize, HostRange)> {
+        let mut places = Vec::new();
+        for segment in from..self.vcpu.segments().len() {
+            places.extend(self.vcpu.place(segment, guest, near).map(|range| (segment, range)));
+            if self.vcpu.is_below_later(segment, guest) {
+                break;
+            }
+        }
+        places
     }
 
     /// Converts the events of the next page into `out`, which is emptied first. `next`: the time with which the page
     /// behind it begins, if there is one.
     pub fn page(&mut self, events: &[Stamped], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         out.clear();
+        self.number += 1;
         if !self.is_quiet(events, out) {
             out.clear();
             self.choose(events, next, out);
@@ -99,7 +153,7 @@ impl<'a> Lane<'a> {
     fn choose(&mut self, events: &[Stamped], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         let stopped = stopped(events);
         let anchors = events.iter().zip(&stopped).filter(|(_, stopped)| !**stopped).map(|((guest, _), _)| *guest);
-        self.gather(anchors.chain(next));
+        self.gather(anchors, next);
         if !self.solve(true) {
             self.solve(false);
         }
@@ -120,23 +174,33 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Notes where each of these times can be.
-    fn gather(&mut self, times: impl Iterator<Item = GuestTsc>) {
+    /// Notes where each of these times can be, and the first one of the page behind them.
+    fn gather(&mut self, times: impl Iterator<Item = GuestTsc>, next: Option<GuestTsc>) {
         self.candidates.clear();
         self.begins.clear();
+        let Place { segment, low } = self.place;
         for guest in times {
-            self.begins.push(self.candidates.len());
-            for segment in self.place.segment..self.vcpu.segments().len() {
-                if let Some(range) = self.vcpu.place(segment, guest, self.place.low) {
-                    let in_run = self.vcpu.allows(range);
-                    self.candidates.push(Candidate { segment, range, in_run, reached: false, usable: false });
-                }
-                if self.vcpu.is_below_later(segment, guest) {
-                    break;
-                }
+            self.note(self.places(segment, guest, low));
+        }
+        if let Some(guest) = next {
+            let mut places = self.places(segment, guest, low);
+            if let Some(ahead) = self.ahead.get(&self.number) {
+                let (all, is_ahead) = (places.clone(), |place: &(usize, HostRange)| ahead.contains(place));
+                places.retain(is_ahead);
+                // What does not fit together says nothing.
+                places = if places.is_empty() { all } else { places };
             }
+            self.note(places);
         }
         self.begins.push(self.candidates.len());
+    }
+
+    fn note(&mut self, places: Vec<(usize, HostRange)>) {
+        self.begins.push(self.candidates.len());
+        for (segment, range) in places {
+            let in_run = self.vcpu.allows(range);
+            self.candidates.push(Candidate { segment, range, in_run, reached: false, usable: false });
+        }
     }
 
     fn count(&self) -> usize {

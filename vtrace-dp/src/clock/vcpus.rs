@@ -7,16 +7,12 @@
 //! Trust: the kernel. A guest that lies about its APIC ids or its clock misplaces its own events only
 
 use serde::Serialize;
-use vtrace_common::{
-    ids::Cpu,
-    kvm::TscChange,
-    time::{GuestTsc, HostTsc},
-};
+use vtrace_common::{ids::Cpu, kvm::TscChange, time::HostTsc};
 
 use super::{
     Offset,
     ratio::{Isa, Ratio},
-    sync::{Interval, Measurement},
+    sync::Measurement,
 };
 
 /// A state and when it was seen.
@@ -167,21 +163,11 @@ pub fn segments(vcpus: &[Vcpu]) -> usize {
     vcpus.iter().map(|vcpu| vcpu.states.len()).max().unwrap_or(0)
 }
 
-/// What a measurement without error would have said; nothing if a TSC moved or is scaled.
-pub fn exactly(vcpus: &[Vcpu], isa: Isa) -> Option<Vec<Measurement>> {
-    let exact = vcpus.iter().map(|vcpu| {
-        let [only] = &vcpu.states[..] else { return None };
-        let interval = Interval { low: offset_of(only, isa)?, width: 0 };
-        let (cpu, at) = (vcpu.cpu, GuestTsc(0));
-        Some(Measurement { cpu, at, interval, rounds: 0, refused: 0, best_round_trip: 0, moved: false })
-    });
-    exact.collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::sync::Interval;
     use super::*;
-    use vtrace_common::kvm::source;
+    use vtrace_common::{kvm::source, time::GuestTsc};
 
     const VMM: u32 = 77;
 
@@ -230,23 +216,14 @@ mod tests {
         let states: Vec<_> = vcpus[0].states.iter().map(|state| (state.seen.0, state.offset.cast_signed())).collect();
         assert_eq!((states, segments(&vcpus)), (vec![(15, -500), (27, -400)], 2));
         assert_eq!(vcpus[0].told.iter().map(|told| told.seen.0).collect::<Vec<_>>(), [15, 21, 27]);
-        assert_eq!(exactly(&vcpus, Isa::Svm), None);
     }
 
     #[test]
-    fn constant_offset_is_exact() {
-        let vcpus = guest(&[told(1, 0, 5, -500)], &[(Cpu(0), 0)], &[measured(0, 450)]).unwrap();
-        let exact = exactly(&vcpus, Isa::Svm).unwrap();
-        let plan = super::super::plan::plan(&exact, &[], &[Cpu(0)], 1).unwrap();
-        assert_eq!((plan.bound_cycles, plan.to_host(Cpu(0), GuestTsc(1000))), (0, HostTsc(1500)));
-    }
-
-    #[test]
-    fn scaled_clock_has_no_constant_offset() {
+    fn scaled_clock_is_not_contradicted_by_a_measurement() {
         let mut scaled = told(1, 0, 5, -500);
         scaled.change.ratio = 3 << 31;
         let vcpus = guest(&[scaled], &[(Cpu(0), 0)], &[measured(0, 1 << 40)]).unwrap();
-        assert_eq!(exactly(&vcpus, Isa::Svm), None);
+        assert_eq!(vcpus[0].states[0].ratio, 3 << 31);
     }
 
     #[test]

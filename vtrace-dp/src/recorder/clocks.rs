@@ -1,53 +1,281 @@
-//! Whose word is taken for a guest's times: KVM's, where it is known and can be written; else what was measured.
+//! Whose word is taken for a guest's times: KVM's, where it is known; else what was measured.
 //!
-//! In:    measurements at both ends, what KVM said meanwhile
-//! Out:   [`GuestClock`]: the plan of the file's times, and what the summary says of it
+//! In:    measurements at both ends, what KVM said meanwhile, the host's pages around each change
+//! Out:   [`GuestClock`]: how the file's times are to become the host's; and that done, what the file and the summary say
+//! Runs:  on record's thread, when all machines have stopped and their pages are in their areas
+//! Full:  a lane without room for the pages that host times need more is an error; the file says that its times are mixed
 //! Trust: KVM; a guest's measurements are checked against it, its own word places only its own events
+
+use vtrace_common::{
+    ids::Cpu,
+    kvm::source,
+    time::{GuestTsc, HostTsc},
+};
 
 use super::{
     files::{Common, chain},
     run::{Clocks, Recording},
+    runs::{HostLanes, around},
     session::GuestSession,
-    summary::{ClockSummary, KVM, MEASURED},
+    summary::{ClockSummary, KVM, MEASURED, RAW},
 };
-use crate::clock::{
-    plan::{ClockPlan, plan},
-    ratio::Isa,
-    vcpus::{Vcpu, exactly, of_guest, segments},
+use crate::{
+    clock::{
+        exact::{Shape, shape},
+        math::HostRange,
+        plan::{ClockPlan, plan},
+        ratio::Isa,
+        segment::{Refusal, Seen, tsc_is_stable},
+        table::Table,
+        vcpus::{Told, Vcpu, of_guest, segments},
+    },
+    trace::{
+        option::TraceOption,
+        rewrite::{Rewritten, rewrite},
+        segments::{Segments, Shown},
+        writer::Writer,
+    },
 };
+
+/// Behind a step back runs are of use for as long as a page lasts; so far they are looked at, cycles.
+const PAGE_CYCLES: u64 = 1 << 30;
 
 /// How one guest's times become host times.
 pub(super) struct GuestClock {
-    /// Of the file; nothing if the guest's times stay its own.
-    pub(super) plan: Option<ClockPlan>,
-    /// Of the closing table.
+    /// What KVM said of it; nothing if that is not known.
+    pub(super) kvm: Vec<Vcpu>,
+    word: Word,
+    lanes: Vec<Cpu>,
+    /// The file keeps the guest's own times.
+    is_raw: bool,
+    remarks: Vec<String>,
+}
+
+/// Whose word is taken.
+enum Word {
+    Kvm(Table, Shape),
+    Measured { plan: ClockPlan, why: String },
+    Nobodys,
+}
+
+/// What became of a guest's times.
+#[derive(Default)]
+pub(super) struct Converted {
+    /// For the file.
+    pub(super) options: Vec<TraceOption>,
+    /// For the closing table.
     pub(super) summary: Option<ClockSummary>,
+    /// What a reader has to know.
+    pub(super) remarks: Vec<String>,
+    /// Pages each lane has more than came.
+    pub(super) added: Vec<(Cpu, u64)>,
+    /// Some times are the host's and some the guest's.
+    pub(super) failed: bool,
 }
 
 impl GuestClock {
     /// Decides for the guest `index`, which was armed.
-    pub(super) fn of(recording: &Recording, index: usize, session: &GuestSession, common: &Common) -> Self {
+    pub(super) fn of(
+        recording: &Recording,
+        index: usize,
+        session: &GuestSession,
+        common: &Common,
+        host: Option<&HostLanes>,
+    ) -> Self {
         let clocks = &recording.clocks[index];
         let isa = Isa::of_this_machine().unwrap_or(Isa::None);
-        let (kvm, why) = match by_kvm(recording, clocks, session, isa) {
-            Ok(kvm) => (kvm, None),
-            Err(why) => (Vec::new(), Some(why)),
-        };
         let lanes = session.armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
-        if let Some(exact) = exactly(&kvm, isa).filter(|exact| !exact.is_empty()) {
-            let plan = plan(&exact, &[], &lanes, common.host_id);
-            let summary = plan.as_ref().map(|plan| summary(KVM, plan, common, kvm, None));
-            return Self { plan, summary };
+        let mut clock =
+            Self { kvm: Vec::new(), word: Word::Nobodys, lanes, is_raw: recording.plan.raw_clock, remarks: Vec::new() };
+        let why = match by_kvm(recording, clocks, session, isa) {
+            Ok(kvm) => {
+                clock.kvm = kvm;
+                match clock.table(recording.since, isa, host) {
+                    Ok(table) => {
+                        let shape = shape(&table, &clock.lanes, common.host_id);
+                        if shape != Shape::Rewrite || recording.plan.newest_bytes.is_none() {
+                            clock.word = Word::Kvm(table, shape);
+                            return clock;
+                        }
+                        "pages that newer ones overwrite cannot be given the host's times".into()
+                    }
+                    Err(refusal) => refusal.to_string(),
+                }
+            }
+            Err(why) => why,
+        };
+        if let Some(plan) = plan(&clocks.start, &clocks.end, &clock.lanes, common.host_id) {
+            clock.word = Word::Measured { plan, why };
         }
-        let why = why.unwrap_or_else(|| "what KVM did to its TSC is in the file's note only".into());
-        let plan = plan(&clocks.start, &clocks.end, &lanes, common.host_id);
-        let summary = plan.as_ref().map(|plan| summary(MEASURED, plan, common, kvm, Some(why)));
-        Self { plan, summary }
+        clock
     }
 
-    /// What KVM said of it; nothing if that is not known.
-    pub(super) fn kvm(&self) -> &[Vcpu] {
-        self.summary.as_ref().map(|summary| &summary.kvm[..]).unwrap_or_default()
+    /// The history that KVM told, with all that the host's trace says of it.
+    fn table(&mut self, since: HostTsc, isa: Isa, host: Option<&HostLanes>) -> Result<Table, Refusal> {
+        // Where sysfs is silent, so is the objection.
+        if tsc_is_stable().is_ok_and(|stable| !stable) {
+            return Err(Refusal::UnstableTsc);
+        }
+        let seen = self.seen(since, host);
+        let mut table = Table::build(since, isa, seen, &self.lanes)?;
+        self.learn(&mut table, host);
+        Ok(table)
+    }
+
+    /// Every state that was told, as exactly as the host's trace says when.
+    fn seen(&mut self, since: HostTsc, host: Option<&HostLanes>) -> Vec<Seen> {
+        let all = || self.kvm.iter().flat_map(|vcpu| vcpu.told.iter().map(move |told| (vcpu, told)));
+        let changes = all().filter(|(_, told)| told.change.source == source::ENTRY && told.seen >= since);
+        let (wanted, threads): (Vec<_>, Vec<_>) =
+            changes.map(|(_, told)| (around(range(told)), told.change.vcpu_tid)).unzip();
+        let doings = host.map(|host| host.look(&wanted, &threads)).transpose();
+        let doings =
+            doings.map_err(|fault| format!("the host's trace around changes cannot be read: {}", chain(&fault)));
+        let seen = all().map(|(vcpu, told)| {
+            let mut seen = Seen::new(&told.change, vcpu.cpu, range(told));
+            if let Ok(Some(doings)) = &doings {
+                let (thread, state) = (told.change.vcpu_tid, (told.change.offset, told.change.ratio));
+                match doings.announced(thread, state, seen.at).filter(|_| told.change.source == source::ENTRY) {
+                    Some(at) => seen.at = HostRange::at(at),
+                    None => seen.settle(&doings.runs(thread, &[around(seen.at)])),
+                }
+            }
+            seen
+        });
+        let seen = seen.collect();
+        self.remarks.extend(doings.err());
+        seen
+    }
+
+    /// Tells the table when vCPUs ran, where that decides.
+    fn learn(&mut self, table: &mut Table, host: Option<&HostLanes>) {
+        let Some(host) = host else { return };
+        let longer = |range: HostRange| HostRange { high: HostTsc(range.high.0.saturating_add(PAGE_CYCLES)), ..range };
+        let of_vcpu = |vcpu: &Vcpu| -> Vec<HostRange> {
+            table.runs_wanted(vcpu.cpu).into_iter().map(|range| longer(around(range))).collect()
+        };
+        let wanted: Vec<(Cpu, u32, Vec<HostRange>)> =
+            self.kvm.iter().map(|vcpu| (vcpu.cpu, vcpu.tid, of_vcpu(vcpu))).collect();
+        let all: Vec<HostRange> = wanted.iter().flat_map(|(_, _, wanted)| wanted).copied().collect();
+        let threads: Vec<u32> = wanted.iter().map(|(_, thread, _)| *thread).collect();
+        match host.look(&all, &threads) {
+            Ok(doings) => {
+                let known = wanted.into_iter().filter(|(_, _, wanted)| !wanted.is_empty());
+                known.for_each(|(cpu, thread, wanted)| table.learn(cpu, doings.runs(thread, &wanted)));
+            }
+            Err(fault) => {
+                self.remarks.push(format!("the host's trace around steps back cannot be read: {}", chain(&fault)));
+            }
+        }
+    }
+
+    /// Pages will get other times.
+    pub(super) fn is_rewritten(&self) -> bool {
+        !self.is_raw && matches!(self.word, Word::Kvm(_, Shape::Rewrite))
+    }
+
+    /// What the host's TSC was when the guest's was `guest`, `near` a time of the host.
+    pub(super) fn to_host(&self, cpu: Cpu, guest: GuestTsc, near: HostTsc) -> Option<HostTsc> {
+        match &self.word {
+            Word::Kvm(table, _) => table.to_host(cpu, guest, near).map(|conversion| conversion.at),
+            Word::Measured { plan, .. } => Some(plan.to_host(cpu, guest)),
+            Word::Nobodys => None,
+        }
+    }
+
+    /// Gives the file its times. `filled`: the bytes of each lane, which can become more.
+    pub(super) fn convert(
+        self,
+        file: &Writer,
+        filled: &mut [(Cpu, u64)],
+        page_bytes: u32,
+        common: &Common,
+    ) -> Converted {
+        let Self { kvm, word, lanes, is_raw, remarks } = self;
+        let mut done = Converted { remarks, ..Converted::default() };
+        let mut said = ClockSummary { segments: segments(&kvm), kvm, steady: true, ..ClockSummary::default() };
+        match word {
+            Word::Nobodys if is_raw => {}
+            Word::Nobodys => {
+                done.remarks.push("its clock could not be measured: its times stay its own".into());
+                return done;
+            }
+            Word::Measured { plan, why } => {
+                (said.source, said.vcpus, said.steady) = (MEASURED.into(), plan.vcpus, plan.steady);
+                (said.bound_ns, said.why_measured) = (common.scale.ns(plan.bound_cycles), Some(why));
+                done.options.extend((!is_raw).then_some(TraceOption::TimeShift(plan.time_shift)));
+            }
+            Word::Kvm(table, shape) => {
+                (said.source, said.vcpus, said.steady) = (KVM.into(), lanes.len(), said.segments <= 1);
+                done.by_table(table, Some(shape).filter(|_| !is_raw), (file, filled, page_bytes), &mut said, common);
+            }
+        }
+        if is_raw {
+            (said.source, said.bound_ns) = (RAW.into(), 0);
+        }
+        done.summary = Some(said);
+        done
+    }
+}
+
+/// A file's pages: who writes it, the bytes of each lane, the bytes of one page.
+type Place<'a> = (&'a Writer, &'a mut [(Cpu, u64)], u32);
+
+impl Converted {
+    fn by_table(
+        &mut self,
+        table: Table,
+        shape: Option<Shape>,
+        place: Place<'_>,
+        said: &mut ClockSummary,
+        common: &Common,
+    ) {
+        said.bound_ns = common.scale.ns(table.bound());
+        let shown = match shape {
+            None => Shown::Raw,
+            Some(Shape::Shift(shift)) => {
+                self.options.push(TraceOption::TimeShift(shift));
+                Shown::Shifted
+            }
+            Some(Shape::Rewrite) => match self.rewrite(&table, place) {
+                Ok(total) => {
+                    said.bound_ns = common.scale.ns(total.error_max);
+                    said.uncertain_events = total.unsure + total.trapped;
+                    self.note(&total);
+                    Shown::Rewritten
+                }
+                Err(why) => {
+                    self.failed = true;
+                    self.remarks.push(format!("its times are partly its own and partly the host's: {why}"));
+                    Shown::Mixed
+                }
+            },
+        };
+        self.options.push(TraceOption::Segments(Segments { shown, table }));
+    }
+
+    /// Gives the pages of all lanes host times.
+    fn rewrite(&mut self, table: &Table, (file, filled, page_bytes): Place<'_>) -> Result<Rewritten, String> {
+        let mut total = Rewritten::default();
+        for (cpu, bytes) in filled {
+            let area = file.areas().iter().find(|area| area.cpu == *cpu);
+            let (Some(area), Some(lane)) = (area, table.lane(*cpu)) else { continue };
+            let done = rewrite(file.file(), area, *bytes, page_bytes, lane).map_err(|fault| chain(&fault))?;
+            *bytes = done.bytes;
+            self.added.push((*cpu, done.pages_added));
+            total.join(&done);
+        }
+        Ok(total)
+    }
+
+    fn note(&mut self, total: &Rewritten) {
+        let Rewritten { foreign, pages_cut, .. } = *total;
+        if foreign > 0 {
+            self.remarks.push(format!("{foreign} of its events have times that KVM's word does not explain"));
+        }
+        if pages_cut > 0 {
+            self.remarks.push(format!("{pages_cut} of its pages end where they are broken"));
+        }
     }
 }
 
@@ -62,20 +290,11 @@ fn by_kvm(recording: &Recording, clocks: &Clocks, session: &GuestSession, isa: I
     of_guest(told, claimed.vmm_pid, apics, &armed.lanes, &measured, isa).map_err(|unknown| unknown.to_string())
 }
 
-fn summary(
-    source: &str,
-    plan: &ClockPlan,
-    common: &Common,
-    kvm: Vec<Vcpu>,
-    why_measured: Option<String>,
-) -> ClockSummary {
-    ClockSummary {
-        source: source.into(),
-        vcpus: plan.vcpus,
-        bound_ns: common.scale.ns(plan.bound_cycles),
-        steady: plan.steady,
-        segments: segments(&kvm),
-        kvm,
-        why_measured,
+/// When a state was seen.
+fn range(told: &Told) -> HostRange {
+    let Told { seen, error_cycles, .. } = told;
+    HostRange {
+        low: HostTsc(seen.0.saturating_sub(*error_cycles)),
+        high: HostTsc(seen.0.saturating_add(*error_cycles)),
     }
 }

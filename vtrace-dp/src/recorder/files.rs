@@ -1,7 +1,7 @@
 //! The files of a recording: opened before anything is asked of anyone, finished when every page has its place.
 //!
 //! In:    a plan; descriptions, reports and ledgers of all machines
-//! Out:   one trace.dat each, tied together: TRACEID and GUEST, one TSC2NSEC for all, TIME_SHIFT in the guests'
+//! Out:   one trace.dat each, tied together: TRACEID and GUEST, one TSC2NSEC for all, host times in the guests'
 //! Trust: nothing a guest says decides where a byte goes
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
@@ -23,6 +23,7 @@ use super::{
     host::{HostReport, lane::End},
     naming::Output,
     run::Recording,
+    runs::HostLanes,
     session::GuestSession,
     sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
@@ -30,10 +31,7 @@ use super::{
 };
 use crate::{
     cli::plan::{CLOCK, Plan},
-    clock::{
-        plan::{ClockPlan, plan},
-        vcpus::Vcpu,
-    },
+    clock::{plan::plan, vcpus::Vcpu},
     sys::random,
     trace::{
         metadata::Metadata,
@@ -167,11 +165,15 @@ pub(super) fn finish(
     let mut files = files.into_iter();
     let host = files.next().expect("the host has a file");
     let common = Common { host_id: host.trace_id, scale: recording.calibration.scale() };
+    // Where only the newest pages are kept, they are in no order yet.
+    let lanes = recording.plan.newest_bytes.is_none().then(|| HostLanes::of(&recording.host, &host, report));
+    let lanes = lanes.transpose().inspect_err(|error| log::warn!("{}: {error}", host.output.path().display()));
+    let lanes = lanes.ok().flatten();
     let mut options = Vec::new();
     let mut machines = Vec::new();
     let sessions = recording.guests.iter().flat_map(|guests| &guests.sessions);
     for (index, (session, file)) in sessions.zip(files).enumerate() {
-        let (machine, link) = finish_guest(recording, index, session, file, &common);
+        let (machine, link) = finish_guest(recording, index, session, file, &common, lanes.as_ref());
         machines.push(machine);
         options.push(link);
     }
@@ -212,38 +214,52 @@ fn finish_guest(
     recording: &Recording,
     index: usize,
     session: &GuestSession,
-    file: MachineFile,
+    mut file: MachineFile,
     common: &Common,
+    host: Option<&HostLanes>,
 ) -> (MachineSummary, TraceOption) {
     let armed = armed(session);
-    let clock = GuestClock::of(recording, index, session, common);
+    let clock = GuestClock::of(recording, index, session, common, host);
     let ledgers = if session.is_finished() { session.ledgers.clone() } else { found(&file.writer, armed.page_bytes) };
-    let (lanes, mut remarks) = guest_lanes(session, &ledgers);
+    let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     remarks.extend(session.reports.iter().filter_map(trouble_of));
-    let (link, known) = link(session, file.trace_id, clock.kvm());
+    let (link, known) = link(session, file.trace_id, &clock.kvm);
     if !known {
         remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }
-    if clock.plan.is_none() {
-        remarks.push("its clock could not be measured: its times stay its own".into());
+    let start_skew_ns = start_skew_ns(recording, common, session, &clock);
+    let mut filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
+    let mut options = machine_options(common, &armed.clock, guest_uname(session), file.trace_id);
+    let is_rewritten = clock.is_rewritten();
+    if is_rewritten {
+        let said =
+            TraceOption::CpuStat("vtrace clock: times in front are the host's, behind them the guest's\n".into());
+        keep_in(&mut file, &[&options[..], &[said]].concat());
     }
+    let times = clock.convert(&file.writer, &mut filled, armed.page_bytes, common);
+    for lane in &mut lanes {
+        lane.pages_added = times.added.iter().find(|(cpu, _)| cpu.0 == lane.cpu).map_or(0, |(_, added)| *added);
+    }
+    if is_rewritten && !times.failed {
+        // A crash from here on leaves the host's times, which nothing must be added to.
+        keep_in(&mut file, &options);
+    }
+    remarks.extend(times.remarks);
     let mut machine = MachineSummary {
         name: session.name.clone(),
         file: Some(file.output.path().into()),
         bytes: 0,
         lanes,
         sink: Some(if file.direct.is_some() { "direct" } else { "buffered" }),
-        start_skew_ns: clock.plan.as_ref().and_then(|plan| start_skew_ns(recording, common, session, plan)),
-        clock: clock.summary,
+        start_skew_ns,
+        clock: times.summary,
         commands: session.outputs.commands().to_vec(),
-        failed: has_failed(session, &ledgers),
+        failed: has_failed(session, &ledgers) || times.failed,
         remarks,
     };
-    let mut options = machine_options(common, &armed.clock, guest_uname(session), file.trace_id);
     options.extend(cpu_stats(&machine, &session.reports));
-    options.extend(clock.plan.map(|plan| TraceOption::TimeShift(plan.time_shift)));
-    let filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
+    options.extend(times.options);
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     (machine, link)
 }
@@ -340,17 +356,19 @@ fn cpu_stats(machine: &MachineSummary, reports: &[LaneReport]) -> impl Iterator<
 /// What `trace-cmd report --stat` shows: the kernel's words, then ours.
 fn cpu_stat(lane: &LaneSummary, report: Option<&LaneReport>, clock: Option<&ClockSummary>) -> String {
     let kernel = report.map(|report| report.stats_after.trim_end()).unwrap_or_default();
-    let LaneSummary { cpu, pages_in, pages_out, pages_lost, .. } = lane;
+    let LaneSummary { cpu, pages_in, pages_out, pages_lost, pages_added, .. } = lane;
     let clock = clock.map(|clock| format!("vtrace clock: {clock}\n")).unwrap_or_default();
-    format!("CPU: {cpu}\n{kernel}\nvtrace pages: {pages_in} in, {pages_out} out, {pages_lost} lost\n{clock}")
+    format!(
+        "CPU: {cpu}\n{kernel}\nvtrace pages: {pages_in} in, {pages_out} out, {pages_lost} lost, {pages_added} added\n{clock}"
+    )
 }
 
 /// From the host's start to the guest's, in host time.
-fn start_skew_ns(recording: &Recording, common: &Common, session: &GuestSession, clock: &ClockPlan) -> Option<i64> {
+fn start_skew_ns(recording: &Recording, common: &Common, session: &GuestSession, clock: &GuestClock) -> Option<i64> {
     let (_, guest) = session.started?;
     let (_, host) = recording.host.started?;
-    let cycles =
-        clock.to_host(session.armed.as_ref()?.lanes.first().copied()?, guest).0.wrapping_sub(host.0).cast_signed();
+    let lane = session.armed.as_ref()?.lanes.first().copied()?;
+    let cycles = clock.to_host(lane, guest, host)?.0.wrapping_sub(host.0).cast_signed();
     let ns = i64::try_from(common.scale.ns(cycles.unsigned_abs())).ok()?;
     Some(if cycles < 0 { -ns } else { ns })
 }

@@ -97,7 +97,7 @@ impl Guests {
     /// Takes messages until every guest has reached `phase`; one that stays silent gets trouble and moves on.
     pub fn wait(&mut self, phase: Phase, signals: Option<&Signals>) -> Result<(), GuestsError> {
         self.heard = Instant::now();
-        let patience = if phase == Phase::Drained { DRAIN_MAX } else { SILENCE_MAX };
+        let patience = if phase >= Phase::Draining { DRAIN_MAX } else { SILENCE_MAX };
         while self.sessions.iter().any(|session| session.phase() < phase) {
             if signals.is_some_and(|signals| signals.take_stop() > 0) {
                 return Err(GuestsError::Interrupted);

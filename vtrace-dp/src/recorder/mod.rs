@@ -35,6 +35,7 @@ pub mod limit;
 mod naming;
 pub mod outputs;
 pub mod run;
+pub mod runs;
 pub mod session;
 pub mod sink;
 pub mod summary;

@@ -8,7 +8,7 @@
 //! Trust: see [`super::session`] and [`super::guests`]
 //!
 //! Order: files opened ─► guests claimed ─► all armed ─► KVM watched ─► clocks measured ─► host started, guests started ─► markers ─►
-//! command ─► markers ─► all stopped ─► clocks measured ─► KVM's last word ─► guests let go ─► files finished.
+//! command ─► markers ─► guests stopped, host stopped ─► guests drained ─► clocks measured ─► KVM's last word ─► guests let go ─► files finished.
 
 use std::{
     os::fd::AsFd,
@@ -39,7 +39,7 @@ use super::{
 use crate::{
     cli::plan::Plan,
     clock::{sync::Measurement, vcpus::Told},
-    sys::signal::Signals,
+    sys::{signal::Signals, tsc},
     trace::metadata::{Metadata, MetadataFault},
 };
 
@@ -121,6 +121,8 @@ pub(super) struct Recording<'a> {
     limit: Limit,
     /// The files ended it.
     pub(super) ended: Option<Ended>,
+    /// The host's TSC before anything was traced.
+    pub(super) since: HostTsc,
 }
 
 /// The host's part: what an agent would have said of it.
@@ -166,9 +168,10 @@ fn record_with(
     let calibration = Calibration::begin();
     let host = Host::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
-    let (watch, kvm) = (None, Err(KvmFault::Unwatched));
+    let (watch, kvm, since) = (None, Err(KvmFault::Unwatched), HostTsc(tsc::read()));
     let (guests_now, limit, ended) = (guests.take(), Limit::new(plan.file_bytes_max), None);
-    let mut recording = Recording { plan, guests: guests_now, host, calibration, clocks, watch, kvm, limit, ended };
+    let mut recording =
+        Recording { plan, guests: guests_now, host, calibration, clocks, watch, kvm, since, limit, ended };
     let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
@@ -245,8 +248,10 @@ impl Recording<'_> {
         let status = self.run_command(command, signals, begun, &mut files, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
         self.surviving(Self::stop_guests)?;
+        // No event of a guest may lie behind the host's last: nobody could say whether its vCPU ran.
+        self.surviving(|recording| recording.wait_guests(Phase::Draining, signals))?;
         let report = self.host.stop()?;
-        self.surviving(|recording| recording.drain_guests(signals))?;
+        self.surviving(|recording| recording.wait_guests(Phase::Drained, signals))?;
         self.pass_outputs(tell);
         let seconds = begun.elapsed().as_secs_f64();
         self.surviving(|recording| recording.measure(|clocks| &mut clocks.end))?;
@@ -322,6 +327,7 @@ impl Recording<'_> {
         let writer = &files[0].writer;
         let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
         self.host.recorder.attach(file, writer.areas(), self.plan.rt).map_err(RecordError::Host)?;
+        self.since = HostTsc(tsc::read());
         self.host.started = Some(self.host.recorder.start(&marker).map_err(RecordError::Host)?);
         if let Some(guests) = &mut self.guests {
             guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;
@@ -455,13 +461,14 @@ impl Recording<'_> {
         Ok(guests.step_all(GuestSession::stop)?)
     }
 
-    /// Waits until every page is in a file or counted as lost; asked to stop once more, it keeps what is there.
-    fn drain_guests(&mut self, signals: &Signals) -> Result<(), RecordError> {
+    /// Waits until the guests have stopped, or until every page is in a file or counted as lost; asked to stop once more,
+    /// it keeps what is there.
+    fn wait_guests(&mut self, phase: Phase, signals: &Signals) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        match guests.wait(Phase::Drained, Some(signals)) {
+        match guests.wait(phase, Some(signals)) {
             Err(GuestsError::Interrupted) => {
                 guests.step_all(GuestSession::abandon)?;
-                Ok(guests.wait(Phase::Drained, None)?)
+                Ok(guests.wait(phase, None)?)
             }
             result => Ok(result?),
         }

@@ -16,6 +16,8 @@ use crate::{clock::vcpus::Vcpu, tracefs::stats::Stats};
 pub const KVM: &str = "kvm";
 /// [`ClockSummary::source`]: round trips over the control port.
 pub const MEASURED: &str = "measured";
+/// [`ClockSummary::source`]: the guest's own, as asked for.
+pub const RAW: &str = "raw";
 
 /// One session.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -60,12 +62,14 @@ pub struct MachineSummary {
 /// How guest time becomes host time.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct ClockSummary {
-    /// `kvm`: the kernel's own word; `measured`: round trips over the control port.
+    /// `kvm`: the kernel's own word; `measured`: round trips over the control port; `raw`: the guest's times stay its own.
     pub source: String,
     /// vCPUs it is known of.
     pub vcpus: usize,
     /// No converted time is further from the truth than this.
     pub bound_ns: u64,
+    /// Events that may be as far off as that, where the guest's TSC was moved; of rewritten files.
+    pub uncertain_events: u64,
     /// The offset was the same at start and end.
     pub steady: bool,
     /// Stretches with one offset and ratio, of the vCPU with the most; 0 where KVM's word is not known.
@@ -83,10 +87,12 @@ pub struct LaneSummary {
     pub cpu: u32,
     /// Pages taken out of its ring buffer.
     pub pages_in: u64,
-    /// Pages in the file.
+    /// Of those: in the file.
     pub pages_out: u64,
     /// Of those: older ones that went to make room, where only the newest are kept.
     pub pages_old: u64,
+    /// Pages that the file has more: host times can need more room than the guest's.
+    pub pages_added: u64,
     /// Pages in between.
     pub pages_lost: u64,
     /// Of those: taken by the agent and not sent.
@@ -151,6 +157,7 @@ impl LaneSummary {
             pages_in,
             pages_out: ledger.pages_out,
             pages_old: 0,
+            pages_added: 0,
             pages_lost: pages_in.saturating_sub(ledger.pages_out),
             pages_lost_agent,
             pages_lost_transport,
@@ -245,10 +252,20 @@ impl fmt::Display for Summary {
 
 impl fmt::Display for ClockSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { source, vcpus, bound_ns, steady, segments, why_measured, .. } = self;
+        let Self { source, vcpus, bound_ns, uncertain_events, steady, segments, why_measured, .. } = self;
+        if source == RAW {
+            return write!(f, "{source}");
+        }
         write!(f, "{source}, {vcpus} vCPU{}", plural(*vcpus))?;
         if source == KVM {
-            return write!(f, ", {segments} segment{}, exact", plural(*segments));
+            write!(f, ", {segments} segment{}, exact", plural(*segments))?;
+            let bound = Nanoseconds(*bound_ns);
+            return match (uncertain_events, bound_ns) {
+                (0, 0) => Ok(()),
+                (0, _) => write!(f, " to ±{bound}"),
+                (1, _) => write!(f, " but 1 event marked uncertain by up to {bound}"),
+                (count, _) => write!(f, " but {count} events marked uncertain by up to {bound}"),
+            };
         }
         write!(f, ", ±{}", Nanoseconds(*bound_ns))?;
         if !steady {
@@ -339,6 +356,11 @@ mod tests {
     fn clock_says_whose_word_it_is_and_why() {
         let kvm = ClockSummary { source: KVM.into(), vcpus: 1, segments: 4, steady: true, ..Default::default() };
         assert_eq!(kvm.to_string(), "kvm, 1 vCPU, 4 segments, exact");
+        let some = ClockSummary { uncertain_events: 12, bound_ns: 3140, ..kvm.clone() };
+        assert_eq!(some.to_string(), "kvm, 1 vCPU, 4 segments, exact but 12 events marked uncertain by up to 3.1 µs");
+        let steps = ClockSummary { bound_ns: 38, ..kvm.clone() };
+        assert_eq!(steps.to_string(), "kvm, 1 vCPU, 4 segments, exact to ±38 ns");
+        assert_eq!(ClockSummary { source: RAW.into(), ..kvm.clone() }.to_string(), "raw");
         let why_measured = Some("guests ran and kvm_entry kept silent".into());
         let measured = ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 900, why_measured, ..kvm };
         let text = "measured, 2 vCPUs, ±900 ns; not by KVM: guests ran and kvm_entry kept silent";

@@ -61,22 +61,22 @@ impl<'a, S: Source> Merge<'a, S> {
     /// # Errors
     /// The first page of a lane cannot be read or is broken.
     pub fn new(reader: &'a Reader<S>, buffers: &[(&Buffer, Stamps)]) -> Result<Self, WalkFault> {
+        let lanes = buffers.iter().flat_map(|(buffer, stamps)| {
+            buffer.lanes.iter().map(move |lane| (lane.cpu, stamps.clone(), reader.pages(buffer, lane)))
+        });
+        Self::of(lanes)
+    }
+
+    /// These lanes: of each its CPU, how its stamps become times, and its pages.
+    ///
+    /// # Errors
+    /// The first page of a lane cannot be read or is broken.
+    pub fn of(lanes: impl IntoIterator<Item = (Cpu, Stamps, Pages<'a, S>)>) -> Result<Self, WalkFault> {
         let mut merge = Self { lanes: Vec::new(), next: BinaryHeap::new(), taken: None };
-        for (buffer, stamps) in buffers {
-            for lane in &buffer.lanes {
-                merge.lanes.push(Lane {
-                    cpu: lane.cpu,
-                    stamps: stamps.clone(),
-                    pages: reader.pages(buffer, lane),
-                    page: Vec::new(),
-                    page_at: lane.offset,
-                    walk: None,
-                    time: 0,
-                    range: 0..0,
-                    lost_since: None,
-                });
-                merge.advance(merge.lanes.len() - 1)?;
-            }
+        for (cpu, stamps, pages) in lanes {
+            let (page, page_at, walk, range) = (Vec::new(), 0, None, 0..0);
+            merge.lanes.push(Lane { cpu, stamps, pages, page, page_at, walk, time: 0, range, lost_since: None });
+            merge.advance(merge.lanes.len() - 1)?;
         }
         Ok(merge)
     }

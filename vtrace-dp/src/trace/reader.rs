@@ -256,7 +256,34 @@ impl<S: Source> Iterator for Pages<'_, S> {
     }
 }
 
-impl<S: Source> Pages<'_, S> {
+impl<'a, S: Source> Pages<'a, S> {
+    /// Those pages of a lane that is not compressed in which events of `from..=to` can be, in raw stamps: found by the
+    /// times in their headers, which never decrease. The lane need not be in a finished file.
+    ///
+    /// # Errors
+    /// A header cannot be read, or the page size makes no sense.
+    pub fn between(source: &'a S, lane: &LaneData, page_bytes: u32, from: u64, to: u64) -> Result<Self, ReadFault> {
+        check_page(page_bytes, lane.offset)?;
+        let step = u64::from(page_bytes);
+        let place = |page: u64| lane.offset + page * step;
+        let begins = |page: u64| Input::new(source, place(page), place(page + 1)).u64("time of a page");
+        // The first page that begins behind `time`.
+        let behind = |time: u64| {
+            let (mut low, mut high) = (0, lane.bytes / step);
+            while low < high {
+                let middle = low + (high - low) / 2;
+                if begins(middle)? <= time {
+                    low = middle + 1;
+                } else {
+                    high = middle;
+                }
+            }
+            Ok(low)
+        };
+        let (at, end) = (place(behind(from.saturating_sub(1))?.saturating_sub(1)), place(behind(to)?));
+        Ok(Self { source, at, end, page_bytes, chunks: None })
+    }
+
     fn plain(&mut self) -> Option<Result<(u64, Vec<u8>), ReadFault>> {
         let bytes = u64::from(self.page_bytes).min(self.end - self.at);
         if bytes == 0 {

@@ -85,6 +85,19 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
+    /// Adds what was done to another lane.
+    pub fn join(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.pages += other.pages;
+        self.pages_added += other.pages_added;
+        self.pages_cut += other.pages_cut;
+        self.events += other.events;
+        self.unsure += other.unsure;
+        self.trapped += other.trapped;
+        self.foreign += other.foreign;
+        self.error_max = self.error_max.max(other.error_max);
+    }
+
     fn count(&mut self, conversions: &[Conversion]) {
         for conversion in conversions {
             self.events += 1;
@@ -115,6 +128,10 @@ pub fn rewrite(
     // Every page can need a second one: behind the place of all of these nothing is overwritten.
     let spare = 2 * pages + LEAPS_MAX;
     let place = LanePlace { file, area, page_bytes, spare };
+    let mut lane = lane;
+    if lane.is_moved() {
+        place.look_ahead(pages, &mut lane)?;
+    }
     let mut pass = Pass { place, lane, pager: Pager::default(), splits: Vec::new(), added: 0, done };
     pass.forward(pages)?;
     if pass.added > 0 {
@@ -186,6 +203,27 @@ impl Pass<'_> {
 }
 
 impl LanePlace<'_> {
+    /// Shows the lane's way the first times of all its pages.
+    fn look_ahead(&self, pages: u64, lane: &mut Lane<'_>) -> Result<(), RewriteFault> {
+        let mut failed = Ok(());
+        let first_time = |number: u64| -> Result<Option<GuestTsc>, RewriteFault> {
+            let mut header = [0; HEADER_BYTES];
+            self.read(&mut header, number)?;
+            let page_bytes = usize::try_from(self.page_bytes).expect("u32 fits");
+            let header = Header::parse(&header, page_bytes).ok().filter(|header| header.data_bytes > 0);
+            Ok(header.map(|header| GuestTsc(header.time)))
+        };
+        let times = (0..pages).rev().map_while(|number| match first_time(number) {
+            Ok(time) => Some((number, time)),
+            Err(fault) => {
+                failed = Err(fault);
+                None
+            }
+        });
+        lane.look_ahead(times.filter_map(|(number, time)| Some((number, time?))));
+        failed
+    }
+
     fn offset(&self, page: u64) -> u64 {
         self.area.offset + page * u64::from(self.page_bytes)
     }

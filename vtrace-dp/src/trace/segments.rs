@@ -43,6 +43,8 @@ pub enum Shown {
     Rewritten,
     /// The guest's, and left so.
     Raw,
+    /// In front of each lane the host's, behind the guest's: they were being rewritten.
+    Mixed,
 }
 
 /// What a file knows of its guest's clock.
@@ -136,11 +138,12 @@ impl Shown {
             Self::Shifted => 0,
             Self::Rewritten => 1,
             Self::Raw => 2,
+            Self::Mixed => 3,
         }
     }
 
     fn from_code(code: u32) -> Option<Self> {
-        [Self::Shifted, Self::Rewritten, Self::Raw].into_iter().find(|shown| shown.code() == code)
+        [Self::Shifted, Self::Rewritten, Self::Raw, Self::Mixed].into_iter().find(|shown| shown.code() == code)
     }
 }
 

@@ -3,14 +3,15 @@
 //! In:    kernels for host and guest, the newest QEMU, `vtrace`. Out: trace files, and what stock trace-cmd makes of them.
 //! Runs:  three machines in each other: this one, a Debian host under QEMU's TCG with SVM and kvm-amd, and in that a
 //!        Debian guest under QEMU's KVM with our agent.
-//! Full:  does not apply. Trust: both guests are ours; the judge is stock trace-cmd.
+//! Full:  does not apply. Trust: both guests are ours; the judge is stock trace-cmd,
+//!        and vtrace's own check has to agree.
 
 use super::judge;
 use crate::image::Recipe;
 use crate::kernel::Kernel;
 use crate::machine::{Machine, turn};
 use crate::qemu::{Qemu, Release};
-use crate::{cache, debian, packages};
+use crate::{build, cache, debian, packages};
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -60,9 +61,21 @@ pub fn run(kernel: Kernel) -> Result<()> {
         let [host, guest] = ["", "-guest1"].map(|guest| folder.join(format!("{name}{guest}.dat")));
         let verdict = judge::judge(&host, &guest)?;
         println!("{verdict}");
-        verdict.ensure_right(steps_min).with_context(|| format!("recording {name}"))?;
+        let stated_ns = check(&host, &guest)?;
+        verdict.ensure_right(steps_min, Some(stated_ns)).with_context(|| format!("recording {name}"))?;
     }
     Ok(())
+}
+
+/// `vtrace check` on both files: prints what it says, and gives how far off the file says that its times can be.
+fn check(host: &Path, guest: &Path) -> Result<u64> {
+    let vtrace = build::vtrace()?;
+    let run = |more: &[&str]| Command::new(&vtrace).arg("check").args(more).arg(host).arg(guest).output();
+    let said = run(&["--verbose"])?;
+    print!("vtrace check: {}", String::from_utf8_lossy(&said.stdout));
+    ensure!(said.status.success(), "vtrace check is not content: {}", String::from_utf8_lossy(&said.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&run(&["--json"])?.stdout)?;
+    json["guests"][0]["bound_ns"].as_u64().context("the file states no bound")
 }
 
 /// The host under test: KVM as a module, QEMU, and an image of the guest.

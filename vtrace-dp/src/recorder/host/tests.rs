@@ -8,7 +8,7 @@ use std::{
 };
 
 use nix::mount::{MsFlags, mount, umount};
-use vtrace_common::{page, wire::agent::EventRequest};
+use vtrace_common::{ids::Cpu, page, wire::agent::EventRequest};
 
 use super::*;
 use crate::tracefs::stats::Stats;
@@ -129,6 +129,9 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     assert_eq!(open_descriptors(), before);
 }
 
+/// Rounds of load after which a buffer of 64 KiB has been overwritten on any machine.
+const ROUNDS_MAX: u32 = 600;
+
 /// The tap is left alone until the kernel has overwritten what nobody read; then everything is moved.
 #[test]
 fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
@@ -136,10 +139,14 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     let tracefs = Tracefs::find_or_mount().unwrap();
     let name = format!("{INSTANCE_PREFIX}{}-gap", std::process::id());
     let instance = tracefs.arm(&name, &arm(8, &["sched"], 64)).unwrap();
+    let cpus = instance.cpus().to_vec();
+    let overrun = |cpu: &Cpu| Stats::parse(&instance.stats(*cpu)).unwrap().overrun;
     instance.set_tracing(true).unwrap();
-    load(Duration::from_millis(300));
+    // However slow the machine is: until every CPU has overwritten something.
+    let rounds = (0..ROUNDS_MAX).take_while(|_| cpus.iter().any(|cpu| overrun(cpu) == 0));
+    rounds.for_each(|_| load(Duration::from_millis(100)));
     instance.set_tracing(false).unwrap();
-    for cpu in instance.cpus().to_vec() {
+    for cpu in cpus {
         let (file, area) = (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20 });
         let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), WAY).unwrap();
         let lane = report(&pump.stop().lanes[0], 4096, (String::new(), instance.stats(cpu)));

@@ -155,3 +155,22 @@ proptest! {
         let _ = read_all(&bytes[..cut.index(bytes.len())]);
     }
 }
+
+proptest! {
+    /// Of the pages of a lane those are given that can hold events of a stretch, and hardly more.
+    #[test]
+    fn pages_between_two_times_hold_all_events_between_them(
+        mut begins in prop::collection::vec(0..100u64, 0..12), from in 0..110u64, length in 0..40u64,
+    ) {
+        begins.sort_unstable();
+        let file: Vec<u8> = begins.iter().flat_map(|time| page(*time)).collect();
+        let (source, to) = (file.as_slice(), from + length);
+        let lane = LaneData { cpu: Cpu(0), offset: 0, bytes: u64::try_from(file.len()).unwrap() };
+        let pages = Pages::between(&source, &lane, 4096, from, to).unwrap();
+        let found: Vec<u64> = pages.map(|page| u64::from_le_bytes(page.unwrap().1[..8].try_into().unwrap())).collect();
+        let between = |times: &[u64]| times.iter().copied().filter(|time| (from..=to).contains(time)).collect::<Vec<_>>();
+        prop_assert_eq!(between(&found), between(&begins));
+        // The page before may reach into the stretch; no other is read.
+        prop_assert!(found.len() <= between(&begins).len() + 1 && found.iter().all(|time| *time <= to));
+    }
+}
