@@ -134,6 +134,8 @@ impl Guest {
         for (cpu, story) in LANES.iter().zip(&self.stories) {
             let mut lane = self.table.lane(*cpu).expect("a lane that is known");
             let pages: Vec<&[u8]> = story.pages.chunks(4096).collect();
+            let begin = |page: &&[u8]| GuestTsc(Events::new(page).expect("a page").header().time);
+            lane.look_ahead((0..).zip(pages.iter().map(begin)).collect::<Vec<_>>().into_iter().rev());
             let (mut out, mut truth) = (Vec::new(), story.truth.iter());
             for (number, page) in pages.iter().enumerate() {
                 let events = Events::new(page).expect("a page").map(|event| event.expect("an event"));
