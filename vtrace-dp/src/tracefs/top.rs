@@ -17,6 +17,9 @@ pub(super) const MARK: &str = "-top";
 
 /// Files whose contents come back.
 const KEPT: [&str; 5] = ["trace_clock", "buffer_percent", "buffer_subbuf_size_kb", "buffer_size_kb", "tracing_cpumask"];
+/// The event that the kernel switches on itself when a BPF program that can print is loaded, and never off again
+/// (`__set_printk_clr_event()`, kernel/trace/bpf_trace.c).
+const PRINTK: &str = "bpf_trace:bpf_trace_printk";
 /// Lists that are empty when nobody traces.
 const LISTS: [&str; 6] = [
     "set_ftrace_filter",
@@ -44,6 +47,8 @@ pub(super) struct Borrowed {
     kept: Vec<(&'static str, String)>,
     options: String,
     was_on: bool,
+    /// [`PRINTK`] was on.
+    prints: bool,
     /// Filters and triggers, which the end of an event does not end.
     pub(super) undo: Vec<Undo>,
 }
@@ -56,8 +61,10 @@ impl Borrowed {
     pub(super) fn take(root: &Path) -> Result<Self, Failure> {
         let tracer = read(&root.join("current_tracer"))?;
         let events = read(&root.join("set_event"))?;
-        if tracer.trim() != "nop" || !events.trim().is_empty() {
-            let detail = match events.lines().count() {
+        let prints = events.contains(PRINTK);
+        let events = foreign_events(&events);
+        if tracer.trim() != "nop" || !events.is_empty() {
+            let detail = match events.len() {
                 0 => format!("somebody traces into it with the tracer {}", tracer.trim()),
                 count => format!("somebody has switched {count} events on in it"),
             };
@@ -67,7 +74,7 @@ impl Borrowed {
         let (kept, options) = (kept.collect(), read(&root.join("trace_options"))?);
         let was_on = read(&root.join("tracing_on"))?.trim() == "1";
         write(&root.join("tracing_on"), "0")?;
-        let borrowed = Self { root: root.into(), kept, options, was_on, undo: Vec::new() };
+        let borrowed = Self { root: root.into(), kept, options, was_on, prints, undo: Vec::new() };
         borrowed.empty();
         Ok(borrowed)
     }
@@ -86,6 +93,9 @@ impl Borrowed {
         for option in self.options.lines().filter(|option| !now.lines().any(|line| line == *option)) {
             // Those of a tracer that is not there any more are refused.
             let _ = write(&self.root.join("trace_options"), option);
+        }
+        if self.prints {
+            self.put("events/bpf_trace/bpf_trace_printk/enable", "1");
         }
         self.empty();
         self.put("tracing_on", if self.was_on { "1" } else { "0" });
@@ -116,6 +126,12 @@ pub(super) fn reset(root: &Path) {
     }
 }
 
+/// The events that somebody has switched on.
+fn foreign_events(set_event: &str) -> Vec<String> {
+    let events = set_event.lines().map(str::trim).filter(|line| !line.is_empty());
+    events.filter(|event| *event != PRINTK).map(Into::into).collect()
+}
+
 /// What to write so that a file says again what it says now.
 fn kept(file: &str, text: &str) -> String {
     let text = text.trim();
@@ -130,6 +146,12 @@ fn kept(file: &str, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn event_that_the_kernel_switches_on_itself_is_nobodys() {
+        assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\n"), Vec::<String>::new());
+        assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\nirq:softirq_exit\n"), ["irq:softirq_exit"]);
+    }
 
     #[test]
     fn what_a_file_says_becomes_what_to_write_to_it() {
