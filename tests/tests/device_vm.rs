@@ -39,7 +39,7 @@ impl House {
     fn new() -> Result<Self> {
         let turn = turn()?;
         let folder = tempfile::tempdir()?;
-        let guests = vec![GuestConfig { name: "guest1".into(), socket: GuestSocket::InDirectory }];
+        let guests = vec![GuestConfig::new("guest1", GuestSocket::InDirectory)];
         let server = Some(Server::start(&ServerConfig { directory: folder.path().into(), guests })?);
         Ok(Self { server, folder, turn })
     }

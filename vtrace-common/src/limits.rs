@@ -25,8 +25,12 @@ pub const PORT_NAME_BYTES_MAX: usize = 64;
 
 /// Guests of one server.
 pub const GUESTS_MAX: usize = 256;
-/// Lanes of one guest: data ports of a device.
-pub const LANES_MAX: usize = PORTS_MAX - 1;
+/// Devices of one guest.
+pub const DEVICES_MAX: usize = 8;
+/// Lanes of one device: its data ports. Port 0 never is one.
+pub const DEVICE_LANES_MAX: usize = PORTS_MAX - 1;
+/// Lanes of one guest.
+pub const LANES_MAX: usize = DEVICES_MAX * DEVICE_LANES_MAX;
 /// CPUs of a machine as a trace.dat may name them.
 pub const CPUS_MAX: usize = 4096;
 /// Clients of one server at a time.
@@ -76,6 +80,10 @@ pub const PROBES_WAITING_MAX: usize = 64;
 pub const CLOCK_ROUNDS_MAX: usize = 1024;
 
 const _: () = assert!(PIECE_BYTES_MAX + TEXT_BYTES_MAX < FRAME_BYTES_MAX);
+/// Bytes of one lane's ledger in a message: two varints of 32 and five of 64 bits, each at its longest.
+const LEDGER_BYTES_MAX: usize = 2 * 5 + 5 * 10;
+
+const _: () = assert!(LANES_MAX * LEDGER_BYTES_MAX + NAME_BYTES_MAX < FRAME_BYTES_MAX, "all ledgers are one message");
 const _: () = assert!(RINGS_MAX <= 256);
 const _: () = assert!(CHAIN_SEGMENTS_MAX <= 1024, "one chain must fit one vectored write (IOV_MAX)");
 const _: () = assert!(NAME_BYTES_MAX <= TEXT_BYTES_MAX);

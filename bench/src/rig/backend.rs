@@ -34,6 +34,7 @@ use vtrace_dp::{
     device::{
         AgentEvent, ControlPort, Owner, Turn,
         negotiate::RINGS_MIN,
+        place::Place,
         socket::{Device, Endpoint},
         testing::VMM_BASE,
     },
@@ -69,7 +70,7 @@ impl Backend {
         let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let stop = Arc::<AtomicBool>::default();
         let owner = Nobody { bell: Arc::clone(&bell), stop: Arc::clone(&stop) };
-        let device = Device::spawn(name, endpoint, Arc::clone(&drain), Box::new(owner))?;
+        let device = Device::spawn(name, Place::ONLY, endpoint, Arc::clone(&drain), Box::new(owner))?;
         Ok(Self { drain, device: Some(device), bell, stop })
     }
 }

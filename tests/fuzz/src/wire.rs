@@ -14,8 +14,8 @@ use vtrace_common::{
             Arm, Armed, Echo, EventRequest, Failure, FailureKind, FromAgent, LaneReport, Machine, Part, Piece, ToAgent,
         },
         client::{
-            AgentState, Area, Claimed, DriverState, FromServer, Gone, GuestState, LaneEnd, LaneLedger, Lanes, Refusal,
-            ToServer,
+            AgentState, Area, Claimed, DeviceState, DriverState, FromServer, Gone, GuestState, LaneEnd, LaneLedger,
+            Lanes, Refusal, ToServer,
         },
         encode,
     },
@@ -211,6 +211,7 @@ fn from_server() -> Vec<Vec<u8>> {
         driver: DriverState::Unfit("INDIRECT_DESC".into()),
         agent: Some(AgentState { hello: Hello::ours("vtrace seed"), machine: Some(machine()) }),
         holder_pid: None,
+        further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
     };
     let lanes = vec![LaneLedger { pages_in: 3, pages_out: 2, pages_refused: 1, ..LaneLedger::default() }];
     let answer = FromAgent::Failed(failure());

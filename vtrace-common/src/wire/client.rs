@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     ids::Cpu,
-    limits::{GUESTS_MAX, LANES_MAX, NAME_BYTES_MAX},
+    limits::{DEVICES_MAX, GUESTS_MAX, LANES_MAX, NAME_BYTES_MAX},
     time::HostTsc,
 };
 
@@ -177,7 +177,7 @@ pub enum FromServer {
 pub enum Gone {
     /// The agent closed its control port (it ended, or the guest's driver was unbound).
     Agent,
-    /// The VMM closed the device's socket.
+    /// The VMM closed the socket of a device.
     Device,
 }
 
@@ -196,6 +196,17 @@ pub struct GuestState {
     pub agent: Option<AgentState>,
     /// Process that holds the guest.
     pub holder_pid: Option<u32>,
+    /// Its devices behind the first, in order.
+    pub further: Vec<DeviceState>,
+}
+
+/// A device of a guest that has several; the first one's state is the guest's.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// The VMM that is connected: the first device's, by SO_PEERCRED.
+    pub vmm_pid: Option<u32>,
+    /// How far its driver has come.
+    pub driver: DriverState,
 }
 
 /// How far the guest's driver has come.
@@ -315,7 +326,10 @@ impl Message for FromServer {
         match self {
             Self::Guests(guests) => {
                 bounded(guests.len(), GUESTS_MAX)?;
-                guests.iter().try_for_each(|guest| name(&guest.name).and_then(|()| text(&guest.socket)))
+                guests.iter().try_for_each(|guest| {
+                    bounded(guest.further.len(), DEVICES_MAX - 1)?;
+                    name(&guest.name).and_then(|()| text(&guest.socket))
+                })
             }
             Self::Agent { guest, answer } => name(guest).and_then(|()| answer.check()),
             Self::Ledger { guest, lanes } | Self::Finished { guest, lanes } => {

@@ -6,10 +6,13 @@ use proptest::prelude::*;
 
 use super::{
     agent::{FromAgent, Part, Piece, ToAgent},
-    client::ToServer,
+    client::{FromServer, LaneLedger, ToServer},
     *,
 };
-use crate::limits::{FRAME_BYTES_MAX, NAME_BYTES_MAX, PIECE_BYTES_MAX};
+use crate::{
+    ids::Cpu,
+    limits::{FRAME_BYTES_MAX, LANES_MAX, NAME_BYTES_MAX, PIECE_BYTES_MAX},
+};
 
 fn frames(bytes: &[u8]) -> Result<Vec<Frame>, Fault> {
     let mut decoder = Decoder::default();
@@ -37,6 +40,23 @@ fn hello_of_another_version_is_read_and_anything_else_is_refused() {
     stop[4..6].copy_from_slice(&9u16.to_le_bytes());
     assert_eq!(frames(&stop), Err(Fault::Version { theirs: 9 }));
     assert!(Fault::Version { theirs: 9 }.to_string().contains("wire version 9"));
+}
+
+#[test]
+fn ledgers_of_the_largest_guest_are_one_frame_whatever_they_say() {
+    let ledger = LaneLedger {
+        cpu: Cpu(u32::MAX),
+        pages_in: u64::MAX,
+        pages_out: u64::MAX,
+        pages_refused: u64::MAX,
+        bytes_torn: u64::MAX,
+        bytes_missing: u64::MAX,
+        write_errno: i32::MIN,
+    };
+    let guest = "n".repeat(NAME_BYTES_MAX);
+    encode(&FromServer::Finished { guest: guest.clone(), lanes: vec![ledger; LANES_MAX] }).unwrap();
+    let beyond = FromServer::Finished { guest, lanes: vec![ledger; LANES_MAX + 1] };
+    assert_eq!(encode(&beyond), Err(Fault::Bound { count: LANES_MAX + 1, count_max: LANES_MAX }));
 }
 
 #[test]

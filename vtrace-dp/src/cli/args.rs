@@ -2,7 +2,8 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
+use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX};
 
 use crate::recorder::sink::SinkChoice;
 
@@ -205,15 +206,27 @@ pub struct LaunchArgs {
 
 /// `vtrace server --dom GUEST…`
 #[derive(ClapArgs, Debug)]
-#[command(after_help = "Start it before QEMU. Each guest's device connects to DIR/GUEST.sock:\n\n  \
+#[command(
+    override_usage = "vtrace server [OPTIONS] --dom GUEST [--devices N] [--dom GUEST...]...",
+    after_help = "Start it before QEMU. Each guest's device connects to DIR/GUEST.sock:\n\n  \
         -object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine q35,memory-backend=mem0\n  \
         -chardev socket,id=vtrace0,path=DIR/GUEST.sock\n  \
         -device vhost-user-test-device-pci,chardev=vtrace0,virtio-id=3,num_vqs=N,vq_size=128,config_size=12\n\n\
-        with N = 2 × (CPUs + 2). QEMU 10.2 or newer.")]
+        with N = 2 × (CPUs + 2). QEMU 10.2 or newer.\n\n\
+        A device carries 126 CPUs at most. A larger guest has several: --dom GUEST --devices 3 makes DIR/GUEST@2.sock and\n\
+        DIR/GUEST@3.sock too. Give QEMU a -chardev and a -device line for each, with N = 256, and for the last one with\n\
+        N = 2 × (CPUs left + 2). Which CPUs a device carries follows from its socket, in whatever order they connect."
+)]
 pub struct ServerArgs {
     /// A guest to serve; can be given often
     #[arg(long, value_name = "GUEST")]
     pub dom: Vec<String>,
+    /// Devices of the guest before it
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=DEVICES_MAX as u64))]
+    pub devices: Vec<usize>,
+    /// CPUs that each device of the guest before it carries; fewer spread its pages over more threads
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=DEVICE_LANES_MAX as u64))]
+    pub lanes_per_device: Vec<usize>,
     /// Where the sockets are made
     #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
     pub dir: PathBuf,

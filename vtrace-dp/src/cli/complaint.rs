@@ -139,6 +139,7 @@ impl From<ServerError> for Complaint {
             ServerError::Name(_) | ServerError::Twice(_) => {
                 (USAGE, "letters, digits, '.', '_' and '-', each name once")
             }
+            ServerError::Devices { .. } => (USAGE, "vtrace server --dom GUEST --devices 2"),
             ServerError::Count(_) => (USAGE, "vtrace server --dom guest1"),
             ServerError::Directory { .. } => (FAILED, "be root, or --dir DIR"),
             ServerError::Socket(_) => (FAILED, "stop the other server, or --dir DIR"),

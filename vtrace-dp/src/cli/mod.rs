@@ -48,7 +48,7 @@ pub fn main() -> ExitCode {
     }
     let result = match args.verb {
         Verb::Record(args) => record::run(&args, verb),
-        Verb::Server(args) => server::run(&args),
+        Verb::Server(args) => server::run(&args, verb),
         Verb::Agent(args) => agent::run(args),
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),

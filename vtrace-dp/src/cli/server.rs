@@ -1,10 +1,12 @@
 //! `vtrace server`
 
+use clap::ArgMatches;
+
 use super::{args::ServerArgs, complaint::Complaint, put};
 use crate::server::{self, GuestConfig, GuestSocket, ServerConfig};
 
-/// Serves guests and clients until it is told to end.
-pub(super) fn run(args: &ServerArgs) -> Result<u8, Complaint> {
+/// Serves guests and clients until it is told to end. `matches` are those of the verb `server`: they know the order.
+pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
     if args.print_capabilities {
         // docs/interop/vhost-user.rst, "Backend program conventions"
         put(r#"{"type": "console"}"#)?;
@@ -19,7 +21,69 @@ pub(super) fn run(args: &ServerArgs) -> Result<u8, Complaint> {
         let why = "--socket-path and --fd are for one guest";
         return Err(Complaint::usage("the server cannot run", why, "vtrace server --dom guest1 --socket-path PATH"));
     }
-    let guests = args.dom.iter().map(|name| GuestConfig { name: name.clone(), socket: socket.clone() }).collect();
+    let guests = guests(args, matches, &socket)?;
     server::run(&ServerConfig { directory: args.dir.clone(), guests })?;
     Ok(0)
+}
+
+/// The guests in the order typed, each with the options behind its name.
+fn guests(args: &ServerArgs, matches: &ArgMatches, socket: &GuestSocket) -> Result<Vec<GuestConfig>, Complaint> {
+    let devices = of_each(matches, "devices", "--devices", &args.devices)?;
+    let lanes = of_each(matches, "lanes_per_device", "--lanes-per-device", &args.lanes_per_device)?;
+    let guests = args.dom.iter().zip(devices.into_iter().zip(lanes)).map(|(name, (devices, lanes))| {
+        let config = GuestConfig::new(name, socket.clone());
+        GuestConfig { devices: devices.unwrap_or(config.devices), lanes: lanes.unwrap_or(config.lanes), ..config }
+    });
+    Ok(guests.collect())
+}
+
+/// What an option says of each guest: it stands behind the guest's name, once at most.
+fn of_each(matches: &ArgMatches, id: &str, option: &str, values: &[usize]) -> Result<Vec<Option<usize>>, Complaint> {
+    let doms: Vec<usize> = matches.indices_of("dom").into_iter().flatten().collect();
+    let mut of_each = vec![None; doms.len()];
+    for (index, value) in matches.indices_of(id).into_iter().flatten().zip(values) {
+        let before = doms.iter().filter(|dom| **dom < index).count();
+        let place = before.checked_sub(1).map(|guest| &mut of_each[guest]);
+        if place.is_none_or(|place| place.replace(*value).is_some()) {
+            let why = format!("{option} is for the --dom before it, once");
+            return Err(Complaint::usage("the server cannot run", why, format!("--dom GUEST {option} {value}")));
+        }
+    }
+    Ok(of_each)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, FromArgMatches};
+
+    use super::*;
+    use crate::cli::args::{Args, Verb};
+
+    fn parse(words: &str) -> Result<Vec<(usize, usize)>, Complaint> {
+        let matches = Args::command().try_get_matches_from(words.split(' ')).unwrap();
+        let Verb::Server(args) = Args::from_arg_matches(&matches).unwrap().verb else { panic!("not server") };
+        let guests = guests(&args, matches.subcommand().unwrap().1, &GuestSocket::InDirectory)?;
+        Ok(guests.into_iter().map(|guest| (guest.devices, guest.lanes)).collect())
+    }
+
+    #[test]
+    fn devices_belong_to_the_guest_before_them() {
+        let words = "vtrace server --dom a --dom b --devices 3 --dom c --lanes-per-device 2 --devices 2";
+        assert_eq!(parse(words).unwrap(), [(1, 126), (3, 126), (2, 2)]);
+    }
+
+    #[test]
+    fn devices_of_no_guest_or_given_twice_are_usage_errors() {
+        for words in ["vtrace server --devices 2 --dom a", "vtrace server --dom a --devices 2 --devices 2"] {
+            assert_eq!(parse(words).unwrap_err().status, crate::cli::USAGE, "{words}");
+        }
+    }
+
+    #[test]
+    fn counts_that_cannot_be_are_refused_when_they_are_typed() {
+        for words in ["--devices 0", "--devices 9", "--lanes-per-device 0", "--lanes-per-device 127"] {
+            let words = format!("vtrace server --dom a {words}");
+            assert!(Args::command().try_get_matches_from(words.split(' ')).is_err(), "{words}");
+        }
+    }
 }

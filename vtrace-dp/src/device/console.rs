@@ -12,14 +12,12 @@
 
 use std::collections::VecDeque;
 
-use vtrace_common::limits::{PORT_NAME_BYTES_MAX, PORTS_MAX};
+use vtrace_common::limits::PORTS_MAX;
+
+use super::place::Place;
 
 /// Bytes of `struct virtio_console_control`: u32 id, u16 event, u16 value, little endian.
 pub const CONTROL_BYTES: usize = 8;
-/// The port the agent is spoken to on.
-pub const CONTROL_PORT_NAME: &str = "agent-ctl-path";
-/// What comes before a CPU's number in the name of its port.
-pub const LANE_PORT_PREFIX: &str = "trace-path-cpu";
 
 const DEVICE_READY: u16 = 0;
 const PORT_ADD: u16 = 1;
@@ -60,20 +58,27 @@ enum Kind {
 /// The ports of one device.
 #[derive(Debug)]
 pub struct Console {
+    place: Place,
     ports: Vec<Port>,
     outgoing: VecDeque<(usize, Kind)>,
     ignored: u64,
 }
 
 impl Console {
-    /// A console of `ports` ports that no driver has touched.
-    pub fn new(ports: usize) -> Self {
-        Self { ports: vec![Port::default(); ports.min(PORTS_MAX)], outgoing: VecDeque::new(), ignored: 0 }
+    /// A console that no driver has touched, of those among `ports` ports that have a name in this place.
+    pub fn new(place: Place, ports: usize) -> Self {
+        let ports = vec![Port::default(); ports.min(PORTS_MAX)];
+        Self { place, ports, outgoing: VecDeque::new(), ignored: 0 }
     }
 
     /// Ports there are.
-    pub fn ports(&self) -> usize {
-        self.ports.len()
+    fn known(&self) -> impl Iterator<Item = usize> + use<> {
+        let place = self.place;
+        (0..self.ports.len()).filter(move |port| place.has(*port))
+    }
+
+    fn port(&mut self, id: usize) -> Option<&mut Port> {
+        self.ports.get_mut(id).filter(|_| self.place.has(id))
     }
 
     /// Whether a process in the guest has `port` open.
@@ -108,7 +113,7 @@ impl Console {
             // The driver could not set up the device or the port; it says so and that is all.
             (DEVICE_READY | PORT_READY, 0) => Some(None),
             (PORT_READY, 1) => {
-                self.ports.get_mut(id)?.ready = true;
+                self.port(id)?.ready = true;
                 self.post(id, Kind::Name);
                 self.post(id, Kind::Open);
                 Some(None)
@@ -119,7 +124,7 @@ impl Console {
     }
 
     fn set_open(&mut self, id: usize, open: bool) -> Option<Option<PortEvent>> {
-        let port = self.ports.get_mut(id)?;
+        let port = self.port(id)?;
         if std::mem::replace(&mut port.open, open) == open {
             // Said twice: for whoever listens, that is nothing new, but a process that opens has no past.
             return Some(open.then_some(PortEvent::Opened(id)));
@@ -129,10 +134,8 @@ impl Console {
 
     /// A driver starts: it knows no port yet.
     fn start_over(&mut self) {
-        *self = Self { ignored: self.ignored, ..Self::new(self.ports.len()) };
-        for id in 0..self.ports.len() {
-            self.post(id, Kind::Add);
-        }
+        *self = Self { ignored: self.ignored, ..Self::new(self.place, self.ports.len()) };
+        self.known().for_each(|id| self.post(id, Kind::Add));
     }
 
     fn post(&mut self, id: usize, kind: Kind) {
@@ -156,7 +159,8 @@ impl Console {
         bytes.extend_from_slice(&event.to_le_bytes());
         bytes.extend_from_slice(&value.to_le_bytes());
         if kind == Kind::Name {
-            bytes.extend_from_slice(port_name(id).as_bytes());
+            let name = self.place.name(id).expect("only ports with a name are told of");
+            bytes.extend_from_slice(name.as_bytes());
         }
         Some(bytes)
     }
@@ -167,16 +171,6 @@ impl Console {
             self.ports[id].waiting &= !(1 << kind as u8);
         }
     }
-}
-
-/// What a port is called: the control port is port 0, the port of CPU n is port n + 1.
-pub fn port_name(port: usize) -> String {
-    let name = match port.checked_sub(1) {
-        None => CONTROL_PORT_NAME.to_owned(),
-        Some(cpu) => format!("{LANE_PORT_PREFIX}{cpu}"),
-    };
-    debug_assert!(name.len() <= PORT_NAME_BYTES_MAX);
-    name
 }
 
 #[cfg(test)]
@@ -195,7 +189,7 @@ mod tests {
 
     /// A console whose driver has all its ports.
     fn ready(ports: u32) -> Console {
-        let mut console = Console::new(usize::try_from(ports).unwrap());
+        let mut console = Console::new(Place::ONLY, usize::try_from(ports).unwrap());
         console.receive(&control(u32::MAX, DEVICE_READY, 1));
         for id in 0..ports {
             console.receive(&control(id, PORT_READY, 1));
@@ -206,7 +200,7 @@ mod tests {
 
     #[test]
     fn ready_driver_is_told_of_every_port() {
-        let mut console = Console::new(3);
+        let mut console = Console::new(Place::ONLY, 3);
         assert_eq!(everything(&mut console), Vec::<Vec<u8>>::new());
         assert_eq!(console.receive(&control(u32::MAX, DEVICE_READY, 1)), Some(PortEvent::DriverReady));
         assert_eq!(everything(&mut console), (0..3).map(|id| control(id, PORT_ADD, 1)).collect::<Vec<_>>());
@@ -214,7 +208,7 @@ mod tests {
 
     #[test]
     fn ready_port_is_named_and_then_opened() {
-        let mut console = Console::new(3);
+        let mut console = Console::new(Place::ONLY, 3);
         assert_eq!(console.receive(&control(2, PORT_READY, 1)), None);
         let name = [control(2, PORT_NAME, 1), b"trace-path-cpu1".to_vec()].concat();
         assert_eq!(everything(&mut console), [name, control(2, PORT_OPEN, 1)]);
@@ -224,7 +218,7 @@ mod tests {
 
     #[test]
     fn message_stays_until_it_was_sent() {
-        let mut console = Console::new(1);
+        let mut console = Console::new(Place::ONLY, 1);
         console.receive(&control(0, DEVICE_READY, 1));
         assert_eq!(console.next(), console.next());
         console.sent();
@@ -259,9 +253,32 @@ mod tests {
 
     #[test]
     fn driver_that_could_not_add_a_port_gets_no_answer() {
-        let mut console = Console::new(2);
+        let mut console = Console::new(Place::ONLY, 2);
         assert_eq!(console.receive(&control(1, PORT_READY, 0)), None);
         assert_eq!((console.next(), console.ignored()), (None, 0));
+    }
+
+    #[test]
+    fn further_device_tells_of_its_lanes_only_and_knows_no_control_port() {
+        let mut console = Console::new(Place::new(1, 2), 3);
+        console.receive(&control(u32::MAX, DEVICE_READY, 1));
+        assert_eq!(everything(&mut console), [control(1, PORT_ADD, 1), control(2, PORT_ADD, 1)]);
+        for event in [PORT_READY, PORT_OPEN] {
+            assert_eq!(console.receive(&control(0, event, 1)), None);
+        }
+        assert_eq!((console.ignored(), console.next(), console.is_open(0)), (2, None, false));
+        console.receive(&control(1, PORT_READY, 1));
+        assert!(console.next().unwrap().ends_with(b"trace-path-cpu2"));
+    }
+
+    #[test]
+    fn ports_that_belong_to_the_next_device_are_not_there() {
+        let mut console = Console::new(Place::new(0, 1), 4);
+        console.receive(&control(u32::MAX, DEVICE_READY, 1));
+        assert_eq!(everything(&mut console), [control(0, PORT_ADD, 1), control(1, PORT_ADD, 1)]);
+        assert_eq!(console.receive(&control(2, PORT_READY, 1)), None);
+        assert_eq!(console.receive(&control(2, PORT_OPEN, 1)), None);
+        assert_eq!((console.ignored(), console.next()), (2, None));
     }
 
     proptest! {
@@ -269,7 +286,7 @@ mod tests {
         fn any_messages_leave_a_bounded_number_of_answers(
             messages in proptest::collection::vec((0u32..6, 0u16..9, 0u16..3), 0..400),
         ) {
-            let mut console = Console::new(4);
+            let mut console = Console::new(Place::ONLY, 4);
             for (id, event, value) in messages {
                 console.receive(&control(id, event, value));
                 prop_assert!(console.outgoing.len() <= 3 * 4);
@@ -281,7 +298,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_ignored(bytes: Vec<u8>) {
-            let mut console = Console::new(4);
+            let mut console = Console::new(Place::ONLY, 4);
             console.receive(&bytes);
             prop_assert!(console.outgoing.len() <= 3 * 4);
         }

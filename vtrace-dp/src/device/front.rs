@@ -23,6 +23,7 @@ use vtrace_common::{
 use super::{
     memory::{Memory, MemoryFault},
     negotiate::{self, RINGS_MIN},
+    place::Place,
     ring::{Ring, RingFault, RingSetup},
     served::{CONTROL_OUT, PORT_OUT, Served},
 };
@@ -52,6 +53,7 @@ pub(super) struct Addresses {
 /// One connection's state.
 pub(super) struct Front {
     pub(super) name: String,
+    place: Place,
     drain: Arc<Drain>,
     pub(super) served: Served,
     pub(super) slots: Vec<Slot>,
@@ -66,9 +68,10 @@ pub(super) struct Front {
 }
 
 impl Front {
-    pub(super) fn new(name: &str, drain: Arc<Drain>, served: Served) -> Self {
+    pub(super) fn new(name: &str, place: Place, drain: Arc<Drain>, served: Served) -> Self {
         Self {
             name: name.to_owned(),
+            place,
             drain,
             served,
             slots: (0..RINGS_MAX).map(|_| Slot::default()).collect(),
@@ -154,7 +157,7 @@ impl Front {
             return self.report();
         };
         self.not_shared = false;
-        if index < RINGS_MIN || (carries_pages(index) && negotiate::missing(self.accepted).is_none()) {
+        if index < RINGS_MIN || (self.lane(index).is_some() && negotiate::missing(self.accepted).is_none()) {
             self.start(index, memory);
         }
     }
@@ -178,7 +181,7 @@ impl Front {
         match Ring::start(setup, memory) {
             Ok(ring) => {
                 slot.running = true;
-                match lane(index) {
+                match self.lane(index) {
                     Some(cpu) => self.drain.ring_started(cpu, ring),
                     None => self.served.start(index, ring),
                 }
@@ -206,7 +209,7 @@ impl Front {
         if !std::mem::take(&mut slot.running) {
             return slot.base;
         }
-        let base = match lane(index) {
+        let base = match self.lane(index) {
             Some(cpu) => self.drain.ring_stopped(cpu),
             None => Some(self.served.stop(index).unwrap_or_else(|| self.served.base(index))),
         };
@@ -219,12 +222,18 @@ impl Front {
 
     /// The VMM gave another call eventfd.
     pub(super) fn set_call(&mut self, index: usize, call: Option<OwnedFd>) {
+        let lane = self.lane(index);
         let Some(slot) = self.slots.get_mut(index) else { return };
-        match lane(index) {
+        match lane {
             _ if !slot.running => slot.call = call,
             Some(cpu) => self.drain.call_changed(cpu, call),
             None => self.served.set_call(index, call),
         }
+    }
+
+    /// The CPU whose pages come over ring `index`.
+    fn lane(&self, index: usize) -> Option<Cpu> {
+        out_port(index).and_then(|port| self.place.lane(port))
     }
 
     /// Tells the owner how far the driver has come, if that changed.
@@ -248,17 +257,11 @@ impl Front {
     }
 }
 
-/// Whether pages come over ring `index`: every port but the first has an out ring at an odd index.
-fn carries_pages(index: usize) -> bool {
-    lane(index).is_some()
-}
-
-/// The CPU whose port's out ring this is. Port i ≥ 1 has rings 2i + 2 (in) and 2i + 3 (out), and belongs to CPU i - 1
-/// (virtio 1.3, 5.3.2).
-fn lane(index: usize) -> Option<Cpu> {
+/// The port, other than the first, whose out ring this is. Port i ≥ 1 has rings 2i + 2 (in) and 2i + 3 (out) (virtio 1.3,
+/// 5.3.2).
+fn out_port(index: usize) -> Option<usize> {
     let port = (index.checked_sub(RINGS_MIN)? / 2) + 1;
-    let cpu = u32::try_from(port - 1).ok()?;
-    (index % 2 == 1 && port < PORTS_MAX).then_some(Cpu(cpu))
+    (index % 2 == 1 && port < PORTS_MAX).then_some(port)
 }
 
 /// An error with all its causes.
@@ -281,15 +284,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn out_ring_of_each_port_but_the_first_belongs_to_a_cpu() {
-        let lanes: Vec<_> = (0..10).map(lane).collect();
-        let none = None;
-        assert_eq!(lanes, [none, none, none, none, none, Some(Cpu(0)), none, Some(Cpu(1)), none, Some(Cpu(2))]);
+    fn out_ring_of_each_port_but_the_first_may_carry_pages() {
+        let ports: Vec<_> = (0..10).map(out_port).collect();
+        assert_eq!(ports, [None, None, None, None, None, Some(1), None, Some(2), None, Some(3)]);
     }
 
     #[test]
     fn last_ring_there_can_be_belongs_to_the_last_port() {
-        assert_eq!(lane(RINGS_MAX - 1), Some(Cpu(125)));
-        assert_eq!(lane(RINGS_MAX + 1), None);
+        assert_eq!(out_port(RINGS_MAX - 1), Some(PORTS_MAX - 1));
+        assert_eq!(out_port(RINGS_MAX + 1), None);
     }
 }

@@ -9,6 +9,7 @@
 
 use std::{
     fs::File,
+    ops::Range,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -413,12 +414,16 @@ impl Machine {
 
     /// What Linux does from probe to open ports; the names of the ports.
     pub(crate) fn probe(&mut self) -> Vec<String> {
+        self.probe_ports(0..u32::try_from(self.ports).unwrap())
+    }
+
+    /// The same, where the device tells of these ports only.
+    pub(crate) fn probe_ports(&mut self, ports: Range<u32>) -> Vec<String> {
         self.say(u32::MAX, DEVICE_READY, 1);
-        let ports = u32::try_from(self.ports).unwrap();
-        for port in 0..ports {
+        for port in ports.clone() {
             assert_eq!(self.told().unwrap(), control(port, PORT_ADD, 1));
         }
-        (0..ports).map(|port| self.add_port(port)).collect()
+        ports.map(|port| self.add_port(port)).collect()
     }
 
     fn add_port(&mut self, port: u32) -> String {

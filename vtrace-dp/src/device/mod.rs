@@ -1,4 +1,4 @@
-//! The vhost-user virtio-console device of one guest.
+//! A vhost-user virtio-console device of a guest: most guests have one, large ones have several.
 //!
 //! In:    vhost-user requests of a VMM; rings in guest memory; commands of the server through its [`Owner`]
 //! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`Drain`]
@@ -20,6 +20,7 @@ mod front;
 pub(crate) mod machine;
 pub mod memory;
 pub mod negotiate;
+pub mod place;
 mod requests;
 pub mod ring;
 mod served;
@@ -27,7 +28,10 @@ pub mod socket;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-use std::{os::fd::BorrowedFd, time::Instant};
+use std::{
+    os::{fd::BorrowedFd, unix::net::UnixStream},
+    time::Instant,
+};
 
 use vtrace_common::wire::client::DriverState;
 
@@ -45,6 +49,10 @@ pub trait Owner: Send {
     fn deadline(&self) -> Option<Instant>;
     /// Whether the next thing an agent says can be taken. After a no, `wake` says when to ask again.
     fn has_room(&mut self) -> bool;
+    /// Whether a VMM that has connected may be this device's. After a yes it is told of in [`Owner::vmm`].
+    fn admit(&mut self, _peer: Peer, _socket: &UnixStream) -> Result<(), Foreign> {
+        Ok(())
+    }
     /// A VMM connected, or went away and took the driver and the agent along.
     fn vmm(&mut self, peer: Option<Peer>);
     /// The driver's state changed; `ports` is how many the device has.
@@ -52,6 +60,11 @@ pub trait Owner: Send {
     /// Something happened on the control port.
     fn agent(&mut self, event: AgentEvent, port: &mut ControlPort);
 }
+
+/// Why a VMM may not have a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("another device of this guest belongs to pid {0}")]
+pub struct Foreign(pub u32);
 
 /// Whether the device goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

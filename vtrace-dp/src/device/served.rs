@@ -20,6 +20,7 @@ use super::{
     control_port::{copy_readable, copy_writable},
     memory::{Memory, Span},
     negotiate::RINGS_MIN,
+    place::Place,
     ring::{Ring, RingFault},
 };
 
@@ -37,9 +38,10 @@ const CONTROL_IN: usize = 2;
 /// Control messages of the guest.
 pub(super) const CONTROL_OUT: usize = 3;
 
-/// The rings and what is spoken over them.
+/// The rings and what is spoken over them. Port 0 of a further device is never open: what comes over it is discarded.
 pub(super) struct Served {
     name: String,
+    place: Place,
     rings: [Option<Ring>; RINGS_MIN],
     /// Where a ring that was given up stood.
     bases: [u16; RINGS_MIN],
@@ -54,12 +56,13 @@ pub(super) struct Served {
 
 impl Served {
     /// Nothing runs yet. Kicks come to `epoll` with `kick_token`, edge-triggered and never read.
-    pub(super) fn new(name: &str, owner: Box<dyn Owner>, epoll: Arc<Epoll>, kick_token: u64) -> Self {
+    pub(super) fn new(name: &str, place: Place, owner: Box<dyn Owner>, epoll: Arc<Epoll>, kick_token: u64) -> Self {
         Self {
             name: name.to_owned(),
+            place,
             rings: [const { None }; RINGS_MIN],
             bases: [0; RINGS_MIN],
-            console: Console::new(0),
+            console: Console::new(place, 0),
             port: ControlPort::new(),
             owner,
             epoll,
@@ -73,7 +76,11 @@ impl Served {
     pub(super) fn start_over(&mut self, ports: usize) {
         self.agent_gone();
         self.forget();
-        self.console = Console::new(ports);
+        self.console = Console::new(self.place, ports);
+        if ports > self.place.lanes() + 1 {
+            let lanes = self.place.lanes();
+            self.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
+        }
     }
 
     /// The VMM is gone, as the owner is about to be told: ports and agent are, too.
@@ -81,7 +88,7 @@ impl Served {
         if self.console.ignored() > 0 {
             log::info!("{}: ignored {} control messages that meant nothing", self.name, self.console.ignored());
         }
-        self.console = Console::new(0);
+        self.console = Console::new(self.place, 0);
         self.port.closed();
         self.warnings = 0;
     }

@@ -1,8 +1,8 @@
-//! The vhost-user connection of one guest, and the thread that serves the device behind it.
+//! The vhost-user connection of one device, and the thread that serves the device behind it.
 //!
 //! In:    a socket that QEMU connects to, or one that it has connected already
 //! Out:   a served device: see [`super`]
-//! Runs:  one thread a guest; it sleeps in epoll_wait until a request, a kick, a command or the owner's deadline comes,
+//! Runs:  one thread a device; it sleeps in epoll_wait until a request, a kick, a command or the owner's deadline comes,
 //!        and there is no timer besides
 //! Full:  [`TURN_REQUESTS_MAX`] requests a turn, then the rings
 //! Trust: the VMM: requests are short and come whole. Should one come in pieces, the thread goes on with the rings until
@@ -29,6 +29,7 @@ use super::{
     Owner, Turn,
     arrival::{self, Arrival},
     front::Front,
+    place::Place,
     served::Served,
 };
 use crate::{
@@ -75,9 +76,15 @@ pub struct Device {
 }
 
 impl Device {
-    /// Starts the thread of guest `name`. It ends when `owner` says so.
-    pub fn spawn(name: &str, endpoint: Endpoint, drain: Arc<Drain>, owner: Box<dyn Owner>) -> io::Result<Self> {
-        let mut serving = Serving::new(name, endpoint, drain, owner)?;
+    /// Starts the thread of the device `name`, which is in this place among its guest's. It ends when `owner` says so.
+    pub fn spawn(
+        name: &str,
+        place: Place,
+        endpoint: Endpoint,
+        drain: Arc<Drain>,
+        owner: Box<dyn Owner>,
+    ) -> io::Result<Self> {
+        let mut serving = Serving::new(name, place, endpoint, drain, owner)?;
         let thread = thread::Builder::new().name(format!("device {name}")).spawn(move || serving.run())?;
         Ok(Self { thread })
     }
@@ -106,11 +113,11 @@ struct Connection {
 }
 
 impl Serving {
-    fn new(name: &str, endpoint: Endpoint, drain: Arc<Drain>, owner: Box<dyn Owner>) -> io::Result<Self> {
+    fn new(name: &str, place: Place, endpoint: Endpoint, drain: Arc<Drain>, owner: Box<dyn Owner>) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         epoll.add(owner.wake(), edge(WAKE))?;
-        let served = Served::new(name, owner, Arc::clone(&epoll), KICK);
-        let front = Arc::new(Mutex::new(Front::new(name, drain, served)));
+        let served = Served::new(name, place, owner, Arc::clone(&epoll), KICK);
+        let front = Arc::new(Mutex::new(Front::new(name, place, drain, served)));
         let mut serving = Self { name: name.to_owned(), epoll, listener: None, connection: None, front };
         match endpoint {
             Endpoint::Listening(listener) => {
@@ -195,6 +202,11 @@ impl Serving {
         socket.set_nonblocking(false)?;
         let handler = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&self.front));
         self.epoll.add(&socket, edge(REQUESTS))?;
+        if let Err(foreign) = self.front().served.owner.admit(peer, &socket) {
+            // Closed before it has got an answer: no guest has the device yet.
+            log::warn!("{}: a VMM is turned away, pid {}, uid {}: {foreign}", self.name, peer.pid, peer.uid);
+            return Ok(());
+        }
         log::info!("{}: VMM connected: pid {}, uid {}", self.name, peer.pid, peer.uid);
         self.front().connected(peer);
         self.connection = Some(Connection { socket, handler });

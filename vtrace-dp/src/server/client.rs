@@ -238,9 +238,9 @@ impl Client {
                 self.holder(&guest).and_then(|(slot, holder)| command(&slot, Command::Request(holder, request)))
             }
             ToServer::Lanes(lanes) => self.attach(&lanes),
-            ToServer::Ledger { guest } => {
-                self.attached(&guest).map(|held| Some(FromServer::Ledger { guest, lanes: held.slot.drain.ledger() }))
-            }
+            ToServer::Ledger { guest } => self
+                .attached(&guest)
+                .map(|held| Some(FromServer::Ledger { guest, lanes: held.slot.devices.drains.ledger() })),
             ToServer::Finish { guest, ends, wait_ms_max } => self.finish(guest, ends, wait_ms_max),
             ToServer::Release { guest } => self.release(&guest),
         };
@@ -318,12 +318,9 @@ impl Client {
         if let Some(direct) = &direct {
             check_direct(&file, direct).map_err(wrong)?;
         }
-        check_areas(lanes, held.slot.ports()).map_err(wrong)?;
-        let (drain, areas) = (&held.slot.drain, lanes.areas.clone());
-        let attached = match direct {
-            Some(direct) => drain.attach_direct(file, direct, lanes.page_bytes, areas),
-            None => drain.attach(file, lanes.page_bytes, areas),
-        };
+        let devices = &held.slot.devices;
+        check_areas(lanes, |cpu| devices.has_port(cpu)).map_err(wrong)?;
+        let attached = devices.drains.attach(&file, direct.as_ref(), lanes.page_bytes, lanes.areas.clone());
         attached.map_err(|error| state(&guest, &error.to_string()))?;
         held.phase = Phase::Attached;
         Ok(Some(FromServer::LanesReady { guest }))
@@ -334,7 +331,7 @@ impl Client {
         held.phase = Phase::Held;
         let session = Arc::clone(&held.session);
         let done = move |lanes| session.post(FromServer::Finished { guest, lanes });
-        held.slot.drain.finish(ends, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
+        held.slot.devices.drains.finish(ends, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
         Ok(None)
     }
 
@@ -343,7 +340,7 @@ impl Client {
         let held = self.claimed(guest)?;
         held.phase = Phase::Releasing;
         // Before the guest can be anybody else's.
-        held.slot.drain.detach();
+        held.slot.devices.drains.detach();
         command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }))
     }
 
@@ -352,7 +349,7 @@ impl Client {
         held.session.end();
         // Only a holder may: another client's pages may be on their way by now.
         if matches!(held.phase, Phase::Held | Phase::Attached) {
-            held.slot.drain.detach();
+            held.slot.devices.drains.detach();
         }
         let _ = command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }));
     }

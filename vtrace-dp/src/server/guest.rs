@@ -2,7 +2,7 @@
 //!
 //! In:    commands of client threads; events of the device
 //! Out:   requests to the agent; messages to the holder; the state that `List` shows
-//! Runs:  [`Guest`] on its device's thread, [`GuestSlot`] shared with all client threads
+//! Runs:  [`Guest`] on its first device's thread, [`GuestSlot`] shared with all client threads
 //! Full:  a device with [`FRAMES_WAITING_MAX`] unserved commands refuses more; frames of the agent wait in its ring while
 //!        the holder does not read
 //! Trust: agents with nothing; clients with what the control socket's permissions allow them
@@ -10,11 +10,11 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, BorrowedFd},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
     },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -28,12 +28,12 @@ use vtrace_common::{
 };
 
 use super::{
+    devices::{DeviceParts, Devices},
     outbox::{Bell, Session},
     seat::{Claim, Release, Seat},
 };
 use crate::{
-    device::{AgentEvent, ControlPort, Owner, Turn},
-    drain::Drain,
+    device::{AgentEvent, ControlPort, Foreign, Owner, Turn},
     sys::socket::Peer,
 };
 
@@ -104,46 +104,38 @@ pub(super) struct Busy;
 pub struct GuestSlot {
     /// Its name.
     pub name: String,
-    /// Its device's socket.
-    pub socket: String,
-    /// Its pages' worker.
-    pub(super) drain: Arc<Drain>,
+    /// Its devices.
+    pub(super) devices: Devices,
     pub(super) bell: Arc<Bell>,
     commands: Mutex<VecDeque<Command>>,
     state: Mutex<GuestState>,
-    ports: AtomicUsize,
 }
 
 impl GuestSlot {
-    /// A guest that no VMM has connected for.
-    pub fn new(name: &str, socket: &str, drain: Arc<Drain>) -> io::Result<Arc<Self>> {
+    /// A guest that no VMM has connected for; each of its devices (one at least) carries `lanes` lanes.
+    pub(super) fn new(name: &str, devices: Vec<DeviceParts>, lanes: usize) -> io::Result<Arc<Self>> {
         let state = GuestState {
             name: name.into(),
-            socket: socket.into(),
+            socket: devices[0].socket.clone(),
             vmm_pid: None,
             driver: DriverState::Absent,
             agent: None,
             holder_pid: None,
+            further: Vec::new(),
         };
         Ok(Arc::new(Self {
             name: name.into(),
-            socket: socket.into(),
-            drain,
+            devices: Devices::new(devices, lanes)?,
             bell: Arc::new(Bell::new()?),
             commands: Mutex::default(),
             state: Mutex::new(state),
-            ports: AtomicUsize::new(0),
         }))
     }
 
     /// What `List` shows.
     pub fn state(&self) -> GuestState {
-        self.lock().clone()
-    }
-
-    /// Ports of its device.
-    pub fn ports(&self) -> usize {
-        self.ports.load(Ordering::Relaxed)
+        let further = self.devices.further();
+        GuestState { further, ..self.lock().clone() }
     }
 
     /// Asks something of the device's thread. Releases and the end always find room: each claim has one.
@@ -226,6 +218,9 @@ impl Guest {
         if state.driver != DriverState::Running {
             return Err(Refusal::Driver { guest, state: state.driver.clone() });
         }
+        if let Some(state) = self.slot.devices.unfit() {
+            return Err(Refusal::Driver { guest, state });
+        }
         match &state.agent {
             None => Err(Refusal::NoAgent { guest }),
             Some(agent) if !agent.hello.speaks_ours() => {
@@ -292,7 +287,19 @@ impl Guest {
         self.seat_changed();
     }
 
-    fn says(&mut self, answer: FromAgent) {
+    /// A further device is gone, and with it its lanes; the agent is still there.
+    fn notice_gone(&self) {
+        if self.slot.devices.take_gone()
+            && let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder))
+        {
+            holder.session.post(FromServer::Gone { guest: self.slot.name.clone(), what: Gone::Device });
+        }
+    }
+
+    fn says(&mut self, mut answer: FromAgent) {
+        if let FromAgent::Failed(failure) = &mut answer {
+            self.slot.devices.explain(failure);
+        }
         if let FromAgent::Machine(machine) = &answer {
             let machine = Machine {
                 uname: printable(&machine.uname, UNAME_BYTES_MAX),
@@ -331,7 +338,10 @@ impl Owner for Guest {
     }
 
     fn turn(&mut self, port: &mut ControlPort) -> Turn {
+        self.notice_gone();
         while let Some(command) = self.slot.next_command() {
+            // Whoever claims the guest now has lost nothing yet.
+            self.notice_gone();
             self.obey(command, port);
         }
         if self.seat.deadline().is_some() {
@@ -354,17 +364,22 @@ impl Owner for Guest {
         self.seat.listener().is_none_or(|holder| holder.session.has_room())
     }
 
+    fn admit(&mut self, peer: Peer, socket: &UnixStream) -> Result<(), Foreign> {
+        self.slot.devices.admit(0, peer, socket)
+    }
+
     fn vmm(&mut self, peer: Option<Peer>) {
         self.slot.lock().vmm_pid = peer.map(|peer| peer.pid);
         self.lines_left = AGENT_LINES_MAX;
         if peer.is_none() {
+            self.slot.devices.left(0);
             self.agent_gone(Gone::Device);
         }
     }
 
     fn driver(&mut self, state: DriverState, ports: usize) {
-        self.slot.ports.store(ports, Ordering::Relaxed);
         log::info!("{}: driver {state:?}, {ports} ports", self.slot.name);
+        self.slot.devices.driver(0, state.clone(), ports);
         self.slot.lock().driver = state;
     }
 

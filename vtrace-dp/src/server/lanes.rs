@@ -18,6 +18,7 @@ use vtrace_common::{
     wire::client::Lanes,
 };
 
+use super::devices::Portless;
 use crate::sys::direct::is_direct;
 
 /// Why pages cannot go there.
@@ -39,8 +40,8 @@ pub(super) enum LanesFault {
     Page(u32),
     #[error("{0} lanes")]
     Count(usize),
-    #[error("{0} has no port: the device has {1} ports")]
-    NoPort(Cpu, usize),
+    #[error("{0} has no port: {1}")]
+    NoPort(Cpu, Portless),
     #[error("{0} has two areas")]
     Twice(Cpu),
     #[error("the area of {0} does not begin at a multiple of the page, holds no page, or ends beyond every file")]
@@ -75,7 +76,7 @@ pub(super) fn check_direct(file: &File, direct: &File) -> Result<(), LanesFault>
 }
 
 /// Refuses areas that overlap, are out of place or belong to a CPU without a port.
-pub(super) fn check_areas(lanes: &Lanes, ports: usize) -> Result<(), LanesFault> {
+pub(super) fn check_areas(lanes: &Lanes, has_port: impl Fn(Cpu) -> Result<(), Portless>) -> Result<(), LanesFault> {
     let page = usize::try_from(lanes.page_bytes).unwrap_or(usize::MAX);
     if !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&page) || !page.is_multiple_of(PAGE_BYTES_MIN) {
         return Err(LanesFault::Page(lanes.page_bytes));
@@ -90,10 +91,7 @@ pub(super) fn check_areas(lanes: &Lanes, ports: usize) -> Result<(), LanesFault>
     }
     let page = u64::from(lanes.page_bytes);
     for area in &areas {
-        // Port 0 is the control port, port i belongs to CPU i - 1.
-        if usize::try_from(area.cpu.0).map_or(true, |cpu| cpu >= ports.saturating_sub(1)) {
-            return Err(LanesFault::NoPort(area.cpu, ports));
-        }
+        has_port(area.cpu).map_err(|why| LanesFault::NoPort(area.cpu, why))?;
         let end = area.offset.checked_add(area.bytes_max).and_then(|end| i64::try_from(end).ok());
         if !area.offset.is_multiple_of(page) || area.bytes_max < page || end.is_none() {
             return Err(LanesFault::Shape(area.cpu));
@@ -118,7 +116,9 @@ mod tests {
     }
 
     fn check(areas: &[Area]) -> Result<(), LanesFault> {
-        check_areas(&Lanes { guest: "guest1".into(), page_bytes: 4096, areas: areas.to_vec() }, 3)
+        let few = || Portless::Few { socket: "guest1.sock".into(), ports: 3 };
+        let has_port = |cpu: Cpu| if cpu.0 < 2 { Ok(()) } else { Err(few()) };
+        check_areas(&Lanes { guest: "guest1".into(), page_bytes: 4096, areas: areas.to_vec() }, has_port)
     }
 
     #[test]
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn cpu_without_a_port_and_cpu_with_two_areas_are_refused() {
-        assert!(matches!(check(&[area(2, 0, 4096)]), Err(LanesFault::NoPort(Cpu(2), 3))));
+        assert!(matches!(check(&[area(2, 0, 4096)]), Err(LanesFault::NoPort(Cpu(2), _))));
         assert!(matches!(check(&[area(0, 0, 4096), area(0, 8192, 4096)]), Err(LanesFault::Twice(Cpu(0)))));
         assert!(matches!(check(&[]), Err(LanesFault::Count(0))));
     }

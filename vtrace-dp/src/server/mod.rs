@@ -1,8 +1,8 @@
 //! `vtrace server`: one daemon a host, between the guests' devices and the clients that record.
 //!
-//! In:    VMMs on one socket a guest, clients on the control socket, signals
+//! In:    VMMs on one socket a device, clients on the control socket, signals
 //! Out:   see [`device`](crate::device) and [`drain`](crate::drain) for guests, [`client`] for clients
-//! Runs:  one thread for signals, one for connections, one a client; for each guest its device's and its drain's.
+//! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
 //!        All of them sleep until something happens: there is no timer but those that a session starts
 //! Full:  [`CLIENTS_MAX`] clients, [`GUESTS_MAX`] guests
 //! Trust: guests with nothing; users by the permissions of the sockets
@@ -11,6 +11,8 @@
 //! So the end first has the agents close their sessions, and says which guests still run.
 
 mod client;
+mod devices;
+mod drains;
 mod guest;
 mod lanes;
 pub mod link;
@@ -40,7 +42,7 @@ use nix::{
 };
 use vtrace_common::{
     ids::GuestId,
-    limits::{CLIENTS_MAX, GUESTS_MAX},
+    limits::{CLIENTS_MAX, DEVICE_LANES_MAX, DEVICES_MAX, GUESTS_MAX},
     wire::{
         Hello,
         client::{FromServer, Refusal},
@@ -49,6 +51,7 @@ use vtrace_common::{
 
 use self::{
     client::{Client, Registry, frame},
+    devices::{DeviceParts, Further},
     guest::{Command, Guest},
     outbox::Bell,
     sockets::{Access, Bound},
@@ -58,7 +61,10 @@ pub use self::{
     sockets::SocketFault,
 };
 use crate::{
-    device::socket::{Device, Endpoint},
+    device::{
+        Owner,
+        socket::{Device, Endpoint},
+    },
     drain::Drain,
     sys::{
         SysError,
@@ -89,12 +95,23 @@ pub struct GuestConfig {
     pub name: String,
     /// Where its VMM comes from.
     pub socket: GuestSocket,
+    /// Its devices: 1 to [`DEVICES_MAX`], more than one only with [`GuestSocket::InDirectory`].
+    pub devices: usize,
+    /// Lanes of each device: 1 to [`DEVICE_LANES_MAX`].
+    pub lanes: usize,
+}
+
+impl GuestConfig {
+    /// A guest with one device of as many lanes as there can be.
+    pub fn new(name: &str, socket: GuestSocket) -> Self {
+        Self { name: name.into(), socket, devices: 1, lanes: DEVICE_LANES_MAX }
+    }
 }
 
 /// Where a guest's VMM comes from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum GuestSocket {
-    /// It connects to NAME.sock in the server's directory.
+    /// It connects to NAME.sock in the server's directory, and further devices to NAME@2.sock and so on.
     InDirectory,
     /// It connects to this socket (`--socket-path`).
     Path(PathBuf),
@@ -111,6 +128,19 @@ pub enum ServerError {
     /// Two guests of one name.
     #[error("guest {0} is named twice")]
     Twice(String),
+    /// Devices that a guest cannot have.
+    #[error(
+        "guest {name}: {devices} devices of {lanes} CPUs: there can be {DEVICES_MAX} of {DEVICE_LANES_MAX} CPUs, and \
+         only one with a socket of its own"
+    )]
+    Devices {
+        /// Whose.
+        name: String,
+        /// How many.
+        devices: usize,
+        /// Lanes of each.
+        lanes: usize,
+    },
     /// No guests, or more than there may be.
     #[error("{0} guests: 1 to {GUESTS_MAX} can be served")]
     Count(usize),
@@ -185,7 +215,9 @@ fn raise_descriptor_limit() {
 #[derive(Debug)]
 pub struct Server {
     guests: Registry,
+    /// The first of each guest.
     devices: Vec<Device>,
+    further: Vec<Device>,
     acceptor: JoinHandle<()>,
     stop: Arc<Bell>,
     /// Unlinked when dropped.
@@ -203,22 +235,24 @@ impl Server {
         let (listener, control) = sockets::bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
         let (mut sockets, mut endpoints) = (vec![control], Vec::new());
         for guest in &config.guests {
-            let (endpoint, path) = endpoint(config, guest, &mut sockets)?;
-            endpoints.push((guest.name.clone(), endpoint, path));
+            let own = (0..guest.devices).map(|device| endpoint(config, guest, device, &mut sockets));
+            endpoints.push(own.collect::<Result<Vec<_>, _>>()?);
         }
-        let (mut slots, mut devices) = (Vec::new(), Vec::new());
-        for (number, (name, endpoint, path)) in (0..).zip(endpoints) {
-            let (slot, device) = start_guest(GuestId(number), &name, endpoint, &path)
-                .map_err(|source| ServerError::Thread { name, source })?;
+        let (mut slots, mut devices, mut further) = (Vec::new(), Vec::new(), Vec::new());
+        for ((number, guest), endpoints) in (0..).zip(&config.guests).zip(endpoints) {
+            let (slot, started) = start_guest(GuestId(number), guest, endpoints)
+                .map_err(|source| ServerError::Thread { name: guest.name.clone(), source })?;
             slots.push(slot);
-            devices.push(device);
+            let mut started = started.into_iter();
+            devices.extend(started.next());
+            further.extend(started);
         }
         let (guests, stop) = (Arc::new(slots), Bell::new().map(Arc::new));
         let system = |source| ServerError::System { what: "start the acceptor", source };
         let stop = stop.map_err(system)?;
         let acceptor = Acceptor { listener, guests: Arc::clone(&guests), stop: Arc::clone(&stop), clients: Vec::new() };
         let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
-        Ok(Self { guests, devices, acceptor: thread, stop, _sockets: sockets })
+        Ok(Self { guests, devices, further, acceptor: thread, stop, _sockets: sockets })
     }
 
     /// The guests, in the order of the configuration.
@@ -238,6 +272,9 @@ impl Server {
             let _ = slot.command(Command::Stop);
         }
         self.devices.into_iter().for_each(Device::join);
+        // Only now: an agent that closes its session closes the ports of all devices.
+        self.guests.iter().for_each(|slot| slot.devices.end());
+        self.further.into_iter().for_each(Device::join);
     }
 }
 
@@ -247,6 +284,11 @@ fn check_guests(guests: &[GuestConfig]) -> Result<(), ServerError> {
     }
     for (at, guest) in guests.iter().enumerate() {
         check_name(&guest.name)?;
+        let GuestConfig { ref name, ref socket, devices, lanes } = *guest;
+        let few = *socket == GuestSocket::InDirectory || devices == 1;
+        if !(1..=DEVICES_MAX).contains(&devices) || !(1..=DEVICE_LANES_MAX).contains(&lanes) || !few {
+            return Err(ServerError::Devices { name: name.clone(), devices, lanes });
+        }
         if guests[..at].iter().any(|other| other.name == guest.name) {
             return Err(ServerError::Twice(guest.name.clone()));
         }
@@ -254,14 +296,20 @@ fn check_guests(guests: &[GuestConfig]) -> Result<(), ServerError> {
     Ok(())
 }
 
-/// Where a guest's VMM comes from, and what to call it.
+/// What a device is called: as its guest, and those behind the first by their number. No guest's name has an '@'.
+fn device_name(guest: &str, device: usize) -> String {
+    if device == 0 { guest.into() } else { format!("{guest}@{}", device + 1) }
+}
+
+/// Where the VMM of a device comes from, and what to call it.
 fn endpoint(
     config: &ServerConfig,
     guest: &GuestConfig,
+    device: usize,
     sockets: &mut Vec<Bound>,
 ) -> Result<(Endpoint, String), ServerError> {
     let path = match &guest.socket {
-        GuestSocket::InDirectory => config.directory.join(format!("{}.sock", guest.name)),
+        GuestSocket::InDirectory => config.directory.join(format!("{}.sock", device_name(&guest.name, device))),
         GuestSocket::Path(path) => path.clone(),
         GuestSocket::Inherited(number) => {
             let fault = |source| ServerError::Descriptor { number: *number, source };
@@ -274,11 +322,30 @@ fn endpoint(
     Ok((Endpoint::Listening(listener), path.display().to_string()))
 }
 
-fn start_guest(id: GuestId, name: &str, endpoint: Endpoint, path: &str) -> io::Result<(Arc<GuestSlot>, Device)> {
-    let drain = Arc::new(Drain::spawn(id, name)?);
-    let slot = GuestSlot::new(name, path, Arc::clone(&drain))?;
-    let device = Device::spawn(name, endpoint, drain, Box::new(Guest::new(Arc::clone(&slot))))?;
-    Ok((slot, device))
+/// A guest and its devices, the first one first.
+fn start_guest(
+    id: GuestId,
+    guest: &GuestConfig,
+    endpoints: Vec<(Endpoint, String)>,
+) -> io::Result<(Arc<GuestSlot>, Vec<Device>)> {
+    let (mut parts, mut drains) = (Vec::new(), Vec::new());
+    for (device, (endpoint, socket)) in endpoints.into_iter().enumerate() {
+        let name = device_name(&guest.name, device);
+        let drain = Arc::new(Drain::spawn(id, &name)?);
+        parts.push(DeviceParts { socket, drain: Arc::clone(&drain) });
+        drains.push((name, endpoint, drain));
+    }
+    let slot = GuestSlot::new(&guest.name, parts, guest.lanes)?;
+    let devices = drains.into_iter().enumerate().map(|(device, (name, endpoint, drain))| {
+        let place = slot.devices.place(device);
+        let owner: Box<dyn Owner> = match device {
+            0 => Box::new(Guest::new(Arc::clone(&slot))),
+            _ => Box::new(Further::new(Arc::clone(&slot), device)),
+        };
+        Device::spawn(&name, place, endpoint, drain, owner)
+    });
+    let devices = devices.collect::<io::Result<Vec<_>>>()?;
+    Ok((slot, devices))
 }
 
 /// Lets clients in.

@@ -23,10 +23,13 @@ use super::{
     link::{Link, LinkError},
     *,
 };
+
 use crate::{
     device::machine::{Machine, PATIENCE, PORT_OPEN},
     sys::socket::{receive, send_all},
 };
+
+mod devices;
 
 /// A server of guests `guest1` and `guest2` in its own directory.
 struct House {
@@ -36,9 +39,15 @@ struct House {
 
 impl House {
     fn new() -> Self {
+        Self::of(|_| {})
+    }
+
+    /// The same with other guests.
+    fn of(change: impl FnOnce(&mut ServerConfig)) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let server = Some(Server::start(&config(folder.path())).unwrap());
-        Self { server, folder }
+        let mut config = config(folder.path());
+        change(&mut config);
+        Self { server: Some(Server::start(&config).unwrap()), folder }
     }
 
     fn path(&self) -> &Path {
@@ -85,7 +94,7 @@ impl Drop for House {
 }
 
 fn config(directory: &Path) -> ServerConfig {
-    let guest = |name: &str| GuestConfig { name: name.into(), socket: GuestSocket::InDirectory };
+    let guest = |name: &str| GuestConfig::new(name, GuestSocket::InDirectory);
     ServerConfig { directory: directory.into(), guests: vec![guest("guest1"), guest("guest2")] }
 }
 
@@ -439,6 +448,11 @@ fn guests_that_cannot_be_served_are_refused() {
     assert!(matches!(Server::start(&twice), Err(ServerError::Twice(_))));
     twice.guests[1].name = "../etc".into();
     assert!(matches!(Server::start(&twice), Err(ServerError::Name(_))));
+    twice.guests[1] = GuestConfig { devices: DEVICES_MAX + 1, ..GuestConfig::new("guest2", GuestSocket::InDirectory) };
+    assert!(matches!(Server::start(&twice), Err(ServerError::Devices { .. })));
+    let elsewhere = GuestSocket::Path(folder.path().join("own.sock"));
+    twice.guests[1] = GuestConfig { devices: 2, ..GuestConfig::new("guest2", elsewhere) };
+    assert!(matches!(Server::start(&twice), Err(ServerError::Devices { .. })));
     twice.guests.clear();
     assert!(matches!(Server::start(&twice), Err(ServerError::Count(0))));
 }

@@ -16,6 +16,7 @@ use std::{
 use nix::{
     cmsg_space,
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
         ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recv, recvmsg, send, sendmsg,
         sockopt::{AcceptConn, PeerCredentials},
@@ -48,6 +49,13 @@ impl Peer {
 /// Whether `socket` accepts connections (SO_ACCEPTCONN).
 pub fn is_listening(socket: BorrowedFd<'_>) -> Result<bool, SysError> {
     getsockopt(&socket, AcceptConn).map_err(SysError::of("getsockopt SO_ACCEPTCONN"))
+}
+
+/// Whether the other end of a connected socket has been closed, read or not what came before that.
+pub fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    // What cannot be polled is not there any more, either.
+    poll(&mut polled, PollTimeout::ZERO) != Ok(0)
 }
 
 /// Takes what has come, without waiting: bytes (0: the other side closed) and the descriptors that came with them.

@@ -105,7 +105,7 @@ impl Bench {
             bell: Arc::clone(&bell),
         };
         let drain = Arc::new(Drain::spawn(GuestId(0), "test").unwrap());
-        let device = Device::spawn(name, endpoint, drain, Box::new(witness)).unwrap();
+        let device = Device::spawn(name, Place::ONLY, endpoint, drain, Box::new(witness)).unwrap();
         Self { told: hears, requests, room, ended, bell, device: Some(device) }
     }
 
