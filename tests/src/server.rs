@@ -22,13 +22,16 @@ pub struct Server {
 impl Server {
     /// Starts a server for `guests` and waits until it listens.
     pub fn start(guests: &[&str]) -> Result<Self> {
+        Self::start_with(&guests.iter().flat_map(|guest| ["--dom", guest]).collect::<Vec<_>>())
+    }
+
+    /// Starts `vtrace server WORDS` and waits until it listens.
+    pub fn start_with(words: &[&str]) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let log = File::create(dir.path().join("server.log"))?;
         let mut command = Command::new(xtask::build::vtrace()?);
         command.arg("server").arg("--dir").arg(dir.path()).stderr(log).env("VTRACE_LOG", "debug");
-        for guest in guests {
-            command.args(["--dom", guest]);
-        }
+        command.args(words);
         let server = Self { child: command.spawn().context("cannot start vtrace server")?, dir };
         server.await_state("is there", |_| true)?;
         Ok(server)

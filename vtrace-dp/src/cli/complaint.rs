@@ -183,7 +183,7 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
             format!("mount -t tracefs nodev /sys/kernel/tracing on {machine}; its kernel needs CONFIG_FTRACE"),
         ),
         FailureKind::NoPort => {
-            let remedy = "give its device 2 × (CPUs + 2) rings: num_vqs=…";
+            let remedy = "give its device 2 × (CPUs + 2) rings, num_vqs=…; beyond 126 CPUs it needs several devices";
             Complaint::new(cannot, format!("{object} has no data port: {detail}"), remedy)
         }
         FailureKind::NoIndirect => {

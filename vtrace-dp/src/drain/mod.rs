@@ -1,4 +1,4 @@
-//! Empties rings into files: one worker thread per guest.
+//! Empties rings into files: one worker thread per device.
 //!
 //! In:    rings as the VMM starts and stops them; a file and areas of it as a client asks for them
 //! Out:   whole pages at their final place; a ledger for each lane
@@ -56,7 +56,7 @@ use self::{
 };
 use crate::device::{memory::Memory, ring::Ring};
 
-/// Handle of a guest's drain worker. Every call is a message to its thread; those that answer wait for it. When it is
+/// Handle of a device's drain worker. Every call is a message to its thread; those that answer wait for it. When it is
 /// dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub struct Drain {

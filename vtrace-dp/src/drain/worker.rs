@@ -1,4 +1,4 @@
-//! The thread that serves all rings of one guest.
+//! The thread that serves all data rings of one device.
 //!
 //! In:    kicks, commands, a timer
 //! Out:   pages in the file, used entries, answers

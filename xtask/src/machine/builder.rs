@@ -140,6 +140,20 @@ impl Builder {
         ])
     }
 
+    /// Several of vtrace's devices, of `lanes` lanes each, for all CPUs: the first connects to `socket`, NAME.sock, the
+    /// others to NAME@2.sock and so on beside it.
+    #[must_use]
+    pub fn vhost_user_devices(self, socket: &Path, lanes: u32) -> Self {
+        let (name, cpus) = (socket.with_extension("").display().to_string(), self.cpus);
+        (1..).zip((0..cpus).step_by(usize::try_from(lanes).expect("few"))).fold(self, |builder, (device, first)| {
+            let ports = lanes.min(cpus - first) + 1;
+            match device {
+                1 => builder.vhost_user_ports(socket, ports),
+                _ => builder.vhost_user_ports(Path::new(&format!("{name}@{device}.sock")), ports),
+            }
+        })
+    }
+
     /// QEMU's own virtio-serial with one named port after the other, for a QEMU that does not take ours.
     #[must_use]
     pub fn stock_ports(mut self, ports: &[(&str, Chardev)]) -> Self {
