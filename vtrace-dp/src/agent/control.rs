@@ -269,7 +269,7 @@ impl<'a> Control<'a> {
         }
         self.greeting = Greeting::Met;
         log::info!("the host is {}", hello.software);
-        self.tell(&FromAgent::Machine(machine::describe(self.ports.lanes())))
+        self.tell(&FromAgent::Machine(machine::describe(self.ports.lanes().cpus())))
     }
 
     fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), Gone> {

@@ -56,7 +56,7 @@ use nix::{
 use vtrace_common::ids::Cpu;
 
 use crate::{
-    sys::SysError,
+    sys::{SysError, limit::allow_descriptors},
     tracefs::{Tracefs, online_cpus},
 };
 use control::{Control, End, Options};
@@ -67,6 +67,11 @@ use port::{Found, Ports, Uevents};
 
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
+
+/// Descriptors of one lane: tap, port, pipe and copy.
+const LANE_DESCRIPTORS: u64 = 5;
+/// What else an agent has open.
+const OTHER_DESCRIPTORS: u64 = 64;
 
 /// How to run an agent.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -139,6 +144,10 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let place = Place::take(config.cpus.as_deref())?;
     let quit = signals()?;
     let news = Uevents::listen()?;
+    let cpus = online_cpus().map_or(0, |cpus| u64::try_from(cpus.len()).unwrap_or(u64::MAX));
+    if let Err(error) = allow_descriptors(cpus.saturating_mul(LANE_DESCRIPTORS).saturating_add(OTHER_DESCRIPTORS)) {
+        log::warn!("{cpus} CPUs may be too many: {error}");
+    }
     let ports = Ports {
         class: "/sys/class/virtio-ports".into(),
         nodes: "/dev".into(),
@@ -205,7 +214,7 @@ fn await_lanes(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<bool, S
     let cpus = online_cpus().unwrap_or_default();
     let until = Instant::now() + LANES_WAIT;
     let complete = |lanes: Vec<Cpu>| cpus.iter().all(|cpu| lanes.contains(cpu));
-    while !complete(ports.lanes()) && Instant::now() < until {
+    while !complete(ports.lanes().cpus()) && Instant::now() < until {
         if !await_news(news, quit, Some(until))? {
             return Ok(false);
         }

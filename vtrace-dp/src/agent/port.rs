@@ -9,6 +9,7 @@
 //! A small guest has no udev: names are looked up in sysfs, nodes come from devtmpfs or are made here.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -48,6 +49,13 @@ pub(super) struct Ports {
     pub(super) lane_prefix: String,
 }
 
+/// The data ports there were when somebody looked: a guest has as many as CPUs, and the name of each is a file to read.
+#[derive(Debug)]
+pub(super) struct Lanes<'a> {
+    ports: &'a Ports,
+    found: BTreeMap<Cpu, Found>,
+}
+
 /// A port that exists.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Found {
@@ -63,28 +71,10 @@ impl Ports {
         self.all().into_iter().find(|port| port.name == self.control)
     }
 
-    /// The CPUs that have a data port, in order.
-    pub(super) fn lanes(&self) -> Vec<Cpu> {
-        let mut cpus: Vec<Cpu> = self.all().iter().filter_map(|port| self.cpu(port)).collect();
-        cpus.sort_unstable();
-        cpus.dedup();
-        cpus
-    }
-
-    /// Opens the data port of `cpu` for splices that block.
-    ///
-    /// # Errors
-    /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
-    /// allow that; `Kernel` when it cannot be opened.
-    pub(super) fn open_lane(&self, cpu: Cpu, without_indirect: bool) -> Result<OwnedFd, Failure> {
-        let found = self.all().into_iter().find(|port| self.cpu(port) == Some(cpu));
-        let name = format!("{}{}", self.lane_prefix, cpu.0);
-        let found = found.ok_or_else(|| failure(FailureKind::NoPort, &name, "no virtio port has this name"))?;
-        if !without_indirect && !self.has_indirect(&found) {
-            let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
-            return Err(failure(FailureKind::NoIndirect, &name, detail));
-        }
-        self.open(&found, 0).map_err(|error| failure(FailureKind::Kernel, &name, &error.to_string()))
+    /// The data ports, on whichever devices they are.
+    pub(super) fn lanes(&self) -> Lanes<'_> {
+        let found = self.all().into_iter().filter_map(|port| Some((self.cpu(&port)?, port))).collect();
+        Lanes { ports: self, found }
     }
 
     /// Opens the control port, non-blocking.
@@ -136,6 +126,30 @@ impl Ports {
         let number = port.name.strip_prefix(&self.lane_prefix)?;
         // "+1" and "007" are names of something else.
         number.parse().ok().map(Cpu).filter(|cpu| cpu.0.to_string() == number)
+    }
+}
+
+impl Lanes<'_> {
+    /// The CPUs that have a data port, in order.
+    pub(super) fn cpus(&self) -> Vec<Cpu> {
+        self.found.keys().copied().collect()
+    }
+
+    /// Opens the data port of `cpu` for splices that block.
+    ///
+    /// # Errors
+    /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
+    /// allow that; `Kernel` when it cannot be opened.
+    pub(super) fn open(&self, cpu: Cpu, without_indirect: bool) -> Result<OwnedFd, Failure> {
+        let name = format!("{}{}", self.ports.lane_prefix, cpu.0);
+        let found = self.found.get(&cpu);
+        let found = found.ok_or_else(|| failure(FailureKind::NoPort, &name, "no virtio port has this name"))?;
+        // Of its own device: a guest's devices need not be alike.
+        if !without_indirect && !self.ports.has_indirect(found) {
+            let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
+            return Err(failure(FailureKind::NoIndirect, &name, detail));
+        }
+        self.ports.open(found, 0).map_err(|error| failure(FailureKind::Kernel, &name, &error.to_string()))
     }
 }
 
@@ -219,7 +233,7 @@ pub(super) mod tests {
         let names =
             ["agent-ctl-path", "trace-path-cpu10", "trace-path-cpu2", "trace-path-cpu", "trace-path-cpu02", "x"];
         let ports = fifo_ports(root.path(), &names, &features(true));
-        assert_eq!(ports.lanes(), [Cpu(2), Cpu(10)]);
+        assert_eq!(ports.lanes().cpus(), [Cpu(2), Cpu(10)]);
         assert_eq!(ports.control().map(|found| found.node), Some("vport0p0".into()));
     }
 
@@ -227,7 +241,7 @@ pub(super) mod tests {
     fn missing_port_is_named() {
         let root = tempfile::tempdir().unwrap();
         let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
-        let failure = ports.open_lane(Cpu(3), false).unwrap_err();
+        let failure = ports.lanes().open(Cpu(3), false).unwrap_err();
         assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NoPort, "trace-path-cpu3"));
     }
 
@@ -235,11 +249,20 @@ pub(super) mod tests {
     fn port_without_indirect_descriptors_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(false));
-        assert_eq!(ports.open_lane(Cpu(0), false).unwrap_err().kind, FailureKind::NoIndirect);
-        assert!(ports.open_lane(Cpu(0), true).is_ok());
-        assert!(
-            fifo_ports(&root.path().join("b"), &["trace-path-cpu0"], &features(true)).open_lane(Cpu(0), false).is_ok()
-        );
+        assert_eq!(ports.lanes().open(Cpu(0), false).unwrap_err().kind, FailureKind::NoIndirect);
+        assert!(ports.lanes().open(Cpu(0), true).is_ok());
+        let good = fifo_ports(&root.path().join("b"), &["trace-path-cpu0"], &features(true));
+        assert!(good.lanes().open(Cpu(0), false).is_ok());
+    }
+
+    #[test]
+    fn each_port_is_judged_by_its_own_device() {
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &["trace-path-cpu0", "trace-path-cpu126"], &features(true));
+        fs::write(ports.class.join("vport0p1/device/features"), features(false)).unwrap();
+        let lanes = ports.lanes();
+        assert!(lanes.open(Cpu(0), false).is_ok());
+        assert_eq!(lanes.open(Cpu(126), false).unwrap_err().kind, FailureKind::NoIndirect);
     }
 
     #[test]
@@ -248,7 +271,7 @@ pub(super) mod tests {
         let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
         fs::remove_file(ports.nodes.join("vport0p0")).unwrap();
         fs::write(ports.class.join("vport0p0/dev"), "1:3\n").unwrap(); // /dev/null
-        ports.open_lane(Cpu(0), false).unwrap();
+        ports.lanes().open(Cpu(0), false).unwrap();
         assert!(ports.nodes.join("vport0p0").exists());
     }
 

@@ -43,5 +43,5 @@ impl Pumping {
 /// As a session's.
 pub fn open_port(prefix: &str, cpu: Cpu) -> Result<OwnedFd, Failure> {
     let (class, nodes) = ("/sys/class/virtio-ports".into(), "/dev".into());
-    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into() }.open_lane(cpu, false)
+    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into() }.lanes().open(cpu, false)
 }

@@ -78,9 +78,9 @@ impl Work {
     ) -> Result<Self, Refused> {
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
         let instance = Tracefs::find_or_mount()?.arm(&name, arm)?;
-        let mut lanes = Vec::new();
+        let (mut lanes, found) = (Vec::new(), ports.lanes());
         for cpu in instance.cpus() {
-            lanes.push((instance.tap(*cpu)?, ports.open_lane(*cpu, without_indirect)?));
+            lanes.push((instance.tap(*cpu)?, found.open(*cpu, without_indirect)?));
         }
         described(|each| instance.describe(arm.kallsyms, each), tell)?;
         let armed = Armed {

@@ -35,7 +35,6 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
@@ -68,6 +67,7 @@ use crate::{
     drain::Drain,
     sys::{
         SysError,
+        limit::allow_descriptors,
         socket::{inherited, send_now},
     },
 };
@@ -193,22 +193,16 @@ pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     // Blocked before any thread exists, so that all of them inherit it.
     signals.thread_block().map_err(system("block signals"))?;
     let arrivals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).map_err(system("signalfd"))?;
-    raise_descriptor_limit();
+    // A device has up to two a ring.
+    if let Err(error) = allow_descriptors(u64::MAX) {
+        log::warn!("the limit of open descriptors stays as it is: {error}");
+    }
     let server = Server::start(config)?;
     log::info!("serving {} guests in {}", config.guests.len(), config.directory.display());
     let signal = arrivals.read_signal().map_err(system("read signals"))?;
     log::info!("ends: signal {:?}", signal.map(|signal| signal.ssi_signo));
     server.stop();
     Ok(())
-}
-
-/// A device has up to two descriptors a ring, and the soft limit is often less than two guests need.
-fn raise_descriptor_limit() {
-    let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(errno) = raised {
-        log::warn!("the limit of open descriptors stays as it is: {errno}");
-    }
 }
 
 /// A running server.

@@ -8,6 +8,7 @@
 
 pub mod cpuid;
 pub mod direct;
+pub mod limit;
 pub mod perf;
 pub mod program;
 pub mod realtime;
