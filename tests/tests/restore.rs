@@ -16,7 +16,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use nix::{
     mount::{MsFlags, mount, umount},
-    unistd::{Whence, lseek64},
+    sys::signal::{self, Signal},
+    unistd::{Pid, Whence, lseek64},
 };
 use serde_json::Value;
 use vtrace_dp::trace::{input::FileSource, reader::Reader};
@@ -54,9 +55,14 @@ fn some_time(ms_max: u32) -> Duration {
 }
 
 fn kill(mut child: Child) -> Result<()> {
+    // Whose parent it is can be asked only while it lives.
+    let commands = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id()))?;
     child.kill()?;
     child.wait()?;
-    let _ = Command::new("pkill").args(["-KILL", "-P", &child.id().to_string()]).status();
+    for command in commands.split_whitespace() {
+        // One that has ended meanwhile is what is wanted.
+        let _ = signal::kill(Pid::from_raw(command.parse()?), Signal::SIGKILL);
+    }
     Ok(())
 }
 

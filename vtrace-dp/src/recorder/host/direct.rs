@@ -129,6 +129,7 @@ impl<'a> Fate<'a> {
         let Err(torn) = written else { return add(&self.counts.written, bytes / page_bytes) };
         let whole = torn.done / page_bytes;
         add(&self.counts.written, whole);
+        add(&self.counts.lost, bytes / page_bytes - whole); // those behind it too, once it is settled
         let end = offset - self.area.offset + count(whole * page_bytes);
         let mut first = self.torn.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none_or(|(other, _)| end < other) {
