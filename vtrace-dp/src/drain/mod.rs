@@ -43,7 +43,7 @@ use crossbeam::channel::{Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vtrace_common::{
     ids::{Cpu, GuestId},
-    limits::{LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
+    limits::{DEVICE_LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     wire::client::{Area, LaneEnd, LaneLedger},
 };
 
@@ -188,7 +188,7 @@ fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
     if !page_bytes.is_power_of_two() || !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&size) {
         return invalid("no sub-buffer has this size");
     }
-    if areas.is_empty() || areas.len() > LANES_MAX {
+    if areas.is_empty() || areas.len() > DEVICE_LANES_MAX {
         return invalid("no areas, or more than lanes");
     }
     for (index, area) in areas.iter().enumerate() {

@@ -30,7 +30,7 @@ use nix::{
 };
 use vtrace_common::{
     ids::{Cpu, GuestId, LaneId},
-    limits::LANES_MAX,
+    limits::DEVICE_LANES_MAX,
     wire::client::{LaneEnd, LaneLedger},
 };
 
@@ -50,7 +50,7 @@ const TICK_US: u64 = 750;
 /// Panics after which rings are not served any more, only commands.
 const PANICS_MAX: u32 = 8;
 /// Roads of one guest: every ring and every lane may be of a CPU that the other kind does not have.
-const ROADS_MAX: usize = 2 * LANES_MAX;
+const ROADS_MAX: usize = 2 * DEVICE_LANES_MAX;
 /// Events of one epoll_wait.
 const EVENTS_MAX: usize = 128;
 const COMMAND: u64 = u64::MAX;
@@ -369,7 +369,7 @@ impl Worker {
     fn ring_started(&mut self, cpu: Cpu, ring: Ring) {
         self.ring_stopped(cpu);
         let Some(index) = self.road(cpu) else {
-            log::warn!("{}: more rings than {LANES_MAX}", LaneId { guest: self.guest, cpu });
+            log::warn!("{}: more rings than {DEVICE_LANES_MAX}", LaneId { guest: self.guest, cpu });
             return;
         };
         let data = u64::try_from(index).expect("at most ROADS_MAX roads");
