@@ -214,6 +214,7 @@ impl Small {
         } else {
             let image = folder.path().with_extension("img");
             File::create(&image)?.set_len(bytes)?;
+            xtask::packages::ensure(&["e2fsprogs", "mount"])?;
             let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image).status()?;
             ensure!(made.success(), "mkfs.ext4: {made}");
             let mounted = Command::new("mount").args(["-o", "loop"]).args([&*image, folder.path()]).status()?;
