@@ -262,8 +262,9 @@ impl Guest {
             Release::Close | Release::Done => {}
         }
         log::info!("{}: released by pid {}", self.slot.name, holder.peer.pid);
-        holder.session.post(FromServer::Released { guest: self.slot.name.clone() });
+        // First: whoever has read the answer finds the guest as it is then.
         self.seat_changed();
+        holder.session.post(FromServer::Released { guest: self.slot.name.clone() });
     }
 
     /// Whoever waited for the seat may have it now.
