@@ -58,7 +58,7 @@ fn recording_of_a_guest_without_kvm_is_held_against_its_threads_time_on_cpus() -
     assert_eq!(right["against"], "on_cpu", "TCG has no kvm_entry");
     assert_eq!(status, 0, "{right:#}");
     let (events, uncovered) = (count(&right, "events")?, count(&right, "uncovered")?);
-    assert!(events > 500 && uncovered * 10 < events, "{right:#}");
+    assert!(events > 500 && uncovered * 2 < events, "{right:#}");
     assert!(count(&right, "bound_ns")? > 0, "a measured clock has a bound");
     let text = vtrace_check(&[], &[&host, &file])?.stdout;
     assert!(text.starts_with("guest1: ") && text.contains("a weaker check"), "{text}");
