@@ -66,7 +66,12 @@ fn wrong_command_lines_exit_with_2_and_say_what_is_right() -> Result<()> {
     let files = tempfile::tempdir()?;
     let recorder = Recorder { server: files.path(), folder: files.path() };
     complains(&recorder.run("-- true")?, 2, "nothing to record", "-e sched");
-    complains(&recorder.run("--dom guest1 -- true")?, 2, "no event (-e) and no tracer (-p) after --dom guest1", "--dom GUEST -e");
+    complains(
+        &recorder.run("--dom guest1 -- true")?,
+        2,
+        "no event (-e) and no tracer (-p) after --dom guest1",
+        "--dom GUEST -e",
+    );
     complains(&recorder.run("--dom a/b -e sched -- true")?, 2, "cannot be a guest's name", "vtrace list");
     complains(&recorder.run("--no-such-option")?, 2, "unexpected argument", "--help");
     Ok(())

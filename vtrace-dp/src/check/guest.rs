@@ -201,7 +201,7 @@ fn said_bound_ns(text: &str) -> Option<u64> {
         return Some(0);
     }
     let bound = line.split_once('±').or_else(|| line.split_once("by up to "));
-    let mut words = bound?.1.split([' ', ',']);
+    let mut words = bound?.1.split([' ', ',', ';']);
     let (number, unit) = (words.next()?, words.next()?);
     let unit_ns: u64 = match unit {
         "ns" => 1,
@@ -228,6 +228,7 @@ mod tests {
         assert_eq!(said("measured, 2 vCPUs, ±9.1 µs"), Some(9_200));
         assert_eq!(said("measured, 1 vCPU, ±912 ns, offset moved during the trace"), Some(912));
         assert_eq!(said("measured, 1 vCPU, ±1.0 ms"), Some(1_100_000));
+        assert_eq!(said("measured, 2 vCPUs, ±16.9 µs; not by KVM: its VMM runs no vCPU under KVM"), Some(17_000));
         assert_eq!(said("kvm, 4 vCPUs, 3 segments, exact"), Some(0));
         assert_eq!(said("kvm, 1 vCPU, 4 segments, exact to ±38 ns"), Some(38));
         let some = said("kvm, 1 vCPU, 4 segments, exact but 12 events marked uncertain by up to 3.1 µs");
