@@ -255,6 +255,13 @@ pub struct Failure {
     pub near: Vec<String>,
 }
 
+impl Failure {
+    /// A failure without names to suggest.
+    pub fn new(kind: FailureKind, object: &str, detail: &str) -> Self {
+        Self { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
+    }
+}
+
 impl Message for ToAgent {
     const FAMILY: Family = Family::ToAgent;
     fn check(&self) -> Result<(), Fault> {

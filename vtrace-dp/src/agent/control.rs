@@ -300,7 +300,7 @@ impl<'a> Control<'a> {
         let work = Work::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
         let done = work.done().expect("it has just been started");
         let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
-        watched.map_err(|errno| failure(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+        watched.map_err(|errno| Failure::new(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
         log::info!("session {:#x} is armed", arm.session);
         self.work = Some(work);
         self.state = self.state.after(Outcome::Armed);
@@ -324,7 +324,7 @@ impl<'a> Control<'a> {
                 let Some(fd) = command.fd(stream) else { continue };
                 let tag = COMMANDS + u64::try_from(STREAMS.len() * index + place).expect("few commands");
                 let watched = self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, tag));
-                watched.map_err(|errno| failure(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+                watched.map_err(|errno| Failure::new(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
             }
         }
         Ok(())
@@ -358,7 +358,7 @@ impl<'a> Control<'a> {
         let received = if self.pinned == Some(cpu) {
             stamp
         } else {
-            self.pin(cpu).map_err(|errno| failure(FailureKind::Kernel, &cpu.to_string(), errno.desc()))?;
+            self.pin(cpu).map_err(|errno| Failure::new(FailureKind::Kernel, &cpu.to_string(), errno.desc()))?;
             GuestTsc(tsc::read())
         };
         Ok(self.tell(&FromAgent::Echo(Echo { id, cpu, received, sent: GuestTsc(tsc::read()) }))?)
@@ -444,7 +444,7 @@ impl<'a> Control<'a> {
     }
 
     fn refuse_frame(&self, detail: &str) -> Result<(), Gone> {
-        self.tell_failure(failure(FailureKind::State, "message", detail))
+        self.tell_failure(Failure::new(FailureKind::State, "message", detail))
     }
 
     fn pin(&mut self, cpu: Cpu) -> Result<(), Errno> {
@@ -462,10 +462,6 @@ impl<'a> Control<'a> {
             log::warn!("the control thread stays where it was pinned: {errno}");
         }
     }
-}
-
-fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
-    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
 }
 
 #[cfg(test)]

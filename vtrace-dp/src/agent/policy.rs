@@ -154,7 +154,7 @@ impl Policy {
         let asked_kb = u64::from(arm.buffer_kb).saturating_mul(u64::try_from(cpus).unwrap_or(u64::MAX));
         if asked_kb > self.buffer_kb_max {
             let detail = format!("{} KiB a CPU for {cpus} CPUs: {} KiB are allowed", arm.buffer_kb, self.buffer_kb_max);
-            return Err(failure(FailureKind::Memory, "buffer", &detail));
+            return Err(Failure::new(FailureKind::Memory, "buffer", &detail));
         }
         let tracer = arm.tracer.name.as_str();
         if let Some(allowed) = &self.tracers_allowed
@@ -189,7 +189,7 @@ impl Policy {
         }
         match program::find(word.as_ref()) {
             Some(_) => Ok(()),
-            None => Err(failure(FailureKind::NoSuchProgram, word, "no such program there")),
+            None => Err(Failure::new(FailureKind::NoSuchProgram, word, "no such program there")),
         }
     }
 }
@@ -217,11 +217,7 @@ fn memory_quarter_kb() -> u64 {
 }
 
 fn not_allowed(object: &str, detail: &str) -> Failure {
-    failure(FailureKind::NotAllowed, object, detail)
-}
-
-fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
-    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
+    Failure::new(FailureKind::NotAllowed, object, detail)
 }
 
 #[cfg(test)]

@@ -143,13 +143,13 @@ impl Lanes<'_> {
     pub(super) fn open(&self, cpu: Cpu, without_indirect: bool) -> Result<OwnedFd, Failure> {
         let name = format!("{}{}", self.ports.lane_prefix, cpu.0);
         let found = self.found.get(&cpu);
-        let found = found.ok_or_else(|| failure(FailureKind::NoPort, &name, "no virtio port has this name"))?;
+        let found = found.ok_or_else(|| Failure::new(FailureKind::NoPort, &name, "no virtio port has this name"))?;
         // Of its own device: a guest's devices need not be alike.
         if !without_indirect && !self.ports.has_indirect(found) {
             let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
-            return Err(failure(FailureKind::NoIndirect, &name, detail));
+            return Err(Failure::new(FailureKind::NoIndirect, &name, detail));
         }
-        self.ports.open(found, 0).map_err(|error| failure(FailureKind::Kernel, &name, &error.to_string()))
+        self.ports.open(found, 0).map_err(|error| Failure::new(FailureKind::Kernel, &name, &error.to_string()))
     }
 }
 
@@ -191,10 +191,6 @@ impl AsFd for Uevents {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
-    Failure { kind, object: object.into(), detail: detail.into(), near: Vec::new() }
 }
 
 #[cfg(test)]
