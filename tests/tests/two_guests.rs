@@ -1,7 +1,10 @@
 //! The command of the handbook, to the letter: a host's events, everything of one guest, functions of another, a command
 //! in each and one on the host.
 
-use std::fs;
+use std::{
+    fs::{self, File},
+    process::Stdio,
+};
 
 use anyhow::{Context, Result};
 use vtrace_tests::{
@@ -16,6 +19,9 @@ use xtask::{
 
 /// What stands for KVM's events on a host without hardware for them: the threads of its virtual machines.
 const HOST_EVENTS: &str = "sched";
+
+/// What the guests' commands write, as the host shows it.
+const GUESTS_SAY: [&str; 2] = ["guest1: saw foo", "guest2: bad"];
 
 #[test]
 fn host_and_two_guests_of_different_kernels_are_one_recording() -> Result<()> {
@@ -35,15 +41,21 @@ fn host_and_two_guests_of_different_kernels_are_one_recording() -> Result<()> {
     let _first = boot(Kernel::V6_1, "guest1", "echo saw $1\nexit 5")?;
     let _second = boot(Kernel::V6_12, "guest2", "cat /proc/version >/dev/null\necho bad >&2")?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let words = format!(
-        "-e {HOST_EVENTS} --dom guest1 -e all --exec guest1-app foo ; \
-         --dom guest2 -p function -l vfs_* --exec guest2-app ; sh -c exit\u{a0}9"
-    );
-    // The last word holds a blank of its own.
-    let mut command = recorder.command("--json")?;
-    command.args(words.split(' ').map(|word| word.replace('\u{a0}', " ")));
-    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
-    let recording = recorder.finish(child)?;
+    let mut command = recorder.command(&format!(
+        "--json -e {HOST_EVENTS} --dom guest1 -e all --exec guest1-app foo ; \
+         --dom guest2 -p function -l vfs_* --exec guest2-app ; sh -c"
+    ))?;
+    // The recording ends with the host's command, which therefore outlives what both guests run.
+    let said = folder.path().join("said");
+    let [first, second] = GUESTS_SAY;
+    command.arg(format!(
+        "for try in $(seq 600); do grep -qx '{first}' {0} && grep -qx '{second}' {0} && break; sleep 0.1; done
+         sleep 1; exit 9",
+        said.display()
+    ));
+    let child = command.stdout(Stdio::piped()).stderr(File::create(&said)?).spawn()?;
+    let mut recording = recorder.finish(child)?;
+    recording.said = fs::read_to_string(said)?;
     assert_eq!(recording.status, 9, "the host's command decides: {}\n{:#}", recording.said, recording.summary);
 
     commands_are_told(&recording)?;
@@ -52,7 +64,7 @@ fn host_and_two_guests_of_different_kernels_are_one_recording() -> Result<()> {
 }
 
 fn commands_are_told(recording: &Recording) -> Result<()> {
-    for line in ["guest1: saw foo", "guest2: bad"] {
+    for line in GUESTS_SAY {
         assert!(recording.said.lines().any(|said| said == line), "{line}: {}", recording.said);
     }
     let end = |guest: &str| -> Result<i64> {
