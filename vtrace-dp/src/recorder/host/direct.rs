@@ -26,7 +26,7 @@ use std::{
     },
 };
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
@@ -43,6 +43,8 @@ use crate::sys::{
 pub(super) const BLOCK_BYTES: usize = 1 << 20;
 /// Blocks beside those of the lanes.
 pub(super) const SPARE_BLOCKS: usize = 48;
+/// Of those that are free, so many are used again first: what was written last is still in the cache.
+const WARM_BLOCKS: usize = 2;
 /// Blocks that may wait for a disk that is slower than the load.
 const WAITING_MAX: usize = 8;
 /// Pages of one readv(2).
@@ -97,6 +99,42 @@ fn write_all(file: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<(), Torn
         }
     }
     Ok(())
+}
+
+/// Blocks that nobody uses: what one side gives back, the other takes.
+#[derive(Debug)]
+pub(super) struct Free<C> {
+    warm: C,
+    cold: C,
+}
+
+/// Where blocks are given back.
+pub(super) type GiveBack<'b> = Free<Sender<&'b mut [u8]>>;
+/// Where they are taken.
+pub(super) type Take<'b> = Free<Receiver<&'b mut [u8]>>;
+
+/// Both ends, with all `blocks` free.
+pub(super) fn all_free<'b>(blocks: impl ExactSizeIterator<Item = &'b mut [u8]>) -> (GiveBack<'b>, Take<'b>) {
+    let ((warm, warm_taken), (cold, cold_taken)) = (bounded(WARM_BLOCKS), bounded(blocks.len()));
+    let give_back = Free { warm, cold };
+    blocks.for_each(|block| give_back.give(block));
+    (give_back, Free { warm: warm_taken, cold: cold_taken })
+}
+
+impl<'b> GiveBack<'b> {
+    /// Hot.
+    fn give(&self, block: &'b mut [u8]) {
+        if let Err(full) = self.warm.try_send(block) {
+            drop(self.cold.try_send(full.into_inner())); // at the end nobody asks for it any more
+        }
+    }
+}
+
+impl<'b> Take<'b> {
+    /// Hot.
+    fn take(&self) -> Option<&'b mut [u8]> {
+        self.warm.try_recv().or_else(|_| self.cold.try_recv()).ok()
+    }
 }
 
 /// A block on its way to the disk.
@@ -157,7 +195,7 @@ pub(super) struct Writer<'a, 'b> {
     pub(super) fates: &'a [Fate<'a>],
     pub(super) page_bytes: usize,
     pub(super) jobs: Receiver<Job<'b>>,
-    pub(super) free: Sender<&'b mut [u8]>,
+    pub(super) free: GiveBack<'b>,
 }
 
 impl Writer<'_, '_> {
@@ -169,7 +207,7 @@ impl Writer<'_, '_> {
                 _ => self.files.write(&block[..bytes], offset),
             };
             self.fates[lane].record(self.page_bytes, bytes, offset, written);
-            drop(self.free.try_send(block)); // at the end nobody asks for it any more, and there is still more to write
+            self.free.give(block);
         }
     }
 }
@@ -191,7 +229,7 @@ pub(super) struct Direct<'a, 'b> {
     batch_pages: usize,
     lanes: Vec<Filling<'b>>,
     jobs: Sender<Job<'b>>,
-    free: Receiver<&'b mut [u8]>,
+    free: Take<'b>,
 }
 
 impl<'a, 'b> Direct<'a, 'b> {
@@ -201,10 +239,10 @@ impl<'a, 'b> Direct<'a, 'b> {
         page_bytes: usize,
         batch_pages: usize,
         jobs: Sender<Job<'b>>,
-        free: Receiver<&'b mut [u8]>,
+        free: Take<'b>,
     ) -> Self {
         let (files, fates) = writer;
-        let block = || free.try_recv().expect("there is a block for each lane");
+        let block = || free.take().expect("there is a block for each lane");
         let lanes = fates.iter().map(|_| Filling { block: block(), bytes: 0, end: None }).collect();
         Self { files, fates, page_bytes, batch_pages, lanes, jobs, free }
     }
@@ -258,7 +296,7 @@ impl<'a, 'b> Direct<'a, 'b> {
         if bytes == 0 {
             return;
         }
-        let Ok(next) = self.free.try_recv() else {
+        let Some(next) = self.free.take() else {
             let written = write_all(self.files.plain.as_fd(), &lane.block[..bytes], offset);
             return self.fates[at].record(self.page_bytes, bytes, offset, written);
         };

@@ -32,7 +32,7 @@ use nix::sys::{
 use vtrace_common::{ids::Cpu, wire::client::Area};
 
 use super::{
-    direct::{BLOCK_BYTES, Direct, Fate, Files, SPARE_BLOCKS, Writer},
+    direct::{BLOCK_BYTES, Direct, Fate, Files, SPARE_BLOCKS, Writer, all_free},
     lane::{Counts, End, Lane, Pages},
 };
 use crate::{
@@ -225,12 +225,8 @@ impl Run {
             self.areas.iter().zip(counts.iter()).map(|(area, counts)| Fate::new(*area, counts)).collect();
         let (files, fates) = (&files, &fates[..]);
         let (mut ends, failed, used) = scope(|scope| {
-            let blocks = fates.len() + SPARE_BLOCKS;
-            let (jobs, queue) = bounded(blocks);
-            let (give_back, free) = bounded(blocks);
-            for block in memory.chunks_exact_mut(BLOCK_BYTES) {
-                give_back.try_send(block).expect("there is room for every block");
-            }
+            let (jobs, queue) = bounded(fates.len() + SPARE_BLOCKS);
+            let (give_back, free) = all_free(memory.chunks_exact_mut(BLOCK_BYTES));
             let writer = Writer { files, fates, page_bytes: self.page_bytes, jobs: queue, free: give_back };
             let writer = scope.spawn(move || {
                 writer.run();
