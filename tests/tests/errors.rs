@@ -50,6 +50,66 @@ fn unknown_and_unconnected_guests_are_told_apart() -> Result<()> {
 }
 
 #[test]
+fn guest_that_cannot_be_recorded_stops_all_or_is_left_out_and_named() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let server = Server::start(&["guest1"])?;
+    let recorder = Recorder { server: server.dir(), folder: files.path() };
+    let words = "-e sched --dom guest1 -e sched -- sleep 0.2";
+    complains(&recorder.run(words)?, 1, "cannot record guest1: no virtual machine", "QEMU 10.2 or newer");
+    assert!(is_empty(files.path()), "nothing is recorded");
+    let recording = recorder.run(&format!("--keep-going {words}"))?;
+    complains(&recording, 1, "cannot record guest1 and leave it out: no virtual machine", "QEMU 10.2 or newer");
+    assert!(recording.sum("host", "events")? > 0);
+    let guest = recording.machine("guest1")?;
+    assert!(guest["file"].is_null() && guest["remarks"].to_string().contains("left out: "), "{guest}");
+    assert!(recording.file("host").exists() && !recording.file("guest1").exists());
+    let nothing = recorder.run("--keep-going --dom guest1 -e sched -- sleep 0.2")?;
+    complains(&nothing, 1, "cannot record guest1: no virtual machine", "QEMU 10.2 or newer");
+    Ok(())
+}
+
+#[test]
+fn options_that_exclude_each_other_are_told_apart() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    let wrong = [
+        ("-e sched --file-version 6 --compression zstd", "--file-version 6 cannot be compressed", "--file-version 7"),
+        ("-e sched --file-version 8", "invalid value '8' for '--file-version", "possible values: 6, 7"),
+        ("-e sched --compression lzma", "invalid value 'lzma' for '--compression", "none, zstd, zlib"),
+        ("-e sched --date -C local", "--date with -C local, whose times cannot be read", "mono"),
+        ("-e sched -B i", "no event (-e) and no tracer (-p) after -B i", "-B NAME -e"),
+        ("-B ../i -e sched", "-B \"../i\": letters, digits", "-B irqs -e irq"),
+        ("-B i -e sched -B i -e irq", "-B i is given twice", "give it once"),
+        ("--dom g -e sched -B i -e irq", "only the host has instances", "before the first --dom"),
+        ("-e sched -B i -e irq -C mono", "-C mono for -B i", "-C before the first -B"),
+        ("-e sched -B i -e irq --subbuf-size 64 --file-version 6", "one page size for all", "--file-version 7"),
+    ];
+    for (words, why, remedy) in wrong {
+        complains(&recorder.run(&format!("{words} -- true"))?, 2, why, remedy);
+    }
+    assert!(is_empty(files.path()));
+    Ok(())
+}
+
+#[test]
+fn file_that_is_there_is_replaced_unless_one_asks_not_to() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    let first = recorder.run("--no-clobber -e sched -- sleep 0.2")?.ok()?;
+    let before = fs::read(first.file("host"))?;
+    let second = recorder.run("--no-clobber -e sched -- sleep 0.2")?;
+    complains(&second, 1, "trace.dat: it is there already (--no-clobber)", "-o to another file");
+    assert!(fs::read(first.file("host"))? == before);
+    recorder.run("-e sched -- sleep 0.2")?.ok()?;
+    assert!(fs::read(first.file("host"))? != before);
+    fs::remove_file(first.file("host"))?;
+    fs::write(recorder.folder.join("trace-guest1.dat"), "a guest's")?;
+    let guest = recorder.run("--no-clobber -e sched --dom guest1 -e sched -- true")?;
+    complains(&guest, 1, "trace-guest1.dat: it is there already", "leave --no-clobber out");
+    Ok(())
+}
+
+#[test]
 fn second_server_in_the_same_folder_is_refused() -> Result<()> {
     let server = Server::start(&["guest1"])?;
     let mut second = Command::new(xtask::build::vtrace()?);
@@ -170,6 +230,10 @@ fn guest_without_agent_with_an_old_agent_and_with_a_missing_event_is_explained()
     let recording = recorder.run("--dom guest1 -e shced -- true")?;
     complains(&recording, 1, "cannot record guest1: no event there matches \"shced\"", "sched");
     assert!(is_empty(files.path()));
+    let recording = recorder.run("--keep-going --dom guest1 -e sched --dom other -e sched -- sleep 0.2")?;
+    complains(&recording, 1, "cannot record other and leave it out", "it has: guest1");
+    assert!(recording.sum("guest1", "events")? > 0 && recording.file("guest1").exists());
+    assert!(recording.machine("guest1")?["failed"] == false && recording.machine("other")?["failed"] == true);
     recorder.run("--dom guest1 -e sched -- sleep 0.2")?.ok()?;
     Ok(())
 }

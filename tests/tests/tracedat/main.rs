@@ -4,6 +4,7 @@ mod decode;
 mod files;
 mod gap;
 mod host;
+mod pack;
 
 use std::{collections::BTreeMap, fs::File, path::Path};
 

@@ -5,7 +5,10 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX};
 
-use crate::recorder::sink::SinkChoice;
+use crate::{
+    recorder::sink::SinkChoice,
+    trace::{compressed::Compression, pack::Version},
+};
 
 /// Where server and clients meet when nobody says otherwise.
 pub const RUN_DIR: &str = "/run/vtrace";
@@ -37,14 +40,27 @@ pub enum Verb {
     Launch(LaunchArgs),
     /// Finish files whose recording was killed
     Restore(RestoreArgs),
+    /// Print what a shell needs to complete words of vtrace
+    Completions(CompletionsArgs),
+    /// Write man pages
+    Man(ManArgs),
 }
+
+const WHAT: &str = "What to record (each for the machine or instance before it)";
+const WHOSE: &str = "Whose events (each for the machine or instance before it)";
+const RINGS: &str = "Ring buffers (each for the machine or instance before it)";
+const MACHINES: &str = "Machines";
+const SESSION: &str = "Session";
+const FILES: &str = "Files";
+const SAYS: &str = "What is said";
 
 /// `vtrace record [OPTIONS] [--dom GUEST [GUEST OPTIONS]]… [--] [COMMAND]`
 #[derive(ClapArgs, Debug)]
 #[command(
-    override_usage = "vtrace record [OPTIONS] [-e EVENT]... [--dom GUEST -e EVENT... [--exec COMMAND... \\;]]... [--] [COMMAND]...",
-    after_help = "Options after --dom belong to that guest. Recording ends with COMMAND, at --timeout, or with Ctrl-C;\n\
-                  a second Ctrl-C stops at once and keeps what is there.\n\n\
+    override_usage = "vtrace record [OPTIONS] [-e EVENT]... [-B NAME -e EVENT...]... [--dom GUEST -e EVENT... [--exec COMMAND... \\;]]... [--] [COMMAND]...",
+    after_help = "Options after --dom belong to that guest, those after -B to that instance of the host. Recording ends with\n\
+                  COMMAND, else with the last --exec, at --timeout, or with Ctrl-C; a second Ctrl-C stops at once and\n\
+                  keeps what is there.\n\n\
                   Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
                   trace-cmd report -i trace.dat -i trace-guest1.dat\n\n\
                   Exit status: 0 recorded (also if --timeout or Ctrl-C ended COMMAND), 1 failed, 2 usage,\n\
@@ -55,63 +71,84 @@ pub struct RecordArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
     /// Record this guest too; what follows is for it
-    #[arg(short = 'A', long = "dom", value_name = "GUEST", help_heading = "For each machine")]
+    #[arg(short = 'A', long = "dom", value_name = "GUEST", help_heading = MACHINES)]
     pub dom: Vec<String>,
+    /// Record into an instance of this name too, on the host; what follows is for it. It becomes a part of the host's
+    /// file
+    #[arg(short = 'B', long = "instance", value_name = "NAME", help_heading = MACHINES)]
+    pub instance: Vec<String>,
     /// The host's file; a guest's has the guest's name before the suffix
-    #[arg(short, long, value_name = "FILE", default_value = "trace.dat")]
+    #[arg(short, long, value_name = "FILE", default_value = "trace.dat", help_heading = FILES)]
     pub output: PathBuf,
+    /// Leave out a guest that cannot be recorded, instead of recording nothing; status 1 all the same
+    #[arg(long, help_heading = SESSION)]
+    pub keep_going: bool,
     /// Stop after this many seconds
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", help_heading = SESSION)]
     pub timeout: Option<f64>,
     /// Record the host in real time (SCHED_FIFO), before everything that is traced, with this priority
     #[arg(long, value_name = "PRIO", num_args = 0..=1, require_equals = true, default_missing_value = "1",
-          value_parser = clap::value_parser!(u8).range(1..=99))]
+          value_parser = clap::value_parser!(u8).range(1..=99), help_heading = SESSION)]
     pub rt: Option<u8>,
     /// Keep only the newest pages of each CPU, at least this many KiB
-    #[arg(short = 'm', long = "newest", value_name = "KB", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short = 'm', long = "newest", value_name = "KB", value_parser = clap::value_parser!(u32).range(1..), help_heading = FILES)]
     pub newest_kb: Option<u32>,
     /// Stop before a file grows beyond SIZE bytes (K, M, G and T are taken)
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = FILES)]
     pub max_file: Option<u64>,
+    /// Do not replace a file that is there
+    #[arg(long, help_heading = FILES)]
+    pub no_clobber: bool,
+    /// Compress the files when they are finished
+    #[arg(long, value_enum, value_name = "HOW", default_value_t, help_heading = FILES)]
+    pub compression: Compression,
+    /// Version of the files: 6 is for readers that know nothing newer. It is made when they are finished, as compressed
+    /// ones are, and needs as much room again until then
+    #[arg(long, value_enum, value_name = "VERSION", default_value_t, help_heading = FILES)]
+    pub file_version: Version,
+    /// Show times of day, in seconds since 1970
+    #[arg(long, help_heading = FILES)]
+    pub date: bool,
     /// Leave kernel symbols out: arms faster, functions stay numbers
-    #[arg(long)]
+    #[arg(long, help_heading = FILES)]
     pub no_kallsyms: bool,
     /// How guests' pages are written: past the page cache where that is to be had, or one way
-    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    #[arg(long, value_enum, value_name = "HOW", default_value_t, help_heading = FILES)]
     pub sink: SinkChoice,
     /// Leave guests' times as their own clocks told them
-    #[arg(long)]
+    #[arg(long, help_heading = FILES)]
     pub raw_clock: bool,
     /// Exit with status 3 if a single page or event was lost
-    #[arg(long)]
+    #[arg(long, help_heading = SAYS)]
     pub strict: bool,
     /// Print the closing table as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = SAYS)]
     pub json: bool,
     /// No status line, no closing table
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = SAYS)]
     pub quiet: bool,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR, help_heading = SESSION)]
     pub dir: PathBuf,
     /// Command to run while recording
     #[arg(value_name = "COMMAND", trailing_var_arg = true)]
     pub command: Vec<OsString>,
 }
 
-/// What stands before the first `--dom` is for the host, what follows one for that guest. The meaning is trace-cmd's.
+/// What stands before the first `--dom` is for the host (behind a `-B`, for that instance), what follows one for that
+/// guest. The meaning is trace-cmd's.
 ///
 /// Their order matters, so [`super::plan`] reads them from clap's matches; this is their one definition.
 #[derive(ClapArgs, Debug)]
 pub struct MachineArgs {
     /// Event to record: SYSTEM, SYSTEM:EVENT, globs in either part, or `all`; can be given often
-    #[arg(short = 'e', long = "event", value_name = "EVENT", help_heading = "For each machine")]
+    #[arg(short = 'e', long = "event", value_name = "EVENT", help_heading = WHAT)]
     pub event: Vec<String>,
     /// Only where this holds, for the -e before it
-    #[arg(short = 'f', long, value_name = "FILTER", help_heading = "For each machine")]
+    #[arg(short = 'f', long, value_name = "FILTER", help_heading = WHAT)]
     pub filter: Vec<String>,
     /// Trigger for the -e before it
-    #[arg(short = 'R', long, value_name = "TRIGGER", help_heading = "For each machine")]
+    #[arg(short = 'R', long, value_name = "TRIGGER", help_heading = WHAT)]
     pub trigger: Vec<String>,
     /// Leave out what the -e behind it name
     #[arg(
@@ -119,26 +156,26 @@ pub struct MachineArgs {
         long = "exclude",
         num_args = 0,
         default_missing_value = "true",
-        help_heading = "For each machine"
+        help_heading = WHAT
     )]
     pub exclude: Vec<bool>,
     /// Tracer: function, function_graph, or any that the machine has
-    #[arg(short = 'p', long, value_name = "TRACER", help_heading = "For each machine")]
+    #[arg(short = 'p', long, value_name = "TRACER", help_heading = WHAT)]
     pub tracer: Vec<String>,
     /// Function to trace, glob; can be given often
-    #[arg(short = 'l', long, value_name = "FUNC", help_heading = "For each machine")]
+    #[arg(short = 'l', long, value_name = "FUNC", help_heading = WHAT)]
     pub function: Vec<String>,
     /// Function to leave out, glob
-    #[arg(short = 'n', long, value_name = "FUNC", help_heading = "For each machine")]
+    #[arg(short = 'n', long, value_name = "FUNC", help_heading = WHAT)]
     pub notrace: Vec<String>,
     /// Function whose calls function_graph follows
-    #[arg(short = 'g', long, value_name = "FUNC", help_heading = "For each machine")]
+    #[arg(short = 'g', long, value_name = "FUNC", help_heading = WHAT)]
     pub graph_function: Vec<String>,
     /// How deep function_graph follows calls
-    #[arg(long, value_name = "N", help_heading = "For each machine")]
+    #[arg(long, value_name = "N", help_heading = WHAT)]
     pub max_graph_depth: Vec<u32>,
     /// Trace option; `no` in front switches it off
-    #[arg(short = 'O', long = "option", value_name = "OPTION", help_heading = "For each machine")]
+    #[arg(short = 'O', long = "option", value_name = "OPTION", help_heading = WHAT)]
     pub option: Vec<String>,
     /// A stack with every event
     #[arg(
@@ -146,14 +183,14 @@ pub struct MachineArgs {
         long = "stacks",
         num_args = 0,
         default_missing_value = "true",
-        help_heading = "For each machine"
+        help_heading = WHAT
     )]
     pub stacks: Vec<bool>,
     /// A stack with every function
-    #[arg(long = "func-stack", num_args = 0, default_missing_value = "true", help_heading = "For each machine")]
+    #[arg(long = "func-stack", num_args = 0, default_missing_value = "true", help_heading = WHAT)]
     pub function_stacks: Vec<bool>,
     /// Only these processes
-    #[arg(short = 'P', long = "pid", value_name = "PID,...", help_heading = "For each machine")]
+    #[arg(short = 'P', long = "pid", value_name = "PID,...", help_heading = WHOSE)]
     pub pid: Vec<String>,
     /// Only the machine's command (COMMAND, or its --exec)
     #[arg(
@@ -161,24 +198,24 @@ pub struct MachineArgs {
         long = "command-only",
         num_args = 0,
         default_missing_value = "true",
-        help_heading = "For each machine"
+        help_heading = WHOSE
     )]
     pub command_only: Vec<bool>,
     /// Children of -P and -F too
-    #[arg(short = 'c', long, num_args = 0, default_missing_value = "true", help_heading = "For each machine")]
+    #[arg(short = 'c', long, num_args = 0, default_missing_value = "true", help_heading = WHOSE)]
     pub children: Vec<bool>,
     /// CPUs to trace, a hexadecimal mask, or `all`
-    #[arg(short = 'M', long = "cpu-mask", value_name = "MASK", help_heading = "For each machine")]
+    #[arg(short = 'M', long = "cpu-mask", value_name = "MASK", help_heading = WHOSE)]
     pub cpu_mask: Vec<String>,
     /// Trace clock of the host; with guests it is x86-tsc
-    #[arg(short = 'C', long, value_name = "CLOCK", help_heading = "For each machine")]
+    #[arg(short = 'C', long, value_name = "CLOCK", help_heading = RINGS)]
     pub clock: Vec<String>,
     /// Ring buffer of each CPU, in KiB
-    #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = "For each machine")]
+    #[arg(short = 'b', long = "buffer-size", value_name = "KB", help_heading = RINGS)]
     pub buffer_kb: Vec<u32>,
     /// Page (sub-buffer) of the ring buffers, in KiB: a power of two up to 512. Larger ones cost less CPU time and
     /// reach the file later; 64 is a good choice for heavy loads (kernel 6.8)
-    #[arg(long = "subbuf-size", value_name = "KB", help_heading = "For each machine")]
+    #[arg(long = "subbuf-size", value_name = "KB", help_heading = RINGS)]
     pub subbuf_kb: Vec<u32>,
     /// Run this in the guest while recording, up to `\;`
     #[arg(
@@ -188,7 +225,7 @@ pub struct MachineArgs {
         value_terminator = ";",
         allow_hyphen_values = true,
         action = clap::ArgAction::Append,
-        help_heading = "For each machine"
+        help_heading = MACHINES
     )]
     pub exec: Vec<OsString>,
 }
@@ -196,9 +233,9 @@ pub struct MachineArgs {
 /// `vtrace launch --buffer DIR -- COMMAND`
 #[derive(ClapArgs, Debug)]
 pub struct LaunchArgs {
-    /// The tracefs buffer that is bound to processes
-    #[arg(long, value_name = "DIR")]
-    pub buffer: PathBuf,
+    /// A tracefs buffer that is bound to processes
+    #[arg(long, value_name = "DIR", required = true)]
+    pub buffer: Vec<PathBuf>,
     /// What to become
     #[arg(value_name = "COMMAND", trailing_var_arg = true, required = true)]
     pub command: Vec<OsString>,
@@ -313,6 +350,26 @@ pub struct RestoreArgs {
     /// Print what was found as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `vtrace completions SHELL`
+#[derive(ClapArgs, Debug)]
+#[command(after_help = "vtrace completions bash >/etc/bash_completion.d/vtrace\n\
+                        vtrace completions zsh >/usr/local/share/zsh/site-functions/_vtrace\n\
+                        vtrace completions fish >/etc/fish/completions/vtrace.fish")]
+pub struct CompletionsArgs {
+    /// Which shell
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// `vtrace man DIR`
+#[derive(ClapArgs, Debug)]
+#[command(after_help = "vtrace man /usr/local/share/man/man1; then: man vtrace-record")]
+pub struct ManArgs {
+    /// Where the pages are written: vtrace.1, vtrace-record.1, …
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }
 
 /// A number of bytes, as people write it.

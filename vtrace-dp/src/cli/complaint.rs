@@ -68,6 +68,13 @@ impl Complaint {
         Self::new("cannot record", "tracefs can be written by root only", "sudo vtrace record …")
     }
 
+    /// A guest without which the recording goes on.
+    pub(super) fn left_out(guest: &str, trouble: &Trouble) -> Self {
+        let mut complaint = guest_trouble(guest, trouble);
+        complaint.failed.push_str(" and leave it out");
+        complaint
+    }
+
     /// A recording that did not come about.
     pub(super) fn recording(error: RecordError, plan: &Plan) -> Self {
         match error {
@@ -102,6 +109,16 @@ impl From<PlanFault> for Complaint {
             PlanFault::CommandMissing(_) => "name it at the end, or for a guest with --exec COMMAND \\;",
             PlanFault::ParentMissing(_) => "-P PID -c",
             PlanFault::GuestName(_) => "vtrace list shows the names there are",
+            PlanFault::InstanceName(_) => "-B irqs -e irq",
+            PlanFault::InstanceTwice(_) => "give it once, with all its options behind it",
+            PlanFault::InstanceWithoutEvents(_) => "give it events behind its name: -B NAME -e irq",
+            PlanFault::InstanceOfGuest { .. } => {
+                "-B NAME -e EVENT before the first --dom, or -e EVENT alone for the guest"
+            }
+            PlanFault::InstanceClock { .. } => "-C before the first -B, for all of the host",
+            PlanFault::InstancePages(_) => "the same --subbuf-size for both, or --file-version 7",
+            PlanFault::CompressedVersion6 => "--file-version 7, or leave --compression out",
+            PlanFault::DateClock(_) => "leave -C out, or one of mono, mono_raw, boot and tai",
             PlanFault::Timeout(_) => "--timeout 2.5",
         };
         Self::usage("cannot record", &fault, remedy)
@@ -290,6 +307,7 @@ fn file(error: &FileError) -> Complaint {
     let FileError { path, what, source } = error;
     let remedy = match source.kind() {
         std::io::ErrorKind::StorageFull => "free some space there, or -o to another file system",
+        std::io::ErrorKind::AlreadyExists => "-o to another file, or leave --no-clobber out",
         std::io::ErrorKind::ResourceBusy => "wait for it, or -o to another file",
         std::io::ErrorKind::NotFound => "make its folder, or -o to another path",
         _ => "-o to a place that can be written",

@@ -13,7 +13,9 @@ const NOT_FOUND: u8 = 127;
 /// Becomes the command; what returns is the reason why not.
 pub(super) fn run(args: &LaunchArgs) -> Result<u8, Complaint> {
     let (program, arguments) = args.command.split_first().expect("clap asks for a command");
-    tracefs::join(&args.buffer)
+    args.buffer
+        .iter()
+        .try_for_each(|buffer| tracefs::join(buffer))
         .map_err(|failure| Complaint::new(failure.object, failure.detail, "is the recording still running?"))?;
     let error = process::Command::new(program).args(arguments).exec();
     let status = if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { FAILED };

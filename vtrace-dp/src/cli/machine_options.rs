@@ -1,7 +1,7 @@
 //! Options of each machine, in the order they were typed, and the [`Arm`]s they make.
 //!
 //! In:    clap's matches of the verb
-//! Out:   one [`Arm`] for the host and one for each `--dom`, or the first thing that is wrong
+//! Out:   one [`Arm`] for the host, one for each `-B` and one for each `--dom`, or the first thing that is wrong
 //! Trust: nothing typed
 //!
 //! What trace-cmd's parser does with them holds here too: `-f` and `-R` belong to the `-e` before, `-v` to the `-e`
@@ -52,17 +52,44 @@ struct Machine<'a> {
     excludes: bool,
 }
 
-/// The requests of the host and of each guest of `names`, in that order. `common` is what all of them begin with.
-pub(super) fn read(matches: &ArgMatches, names: &[String], common: &Arm) -> Result<Vec<Arm>, PlanFault> {
-    let doms: Vec<usize> = matches.indices_of("dom").into_iter().flatten().collect();
+/// Requests, each in the order typed.
+#[derive(Debug)]
+pub(super) struct Arms {
+    /// The host's top buffer.
+    pub(super) host: Arm,
+    /// The host's instances.
+    pub(super) instances: Vec<Arm>,
+    /// The guests.
+    pub(super) guests: Vec<Arm>,
+}
+
+/// The requests of the host, of its `instances` and of the `guests`. `common` is what all of them begin with.
+pub(super) fn read(
+    matches: &ArgMatches,
+    instances: &[String],
+    guests: &[String],
+    common: &Arm,
+) -> Result<Arms, PlanFault> {
+    let begins = |option| matches.indices_of(option).into_iter().flatten().collect::<Vec<usize>>();
+    let (named, doms) = (begins("instance"), begins("dom"));
+    for (at, instance) in named.iter().zip(instances) {
+        if let Some((_, guest)) = doms.iter().zip(guests).rev().find(|(dom, _)| *dom < at) {
+            return Err(PlanFault::InstanceOfGuest { instance: instance.clone(), guest: guest.clone() });
+        }
+    }
+    let names: Vec<String> = instances.iter().map(|name| format!("-B {name}")).chain(guests.iter().cloned()).collect();
     let machine = |name| Machine { name, arm: common.clone(), excludes: false };
     let mut machines: Vec<_> =
         std::iter::once("the host").chain(names.iter().map(String::as_str)).map(machine).collect();
     for typed in typed(matches) {
-        let owner = doms.iter().filter(|dom| **dom < typed.index).count();
+        // No instance is behind a guest.
+        let owner = named.iter().chain(&doms).filter(|begin| **begin < typed.index).count();
         machines[owner].take(typed.option, typed.values)?;
     }
-    Ok(machines.into_iter().map(|machine| machine.arm).collect())
+    let mut arms = machines.into_iter().map(|machine| machine.arm);
+    let host = arms.next().expect("the host is the first");
+    let instances = arms.by_ref().take(instances.len()).collect();
+    Ok(Arms { host, instances, guests: arms.collect() })
 }
 
 fn typed(matches: &ArgMatches) -> Vec<Typed> {

@@ -12,6 +12,7 @@ mod complaint;
 mod launch;
 mod list;
 mod machine_options;
+mod papers;
 pub mod plan;
 mod record;
 mod restore;
@@ -54,6 +55,8 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::run(&args),
         Verb::Launch(args) => launch::run(&args),
         Verb::Restore(args) => restore::run(&args),
+        Verb::Completions(args) => papers::completions(&args),
+        Verb::Man(args) => papers::man(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),

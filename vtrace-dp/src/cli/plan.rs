@@ -7,10 +7,22 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::ArgMatches;
+use nix::time::ClockId;
 use vtrace_common::{limits::NAME_BYTES_MAX, wire::agent::Arm};
 
-use super::{args::RecordArgs, machine_options};
-use crate::{recorder::sink::SinkChoice, server::check_name, trace::writer::Bounds};
+use super::{
+    args::RecordArgs,
+    machine_options::{self, Arms},
+};
+use crate::{
+    recorder::sink::SinkChoice,
+    server::check_name,
+    trace::{
+        compressed::Compression,
+        pack::{Form, Version},
+        writer::Bounds,
+    },
+};
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";
@@ -20,6 +32,8 @@ pub const CLOCK: &str = "x86-tsc";
 pub struct Plan {
     /// The host.
     pub host: MachinePlan,
+    /// Instances of the host, in the order typed.
+    pub instances: Vec<InstancePlan>,
     /// The guests, in the order typed.
     pub guests: Vec<GuestPlan>,
     /// Runs while we record; empty: until Ctrl-C.
@@ -36,6 +50,14 @@ pub struct Plan {
     pub file_bytes_max: Option<u64>,
     /// Guests' times stay their own.
     pub raw_clock: bool,
+    /// What the files are like in the end.
+    pub form: Form,
+    /// A file that is there stays.
+    pub no_clobber: bool,
+    /// Times are shown as times of day.
+    pub date: bool,
+    /// A guest that cannot be armed is left out.
+    pub keep_going: bool,
     /// Exit with 3 on any loss.
     pub strict: bool,
     /// The closing table as JSON.
@@ -53,6 +75,15 @@ pub struct MachinePlan {
     pub arm: Arm,
     /// Its file.
     pub output: PathBuf,
+}
+
+/// One more buffer of the host.
+#[derive(Clone, PartialEq, Debug)]
+pub struct InstancePlan {
+    /// Its name in the file.
+    pub name: String,
+    /// What it records.
+    pub arm: Arm,
 }
 
 /// One guest's part.
@@ -113,24 +144,71 @@ pub enum PlanFault {
     /// `-c` without processes.
     #[error("-c for {0} without -P or -F: children of whom?")]
     ParentMissing(String),
+    /// A name that cannot be an instance's.
+    #[error("-B {0:?}: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
+    InstanceName(String),
+    /// The same instance twice.
+    #[error("-B {0} is given twice")]
+    InstanceTwice(String),
+    /// An instance without an event.
+    #[error("no event (-e) and no tracer (-p) after -B {0}")]
+    InstanceWithoutEvents(String),
+    /// An instance behind a guest.
+    #[error("-B {instance} stands after --dom {guest}, but only the host has instances")]
+    InstanceOfGuest {
+        /// Its name.
+        instance: String,
+        /// Whose it would be.
+        guest: String,
+    },
+    /// One file has one clock.
+    #[error("-C {clock} for -B {instance}, which is in one file with what is recorded by {host}")]
+    InstanceClock {
+        /// Its name.
+        instance: String,
+        /// Its clock.
+        clock: String,
+        /// The host's.
+        host: String,
+    },
+    /// Version 6 has one page size.
+    #[error("--file-version 6 has one page size for all, but --subbuf-size is another for -B {0}")]
+    InstancePages(String),
+    /// Version 6 knows no compression.
+    #[error("--file-version 6 cannot be compressed")]
+    CompressedVersion6,
+    /// A clock whose time of day is not known.
+    #[error("--date with -C {0}, whose times cannot be read outside of the kernel")]
+    DateClock(String),
     /// Not a duration.
     #[error("--timeout {0}: not a number of seconds")]
     Timeout(String),
 }
 
 impl Plan {
+    /// Whether anything of the host would come.
+    pub fn host_records(&self) -> bool {
+        self.host.records() || !self.instances.is_empty()
+    }
+
     /// Validates what was typed. `matches` are those of the verb `record`: they know the order.
     pub fn new(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Self, PlanFault> {
         let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
-        let mut arms = machine_options::read(matches, &args.dom, &common)?;
-        let host_arm = arms.remove(0);
-        if !records(&host_arm) && arms.is_empty() {
+        let arms = machine_options::read(matches, &args.instance, &args.dom, &common)?;
+        let Arms { host: host_arm, instances, guests } = arms;
+        if !records(&host_arm) && instances.is_empty() && guests.is_empty() {
             return Err(PlanFault::Nothing);
         }
         check_host(&host_arm, args)?;
-        let guests = args.dom.iter().zip(arms).map(|(name, arm)| guest(args, name, arm)).collect::<Result<_, _>>()?;
+        let form = form(args)?;
+        let instances = args.instance.iter().zip(instances).zip(1..);
+        let instances = instances
+            .map(|((name, arm), at)| instance(args, name, Arm { session: session.wrapping_add(at), ..arm }, &host_arm));
+        let instances = instances.collect::<Result<_, _>>()?;
+        let guests = args.dom.iter().zip(guests).map(|(name, arm)| guest(args, name, arm)).collect::<Result<_, _>>()?;
         Ok(Self {
             host: MachinePlan { arm: host_arm, output: args.output.clone() },
+            instances,
             guests,
             command: args.command.clone(),
             rt: args.rt,
@@ -139,6 +217,10 @@ impl Plan {
             newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
             file_bytes_max: args.max_file,
             raw_clock: args.raw_clock,
+            form,
+            no_clobber: args.no_clobber,
+            date: args.date,
+            keep_going: args.keep_going,
             strict: args.strict,
             json: args.json,
             quiet: args.quiet,
@@ -171,7 +253,52 @@ fn check_host(arm: &Arm, args: &RecordArgs) -> Result<(), PlanFault> {
     if arm.clock != CLOCK && !args.dom.is_empty() {
         return Err(PlanFault::Clock(arm.clock.clone()));
     }
+    if args.date && wall_clock(&arm.clock).is_none() {
+        return Err(PlanFault::DateClock(arm.clock.clone()));
+    }
     check_processes("the host", arm, !args.command.is_empty())
+}
+
+/// The clock that a trace clock other than [`CLOCK`] can be compared with; none for those that only the kernel reads.
+pub fn wall_clock(clock: &str) -> Option<ClockId> {
+    match clock {
+        CLOCK | "mono" => Some(ClockId::CLOCK_MONOTONIC),
+        "mono_raw" => Some(ClockId::CLOCK_MONOTONIC_RAW),
+        "boot" => Some(ClockId::CLOCK_BOOTTIME),
+        "tai" => Some(ClockId::CLOCK_TAI),
+        _ => None,
+    }
+}
+
+fn form(args: &RecordArgs) -> Result<Form, PlanFault> {
+    let form = Form { version: args.file_version, compression: args.compression };
+    let is_impossible = form.version == Version::V6 && form.compression != Compression::None;
+    if is_impossible { Err(PlanFault::CompressedVersion6) } else { Ok(form) }
+}
+
+fn instance(args: &RecordArgs, name: &str, arm: Arm, host: &Arm) -> Result<InstancePlan, PlanFault> {
+    if check_name(name).is_err() {
+        return Err(PlanFault::InstanceName(name.into()));
+    }
+    if args.instance.iter().filter(|other| *other == name).count() > 1 {
+        return Err(PlanFault::InstanceTwice(name.into()));
+    }
+    if !records(&arm) {
+        return Err(PlanFault::InstanceWithoutEvents(name.into()));
+    }
+    if !arm.commands.is_empty() {
+        return Err(PlanFault::ExecOnHost);
+    }
+    // Where nothing is said, all of a file is recorded by one clock.
+    let clock = if arm.clock == CLOCK { host.clock.clone() } else { arm.clock.clone() };
+    if clock != host.clock {
+        return Err(PlanFault::InstanceClock { instance: name.into(), clock, host: host.clock.clone() });
+    }
+    if args.file_version == Version::V6 && arm.subbuf_kb.max(4) != host.subbuf_kb.max(4) {
+        return Err(PlanFault::InstancePages(name.into()));
+    }
+    check_processes(&format!("-B {name}"), &arm, !args.command.is_empty())?;
+    Ok(InstancePlan { name: name.into(), arm: Arm { clock, ..arm } })
 }
 
 fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), PlanFault> {
@@ -308,12 +435,49 @@ mod tests {
             ("vtrace record -e a --exec b ;", "--exec is for guests; the host's command stands at the end"),
             ("vtrace record -e a -F", "-F for the host, which runs no command"),
             ("vtrace record -e a -c b", "-c for the host without -P or -F: children of whom?"),
+            ("vtrace record -e a -B i", "no event (-e) and no tracer (-p) after -B i"),
+            ("vtrace record -B i -e a -B i -e b", "-B i is given twice"),
+            (
+                "vtrace record -B a/b -e a",
+                "-B \"a/b\": letters, digits, '.', '_' and '-' only, 64 at most, no leading '.'",
+            ),
+            ("vtrace record --dom g -e a -B i -e b", "-B i stands after --dom g, but only the host has instances"),
+            (
+                "vtrace record -e a -B i -e b -C mono",
+                "-C mono for -B i, which is in one file with what is recorded by x86-tsc",
+            ),
+            (
+                "vtrace record -e a -B i -e b --subbuf-size 8 --file-version 6",
+                "--file-version 6 has one page size for all, but --subbuf-size is another for -B i",
+            ),
+            ("vtrace record -e a --file-version 6 --compression any", "--file-version 6 cannot be compressed"),
+            (
+                "vtrace record -e a --date -C local",
+                "--date with -C local, whose times cannot be read outside of the kernel",
+            ),
             ("vtrace record -e a -P 1,x", "-P x: not the number of a process"),
         ];
         for (line, text) in faults {
             assert_eq!(plan(line).unwrap_err().to_string(), text, "{line}");
         }
         assert_eq!(plan("vtrace record -e a -C mono").unwrap().host.arm.clock, "mono");
+    }
+
+    #[test]
+    fn options_after_an_instance_belong_to_it_up_to_the_next_instance_or_guest() {
+        let line = "vtrace record -C mono -e sched -b 64 -B one -e irq -O nooverwrite -B two -p function -l vfs_* true";
+        let plan = plan(line).unwrap();
+        assert_eq!((patterns(&plan.host), plan.host.arm.buffer_kb), (vec!["sched"], 64));
+        let [one, two] = &plan.instances[..] else { panic!("two instances") };
+        assert_eq!((one.name.as_str(), &one.arm.options[..]), ("one", &["nooverwrite".to_owned()][..]));
+        assert_eq!((one.arm.events[0].pattern.as_str(), one.arm.clock.as_str()), ("irq", "mono"));
+        assert_eq!(
+            (two.arm.tracer.name.as_str(), &two.arm.tracer.functions[..]),
+            ("function", &["vfs_*".to_owned()][..])
+        );
+        assert!(two.arm.session != one.arm.session && one.arm.session != plan.host.arm.session);
+        let plan = self::plan("vtrace record -B one -e irq --dom g -e sched").unwrap();
+        assert_eq!((patterns(&plan.host).len(), patterns(&plan.guests[0].machine)), (0, vec!["sched"]));
     }
 
     #[test]

@@ -30,6 +30,10 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complai
 fn tell(status: &mut Status, json: bool, news: &News) {
     match news {
         News::Progress(progress) => status.show(progress),
+        News::LeftOut { guest, trouble } => {
+            status.clear();
+            say(&Complaint::left_out(guest, trouble).to_string());
+        }
         News::Output { guest, line } => {
             status.clear();
             let text = format!("{guest}: {}", line.text);

@@ -1,28 +1,46 @@
 //! The one status line, on a terminal only.
 
-use std::io::{self, IsTerminal, Write};
+use std::{
+    io::{self, IsTerminal, Write},
+    time::Duration,
+};
 
-use crate::recorder::run::Progress;
+use terminal_size::terminal_size_of;
+
+use crate::recorder::{progress::MachineProgress, run::Progress};
 
 /// Shows progress in place.
 #[derive(Debug)]
 pub(super) struct Status {
     shown: bool,
     terminal: bool,
+    /// When the line before was made, and bytes in all files then.
+    before: (Duration, u64),
 }
 
 impl Status {
     /// Silent if asked, or if stderr is no terminal.
     pub(super) fn new(quiet: bool) -> Self {
-        Self { shown: false, terminal: !quiet && io::stderr().is_terminal() }
+        Self { shown: false, terminal: !quiet && io::stderr().is_terminal(), before: (Duration::ZERO, 0) }
     }
 
     /// Replaces the line.
     pub(super) fn show(&mut self, progress: &Progress) {
         if self.terminal {
             self.shown = true;
-            put(&format!("\r\x1b[K{}", line(progress)));
+            let line = line(progress, self.speed(progress));
+            put(&format!("\r\x1b[K{}", cut(&line, columns())));
         }
+    }
+
+    /// GB/s since the last time.
+    fn speed(&mut self, progress: &Progress) -> f64 {
+        let bytes: u64 = progress.machines.iter().map(|machine| machine.bytes).sum();
+        let (then, before) = std::mem::replace(&mut self.before, (progress.elapsed, bytes));
+        let seconds = progress.elapsed.saturating_sub(then).as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a figure of four digits for people")]
+        let grown = bytes.saturating_sub(before) as f64;
+        if seconds > 0.0 { grown / seconds / 1e9 } else { 0.0 }
     }
 
     /// Takes the line away.
@@ -33,30 +51,70 @@ impl Status {
     }
 }
 
+/// What fits one line: a second one could not be taken away.
+fn cut(line: &str, columns: usize) -> String {
+    line.chars().take(columns.saturating_sub(1)).collect()
+}
+
+/// As wide as the terminal says, or as most are.
+fn columns() -> usize {
+    terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
+}
+
 /// A terminal that has gone is no reason to stop recording.
 fn put(text: &str) {
     let mut stderr = io::stderr().lock();
     let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
 }
 
-fn line(progress: &Progress) -> String {
-    let machines = progress.machines.iter().map(|(name, pages, lost)| {
+/// Time, lanes, speed since the line before, pages and losses of each machine.
+fn line(progress: &Progress, speed: f64) -> String {
+    let lanes: usize = progress.machines.iter().map(|machine| machine.lanes).sum();
+    let stalled: usize = progress.machines.iter().map(|machine| machine.stalled).sum();
+    let lost: u64 = progress.machines.iter().map(|machine| machine.lost).sum();
+    let mut line =
+        format!("recording {:.0} s, {lanes} lanes, {speed:.3} GB/s, {lost} lost", progress.elapsed.as_secs_f64());
+    if stalled > 0 {
+        line.push_str(&format!(", {stalled} stalled"));
+    }
+    for MachineProgress { name, pages, lost, .. } in &progress.machines {
         let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
-        format!("  {name} {pages} pages{lost}")
-    });
-    format!("recording {:.0} s{}", progress.elapsed.as_secs_f64(), machines.collect::<String>())
+        line.push_str(&format!("  {name} {pages} pages{lost}"));
+    }
+    line
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
+    fn progress(seconds: u64, bytes: u64) -> Progress {
+        let machine = |name: &str, lanes, pages, lost, bytes, stalled| MachineProgress {
+            name: name.into(),
+            lanes,
+            pages,
+            bytes,
+            lost,
+            stalled,
+        };
+        let machines = vec![machine("host", 2, 12, 0, bytes, 0), machine("guest1", 4, 7, 2, 0, 1)];
+        Progress { elapsed: Duration::from_secs(seconds), machines }
+    }
+
     #[test]
-    fn line_names_every_machine_and_only_real_losses() {
-        let machines = vec![("host".into(), 12, 0), ("guest1".into(), 7, 2)];
-        let progress = Progress { elapsed: Duration::from_secs(3), machines };
-        assert_eq!(line(&progress), "recording 3 s  host 12 pages  guest1 7 pages (2 lost)");
+    fn line_has_time_lanes_speed_losses_and_stalls_and_names_every_machine() {
+        let mut status = Status::new(true);
+        status.speed(&progress(2, 1_000_000_000));
+        let speed = status.speed(&progress(4, 4_000_000_000));
+        let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
+        assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
+        assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));
+    }
+
+    #[test]
+    fn line_is_never_wider_than_the_terminal() {
+        assert_eq!(cut("recording", 5), "reco");
+        assert_eq!(cut("récording", 3), "ré");
+        assert_eq!(cut("recording", 80), "recording");
     }
 }

@@ -50,11 +50,11 @@ impl Command {
         if program::find(program).is_some() { Ok(()) } else { Err(CommandError::NotFound(program.clone())) }
     }
 
-    /// Starts it; an empty one is a wait for Ctrl-C. With a `buffer` (a directory of tracefs) that is bound to
-    /// processes it is one of them from its first instruction on.
-    pub fn start(words: &[OsString], buffer: Option<&Path>) -> Result<Self, CommandError> {
+    /// Starts it; an empty one is a wait for Ctrl-C. With `buffers` (directories of tracefs) that are bound
+    /// to processes it is one of them from its first instruction on.
+    pub fn start(words: &[OsString], buffers: &[&Path]) -> Result<Self, CommandError> {
         let Some(program) = words.first() else { return Ok(Self { child: None }) };
-        let mut command = program::command(words, buffer);
+        let mut command = program::command(words, buffers.iter().copied());
         unblock_in(&mut command);
         match command.spawn() {
             Ok(child) => Ok(Self { child: Some(child) }),
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn stopped_command_says_which_signal_ended_it() {
         let signals = Signals::open().unwrap();
-        let command = Command::start(&words("sleep 1000"), None).unwrap();
+        let command = Command::start(&words("sleep 1000"), &[]).unwrap();
         assert_eq!(command.stop(&signals).unwrap(), Some(128 + 15));
     }
 }

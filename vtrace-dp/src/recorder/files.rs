@@ -19,12 +19,15 @@ use vtrace_common::{
 use super::{
     behind::Behind,
     clocks::GuestClock,
+    date,
+    form::{PartFile, reform},
     guest::vcpu_threads,
     host::{HostReport, lane::End},
+    instances,
     naming::Output,
     run::Recording,
     runs::HostLanes,
-    session::GuestSession,
+    session::{GuestSession, Trouble},
     sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
     tsc::Scale,
@@ -36,8 +39,10 @@ use crate::{
     trace::{
         metadata::Metadata,
         option::TraceOption,
+        pack::Form,
         writer::{Bounds, Writer},
     },
+    tracefs::online_cpus,
 };
 
 /// What was being done to a file.
@@ -79,7 +84,8 @@ pub(super) fn marker(plan: &Plan, word: &str) -> String {
 /// Opens every file of a plan, the host's first. What was there before is not touched.
 pub(super) fn open(plan: &Plan) -> Result<Vec<Output>, FileError> {
     let guests = plan.guests.iter().map(|guest| &guest.machine.output);
-    std::iter::once(&plan.host.output).chain(guests).map(|path| Output::open(path)).collect()
+    let open = if plan.no_clobber { Output::open_new } else { Output::open };
+    std::iter::once(&plan.host.output).chain(guests).map(|path| open(path)).collect()
 }
 
 /// Writes the heads, reserves the lanes' areas, and keeps in each file what is known already: a file whose recording
@@ -105,7 +111,12 @@ fn armed(session: &GuestSession) -> &Armed {
     session.armed.as_ref().expect("every guest is armed before its file is made")
 }
 
-fn create_one(metadata: &Metadata, armed: &Armed, output: Output, bounds: Bounds) -> Result<MachineFile, FileError> {
+pub(super) fn create_one(
+    metadata: &Metadata,
+    armed: &Armed,
+    output: Output,
+    bounds: Bounds,
+) -> Result<MachineFile, FileError> {
     let failed = |source| FileError { path: output.path().into(), what: "write", source };
     let file = output.file.try_clone().map_err(failed)?;
     let writer = Writer::create_bounded(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes, bounds);
@@ -116,7 +127,7 @@ fn create_one(metadata: &Metadata, armed: &Armed, output: Output, bounds: Bounds
 /// Keeps in every file what is known now: again when clocks have been measured. A file that cannot keep it is no worse
 /// if its recording ends well.
 pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
-    let common = Common { host_id: files[0].trace_id, scale: recording.calibration.scale() };
+    let common = Common::of(recording, &files[0]);
     let mut links = Vec::new();
     for ((session, file), clocks) in recording.sessions().zip(&mut files[1..]).zip(&recording.clocks) {
         let armed = armed(session);
@@ -131,6 +142,15 @@ pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
     keep_in(&mut files[0], &options);
 }
 
+/// The same for a file of an instance.
+pub(super) fn keep_options_of(recording: &mut Recording, host: &MachineFile) {
+    let common = Common::of(recording, host);
+    for instance in &mut recording.instances {
+        let Some(file) = &mut instance.file else { continue };
+        keep_in(file, &machine_options(&common, &instance.host.armed.clock, &uname(), file.trace_id));
+    }
+}
+
 fn keep_in(file: &mut MachineFile, options: &[TraceOption]) {
     if let Err(fault) = file.writer.update_options(options) {
         log::warn!("{}: {}", file.output.path().display(), chain(&fault));
@@ -138,33 +158,46 @@ fn keep_in(file: &mut MachineFile, options: &[TraceOption]) {
 }
 
 /// Writes pages behind the recording from now on.
-pub(super) fn write_behind(files: &[MachineFile]) -> Behind {
-    Behind::start(files.iter().filter_map(|file| file.output.file.try_clone().ok()).collect())
+pub(super) fn write_behind<'a>(files: impl Iterator<Item = &'a MachineFile>) -> Behind {
+    Behind::start(files.filter_map(|file| file.output.file.try_clone().ok()).collect())
 }
 
 /// The recording has begun: the files get their names and stay, whatever happens.
-pub(super) fn begin(files: &mut [MachineFile]) {
-    files.iter_mut().for_each(|file| file.output.begin());
+pub(super) fn begin<'a>(files: impl Iterator<Item = &'a mut MachineFile>) {
+    files.for_each(|file| file.output.begin());
 }
 
 /// What is the same in all files of a session.
 pub(super) struct Common {
     pub(super) host_id: u64,
     pub(super) scale: Scale,
+    /// What makes times of day of the host's clock.
+    date: Option<TraceOption>,
+}
+
+impl Common {
+    fn of(recording: &Recording, host: &MachineFile) -> Self {
+        let scale = recording.calibration.scale();
+        let clock = &recording.plan.host.arm.clock;
+        let date = recording.plan.date.then(|| date::option(clock, &scale)).flatten();
+        Self { host_id: host.trace_id, scale, date }
+    }
 }
 
 /// Finishes all files: the host's last, so that it can name its guests. A file that cannot be finished is a remark of
 /// its machine and does not keep the others from being finished.
 pub(super) fn finish(
-    recording: &Recording,
+    recording: &mut Recording,
     files: Vec<MachineFile>,
     report: &HostReport,
     seconds: f64,
     command_status: Option<u8>,
 ) -> Summary {
+    let instances = instances::take(&mut recording.instances);
+    let recording = &*recording;
     let mut files = files.into_iter();
     let host = files.next().expect("the host has a file");
-    let common = Common { host_id: host.trace_id, scale: recording.calibration.scale() };
+    let common = Common::of(recording, &host);
     // Where only the newest pages are kept, they are in no order yet.
     let lanes = recording.plan.newest_bytes.is_none().then(|| HostLanes::of(&recording.host, &host, report));
     let lanes = lanes.transpose().inspect_err(|error| log::warn!("{}: {error}", host.output.path().display()));
@@ -177,9 +210,64 @@ pub(super) fn finish(
         machines.push(machine);
         options.push(link);
     }
-    machines.insert(0, finish_host(recording, host, report, options, &common));
+    let (mut of_host, parts) = finish_instances(recording, &common, instances);
+    of_host.insert(0, finish_host(recording, host, report, options, &common, parts));
+    of_host.append(&mut machines);
     let session = format!("{:016x}", recording.plan.host.arm.session);
-    Summary { session, seconds, machines, ended: recording.ended, command_status }
+    let Recording { ended, .. } = *recording;
+    let mut summary = Summary { session, seconds, machines: of_host, ended, command_status };
+    summary.machines.extend(recording.left_out.iter().map(left_out));
+    summary
+}
+
+/// A guest that could not be recorded, and was left out.
+fn left_out((name, trouble): &(String, Trouble)) -> MachineSummary {
+    let remarks = vec![format!("left out: {trouble}")];
+    MachineSummary { name: name.clone(), failed: true, remarks, ..MachineSummary::default() }
+}
+
+/// The instances' own files, finished: they become parts of the host's.
+fn finish_instances(
+    recording: &Recording,
+    common: &Common,
+    instances: Vec<(MachineFile, HostReport)>,
+) -> (Vec<MachineSummary>, Vec<PartFile>) {
+    let (mut machines, mut parts) = (Vec::new(), Vec::new());
+    for (instance, (file, report)) in recording.instances.iter().zip(instances) {
+        let mut machine = host_machine(recording, instance.title(), &file, &report);
+        let clock = &instance.host.armed.clock;
+        let mut options = machine_options(common, clock, &uname(), file.trace_id);
+        options.extend(cpu_stats(&machine, &report.lanes));
+        let path = file.output.path().to_owned();
+        let handle = file.output.file.try_clone();
+        write(file, &filled_by(&report), &instance.host.metadata.cmdlines, &options, &mut machine);
+        match handle {
+            Ok(file) if machine.bytes > 0 => parts.push(PartFile { name: instance.name.clone(), path, file }),
+            Ok(_) => {}
+            Err(error) => log::warn!("{}: {error}", path.display()),
+        }
+        // Its part of the file it is going to be in.
+        machine.file = Some(recording.plan.host.output.clone());
+        machine.bytes = report.lanes.iter().map(|lane| lane.bytes_sent).sum();
+        machines.push(machine);
+    }
+    (machines, parts)
+}
+
+/// What the host's top buffer, or one of its instances, recorded.
+fn host_machine(recording: &Recording, name: String, file: &MachineFile, report: &HostReport) -> MachineSummary {
+    MachineSummary {
+        name,
+        file: Some(file.output.path().into()),
+        lanes: report.lanes.iter().map(LaneSummary::host).collect(),
+        failed: report.ends.iter().flatten().any(|end| !is_bound(recording, end)),
+        remarks: report.lanes.iter().filter_map(trouble_of).collect(),
+        ..MachineSummary::default()
+    }
+}
+
+fn filled_by(report: &HostReport) -> Vec<(Cpu, u64)> {
+    report.lanes.iter().map(|lane| (lane.cpu, lane.bytes_sent)).collect()
 }
 
 fn finish_host(
@@ -188,26 +276,58 @@ fn finish_host(
     report: &HostReport,
     links: Vec<TraceOption>,
     common: &Common,
+    parts: Vec<PartFile>,
 ) -> MachineSummary {
-    let lanes: Vec<LaneSummary> = report.lanes.iter().map(LaneSummary::host).collect();
-    let mut machine = MachineSummary {
-        name: "host".into(),
-        file: Some(file.output.path().into()),
-        bytes: 0,
-        lanes,
-        sink: None,
-        clock: None,
-        start_skew_ns: None,
-        commands: Vec::new(),
-        failed: report.ends.iter().flatten().any(|end| !is_bound(recording, end)),
-        remarks: report.lanes.iter().filter_map(trouble_of).collect(),
-    };
+    let mut machine = host_machine(recording, "host".into(), &file, report);
+    machine.remarks.extend(came_later(&recording.host.armed.lanes));
     let mut options = machine_options(common, &recording.host.armed.clock, &uname(), common.host_id);
     options.extend(cpu_stats(&machine, &report.lanes));
     options.extend(links);
-    let filled: Vec<(Cpu, u64)> = report.lanes.iter().map(|lane| (lane.cpu, lane.bytes_sent)).collect();
-    write(file, &filled, &recording.host.metadata.cmdlines, &options, &mut machine);
+    let again = Again::of(&file, recording.plan.form, parts);
+    write(file, &filled_by(report), &recording.host.metadata.cmdlines, &options, &mut machine);
+    again.reform(&mut machine);
     machine
+}
+
+/// CPUs of the host that are online now and were not when the recording began: it has no lane for them.
+fn came_later(lanes: &[Cpu]) -> Option<String> {
+    missing_lanes(&online_cpus()?, lanes)
+}
+
+fn missing_lanes(online: &[Cpu], lanes: &[Cpu]) -> Option<String> {
+    let missing: Vec<String> = online.iter().filter(|cpu| !lanes.contains(cpu)).map(ToString::to_string).collect();
+    let verb = if missing.len() == 1 { "was" } else { "were" };
+    (!missing.is_empty()).then(|| format!("{} came online after the start and {verb} not recorded", missing.join(", ")))
+}
+
+/// A file that may get another form when it is finished.
+struct Again {
+    path: PathBuf,
+    file: io::Result<File>,
+    form: Form,
+    parts: Vec<PartFile>,
+}
+
+impl Again {
+    fn of(file: &MachineFile, form: Form, parts: Vec<PartFile>) -> Self {
+        Self { path: file.output.path().into(), file: file.output.file.try_clone(), form, parts }
+    }
+
+    /// Once the file is finished.
+    fn reform(self, machine: &mut MachineSummary) {
+        let Self { path, file, form, parts } = self;
+        if machine.bytes == 0 {
+            return; // it could not be finished, and that is said
+        }
+        let reformed = file.map_err(|error| error.to_string()).and_then(|file| reform(&path, &file, parts, form));
+        match reformed {
+            Ok(bytes) => machine.bytes = bytes.unwrap_or(machine.bytes),
+            Err(why) => {
+                machine.failed = true;
+                machine.remarks.push(why);
+            }
+        }
+    }
 }
 
 fn finish_guest(
@@ -260,7 +380,12 @@ fn finish_guest(
     };
     options.extend(cpu_stats(&machine, &session.reports));
     options.extend(times.options);
+    if recording.plan.raw_clock {
+        options.retain(|option| !matches!(option, TraceOption::Date(_))); // it is the host's clock's
+    }
+    let again = Again::of(&file, recording.plan.form, Vec::new());
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
+    again.reform(&mut machine);
     (machine, link)
 }
 
@@ -343,6 +468,7 @@ fn machine_options(common: &Common, clock: &str, uname: &str, trace_id: u64) -> 
     if clock.contains(&format!("[{CLOCK}]")) {
         options.push(TraceOption::Tsc2Nsec { mult: common.scale.mult, shift: common.scale.shift });
     }
+    options.extend(common.date.clone());
     options
 }
 

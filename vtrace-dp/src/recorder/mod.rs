@@ -13,6 +13,10 @@
 //! | [`clocks`] | whose word is taken for a guest's times |
 //! | [`command`] | what runs while we record |
 //! | [`files`] | opened first, finished last |
+//! | `form` | finished files once more: version 6, compressed, with the host's instances |
+//! | `instances` | the host's other buffers |
+//! | `date` | what makes times of day of its clock |
+//! | `progress` | how far all machines are |
 //! | `naming` | their names: what was there before stays until the recording has begun |
 //! | [`behind`] | written while we record, so that the end is near |
 //! | [`limit`] | when files end a recording |
@@ -26,14 +30,18 @@
 pub mod behind;
 pub mod clocks;
 pub mod command;
+mod date;
 pub mod files;
+mod form;
 pub mod guest;
 pub mod guests;
 pub mod host;
+mod instances;
 pub mod kvm;
 pub mod limit;
 mod naming;
 pub mod outputs;
+pub mod progress;
 pub mod run;
 pub mod runs;
 pub mod session;

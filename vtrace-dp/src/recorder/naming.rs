@@ -20,6 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
 use super::files::FileError;
 
 /// Behind the name of a file whose recording has not begun.
@@ -34,6 +36,8 @@ pub(super) struct Output {
     pub(super) file: File,
     /// What it replaces, locked.
     old: Option<File>,
+    /// Nothing is replaced.
+    no_clobber: bool,
     begun: bool,
 }
 
@@ -61,16 +65,25 @@ impl Output {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             old => Some(old.map_err(failed)?),
         };
-        let mut new = path.clone().into_os_string();
-        new.push(SUFFIX);
-        let new = PathBuf::from(new);
+        let new = new_path(&path);
         let file = locked(&new, options.create(true)).map_err(failed)?;
         let emptied = file.set_len(0).and_then(|()| match &old {
             Some(old) => file.set_permissions(old.metadata()?.permissions()),
             None => Ok(()),
         });
-        let output = Self { path, new, file, old, begun: false };
+        let output = Self { path, new, file, old, no_clobber: false, begun: false };
         emptied.map_err(failed)?;
+        Ok(output)
+    }
+
+    /// The same where nothing may be at `path`.
+    pub(super) fn open_new(path: &Path) -> Result<Self, FileError> {
+        if fs::symlink_metadata(path).is_ok() {
+            let source = io::Error::new(io::ErrorKind::AlreadyExists, "it is there already (--no-clobber)");
+            return Err(FileError { path: path.into(), what: "record to", source });
+        }
+        let mut output = Self::open(path)?;
+        output.no_clobber = true;
         Ok(output)
     }
 
@@ -82,7 +95,8 @@ impl Output {
     /// The recording has begun: the file gets its name, and stays whatever happens.
     pub(super) fn begin(&mut self) {
         self.begun = true;
-        if let Err(error) = fs::rename(&self.new, &self.path) {
+        let flags = if self.no_clobber { RenameFlags::RENAME_NOREPLACE } else { RenameFlags::empty() };
+        if let Err(error) = renameat2(AT_FDCWD, &self.new, AT_FDCWD, &self.path, flags) {
             log::warn!("{} stays {}: {error}", self.path.display(), self.new.display());
             self.path.clone_from(&self.new);
         }
@@ -91,6 +105,13 @@ impl Output {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let _ = File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all());
     }
+}
+
+/// Where a file is until it gets its name.
+pub(super) fn new_path(path: &Path) -> PathBuf {
+    let mut new = path.as_os_str().to_owned();
+    new.push(SUFFIX);
+    new.into()
 }
 
 /// Opens and locks what has this name, and has it still when the lock is taken.
@@ -128,6 +149,18 @@ mod tests {
         drop(output);
         assert_eq!(fs::read(&path).unwrap(), b"");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn file_that_must_not_be_replaced_is_not_even_if_it_comes_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.dat");
+        let mut output = Output::open_new(&path).unwrap();
+        fs::write(&path, "somebody's").unwrap();
+        assert_eq!(Output::open_new(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
+        output.begin();
+        assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+        assert_eq!(output.path(), new_path(&path), "the recording keeps its first name");
     }
 
     #[test]

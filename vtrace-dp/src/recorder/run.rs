@@ -12,26 +12,29 @@
 
 use std::{
     os::fd::AsFd,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use vtrace_common::{
     time::HostTsc,
     wire::{
-        agent::{Armed, EventRequest, Failure, ToAgent},
+        agent::{Arm, Armed, EventRequest, Failure, ToAgent},
         client::LaneLedger,
     },
 };
 
 use super::{
     command::{Command, CommandError},
-    files::{self, FileError},
+    files::{self, FileError, MachineFile},
     guests::{Guests, GuestsError},
     host::{HostRecorder, HostReport},
+    instances::{self, Instance},
     kvm::{self, KvmFault, Watch},
     limit::{Ended, FileState, Limit},
     naming::Output,
     outputs::{Line, Outputs},
+    progress::{MachineProgress, Meter},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
     tsc::Calibration,
@@ -87,8 +90,8 @@ pub enum RecordError {
 pub struct Progress {
     /// Since the start.
     pub elapsed: Duration,
-    /// Machine, pages in the file, pages lost on the way.
-    pub machines: Vec<(String, u64, u64)>,
+    /// The host first.
+    pub machines: Vec<MachineProgress>,
 }
 
 /// What a person may want to see while it runs.
@@ -96,6 +99,13 @@ pub struct Progress {
 pub enum News {
     /// How far it is; about once a second.
     Progress(Progress),
+    /// A guest cannot be recorded; the others are.
+    LeftOut {
+        /// Which guest.
+        guest: String,
+        /// Why.
+        trouble: Trouble,
+    },
     /// A guest's command wrote this.
     Output {
         /// Which guest.
@@ -108,17 +118,25 @@ pub enum News {
 /// Who is told.
 pub type Tell<'a> = &'a mut dyn FnMut(&News);
 
+/// Name, ledgers and bytes of a page of one machine.
+type Counted = (String, Vec<LaneLedger>, u32);
+
 /// Everything of a running session.
 pub(super) struct Recording<'a> {
     pub(super) plan: &'a Plan,
     pub(super) guests: Option<Guests>,
     pub(super) host: Host,
+    /// The host's other buffers.
+    pub(super) instances: Vec<Instance>,
+    /// Guests that could not be armed.
+    pub(super) left_out: Vec<(String, Trouble)>,
     pub(super) calibration: Calibration,
     pub(super) clocks: Vec<Clocks>,
     watch: Option<Watch>,
     /// What KVM told of all guests' vCPUs, once the recording is over.
     pub(super) kvm: Result<Vec<Told>, KvmFault>,
     limit: Limit,
+    meter: Meter,
     /// The files ended it.
     pub(super) ended: Option<Ended>,
     /// The host's TSC before anything was traced.
@@ -166,24 +184,44 @@ fn record_with(
     tell: Tell<'_>,
 ) -> Result<Summary, RecordError> {
     let calibration = Calibration::begin();
-    let host = Host::arm(plan)?;
+    let host = Host::arm(&top_arm(plan))?;
+    let instances = instances::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
     let (watch, kvm, since) = (None, Err(KvmFault::Unwatched), HostTsc(tsc::read()));
-    let (guests_now, limit, ended) = (guests.take(), Limit::new(plan.file_bytes_max), None);
-    let mut recording =
-        Recording { plan, guests: guests_now, host, calibration, clocks, watch, kvm, since, limit, ended };
+    let (limit, meter, ended) = (Limit::new(plan.file_bytes_max), Meter::default(), None);
+    let (guests_now, left_out) = (guests.take(), Vec::new());
+    let mut recording = Recording {
+        plan,
+        guests: guests_now,
+        host,
+        instances,
+        left_out,
+        calibration,
+        clocks,
+        watch,
+        kvm,
+        since,
+        limit,
+        meter,
+        ended,
+    };
     let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
 }
 
+/// What the host's top buffer records: where there are guests, what our own eBPF program says too.
+fn top_arm(plan: &Plan) -> Arm {
+    let mut arm = plan.host.arm.clone();
+    if !plan.guests.is_empty() && kvm::can_announce() {
+        arm.events.push(EventRequest { pattern: kvm::ANNOUNCED.into(), ..EventRequest::default() });
+    }
+    arm
+}
+
 impl Host {
-    fn arm(plan: &Plan) -> Result<Self, RecordError> {
-        let mut arm = plan.host.arm.clone();
-        if !plan.guests.is_empty() && kvm::can_announce() {
-            arm.events.push(EventRequest { pattern: kvm::ANNOUNCED.into(), ..EventRequest::default() });
-        }
-        let recorder = HostRecorder::arm(&arm).map_err(RecordError::Host)?;
+    pub(super) fn arm(arm: &Arm) -> Result<Self, RecordError> {
+        let recorder = HostRecorder::arm(arm).map_err(RecordError::Host)?;
         let mut metadata = Metadata::default();
         let mut added = Ok(());
         let describe = recorder.describe(arm.kallsyms, &mut |piece| {
@@ -197,6 +235,19 @@ impl Host {
         Ok(Self { recorder, metadata, armed, started: None })
     }
 
+    /// Pages go to the file from now on.
+    pub(super) fn attach(&mut self, file: &MachineFile, priority: Option<u8>) -> Result<(), RecordError> {
+        let writer = &file.writer;
+        let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
+        self.recorder.attach(file, writer.areas(), priority).map_err(RecordError::Host)
+    }
+
+    /// Switches tracing on.
+    pub(super) fn start(&mut self, marker: &str) -> Result<(), RecordError> {
+        self.started = Some(self.recorder.start(marker).map_err(RecordError::Host)?);
+        Ok(())
+    }
+
     fn mark(&self, text: &str) -> Result<(), RecordError> {
         if let Err(failure) = self.recorder.mark(text) {
             log::warn!("{}: {}", failure.object, failure.detail);
@@ -205,7 +256,7 @@ impl Host {
     }
 
     /// Switches tracing off, takes what is left, and asks for what is known only now.
-    fn stop(&mut self) -> Result<HostReport, RecordError> {
+    pub(super) fn stop(&mut self) -> Result<HostReport, RecordError> {
         let report = self.recorder.stop().map_err(RecordError::Host)?;
         let metadata = &mut self.metadata;
         let mut added = Ok(());
@@ -231,19 +282,23 @@ impl Recording<'_> {
         self.guests.iter().flat_map(|guests| &guests.sessions)
     }
 
-    fn go(&mut self, signals: &Signals, outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
+    fn go(&mut self, signals: &Signals, mut outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
+        self.leave_out(&mut outputs, tell)?;
         let mut files = files::create(self, outputs)?;
+        instances::attach(self.plan, &mut self.instances)?;
         self.send_lanes(&files, signals)?;
+        self.leave_out(&mut files, tell)?;
         self.watch_kvm();
         self.measure(|clocks| &mut clocks.start)?;
         if self.guests.is_some() {
             files::keep_options(self, &mut files);
         }
+        files::keep_options_of(self, &files[0]);
         self.start(&files, signals)?;
-        let command = Command::start(&self.plan.command, self.host.recorder.bound_to())?;
-        files::begin(&mut files);
-        let behind = files::write_behind(&files);
+        let command = Command::start(&self.plan.command, &self.bound_to())?;
+        files::begin(files.iter_mut().chain(instances::files(&mut self.instances)));
+        let behind = files::write_behind(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
         let begun = Instant::now();
         let status = self.run_command(command, signals, begun, &mut files, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
@@ -251,6 +306,7 @@ impl Recording<'_> {
         // No event of a guest may lie behind the host's last: nobody could say whether its vCPU ran.
         self.surviving(|recording| recording.wait_guests(Phase::Draining, signals))?;
         let report = self.host.stop()?;
+        instances::stop(&mut self.instances)?;
         self.surviving(|recording| recording.wait_guests(Phase::Drained, signals))?;
         self.pass_outputs(tell);
         let seconds = begun.elapsed().as_secs_f64();
@@ -265,8 +321,33 @@ impl Recording<'_> {
 
     fn arm_guests(&mut self, signals: &Signals) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        guests.wait(Phase::Armed, Some(signals))?;
-        self.refuse_trouble()
+        Ok(guests.wait(Phase::Armed, Some(signals))?)
+    }
+
+    /// A guest that has trouble before the recording begins stops all, or is left out. `of_machines` has something for the
+    /// host, then for each guest.
+    fn leave_out<T>(&mut self, of_machines: &mut Vec<T>, tell: Tell<'_>) -> Result<(), RecordError> {
+        let Some(guests) = self.guests.as_mut().filter(|_| self.plan.keep_going) else { return self.refuse_trouble() };
+        for index in (0..guests.sessions.len()).rev() {
+            let session = &guests.sessions[index];
+            let Some(trouble) = session.trouble.clone() else { continue };
+            let guest = session.name.clone();
+            if guests.sessions.len() == 1 && !self.plan.host_records() {
+                return Err(RecordError::Guest { guest, trouble }); // nothing would be left
+            }
+            tell(&News::LeftOut { guest: guest.clone(), trouble: trouble.clone() });
+            guests.sessions.remove(index);
+            self.clocks.remove(index);
+            of_machines.remove(index + 1);
+            self.left_out.push((guest, trouble));
+        }
+        Ok(())
+    }
+
+    /// The buffers that the command has to join.
+    fn bound_to(&self) -> Vec<&Path> {
+        let recorders = std::iter::once(&self.host).chain(self.instances.iter().map(|instance| &instance.host));
+        recorders.filter_map(|host| host.recorder.bound_to()).collect()
     }
 
     /// From now on every change of a guest's TSC is known, where this host's KVM tells it.
@@ -290,14 +371,13 @@ impl Recording<'_> {
         }
     }
 
-    fn send_lanes(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
+    fn send_lanes(&mut self, files: &[MachineFile], signals: &Signals) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         for (index, file) in files.iter().skip(1).enumerate() {
             let files: Vec<_> = [file.writer.file()].into_iter().chain(&file.direct).collect();
             guests.send_lanes(index, file.writer.areas(), &files)?;
         }
-        guests.wait(Phase::Ready, Some(signals))?;
-        self.refuse_trouble()
+        Ok(guests.wait(Phase::Ready, Some(signals))?)
     }
 
     /// Until the recording has begun, one guest in trouble stops all.
@@ -322,13 +402,12 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn start(&mut self, files: &[files::MachineFile], signals: &Signals) -> Result<(), RecordError> {
+    fn start(&mut self, files: &[MachineFile], signals: &Signals) -> Result<(), RecordError> {
         let marker = files::marker(self.plan, "start");
-        let writer = &files[0].writer;
-        let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
-        self.host.recorder.attach(file, writer.areas(), self.plan.rt).map_err(RecordError::Host)?;
+        self.host.attach(&files[0], self.plan.rt)?;
         self.since = HostTsc(tsc::read());
-        self.host.started = Some(self.host.recorder.start(&marker).map_err(RecordError::Host)?);
+        self.host.start(&marker)?;
+        instances::start(&mut self.instances, &marker)?;
         if let Some(guests) = &mut self.guests {
             guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;
             guests.wait(Phase::Running, Some(signals))?;
@@ -351,7 +430,7 @@ impl Recording<'_> {
         mut command: Command,
         signals: &Signals,
         begun: Instant,
-        files: &mut [files::MachineFile],
+        files: &mut [MachineFile],
         tell: Tell<'_>,
     ) -> Result<Option<u8>, RecordError> {
         let mut tick = begun + TICK;
@@ -397,7 +476,7 @@ impl Recording<'_> {
     /// A host that records events goes on alone; one that is there only for its guests ends with the last of them.
     fn records_anything(&self) -> bool {
         let guests = self.guests.iter().flat_map(|guests| &guests.sessions);
-        self.plan.host.records() || guests.into_iter().any(|session| session.phase() == Phase::Running)
+        self.plan.host_records() || guests.into_iter().any(|session| session.phase() == Phase::Running)
     }
 
     fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
@@ -418,42 +497,46 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn on_tick(&mut self, begun: Instant, made: &mut [files::MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
+    fn on_tick(&mut self, begun: Instant, made: &mut [MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
         self.with_watch(|watch| {
             watch.stamp();
             Ok(())
         });
-        let ledger = self.host.recorder.ledger();
-        let mut files = vec![file_state(&ledger, self.host.armed.page_bytes)];
-        // What is not written of the host's pages, no file took.
-        files[0].failed = ledger.iter().any(|lane| lane.pages_refused > 0);
-        files.extend(self.sessions().map(|session| {
-            let page_bytes = session.armed.as_ref().map_or(0, |armed| armed.page_bytes);
-            file_state(&session.ledgers, page_bytes)
-        }));
-        self.ended = self.limit.tick(&files);
-        self.drop_older(made, &ledger);
-        let mut machines = vec![sums("host", &ledger)];
+        let machines = self.ledgers();
+        let state = |(at, (_, ledger, page_bytes)): (usize, &Counted)| {
+            let state = file_state(ledger, *page_bytes);
+            // What is not written of the host's pages, no file took.
+            let refused = at <= self.instances.len() && ledger.iter().any(|lane| lane.pages_refused > 0);
+            FileState { failed: state.failed || refused, ..state }
+        };
+        let states: Vec<FileState> = machines.iter().enumerate().map(state).collect();
+        self.ended = self.limit.tick(&states);
+        if self.plan.newest_bytes.is_some() {
+            // Gives the room of older pages back.
+            let (host, guests) = made.split_first_mut().expect("the host has a file");
+            let files = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);
+            files.zip(&machines).for_each(|(file, (_, ledger, page_bytes))| {
+                file.drop_older(&files::filled(ledger, *page_bytes));
+            });
+        }
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;
-            machines.extend(guests.sessions.iter().map(|session| sums(&session.name, &session.ledgers)));
         }
+        let machines = self.meter.tick(&machines);
         tell(&News::Progress(Progress { elapsed: begun.elapsed(), machines }));
         Ok(())
     }
 
-    /// Where only the newest pages are kept, gives the room of older ones back.
-    fn drop_older(&self, files: &mut [files::MachineFile], host: &[LaneLedger]) {
-        if self.plan.newest_bytes.is_none() {
-            return;
-        }
-        let guests = self
-            .sessions()
-            .map(|session| (session.ledgers.as_slice(), session.armed.as_ref().map_or(0, |armed| armed.page_bytes)));
-        let machines = std::iter::once((host, self.host.armed.page_bytes)).chain(guests);
-        for (file, (ledger, page_bytes)) in files.iter_mut().zip(machines) {
-            file.drop_older(&files::filled(ledger, page_bytes));
-        }
+    /// Of the host, its instances and the guests: name, ledgers, bytes of a page.
+    fn ledgers(&self) -> Vec<Counted> {
+        let host = ("host".into(), self.host.recorder.ledger(), self.host.armed.page_bytes);
+        let instances = self.instances.iter();
+        let instances = instances.map(|instance| (instance.title(), instance.ledger(), instance.host.armed.page_bytes));
+        let guests = self.sessions().map(|session| {
+            let page_bytes = session.armed.as_ref().map_or(0, |armed| armed.page_bytes);
+            (session.name.clone(), session.ledgers.clone(), page_bytes)
+        });
+        std::iter::once(host).chain(instances).chain(guests).collect()
     }
 
     fn stop_guests(&mut self) -> Result<(), RecordError> {
@@ -497,10 +580,4 @@ fn file_state(ledgers: &[LaneLedger], page_bytes: u32) -> FileState {
     let pages = ledgers.iter().map(|lane| lane.pages_out).fold(0, u64::saturating_add);
     let failed = ledgers.iter().any(|lane| lane.write_errno != 0);
     FileState { bytes: pages.saturating_mul(u64::from(page_bytes)), failed }
-}
-
-/// A machine's pages in the file and lost, for the status line.
-fn sums(name: &str, ledgers: &[LaneLedger]) -> (String, u64, u64) {
-    let sum = |field: fn(&LaneLedger) -> u64| ledgers.iter().map(field).fold(0, u64::saturating_add);
-    (name.into(), sum(|lane| lane.pages_out), sum(|lane| lane.pages_refused))
 }

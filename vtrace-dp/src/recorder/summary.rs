@@ -35,9 +35,9 @@ pub struct Summary {
 }
 
 /// One machine.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct MachineSummary {
-    /// `host`, or the guest's name.
+    /// `host`, `host:NAME` for an instance of it, or the guest's name.
     pub name: String,
     /// Its file, if one was made.
     pub file: Option<PathBuf>,
@@ -49,7 +49,7 @@ pub struct MachineSummary {
     pub sink: Option<&'static str>,
     /// How its times become host times; empty for the host.
     pub clock: Option<ClockSummary>,
-    /// From the first machine's start to this one's, nanoseconds of host time.
+    /// From the host's start to this guest's, nanoseconds of host time.
     pub start_skew_ns: Option<i64>,
     /// What was run there (`--exec`), and how it ended.
     pub commands: Vec<CommandSummary>,
@@ -231,6 +231,10 @@ impl fmt::Display for Summary {
             )?;
         }
         for machine in &self.machines {
+            if let Some(skew) = machine.start_skew_ns {
+                let when = if skew < 0 { "before" } else { "after" };
+                writeln!(f, "start {}: {} {when} the host", machine.name, Nanoseconds(skew.unsigned_abs()))?;
+            }
             if let Some(clock) = &machine.clock {
                 writeln!(f, "clock {}: {clock}", machine.name)?;
             }
@@ -339,7 +343,7 @@ mod tests {
             lanes,
             sink: Some("buffered"),
             clock: Some(clock),
-            start_skew_ns: None,
+            start_skew_ns: Some(-1_840_000),
             failed: true,
             remarks: vec!["its agent went away".into()],
         };
@@ -348,6 +352,7 @@ mod tests {
         let text = summary.to_string();
         assert!(text.contains("trace-guest1.dat"), "{text}");
         assert!(text.contains("clock guest1: measured, 2 vCPUs, ±1.8 µs"), "{text}");
+        assert!(text.contains("start guest1: 1.8 ms before the host"), "{text}");
         assert!(text.contains("note guest1: its agent went away"), "{text}");
         assert!(summary.lost_anything());
     }

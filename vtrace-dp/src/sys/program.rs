@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "pidfd_open(2) has no wrapper")]
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     io,
     os::fd::{FromRawFd, OwnedFd, RawFd},
     os::unix::{fs::PermissionsExt, process::ExitStatusExt},
@@ -22,17 +22,22 @@ pub fn find(program: &OsStr) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(executable)
 }
 
-/// A command of at least one word. With a `buffer` of tracefs, `vtrace launch` puts itself among the processes that are
+/// A command of at least one word. With `buffers` of tracefs, `vtrace launch` puts itself among the processes that are
 /// traced there before it becomes the command.
-pub fn command<W: AsRef<OsStr>>(words: &[W], buffer: Option<&Path>) -> Command {
+pub fn command<'a, W: AsRef<OsStr>>(words: &[W], buffers: impl IntoIterator<Item = &'a Path>) -> Command {
     let (program, arguments) = words.split_first().expect("a command has a program");
-    let Some(buffer) = buffer else {
+    let buffers: Vec<&Path> = buffers.into_iter().collect();
+    if buffers.is_empty() {
         let mut command = Command::new(program);
         command.args(arguments);
         return command;
-    };
+    }
     let mut command = Command::new("/proc/self/exe");
-    command.args([OsString::from("launch"), "--buffer".into(), buffer.into(), "--".into()]).args(words);
+    command.arg("launch");
+    for buffer in buffers {
+        command.arg("--buffer").arg(buffer);
+    }
+    command.arg("--").args(words);
     command
 }
 

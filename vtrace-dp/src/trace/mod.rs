@@ -1,7 +1,7 @@
 //! trace.dat: what stock tools read.
 //!
 //! In:    what a machine tells about itself ([`metadata::Metadata`]), where the pages of its lanes lie, options
-//! Out:   a version 7 file ([`writer::Writer`]); the contents of a version 6 or 7 file ([`reader::Reader`])
+//! Out:   a version 7 file ([`writer::Writer`]), in another form if one asks ([`pack`]); the contents of a version 6 or 7 file ([`reader::Reader`])
 //! Runs:  on the caller's thread; the writer is not used while pages are moved into its file
 //! Full:  a disk without room leaves every page where it was, and [`areas`] says where
 //! Trust: descriptions come from guests, files from anyone: bounds are checked before memory is asked for, and what
@@ -29,6 +29,7 @@ pub mod layout;
 pub mod merge;
 pub mod metadata;
 pub mod option;
+pub mod pack;
 pub mod reader;
 pub mod restore;
 pub mod rewrite;

@@ -16,6 +16,8 @@ use super::{
 /// One option.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TraceOption {
+    /// What stock readers add to every time, µs since 1970 at time 0, as `0x` and hexadecimal digits (id 1).
+    Date(String),
     /// per_cpu stats as text, one per CPU (id 2).
     CpuStat(String),
     /// trace_clock, the chosen one in brackets (id 4).
@@ -92,6 +94,7 @@ impl TraceOption {
     /// Its id in the file.
     pub fn id(&self) -> u16 {
         match self {
+            Self::Date(_) => id::DATE,
             Self::CpuStat(_) => id::CPUSTAT,
             Self::TraceClock(_) => id::TRACECLOCK,
             Self::Uname(_) => id::UNAME,
@@ -109,7 +112,11 @@ impl TraceOption {
     pub fn encode(&self) -> Result<Vec<u8>, OptionFault> {
         let mut out = Vec::new();
         match self {
-            Self::CpuStat(text) | Self::TraceClock(text) | Self::Uname(text) | Self::Version(text) => {
+            Self::Date(text)
+            | Self::CpuStat(text)
+            | Self::TraceClock(text)
+            | Self::Uname(text)
+            | Self::Version(text) => {
                 push_text(&mut out, text, self.id())?;
             }
             Self::CpuCount(count) => out.extend(count.to_le_bytes()),
@@ -135,6 +142,7 @@ impl TraceOption {
     pub fn parse(id: u16, payload: &[u8]) -> Result<Option<Self>, ReadFault> {
         let mut input = Input::new(&payload, 0, bytes_of(payload));
         Ok(Some(match id {
+            id::DATE => Self::Date(read_text(payload)),
             id::CPUSTAT => Self::CpuStat(read_text(payload)),
             id::TRACECLOCK => Self::TraceClock(read_text(payload)),
             id::UNAME => Self::Uname(read_text(payload)),
@@ -285,6 +293,7 @@ mod tests {
         let sample = (any::<u64>(), any::<i64>()).prop_map(|(time, offset)| ShiftSample { time, offset });
         let cpus = prop::collection::vec(prop::collection::vec(sample, 1..5), 0..5);
         prop_oneof![
+            text.prop_map(TraceOption::Date),
             text.prop_map(TraceOption::CpuStat),
             text.prop_map(TraceOption::TraceClock),
             text.prop_map(TraceOption::Uname),

@@ -120,6 +120,11 @@ impl<S: Source> Reader<S> {
         Ok(Self { source, contents })
     }
 
+    /// What is read.
+    pub fn source(&self) -> &S {
+        &self.source
+    }
+
     /// 6 or 7.
     pub fn version(&self) -> u32 {
         self.contents.version

@@ -60,6 +60,9 @@ impl Stamps {
                     let cpus = shift.cpus.iter().map(|samples| sorted(samples.iter().map(sample).collect()));
                     stamps.shift = Shift { interpolate: shift.interpolate, cpus: cpus.collect() };
                 }
+                TraceOption::Date(text) => {
+                    stamps.offset = stamps.offset.wrapping_add(number(text.as_bytes()).wrapping_mul(1000));
+                }
                 TraceOption::Tsc2Nsec { mult, shift } => stamps.scale = (*mult > 0).then_some((*mult, *shift)),
                 _ => {}
             }

@@ -1,0 +1,99 @@
+//! A finished file gets the form that was asked for: another version, compressed, with the host's instances in it.
+//!
+//! In:    a finished file, finished files of instances
+//! Out:   one file of the same name; the parts are gone
+//! Runs:  on record's thread, behind everything else
+//! Full:  a disk without room for both leaves the files as they were, and that is said
+//! Trust: as [`crate::trace::pack`]
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::{files::chain, naming::new_path};
+use crate::trace::{
+    compressed::Compression,
+    pack::{Form, Version, pack},
+};
+
+/// A finished file of an instance.
+#[derive(Debug)]
+pub(super) struct PartFile {
+    pub(super) name: String,
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+}
+
+/// Whether a file has this form when it is finished.
+fn is_plain(form: Form) -> bool {
+    form.version == Version::V7 && form.compression == Compression::None
+}
+
+/// Gives the file at `path` its form, and says how large it is then; nothing if it has it already.
+///
+/// # Errors
+/// Why it stays as it is, in words.
+pub(super) fn reform(path: &Path, file: &File, parts: Vec<PartFile>, form: Form) -> Result<Option<u64>, String> {
+    if is_plain(form) && parts.is_empty() {
+        return Ok(None);
+    }
+    let new = new_path(path);
+    let packed = write_new(&new, file, &parts, form).and_then(|bytes| {
+        fs::rename(&new, path).map_err(|error| error.to_string())?;
+        Ok(bytes)
+    });
+    match packed {
+        Ok(bytes) => {
+            for part in parts {
+                if let Err(error) = fs::remove_file(&part.path) {
+                    log::warn!("{} stays: {error}", part.path.display());
+                }
+            }
+            Ok(Some(bytes))
+        }
+        Err(why) => {
+            // It may not be there at all.
+            let _ = fs::remove_file(&new);
+            let kept: Vec<String> = parts.iter().map(|part| part.path.display().to_string()).collect();
+            let kept =
+                if kept.is_empty() { String::new() } else { format!("; its instances are in {}", kept.join(", ")) };
+            Err(format!("{} stays version 7, not compressed: {why}{kept}", path.display()))
+        }
+    }
+}
+
+fn write_new(new: &Path, file: &File, parts: &[PartFile], form: Form) -> Result<u64, String> {
+    let text = |error: io::Error| error.to_string();
+    let out = File::options().read(true).write(true).create(true).truncate(true).open(new).map_err(text)?;
+    out.set_permissions(file.metadata().map_err(text)?.permissions()).map_err(text)?;
+    let clone = |part: &PartFile| Ok::<_, io::Error>((part.name.clone(), part.file.try_clone()?));
+    let clones = parts.iter().map(clone).collect::<io::Result<Vec<_>>>().map_err(text)?;
+    let named: Vec<(&str, File)> = clones
+        .iter()
+        .map(|(name, file)| Ok((name.as_str(), file.try_clone()?)))
+        .collect::<io::Result<_>>()
+        .map_err(text)?;
+    pack(file.try_clone().map_err(text)?, &named, form, &out).map_err(|fault| chain(&fault))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_that_cannot_be_read_stays_as_it_was_and_says_where_its_parts_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.dat");
+        fs::write(&path, "no trace").unwrap();
+        let part = folder.path().join("trace.dat.irqs.part");
+        fs::write(&part, "none").unwrap();
+        let parts = vec![PartFile { name: "irqs".into(), path: part.clone(), file: File::open(&part).unwrap() }];
+        let said = reform(&path, &File::open(&path).unwrap(), parts, Form::default()).unwrap_err();
+        assert!(said.contains("stays version 7, not compressed: not a trace.dat"), "{said}");
+        assert!(said.ends_with("trace.dat.irqs.part"), "{said}");
+        assert_eq!(fs::read(&path).unwrap(), b"no trace");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
+    }
+}
