@@ -4,10 +4,12 @@
 //! |---|---|
 //! | [`server`] | a real `vtrace server` in a folder of its own |
 //! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
+//! | [`road`] | a guest as `vtrace setup` makes it |
 //! | [`judge`] | what stock tools say of a file |
 
 #![expect(clippy::print_stderr, reason = "a failed test shows what its server said")]
 
 pub mod judge;
 pub mod recording;
+pub mod road;
 pub mod server;

@@ -12,6 +12,7 @@
 //! | host | [`clock`] | guest time becomes host time |
 //! | host | [`server`] | `vtrace server`: sockets, guests, clients |
 //! | host | [`recorder`] | `vtrace record`: plan, session, summary |
+//! | host | [`setup`] | `vtrace setup`: a guest's folder, FIFOs and words for QEMU |
 //! | host | [`check`] | `vtrace check`: are a guest's times where the host says it ran |
 //! | host | [`cli`] | what a person types and reads |
 //! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
@@ -24,6 +25,7 @@ pub mod device;
 pub mod drain;
 pub mod recorder;
 pub mod server;
+pub mod setup;
 pub mod sys;
 pub mod trace;
 pub mod tracefs;

@@ -3,10 +3,11 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
-use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX};
+use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
 use crate::{
     recorder::sink::SinkChoice,
+    setup::{ROOT, Transport, qemu},
     trace::{compressed::Compression, pack::Version},
 };
 
@@ -29,6 +30,8 @@ pub enum Verb {
     Record(Box<RecordArgs>),
     /// Serve guests: the backend of their virtio-serial device (on the host, one for all guests)
     Server(ServerArgs),
+    /// Make what a guest's virtual machine needs, and print what to add to it (on the host, once a guest)
+    Setup(SetupArgs),
     /// Record for a host (inside a guest)
     Agent(AgentArgs),
     /// Show the guests of the server and how far each one is
@@ -273,9 +276,55 @@ pub struct ServerArgs {
     /// Socket of the one guest, already open
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<i32>,
+    /// Where `vtrace setup` made the guests' folders
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
     /// Print what this backend can do, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// `vtrace setup --dom GUEST --cpus N`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "What it prints goes to QEMU's command line, or with --libvirt into the domain (virsh edit GUEST). Doing it\n\
+                  again changes nothing; with another --transport or --cpus it replaces the setup before it. The server\n\
+                  reads DIR/GUEST/guest.toml: `vtrace server --dom GUEST` is all it has to be told.\n\n\
+                  vhost-user  QEMU 10.2: the server has to run before QEMU; the guest's memory is shared with it\n\
+                  socket      every QEMU; in any order; after an end of the server QEMU connects again by itself\n\
+                  pipe        every QEMU; in any order; FIFOs, where QEMU may not use sockets"
+)]
+pub struct SetupArgs {
+    /// The guest's name
+    #[arg(long, value_name = "GUEST")]
+    pub dom: String,
+    /// Its CPUs, those that may be plugged in later too
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LANES_MAX as u64))]
+    pub cpus: usize,
+    /// Print words for QEMU's command line (unless --libvirt is given)
+    #[arg(long, conflicts_with = "libvirt")]
+    pub qemu: bool,
+    /// Print elements for libvirt's domain
+    #[arg(long)]
+    pub libvirt: bool,
+    /// How the guest's ports come to the host (otherwise vhost-user where QEMU has it, else socket)
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub transport: Option<Transport>,
+    /// The QEMU that will run the guest, such as 7.2 (otherwise the one that is found here is asked)
+    #[arg(long, value_name = "VERSION")]
+    pub qemu_version: Option<qemu::Version>,
+    /// The guest's memory, as in QEMU's -m (vhost-user shares it)
+    #[arg(long, value_name = "SIZE", default_value = "MEMORY", hide_default_value = true)]
+    pub memory: String,
+    /// The group that QEMU runs as (otherwise, with --libvirt, the one that libvirt uses here)
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<String>,
+    /// Where guests' folders are made
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
 }
 
 /// `vtrace agent`

@@ -17,6 +17,7 @@ pub mod plan;
 mod record;
 mod restore;
 mod server;
+mod setup;
 mod status;
 
 use std::{
@@ -50,6 +51,7 @@ pub fn main() -> ExitCode {
     let result = match args.verb {
         Verb::Record(args) => record::run(&args, verb),
         Verb::Server(args) => server::run(&args, verb),
+        Verb::Setup(args) => setup::run(&args),
         Verb::Agent(args) => agent::run(args),
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),

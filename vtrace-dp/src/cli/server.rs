@@ -3,7 +3,10 @@
 use clap::ArgMatches;
 
 use super::{args::ServerArgs, complaint::Complaint, put};
-use crate::server::{self, GuestConfig, GuestSocket, ServerConfig};
+use crate::{
+    server::{self, GuestConfig, GuestSocket, ServerConfig, ServerError, check_name, stream::Streams},
+    setup::{Folder, Transport},
+};
 
 /// Serves guests and clients until it is told to end. `matches` are those of the verb `server`: they know the order.
 pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
@@ -31,10 +34,32 @@ fn guests(args: &ServerArgs, matches: &ArgMatches, socket: &GuestSocket) -> Resu
     let devices = of_each(matches, "devices", "--devices", &args.devices)?;
     let lanes = of_each(matches, "lanes_per_device", "--lanes-per-device", &args.lanes_per_device)?;
     let guests = args.dom.iter().zip(devices.into_iter().zip(lanes)).map(|(name, (devices, lanes))| {
-        let config = GuestConfig::new(name, socket.clone());
-        GuestConfig { devices: devices.unwrap_or(config.devices), lanes: lanes.unwrap_or(config.lanes), ..config }
+        let config = as_set_up(args, name, socket)?;
+        if matches!(config.socket, GuestSocket::Streams(_)) && (devices.is_some() || lanes.is_some()) {
+            let why = format!("{name} was set up without devices of our own (vtrace setup)");
+            let remedy = format!("vtrace setup --dom {name} --cpus N --transport vhost-user");
+            return Err(Complaint::usage("the server cannot run", why, remedy));
+        }
+        Ok(GuestConfig { devices: devices.unwrap_or(config.devices), lanes: lanes.unwrap_or(config.lanes), ..config })
     });
-    Ok(guests.collect())
+    guests.collect()
+}
+
+/// A guest as `vtrace setup` has left it; one that was never set up has a device of ours.
+fn as_set_up(args: &ServerArgs, name: &str, socket: &GuestSocket) -> Result<GuestConfig, Complaint> {
+    let config = GuestConfig::new(name, socket.clone());
+    // Names become parts of paths only after this.
+    check_name(name).map_err(ServerError::from)?;
+    if *socket != GuestSocket::InDirectory {
+        return Ok(config);
+    }
+    let folder = Folder::of(&args.root, name);
+    let setup = folder.setup().map_err(|fault| Complaint::setup("the server cannot run", &fault))?;
+    Ok(match setup {
+        None => config,
+        Some(setup) if setup.transport == Transport::VhostUser => GuestConfig { devices: setup.devices(), ..config },
+        Some(setup) => GuestConfig { socket: GuestSocket::Streams(Streams { folder, setup }), ..config },
+    })
 }
 
 /// What an option says of each guest: it stands behind the guest's name, once at most.

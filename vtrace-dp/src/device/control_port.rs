@@ -1,7 +1,7 @@
 //! Port 0: frames between the server and the agent, over two data rings.
 //!
-//! In:    chains of the guest's out ring (bytes of an agent); requests of the server
-//! Out:   [`AgentEvent`]s; frames cut into the guest's in-buffers, one piece in each
+//! In:    chains of the guest's out ring, or frames of a stream (bytes of an agent); requests of the server
+//! Out:   [`AgentEvent`]s; frames cut into the guest's in-buffers, one piece in each, or whole for a stream
 //! Runs:  on the device's thread
 //! Full:  no chain is taken while bytes of the last one are unread; requests beyond [`FRAMES_WAITING_MAX`] are refused
 //! Trust: nothing: after the first malformed frame the agent is not listened to until the port is opened again
@@ -120,6 +120,34 @@ impl ControlPort {
         *self = Self { listening: Listening::Greeting, ..Self::new() };
         let hello = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
         self.outgoing.push_back(Outgoing { bytes: hello, sent: 0, probe: None });
+    }
+
+    /// A process has said hello on a stream, where nobody sees it open the port: nothing that was said before concerns
+    /// it. Whether it has to be greeted only the stream knows.
+    pub fn met(&mut self) {
+        *self = Self { listening: Listening::Greeting, ..Self::new() };
+    }
+
+    /// Takes bytes of a stream, whole frames, that had come by `at`. Those before were read to their end
+    /// ([`ControlPort::next_event`] gave `None`).
+    pub fn hear(&mut self, bytes: &[u8], at: HostTsc) {
+        debug_assert!(self.unread.is_empty(), "what came before was read first");
+        self.unread.extend_from_slice(bytes);
+        self.taken_at = at;
+    }
+
+    /// The next frame for a stream, and the probe in it, if it is one.
+    pub fn next_outgoing(&mut self) -> Option<(Vec<u8>, Option<u32>)> {
+        let frame = self.outgoing.pop_front()?;
+        Some((frame.bytes, frame.probe))
+    }
+
+    /// A probe is on its way, since `at`.
+    pub fn departed(&mut self, probe: u32, at: HostTsc) {
+        if self.probes.len() == PROBES_WAITING_MAX {
+            self.probes.pop_front();
+        }
+        self.probes.push_back((probe, at));
     }
 
     /// The port was closed.
@@ -252,10 +280,7 @@ impl ControlPort {
             self.outgoing.pop_front();
         }
         if let Some(id) = probe {
-            if self.probes.len() == PROBES_WAITING_MAX {
-                self.probes.pop_front();
-            }
-            self.probes.push_back((id, HostTsc(tsc::read())));
+            self.departed(id, HostTsc(tsc::read()));
         }
         ring.publish()?;
         Ok(())

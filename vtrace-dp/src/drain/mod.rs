@@ -182,7 +182,7 @@ impl Drop for Drain {
 }
 
 /// A page size and areas that a file can have.
-fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
+pub(crate) fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
     let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     let size = usize::try_from(page_bytes).unwrap_or(usize::MAX);
     if !page_bytes.is_power_of_two() || !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&size) {

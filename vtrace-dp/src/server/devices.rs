@@ -28,13 +28,16 @@ use vtrace_common::{
     },
 };
 
-use super::{drains::Drains, guest::GuestSlot, outbox::Bell};
+use super::{
+    drains::{Drains, Station},
+    guest::GuestSlot,
+    outbox::Bell,
+};
 use crate::{
     device::{
         AgentEvent, ControlPort, Foreign, Owner, Turn,
         place::{LANE_PORT_PREFIX, Place},
     },
-    drain::Drain,
     sys::socket::{Peer, has_hung_up},
 };
 
@@ -44,7 +47,7 @@ pub(super) struct DeviceParts {
     /// Its socket.
     pub(super) socket: String,
     /// Its pages' worker.
-    pub(super) drain: Arc<Drain>,
+    pub(super) drain: Arc<dyn Station>,
 }
 
 /// Why a CPU has no port.
@@ -58,6 +61,10 @@ pub(super) enum Portless {
     NotReady { socket: String, state: DriverState },
     #[error("the device at {socket} has {ports} ports")]
     Few { socket: String, ports: usize },
+    #[error("its guest was set up for {0} CPUs")]
+    NotSetUp(usize),
+    #[error("no virtual machine is connected to {0}, the socket of its port")]
+    NoStream(String),
 }
 
 /// All devices of a guest.
@@ -76,8 +83,9 @@ pub(super) struct Devices {
 
 #[derive(Debug)]
 struct State {
-    /// The VMM, and its connection: it says at once when its other end is closed.
-    vmm: Option<(Peer, UnixStream)>,
+    /// The VMM, and its connection: it says at once when its other end is closed. Streams have one a port, and none of
+    /// them stands for the device.
+    vmm: Option<(Peer, Option<UnixStream>)>,
     driver: DriverState,
     ports: usize,
 }
@@ -109,13 +117,26 @@ impl Devices {
         let mut states = self.lock();
         let others = states.iter().enumerate().filter(|(other, _)| *other != device);
         let mut vmms = others.filter_map(|(_, state)| state.vmm.as_ref());
-        if let Some((other, _)) = vmms.find(|(other, socket)| *other != peer && !has_hung_up(socket)) {
+        if let Some((other, _)) = vmms.find(|(other, socket)| *other != peer && !socket.as_ref().is_some_and(has_hung_up)) {
             return Err(Foreign(other.pid));
         }
         drop(vmms);
         // Without a second descriptor nobody could see it go before its thread does: that is late, not wrong.
-        states[device].vmm = socket.try_clone().ok().map(|socket| (peer, socket));
+        states[device].vmm = socket.try_clone().ok().map(|socket| (peer, Some(socket)));
         Ok(())
+    }
+
+    /// Whether a VMM is there whose ports are streams: it does not mind when nobody serves them.
+    pub(super) fn are_streams(&self) -> bool {
+        self.lock().iter().any(|state| state.vmm.as_ref().is_some_and(|(_, socket)| socket.is_none()))
+    }
+
+    /// The VMM whose ports are streams is there with all devices, or is gone.
+    pub(super) fn streams(&self, vmm: Option<Peer>) {
+        let driver = if vmm.is_some() { DriverState::Running } else { DriverState::Absent };
+        for state in self.lock().iter_mut() {
+            (state.vmm, state.driver, state.ports) = (vmm.map(|vmm| (vmm, None)), driver.clone(), self.lanes + 1);
+        }
     }
 
     /// The VMM of a device is gone.
@@ -158,7 +179,10 @@ impl Devices {
         }
         let place = self.place(device);
         let found = (0..*ports).any(|port| place.lane(port) == Some(cpu));
-        if found { Ok(()) } else { Err(Portless::Few { socket, ports: *ports }) }
+        if !found {
+            return Err(Portless::Few { socket, ports: *ports });
+        }
+        self.drains.portless(cpu).map_or(Ok(()), Err)
     }
 
     /// Says which device is missing where an agent misses a port: it cannot know.
@@ -244,6 +268,7 @@ mod tests {
     use vtrace_common::ids::GuestId;
 
     use super::*;
+    use crate::drain::Drain;
 
     fn devices(count: usize, lanes: usize) -> Devices {
         let drain = || Arc::new(Drain::spawn(GuestId(0), "test").unwrap());

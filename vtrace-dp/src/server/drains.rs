@@ -1,4 +1,5 @@
-//! The drains of one guest, one a device, as if they were one.
+//! The drains of one guest, one a device, as if they were one: of rings ([`Drain`]) or of streams
+//! ([`StreamDrain`](super::stream::drain::StreamDrain)).
 //!
 //! In:    areas, ends and questions for the lanes of a guest
 //! Out:   each lane's part to the drain of its device; one answer put together from theirs
@@ -7,6 +8,7 @@
 //! Trust: nothing: lanes that no device can have are refused, and ends of such are not waited for
 
 use std::{
+    fmt,
     fs::File,
     io,
     sync::{Arc, Mutex, PoisonError},
@@ -17,15 +19,53 @@ use vtrace_common::{
     wire::client::{Area, LaneEnd, LaneLedger},
 };
 
+use super::devices::Portless;
 use crate::drain::Drain;
 
 /// What is called with the ledgers when all lanes are closed.
-type Done = Box<dyn FnOnce(Vec<LaneLedger>) + Send>;
+pub(super) type Done = Box<dyn FnOnce(Vec<LaneLedger>) + Send>;
+
+/// A drain of whatever kind: pages that come for its lanes go to a file.
+pub(super) trait Station: fmt::Debug + Send + Sync {
+    /// As [`Drain::attach`], or past the page cache where there is a `direct` and the kind knows how.
+    fn attach(&self, file: &File, direct: Option<&File>, page_bytes: u32, areas: &[Area]) -> io::Result<()>;
+    /// As [`Drain::ledger`].
+    fn ledger(&self) -> Vec<LaneLedger>;
+    /// As [`Drain::finish`].
+    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done);
+    /// As [`Drain::detach`].
+    fn detach(&self);
+    /// Why a lane has no port although its device is there.
+    fn portless(&self, _cpu: Cpu) -> Option<Portless> {
+        None
+    }
+}
+
+impl Station for Drain {
+    fn attach(&self, file: &File, direct: Option<&File>, page_bytes: u32, areas: &[Area]) -> io::Result<()> {
+        match direct {
+            Some(direct) => self.attach_direct(file.try_clone()?, direct.try_clone()?, page_bytes, areas.to_vec()),
+            None => Self::attach(self, file.try_clone()?, page_bytes, areas.to_vec()),
+        }
+    }
+
+    fn ledger(&self) -> Vec<LaneLedger> {
+        Self::ledger(self)
+    }
+
+    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
+        Self::finish(self, ends, wait_ms_max, done);
+    }
+
+    fn detach(&self) {
+        Self::detach(self);
+    }
+}
 
 /// One drain for each device.
 #[derive(Debug)]
 pub(super) struct Drains {
-    drains: Vec<Arc<Drain>>,
+    drains: Vec<Arc<dyn Station>>,
     /// Lanes of each device.
     lanes: usize,
 }
@@ -40,7 +80,7 @@ struct Gathered {
 
 impl Drains {
     /// Device d, counted from 0, carries the CPUs from d × `lanes` on; `lanes` is not 0.
-    pub(super) fn new(drains: Vec<Arc<Drain>>, lanes: usize) -> Self {
+    pub(super) fn new(drains: Vec<Arc<dyn Station>>, lanes: usize) -> Self {
         Self { drains, lanes }
     }
 
@@ -48,6 +88,11 @@ impl Drains {
     pub(super) fn device(&self, cpu: Cpu) -> Option<usize> {
         let device = usize::try_from(cpu.0).ok()? / self.lanes;
         (device < self.drains.len()).then_some(device)
+    }
+
+    /// Why a CPU's lane has no port although its device is there.
+    pub(super) fn portless(&self, cpu: Cpu) -> Option<Portless> {
+        self.drains[self.device(cpu)?].portless(cpu)
     }
 
     /// What belongs to each device, in the order it came; what belongs to none is left out.
@@ -79,7 +124,7 @@ impl Drains {
         let parts = self.parts(areas, |area| area.cpu);
         let used = || self.drains.iter().zip(&parts).filter(|(_, areas)| !areas.is_empty());
         for (at, (drain, areas)) in used().enumerate() {
-            if let Err(error) = attach_one(drain, file, direct, page_bytes, areas) {
+            if let Err(error) = drain.attach(file, direct, page_bytes, areas) {
                 used().take(at).for_each(|(drain, _)| drain.detach());
                 return Err(error);
             }
@@ -124,13 +169,6 @@ impl Gathered {
     }
 }
 
-fn attach_one(drain: &Drain, file: &File, direct: Option<&File>, page_bytes: u32, areas: &[Area]) -> io::Result<()> {
-    match direct {
-        Some(direct) => drain.attach_direct(file.try_clone()?, direct.try_clone()?, page_bytes, areas.to_vec()),
-        None => drain.attach(file.try_clone()?, page_bytes, areas.to_vec()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{sync::mpsc, time::Duration};
@@ -140,7 +178,8 @@ mod tests {
     use super::*;
 
     fn drains(count: usize, lanes: usize) -> Drains {
-        let drains = (0..count).map(|_| Arc::new(Drain::spawn(GuestId(0), "test").unwrap())).collect();
+        let drain = |_| Arc::new(Drain::spawn(GuestId(0), "test").unwrap()) as Arc<dyn Station>;
+        let drains = (0..count).map(drain).collect();
         Drains::new(drains, lanes)
     }
 

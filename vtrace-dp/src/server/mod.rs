@@ -19,6 +19,7 @@ pub mod link;
 pub mod outbox;
 mod seat;
 mod sockets;
+pub mod stream;
 
 use std::{
     io,
@@ -51,9 +52,11 @@ use vtrace_common::{
 use self::{
     client::{Client, Registry, frame},
     devices::{DeviceParts, Further},
+    drains::Station,
     guest::{Command, Guest},
     outbox::Bell,
     sockets::{Access, Bound},
+    stream::{Speaker, Streams},
 };
 pub use self::{
     guest::{GuestSlot, NameFault, check_name},
@@ -95,7 +98,7 @@ pub struct GuestConfig {
     pub name: String,
     /// Where its VMM comes from.
     pub socket: GuestSocket,
-    /// Its devices: 1 to [`DEVICES_MAX`], more than one only with [`GuestSocket::InDirectory`].
+    /// Its devices: 1 to [`DEVICES_MAX`], more than one only with [`GuestSocket::InDirectory`]; streams have none.
     pub devices: usize,
     /// Lanes of each device: 1 to [`DEVICE_LANES_MAX`].
     pub lanes: usize,
@@ -117,6 +120,8 @@ pub enum GuestSocket {
     Path(PathBuf),
     /// It is connected, or connects, to a descriptor this process was started with (`--fd`).
     Inherited(RawFd),
+    /// Not at all: its ports come over QEMU's own device, as sockets or FIFOs.
+    Streams(Streams),
 }
 
 /// Why a server does not start.
@@ -212,6 +217,8 @@ pub struct Server {
     /// The first of each guest.
     devices: Vec<Device>,
     further: Vec<Device>,
+    /// Of guests without a device of ours.
+    speakers: Vec<Speaker>,
     acceptor: JoinHandle<()>,
     stop: Arc<Bell>,
     /// Unlinked when dropped.
@@ -227,26 +234,33 @@ impl Server {
             .map_err(|source| ServerError::Directory { path: directory.clone(), source })?;
         // First the one that tells whether another server is here.
         let (listener, control) = sockets::bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
-        let (mut sockets, mut endpoints) = (vec![control], Vec::new());
-        for guest in &config.guests {
-            let own = (0..guest.devices).map(|device| endpoint(config, guest, device, &mut sockets));
-            endpoints.push(own.collect::<Result<Vec<_>, _>>()?);
-        }
-        let (mut slots, mut devices, mut further) = (Vec::new(), Vec::new(), Vec::new());
-        for ((number, guest), endpoints) in (0..).zip(&config.guests).zip(endpoints) {
-            let (slot, started) = start_guest(GuestId(number), guest, endpoints)
-                .map_err(|source| ServerError::Thread { name: guest.name.clone(), source })?;
-            slots.push(slot);
-            let mut started = started.into_iter();
-            devices.extend(started.next());
-            further.extend(started);
+        let mut sockets = vec![control];
+        let ways = config.guests.iter().map(|guest| ways(config, guest, &mut sockets));
+        let ways = ways.collect::<Result<Vec<_>, _>>()?;
+        let (mut slots, mut devices, mut further, mut speakers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for ((number, guest), ways) in (0..).zip(&config.guests).zip(ways) {
+            let fault = |source| ServerError::Thread { name: guest.name.clone(), source };
+            match ways {
+                Ways::Devices(endpoints) => {
+                    let (slot, started) = start_guest(GuestId(number), guest, endpoints).map_err(fault)?;
+                    slots.push(slot);
+                    let mut started = started.into_iter();
+                    devices.extend(started.next());
+                    further.extend(started);
+                }
+                Ways::Streams(ports) => {
+                    let (slot, speaker) = stream::start(guest, ports).map_err(fault)?;
+                    slots.push(slot);
+                    speakers.push(speaker);
+                }
+            }
         }
         let (guests, stop) = (Arc::new(slots), Bell::new().map(Arc::new));
         let system = |source| ServerError::System { what: "start the acceptor", source };
         let stop = stop.map_err(system)?;
         let acceptor = Acceptor { listener, guests: Arc::clone(&guests), stop: Arc::clone(&stop), clients: Vec::new() };
         let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
-        Ok(Self { guests, devices, further, acceptor: thread, stop, _sockets: sockets })
+        Ok(Self { guests, devices, further, speakers, acceptor: thread, stop, _sockets: sockets })
     }
 
     /// The guests, in the order of the configuration.
@@ -259,13 +273,14 @@ impl Server {
         self.stop.ring();
         let _ = self.acceptor.join();
         for slot in self.guests.iter() {
-            if let Some(pid) = slot.state().vmm_pid {
+            if let Some(pid) = slot.state().vmm_pid.filter(|_| !slot.devices.are_streams()) {
                 log::warn!("{}: pid {pid} still runs, with a device that nobody serves from now on", slot.name);
             }
             // Commands that end things are never refused.
             let _ = slot.command(Command::Stop);
         }
         self.devices.into_iter().for_each(Device::join);
+        self.speakers.into_iter().for_each(Speaker::join);
         // Only now: an agent that closes its session closes the ports of all devices.
         self.guests.iter().for_each(|slot| slot.devices.end());
         self.further.into_iter().for_each(Device::join);
@@ -295,6 +310,20 @@ fn device_name(guest: &str, device: usize) -> String {
     if device == 0 { guest.into() } else { format!("{guest}@{}", device + 1) }
 }
 
+/// How a guest comes to us.
+enum Ways {
+    Devices(Vec<(Endpoint, String)>),
+    Streams(stream::Ports),
+}
+
+fn ways(config: &ServerConfig, guest: &GuestConfig, sockets: &mut Vec<Bound>) -> Result<Ways, ServerError> {
+    if let GuestSocket::Streams(streams) = &guest.socket {
+        return Ok(Ways::Streams(streams.ports(sockets)?));
+    }
+    let own = (0..guest.devices).map(|device| endpoint(config, guest, device, sockets));
+    own.collect::<Result<_, _>>().map(Ways::Devices)
+}
+
 /// Where the VMM of a device comes from, and what to call it.
 fn endpoint(
     config: &ServerConfig,
@@ -303,7 +332,7 @@ fn endpoint(
     sockets: &mut Vec<Bound>,
 ) -> Result<(Endpoint, String), ServerError> {
     let path = match &guest.socket {
-        GuestSocket::InDirectory => config.directory.join(format!("{}.sock", device_name(&guest.name, device))),
+        GuestSocket::InDirectory | GuestSocket::Streams(_) => config.directory.join(format!("{}.sock", device_name(&guest.name, device))),
         GuestSocket::Path(path) => path.clone(),
         GuestSocket::Inherited(number) => {
             let fault = |source| ServerError::Descriptor { number: *number, source };
@@ -326,7 +355,8 @@ fn start_guest(
     for (device, (endpoint, socket)) in endpoints.into_iter().enumerate() {
         let name = device_name(&guest.name, device);
         let drain = Arc::new(Drain::spawn(id, &name)?);
-        parts.push(DeviceParts { socket, drain: Arc::clone(&drain) });
+        let station: Arc<dyn Station> = Arc::<Drain>::clone(&drain);
+        parts.push(DeviceParts { socket, drain: station });
         drains.push((name, endpoint, drain));
     }
     let slot = GuestSlot::new(&guest.name, parts, guest.lanes)?;

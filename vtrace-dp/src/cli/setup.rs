@@ -1,0 +1,118 @@
+//! `vtrace setup`
+
+use std::fs;
+
+use super::{args::SetupArgs, complaint::Complaint, put, say};
+use crate::{
+    server::check_name,
+    setup::{
+        Folder, Setup, SetupFault, Transport, libvirt,
+        qemu::{Guest, PROGRAMS, VHOST_USER_SINCE, Version},
+    },
+};
+
+/// Groups that libvirt's QEMU runs as, by distribution.
+const LIBVIRT_GROUPS: [&str; 2] = ["libvirt-qemu", "qemu"];
+
+/// Makes the guest's folder and prints what to add to its virtual machine.
+pub(super) fn run(args: &SetupArgs) -> Result<u8, Complaint> {
+    let failed = format!("cannot set up {}", args.dom);
+    check_name(&args.dom).map_err(|fault| Complaint::usage(&failed, fault, "another name"))?;
+    let version = version(args)?;
+    let transport = args.transport.unwrap_or_else(|| version.transport());
+    if transport == Transport::VhostUser && version < VHOST_USER_SINCE {
+        let why = format!("QEMU {version} has no vhost-user device for it, {VHOST_USER_SINCE} and newer have");
+        return Err(Complaint::usage(&failed, why, "--transport socket"));
+    }
+    let group = group(args)?;
+    let (folder, setup) = (Folder::of(&args.root, &args.dom), Setup { transport, cpus: args.cpus });
+    folder.make(setup, group).map_err(|fault| Complaint::setup(&failed, &fault))?;
+    let guest = Guest { name: &args.dom, folder: &folder, setup, run: &args.dir, memory: &args.memory };
+    say(&format!("{}: QEMU {version}, {} ports of transport {}", args.dom, args.cpus + 1, transport.name()));
+    if args.libvirt { print_elements(&guest)? } else { print_words(&guest, version)? }
+    say(&next(args, transport));
+    Ok(0)
+}
+
+fn version(args: &SetupArgs) -> Result<Version, Complaint> {
+    args.qemu_version.or_else(Version::found).ok_or_else(|| {
+        let why = format!("no QEMU is here to say its version ({})", PROGRAMS.join(", "));
+        Complaint::usage(format!("cannot set up {}", args.dom), why, "--qemu-version 10.0, as it is where the guest runs")
+    })
+}
+
+/// The group that may open what is made; without one, whoever may now.
+fn group(args: &SetupArgs) -> Result<Option<u32>, Complaint> {
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let id = |name: &str| {
+        let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        fields.into_iter().find_map(|fields| (fields.first() == Some(&name)).then(|| fields.get(2)?.parse().ok()))?
+    };
+    match &args.group {
+        Some(name) => id(name).map(Some).ok_or_else(|| {
+            Complaint::usage(format!("cannot set up {}", args.dom), format!("there is no group {name}"), "--group kvm")
+        }),
+        None if args.libvirt => Ok(LIBVIRT_GROUPS.iter().find_map(|name| id(name))),
+        None => Ok(None),
+    }
+}
+
+/// An option and its value a line, ready to be pasted behind a command.
+fn print_words(guest: &Guest<'_>, version: Version) -> Result<(), Complaint> {
+    let words = guest.words(version);
+    let lines: Vec<_> = words.chunks(2).map(|pair| format!("  {} {}", pair[0], quoted(&pair[1]))).collect();
+    put(&lines.join(" \\\n"))
+}
+
+fn print_elements(guest: &Guest<'_>) -> Result<(), Complaint> {
+    let elements = libvirt::elements(guest);
+    if !elements.devices.is_empty() {
+        put(&format!("<!-- inside <devices> -->\n{}", elements.devices))?;
+    }
+    if let Some(name_space) = elements.name_space {
+        put(&format!("<!-- <domain {name_space} …>, and inside it: -->"))?;
+    }
+    if elements.domain.is_empty() { Ok(()) } else { put(&elements.domain) }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./,=:@+".contains(letter);
+    if word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+fn next(args: &SetupArgs, transport: Transport) -> String {
+    let order = if transport == Transport::VhostUser { " before the guest starts" } else { ", now or later" };
+    let memory = match (transport, args.memory.as_str()) {
+        (Transport::VhostUser, "MEMORY") if !args.libvirt => "\n  put the guest's memory, as in -m, for MEMORY",
+        _ => "",
+    };
+    let root = if args.root.as_os_str() == crate::setup::ROOT { String::new() } else { format!(" --root {}", args.root.display()) };
+    format!("  next: vtrace server --dom {}{root}{order}; vtrace agent in the guest{memory}", args.dom)
+}
+
+impl Complaint {
+    /// A guest's folder that cannot be used.
+    pub(super) fn setup(failed: &str, fault: &SetupFault) -> Self {
+        match fault {
+            SetupFault::File { call, path, source } => {
+                Self::new(failed, format!("{}: {call}: {source}", path.display()), "run it as root, or give --root DIR")
+            }
+            SetupFault::Parse { .. } => Self::new(failed, fault, "vtrace setup writes it anew"),
+            SetupFault::NotFifo(path) => Self::new(failed, fault, format!("move {} away", path.display())),
+            SetupFault::Cpus(_) => Self::new(failed, fault, "--cpus, as in QEMU's -smp"),
+            SetupFault::Long(_) => Self::new(failed, fault, "a shorter --root or name"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn word_that_a_shell_would_change_is_quoted() {
+        assert_eq!(quoted("socket,id=a,path=/b/c.sock"), "socket,id=a,path=/b/c.sock");
+        assert_eq!(quoted("/a b/it's"), r"'/a b/it'\''s'");
+    }
+}

@@ -1,0 +1,151 @@
+//! The drain of a guest's streams: what [`Drain`](crate::drain::Drain) is for rings.
+//!
+//! In:    files and areas as a client asks for them
+//! Out:   whole pages at their final place; a ledger for each lane
+//! Runs:  [`StreamDrain`] is a handle: its calls are messages to the thread `drain-NAME`; those that answer wait for it
+//! Full:  a slow file blocks the guest's ports; nothing is dropped here without a count
+//! Trust: guests with nothing, clients with the file they gave
+//!
+//! Host memory: a lane that is a socket has a pipe of 256 KiB, a FIFO holds as much; the pages go from there into the
+//! page cache. There is no way past it: a stream has no memory that a disk could read from.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam::channel::{Sender, bounded, unbounded};
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+use vtrace_common::{
+    ids::Cpu,
+    wire::client::{Area, LaneEnd, LaneLedger},
+};
+
+use super::{
+    lane::Lane,
+    port::{Peers, Port},
+    worker::{Attachment, Command, Worker},
+};
+use crate::{
+    drain::{check, ledger::Counters},
+    server::{
+        devices::Portless,
+        drains::{Done, Station},
+    },
+};
+
+/// A lane's port before anything has come over it.
+#[derive(Debug)]
+pub(super) struct LanePort {
+    /// Whose.
+    pub(super) cpu: Cpu,
+    /// Its way.
+    pub(super) port: Port,
+    /// What to call it.
+    pub(super) path: String,
+    /// Something is connected, or nobody can tell.
+    pub(super) is_there: Arc<AtomicBool>,
+}
+
+/// Handle of the worker. When it is dropped the lanes are closed and the thread ends.
+#[derive(Debug)]
+pub(super) struct StreamDrain {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    counters: Mutex<Vec<Arc<Counters>>>,
+    there: Vec<(Cpu, String, Arc<AtomicBool>)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StreamDrain {
+    /// Starts the thread for these ports.
+    pub(super) fn spawn(name: &str, ports: Vec<LanePort>, peers: Peers) -> io::Result<Self> {
+        let (commands, receiver) = unbounded();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let there = ports.iter().map(|port| (port.cpu, port.path.clone(), Arc::clone(&port.is_there))).collect();
+        let worker = Worker::new(name, ports, peers, receiver, Arc::clone(&wake))?;
+        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(move || worker.run())?;
+        Ok(Self { commands, wake, counters: Mutex::default(), there, thread: Some(thread) })
+    }
+
+    fn tell(&self, command: Command) {
+        // The worker outlives this handle; were it gone, there would be nobody left to do it.
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+        let (answer, answered) = bounded(1);
+        self.tell(command(answer));
+        answered.recv().ok()
+    }
+}
+
+impl Station for StreamDrain {
+    /// Waits until what was sent before has gone by.
+    fn attach(&self, file: &File, direct: Option<&File>, page_bytes: u32, areas: &[Area]) -> io::Result<()> {
+        check(page_bytes, areas)?;
+        let flags = OFlag::from_bits_truncate(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
+        if flags & OFlag::O_ACCMODE != OFlag::O_RDWR {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "pages of a stream are looked at in the file: open it for reading too"));
+        }
+        if direct.is_some() {
+            log::debug!("streams go through the page cache");
+        }
+        let counters: Vec<_> = areas.iter().map(|area| Arc::new(Counters::new(area.cpu))).collect();
+        let lane = |(area, counters): (&Area, &Arc<_>)| (area.cpu, Lane::new(*area, page_bytes, Arc::clone(counters)));
+        let lanes = areas.iter().zip(&counters).map(lane).collect();
+        let attachment = Attachment { file: file.try_clone()?, lanes, counters: counters.clone() };
+        // Held until the answer is there: two clients at a time must not see each other's counts.
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.ask(|answer| Command::Attach(attachment, answer)) {
+            Some(true) => *known = counters,
+            Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
+            None => return Err(io::ErrorKind::BrokenPipe.into()),
+        }
+        Ok(())
+    }
+
+    fn ledger(&self) -> Vec<LaneLedger> {
+        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.iter().map(|counters| counters.read()).collect()
+    }
+
+    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
+        self.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+    }
+
+    fn detach(&self) {
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ask(Command::Detach);
+        known.clear();
+    }
+
+    fn portless(&self, cpu: Cpu) -> Option<Portless> {
+        match self.there.iter().find(|(known, _, _)| *known == cpu) {
+            Some((_, _, is_there)) if is_there.load(Ordering::Relaxed) => None,
+            Some((_, path, _)) => Some(Portless::NoStream(path.clone())),
+            None => Some(Portless::NotSetUp(self.there.len())),
+        }
+    }
+}
+
+impl Drop for StreamDrain {
+    fn drop(&mut self) {
+        self.tell(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

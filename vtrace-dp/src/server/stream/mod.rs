@@ -1,0 +1,112 @@
+//! Guests whose ports come over QEMU's own virtio-serial device, as sockets or FIFOs: every QEMU has it.
+//!
+//! In:    one stream a port, opened by QEMU; a folder that `vtrace setup` made
+//! Out:   what a guest with a device of ours gives: its agent's words to the holder, its pages to the file, a ledger
+//! Runs:  one thread a guest for its agent ([`control`]), one for the pages of 126 lanes ([`worker`])
+//! Full:  bytes stay where they are, up to the guest's ring buffer, which overwrites and counts
+//! Trust: guests with nothing: all that comes is bytes of a guest, in whatever order QEMU dies in between
+//!
+//! | file | what |
+//! |---|---|
+//! | [`port`] | sockets and FIFOs, and whose they are |
+//! | [`control`] | the agent's stream: who is there, what is said |
+//! | [`cutter`] | bytes ─► frames |
+//! | [`drain`], [`worker`] | the pages' streams |
+//! | [`source`] | splice, from a stream to the file |
+//! | [`lane`] | bytes in the file ─► pages that are kept |
+
+mod control;
+mod cutter;
+pub(super) mod drain;
+mod lane;
+mod port;
+mod source;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicBool},
+    thread::{self, JoinHandle},
+};
+
+use vtrace_common::{ids::Cpu, limits::DEVICE_LANES_MAX};
+
+use self::{
+    control::Control,
+    drain::{LanePort, StreamDrain},
+    port::{Peers, Port},
+};
+use super::{
+    GuestConfig,
+    devices::DeviceParts,
+    device_name,
+    guest::GuestSlot,
+    sockets::{Access, Bound, SocketFault, bind},
+};
+use crate::setup::{Folder, Setup, Transport};
+
+/// Where a guest's streams are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Streams {
+    /// Its folder.
+    pub folder: Folder,
+    /// How it was set up; not with [`Transport::VhostUser`].
+    pub setup: Setup,
+}
+
+/// The ports of a guest, the control port first, each with what to call it.
+pub(super) struct Ports(Vec<(Port, String)>);
+
+/// The thread that speaks with the agent of a guest.
+#[derive(Debug)]
+pub(super) struct Speaker {
+    thread: JoinHandle<()>,
+}
+
+impl Streams {
+    /// Makes the sockets, or finds the FIFOs.
+    pub(super) fn ports(&self, sockets: &mut Vec<Bound>) -> Result<Ports, SocketFault> {
+        let port = |name: String| {
+            if self.setup.transport == Transport::Pipe {
+                let (to_guest, from_guest) = (self.folder.fifo_in(&name), self.folder.fifo_out(&name));
+                let called = from_guest.display().to_string();
+                return Ok((Port::Fifos { to_guest, from_guest }, called));
+            }
+            let path = self.folder.socket(&name);
+            let (listener, bound) = bind(&path, Access::Vmm)?;
+            sockets.push(bound);
+            Ok((Port::Socket(listener), path.display().to_string()))
+        };
+        self.setup.ports().map(port).collect::<Result<_, _>>().map(Ports)
+    }
+}
+
+/// Starts the threads of a guest. Its lanes are spread over as many drains as devices of ours would have them.
+pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc<GuestSlot>, Speaker)> {
+    let (peers, count) = (Peers::default(), ports.len());
+    let mut ports = ports.into_iter();
+    let (control, socket) = ports.next().expect("a guest has a control port");
+    let lane = |(cpu, (port, path))| LanePort { cpu: Cpu(cpu), port, path, is_there: Arc::new(AtomicBool::new(false)) };
+    let mut lanes: Vec<LanePort> = (0..).zip(ports).map(lane).collect();
+    let mut parts = Vec::new();
+    while !lanes.is_empty() {
+        let rest = lanes.split_off(lanes.len().min(DEVICE_LANES_MAX));
+        let name = device_name(&guest.name, parts.len());
+        let drain = StreamDrain::spawn(&name, std::mem::replace(&mut lanes, rest), peers.clone())?;
+        parts.push(DeviceParts { socket: socket.clone(), drain: Arc::new(drain) });
+    }
+    let slot = GuestSlot::new(&guest.name, parts, DEVICE_LANES_MAX)?;
+    let control = Control::new(Arc::clone(&slot), control, count, peers)?;
+    let thread = thread::Builder::new().name(format!("device {}", guest.name)).spawn(move || control.run())?;
+    Ok((slot, Speaker { thread }))
+}
+
+impl Speaker {
+    /// Waits for the thread to end.
+    pub(super) fn join(self) {
+        // Its panics are caught and logged where they happen.
+        let _ = self.thread.join();
+    }
+}
