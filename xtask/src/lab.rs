@@ -1,7 +1,7 @@
 //! `cargo xtask lab`: the clock against a real KVM, where this machine's own does not do.
 //!
 //! [`svm`] runs the clock's live tests in a guest that is itself a host of the least guest there is; [`nested`] runs the
-//! whole product there, with a real Linux in a real KVM.
+//! whole product there, with a real Linux in a real KVM; [`vmx`] runs both where a guest's TSC can be scaled.
 //!
 //! In:    a kernel. Out: what the tests and judges say.
 //! Runs:  QEMU's TCG with SVM, Debian's kvm-amd.ko in it: kvm_entry fires, TSC offsets are obeyed, KVM is a module.
@@ -9,6 +9,7 @@
 
 pub mod judge;
 pub mod nested;
+pub mod vmx;
 
 use crate::kernel::Kernel;
 use crate::machine::{Machine, turn};

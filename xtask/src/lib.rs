@@ -1,6 +1,7 @@
 //! What tasks and tests share: packages, guest images, virtual machines.
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "tasks talk to the person at the terminal")]
 
+pub mod bochs;
 pub mod boot;
 pub mod build;
 pub mod cache;

@@ -55,6 +55,8 @@ enum Lab {
     Svm,
     /// In that, QEMU with KVM and a Linux guest whose TSC is moved: everything together
     Nested,
+    /// Bochs with VMX and Debian's kvm-intel.ko: both of the above for guests whose TSC is scaled. Takes an hour or so
+    Vmx,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -73,6 +75,8 @@ fn main() -> anyhow::Result<()> {
         }
         Task::Lab { lab: Lab::Svm, kernel } if kernel.is_empty() => xtask::lab::svm(Kernel::value_variants()),
         Task::Lab { lab: Lab::Svm, kernel } => xtask::lab::svm(&kernel),
+        Task::Lab { lab: Lab::Vmx, kernel } if kernel.is_empty() => xtask::lab::vmx::run(Kernel::V6_1),
+        Task::Lab { lab: Lab::Vmx, kernel } => kernel.into_iter().try_for_each(xtask::lab::vmx::run),
         Task::Lab { lab: Lab::Nested, kernel } if kernel.is_empty() => xtask::lab::nested::run(Kernel::V6_12),
         Task::Lab { lab: Lab::Nested, kernel } => kernel.into_iter().try_for_each(xtask::lab::nested::run),
     }

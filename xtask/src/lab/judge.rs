@@ -47,6 +47,8 @@ pub struct Verdict {
     pub unpaired: usize,
     /// By how many cycles each kvm_write_tsc_offset moved a guest's TSC.
     pub steps: Vec<i64>,
+    /// The offsets are a reference.
+    pub by_offsets: bool,
     /// As vtrace wrote the file and stock trace-cmd reads it.
     pub written: Tally,
     /// With one offset for all: the one at the start.
@@ -67,25 +69,49 @@ pub struct Verdict {
 /// # Errors
 /// When stock trace-cmd cannot read them, or they do not hold what is needed.
 pub fn judge(host: &Path, guest: &Path) -> Result<Verdict> {
+    judge_by(host, guest, true)
+}
+
+/// The same by runs alone, for guests whose TSC is scaled: offsets alone are no reference there.
+///
+/// # Errors
+/// As [`judge`].
+pub fn judge_runs(host: &Path, guest: &Path) -> Result<Verdict> {
+    judge_by(host, guest, false)
+}
+
+/// Stock trace-cmd finds no event before the one that stands in front of it.
+///
+/// # Errors
+/// When it does, or cannot read the file.
+pub fn ensure_in_order(guest: &Path) -> Result<()> {
+    ensure!(report::is_in_order(guest)?, "times of {} go back", guest.display());
+    Ok(())
+}
+
+fn judge_by(host: &Path, guest: &Path, by_offsets: bool) -> Result<Verdict> {
     let reports = Reports::read(host, guest)?;
     let shown: Vec<Event> = report::events(&reports.shown_host).collect();
     let raw: Vec<Event> = report::events(&reports.raw_host).collect();
+    let offsets = history::offsets(&raw);
+    let steps: Vec<i64> = offsets.values().flat_map(Offsets::steps).collect();
     let court = Court {
         scale: reports.scale,
         is_shifted: reports.is_shifted,
         shown_end: shown.last().map_or(0, |event| event.time),
         shown: history::runs(&shown),
         raw: history::runs(&raw),
-        offsets: history::offsets(&raw),
+        offsets: if by_offsets { offsets } else { BTreeMap::new() },
+        by_offsets,
     };
     ensure!(!court.shown.is_empty(), "no kvm_entry in {}", host.display());
-    let steps: Vec<i64> = court.offsets.values().flat_map(Offsets::steps).collect();
     let back = steps.iter().filter(|step| **step < 0).map(|step| step.unsigned_abs()).max();
     let mut verdict = Verdict {
         runs: court.shown.values().map(Runs::len).sum(),
         unpaired: court.shown.values().map(|runs| runs.unpaired).sum(),
         step_back_ns: court.scale.ns(back.unwrap_or(0)),
         steps,
+        by_offsets: court.by_offsets,
         ..Verdict::default()
     };
     let shown = by_cpu(&reports.shown_guest);
@@ -114,6 +140,7 @@ struct Court {
     /// In cycles.
     raw: BTreeMap<u32, Runs>,
     offsets: BTreeMap<u32, Offsets>,
+    by_offsets: bool,
 }
 
 impl Court {
@@ -184,6 +211,19 @@ impl Verdict {
     }
 }
 
+impl Verdict {
+    /// Judged by runs alone: no event is farther from its run than the file says that its times can be off.
+    ///
+    /// # Errors
+    /// When one is, or there was nothing to judge.
+    pub fn ensure_inside(&self, stated_ns: u64) -> Result<()> {
+        let Tally { outside, worst_ns, .. } = self.written;
+        ensure!(self.events > 0 && self.runs > 0 && !self.steps.is_empty(), "nothing to judge");
+        ensure!(worst_ns <= stated_ns, "{outside} events outside, {worst_ns} ns off, not {stated_ns} ns at most");
+        Ok(())
+    }
+}
+
 impl fmt::Display for Verdict {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { events, runs, unpaired, beyond, late, step_back_ns, .. } = self;
@@ -192,7 +232,7 @@ impl fmt::Display for Verdict {
         writeln!(out, "its TSC was moved {} times: {:?} cycles", self.steps.len(), self.steps)?;
         writeln!(out, "{:30} {:>10} {:>16} {:>12}", "events", "outside", "farthest (ns)", "elsewhere")?;
         let mut tallies = vec![("as written, by stock trace-cmd", self.written)];
-        if !self.steps.is_empty() {
+        if self.by_offsets && !self.steps.is_empty() {
             tallies.push(("with one offset for all", self.one_offset));
             tallies.push(("with KVM's offsets", self.reference));
         }

@@ -21,11 +21,16 @@ use std::time::{Duration, Instant};
 const START: &str = include_str!("nested/start.sh");
 const MOVES: &str = include_str!("nested/moves.sh");
 const REST: &str = include_str!("nested/rest.sh");
+const STOP: &str = include_str!("nested/stop.sh");
 const IN_GUEST: &str = include_str!("nested/in-guest.sh");
+/// Of the guest; the host has as many.
+const CPUS: u32 = 2;
 /// How long the inner guest may take until its agent is there.
 const INNER_BOOT_WAIT_MAX: Duration = Duration::from_secs(300);
 /// How long the recording may take, its end included.
 const RECORD_WAIT_MAX: Duration = Duration::from_secs(300);
+/// Of the guest: plenty in every run of its vCPUs, and what causes exits. Arming all there are takes a slow guest too long.
+const EVENTS: &str = "-e sched -e irq -e irq_vectors -e timer -e syscalls -e kmem -e rcu";
 /// Room for what comes out.
 const DISK_BYTES: u64 = 4 << 30;
 /// What is run in the guest while it is recorded, and how many moves of its TSC must have been seen at least.
@@ -68,7 +73,7 @@ pub fn run(kernel: Kernel) -> Result<()> {
 }
 
 /// `vtrace check` on both files: prints what it says, and gives how far off the file says that its times can be.
-fn check(host: &Path, guest: &Path) -> Result<u64> {
+pub(super) fn check(host: &Path, guest: &Path) -> Result<u64> {
     let vtrace = build::vtrace()?;
     let run = |more: &[&str]| Command::new(&vtrace).arg("check").args(more).arg(host).arg(guest).output();
     let said = run(&["--verbose"])?;
@@ -80,28 +85,35 @@ fn check(host: &Path, guest: &Path) -> Result<u64> {
 
 /// The host under test: KVM as a module, QEMU, and an image of the guest.
 fn host(turn: &crate::machine::Turn, kernel: Kernel, disk: &Path) -> Result<Machine> {
-    let mut guest = Recipe::new(kernel);
-    guest.module("msr");
-    guest.file("/bin/rest", written("rest", REST)?);
-    guest.file("/bin/moves", written("moves", MOVES)?);
-    let guest = guest.make()?;
     let drive = format!("file={},if=none,format=raw,id=out", disk.display());
     let mut builder = Machine::builder(turn, kernel)
+        .cpus(CPUS)
         .memory_mb(3072)
         .without_agent()
         // A slow host makes Linux mistrust the TSC, and KVM then writes a new offset at every entry.
         .append("tsc=reliable")
         .module("kvm_amd")
         .module("virtio_blk")
-        .file("/guest/vmlinuz", &guest.vmlinuz)
-        .file("/guest/initramfs", &guest.initramfs)
-        .file("/bin/start-guest", &written("start.sh", START)?)
-        .file("/bin/in-guest", &written("in-guest", IN_GUEST)?)
         .arguments(&["-drive", &drive, "-device", "virtio-blk-pci,drive=out"]);
-    for (inside, outside) in qemu()? {
+    for (inside, outside) in host_files(kernel)? {
         builder = builder.file(&inside, &outside);
     }
     builder.boot()
+}
+
+/// What a host needs to run a guest with our agent: where each file goes, and where it lies.
+pub(super) fn host_files(kernel: Kernel) -> Result<Vec<(String, PathBuf)>> {
+    let mut guest = Recipe::new(kernel);
+    guest.module("msr");
+    guest.file("/bin/rest", written("rest", REST)?);
+    guest.file("/bin/moves", written("moves", MOVES)?);
+    let guest = guest.make()?;
+    let mut files = qemu()?;
+    files.extend([("/guest/vmlinuz".into(), guest.vmlinuz), ("/guest/initramfs".into(), guest.initramfs)]);
+    for (name, text) in [("start-guest", START), ("stop-guest", STOP), ("in-guest", IN_GUEST)] {
+        files.push((format!("/bin/{name}"), written(name, text)?));
+    }
+    Ok(files)
 }
 
 /// QEMU with its loader, libraries and firmware: where each goes, and where it lies.
@@ -122,25 +134,25 @@ fn qemu() -> Result<Vec<(String, PathBuf)>> {
 
 /// A script as a file, for an image.
 fn written(name: &str, text: &str) -> Result<PathBuf> {
-    let path = cache::target().join("lab-nested").join(name);
+    let folder = cache::target().join("lab-nested");
+    fs::create_dir_all(&folder)?;
+    let path = folder.join(name);
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
 
 /// Boots the guest in the host and records both while the guest moves its TSC.
 fn record(host: &Machine, begun: Instant) -> Result<()> {
-    let start = format!("sh /bin/start-guest {}", INNER_BOOT_WAIT_MAX.as_secs());
+    let start = format!("sh /bin/start-guest {} host {CPUS}", INNER_BOOT_WAIT_MAX.as_secs());
     println!("{}", host.shell_within(&start, INNER_BOOT_WAIT_MAX + Duration::from_secs(30))?.ok()?);
     println!("guest booted under KVM, its agent is there: {:.0?}", begun.elapsed());
     for (name, _) in RECORDINGS {
         let record = format!(
             "cd /tmp/out; vtrace record --dir /run/vtrace -o {name}.dat -b 16384 -e kvm -e sched \
-             --dom guest1 -b 8192 -e all -- in-guest {name}"
+             --dom guest1 -b 8192 {EVENTS} -- in-guest {name}"
         );
         println!("{}", host.shell_within(&record, RECORD_WAIT_MAX)?.ok()?);
         println!("{name} recorded: {:.0?}", begun.elapsed());
     }
-    host.shell("cat /tmp/out/guest.answers; printf '1 %s\\n' \"$(echo poweroff -f | base64)\" >/tmp/guest.in; sleep 2")?
-        .ok()
-        .map(|said| println!("{said}"))
+    host.shell("cat /tmp/out/guest.answers; stop-guest")?.ok().map(|said| println!("{said}"))
 }

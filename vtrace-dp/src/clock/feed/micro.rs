@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "memory is handed to KVM by address; the host's TSC is read")]
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -63,16 +63,36 @@ impl Micro {
 
     /// Lets the guest read its TSC `times` times; each must lie where `expected` puts the host's TSC before and after.
     pub(crate) fn read_tsc(&mut self, times: usize, expected: impl Fn(u64) -> u64) {
-        self.start_at(MEMORY);
-        self.turn();
+        self.start_reading();
         for _ in 0..times {
-            let before = host_tsc();
-            self.turn();
-            let after = host_tsc();
-            let guest: u64 = self.memory.read_obj(GuestAddress(ANSWER)).unwrap();
+            let [before, guest, after] = self.reading();
             let since = guest.wrapping_sub(expected(before));
             assert!(since <= expected(after).wrapping_sub(expected(before)), "{guest} in {before}..{after}");
         }
+    }
+
+    /// Lets the guest read its TSC once: what it read, between the host's before and after.
+    pub(crate) fn reading(&mut self) -> [u64; 3] {
+        let before = host_tsc();
+        self.turn();
+        let after = host_tsc();
+        [before, self.memory.read_obj(GuestAddress(ANSWER)).unwrap(), after]
+    }
+
+    /// Begins with reading the TSC, and reads it once.
+    pub(crate) fn start_reading(&mut self) {
+        self.start_at(MEMORY);
+        self.turn();
+    }
+
+    /// Lets the guest's TSC run at `thousandths` of the host's rate; false where the hardware has no scaling.
+    pub(crate) fn set_rate(&self, thousandths: u32) -> bool {
+        let scales = Kvm::new().unwrap().check_extension(Cap::TscControl);
+        if scales {
+            let host_khz = u64::from(Self::new().vcpu.get_tsc_khz().unwrap());
+            self.vcpu.set_tsc_khz(u32::try_from(host_khz * u64::from(thousandths) / 1000).unwrap()).unwrap();
+        }
+        scales
     }
 
     /// The guest adds `ticks` to its TSC_ADJUST.

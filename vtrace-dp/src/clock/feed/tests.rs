@@ -2,7 +2,10 @@
 //! `cargo xtask test` does, here and (by `cargo xtask lab svm`) on kernels whose KVM calls kvm_entry.
 
 use super::super::btf::find_here;
+use super::super::math::HostRange;
 use super::super::ratio::{Isa, Ratio};
+use super::super::segment::Seen;
+use super::super::table::Table;
 use super::micro::Micro;
 use super::*;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -10,7 +13,9 @@ use nix::unistd::{Pid, gettid};
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard};
+use vtrace_common::ids::Cpu;
 use vtrace_common::kvm::source;
+use vtrace_common::time::{GuestTsc, HostTsc};
 
 /// The programs count every vCPU of the system, so that one of these tests runs at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -148,6 +153,61 @@ fn every_change_is_told_by_host_or_guest_where_the_hardware_obeys() {
     assert_eq!(adjusted.iter().map(|told| told.offset).collect::<Vec<_>>(), [set.offset.wrapping_add(1_000_000)]);
     assert!(adjusted[0].seen_ns > told[0].seen_ns);
     micro.read_tsc(10, |host| guest_tsc(adjusted[0], host));
+}
+
+/// One stretch of a guest's clock: the host's TSC before its change, and what the guest read in it.
+struct Stretch {
+    since: u64,
+    readings: Vec<[u64; 3]>,
+}
+
+#[test]
+#[ignore = "needs root and /dev/kvm"]
+fn every_conversion_lies_in_its_run_across_ratios_and_offsets() {
+    const READINGS: usize = 1000;
+    let (mut feed, _alone) = feed(&[Hook::Entry, Hook::Emulate]);
+    let mut micro = Micro::new();
+    micro.turn();
+    feed.watch(Watched::Process(me())).unwrap();
+    let isa = Isa::of_this_machine().unwrap();
+    let since = micro.reading()[2];
+    let (mut seen, mut stretches) = (Vec::new(), Vec::new());
+    let mut read = |feed: &mut Feed, micro: &mut Micro, since| {
+        micro.start_reading();
+        let readings: Vec<[u64; 3]> = (0..READINGS).map(|_| micro.reading()).collect();
+        let at = HostRange { low: HostTsc(since), high: HostTsc(readings[0][0]) };
+        seen.extend(changes(feed).iter().map(|told| Seen::new(told, Cpu(0), at)));
+        stretches.push(Stretch { since, readings });
+    };
+    read(&mut feed, &mut micro, since);
+    let mut ratios = 0;
+    for (thousandths, ticks) in [(353, 1 << 40), (571, 1 << 41), (1870, 1 << 43)] {
+        let now = micro.reading()[2];
+        if micro.set_rate(thousandths) {
+            ratios += 1;
+            read(&mut feed, &mut micro, now);
+        }
+        let now = micro.reading()[2];
+        micro.set_tsc(ticks);
+        read(&mut feed, &mut micro, now);
+        let now = micro.reading()[2];
+        micro.adjust(1_000_000 + thousandths);
+        read(&mut feed, &mut micro, now);
+    }
+    let table = Table::build(HostTsc(since), isa, seen, &[Cpu(0)]).unwrap();
+    let (mut outside, mut wide) = (0, 0);
+    for stretch in &stretches {
+        for [before, guest, after] in &stretch.readings {
+            let run = HostRange { low: HostTsc(*before), high: HostTsc(*after) };
+            let found = table.to_host(Cpu(0), GuestTsc(*guest), HostTsc(stretch.since.midpoint(*after)));
+            outside += usize::from(found.is_none_or(|found| !run.meets(found.possible)));
+            wide += usize::from(found.is_some_and(|found| found.possible.width() > 8));
+        }
+    }
+    let (all, segments) = (stretches.len() * READINGS, table.segments());
+    eprintln!("{all} conversions, {segments} segments, {ratios} ratios: {outside} outside their run, {wide} unsure");
+    assert_eq!(outside, 0);
+    assert!(segments == 1 || segments >= stretches.len(), "{segments} segments of {} stretches", stretches.len());
 }
 
 #[test]

@@ -60,6 +60,11 @@ impl Reports {
     }
 }
 
+/// Whether stock trace-cmd finds each CPU's times in order.
+pub(super) fn is_in_order(file: &Path) -> Result<bool> {
+    Ok(!trace_cmd(&["report", "--ts-check"], &[file])?.contains("BACKWARD"))
+}
+
 fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
     let mut command = Command::new("trace-cmd");
     command.args(words);

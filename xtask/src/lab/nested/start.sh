@@ -1,19 +1,19 @@
 # In the host under test: the server, then QEMU with KVM and the guest, then wait until its agent is there.
-# $1: how long to wait, in seconds.
+# $1: how long to wait, in seconds; $2: QEMU's -cpu; $3: how many CPUs.
 mkdir -p /run/vtrace /tmp/out
-mkfifo /tmp/guest.in /tmp/guest.out
-vtrace server --dir /run/vtrace --dom guest1 2>/tmp/out/server.log &
+[ -p /tmp/guest.in ] || mkfifo /tmp/guest.in /tmp/guest.out
+pidof vtrace >/dev/null || vtrace server --dir /run/vtrace --dom guest1 2>/tmp/out/server.log &
 until [ -S /run/vtrace/guest1.sock ]; do sleep 0.1; done
 
 /qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib /qemu/qemu-system-x86_64 -L /qemu/share \
     -nodefaults -no-user-config -display none -no-reboot \
-    -accel kvm -cpu host -M q35,memory-backend=memory -smp 1 -m 384M \
+    -accel kvm -cpu "$2" -M q35,memory-backend=memory -smp "$3" -m 384M \
     -object memory-backend-memfd,id=memory,size=384M,share=on \
     -kernel /guest/vmlinuz -initrd /guest/initramfs \
     -append "console=ttyS0 quiet panic=-1" \
     -serial file:/tmp/out/guest.log -chardev pipe,id=shell,path=/tmp/guest -serial chardev:shell \
     -chardev socket,id=vtrace,path=/run/vtrace/guest1.sock \
-    -device vhost-user-test-device-pci,chardev=vtrace,virtio-id=3,num_vqs=6,vq_size=128,config_size=12 \
+    -device vhost-user-test-device-pci,chardev=vtrace,virtio-id=3,num_vqs=$((2 * $3 + 4)),vq_size=128,config_size=12 \
     >/tmp/out/qemu.log 2>&1 &
 cat /tmp/guest.out >/tmp/out/guest.answers &
 
