@@ -27,7 +27,7 @@ use vtrace_dp::{
         metadata::Metadata,
         option::TraceOption,
         reader::Reader,
-        rewrite::{Rewritten, rewrite},
+        rewrite::Rewritten,
         segments::{Segments, Shown},
         walk::Events,
         writer::Writer,
@@ -94,7 +94,7 @@ fn write(path: &Path, pairs: &[Pair]) -> Result<Guest> {
     LANES.iter().zip(&stories).for_each(|(cpu, story)| table.learn(*cpu, story.runs.clone()));
 
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-    let writer = Writer::create(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES)?;
+    let mut writer = Writer::create(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES)?;
     let mut filled = Vec::new();
     for (area, story) in writer.areas().iter().zip(&stories) {
         writer.file().write_all_at(&story.pages, area.offset)?;
@@ -113,12 +113,9 @@ fn write(path: &Path, pairs: &[Pair]) -> Result<Guest> {
             Shown::Shifted
         }
         Shape::Rewrite => {
-            for (area, (cpu, bytes)) in writer.areas().iter().zip(&mut filled) {
-                let lane = table.lane(*cpu).context("a lane that is known")?;
-                let done = rewrite(writer.file(), area, *bytes, PAGE_BYTES, lane)?;
-                *bytes = done.bytes;
-                rewritten.push(done);
-            }
+            let hosted = writer.host_times(&mut filled, &table, b"7 guest\n", &options)?;
+            hosted.fault.map_or(Ok(()), Err)?;
+            rewritten.extend(hosted.lanes.into_iter().map(|(_, done)| done));
             Shown::Rewritten
         }
     };

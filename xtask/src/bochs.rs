@@ -169,7 +169,8 @@ fn start(root: &Path, job: &Job<'_>) -> Result<Child> {
     script.args(["-qfc", &line, "/dev/null"]).current_dir(folder).env("TERM", "xterm");
     // The libraries of its plugins are found by its own loader's path.
     script.env("LTDL_LIBRARY_PATH", library.join("bochs/plugins")).env("BXSHARE", root.join("usr/share/bochs"));
-    script.stdin(Stdio::null()).stdout(File::create(folder.join("bochs.out"))?).stderr(Stdio::null());
+    // Once its input ends, script passes nothing on any more, and Bochs blocks on its screen.
+    script.stdin(Stdio::piped()).stdout(File::create(folder.join("bochs.out"))?).stderr(Stdio::null());
     script.spawn().context("cannot run script")
 }
 

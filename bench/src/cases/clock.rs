@@ -1,7 +1,7 @@
 //! Guest time to host time, and pages rewritten by it.
 //!
 //! In:    times of a guest at two thirds of the host's rate; a lane of 64 MiB of its pages in a memory file
-//! Out:   ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages in place, through the same calls
+//! Out:   ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages, through the same calls
 //! Runs:  on this thread
 
 use std::{fs::File, hint::black_box, os::unix::fs::FileExt, time::Instant};
@@ -10,7 +10,6 @@ use anyhow::{Context, Result};
 use vtrace_common::{
     ids::Cpu,
     time::{GuestTsc, HostTsc},
-    wire::client::Area,
 };
 use vtrace_dp::{
     clock::{
@@ -20,7 +19,7 @@ use vtrace_dp::{
         testing::{Change, Life, Story},
     },
     device::testing::memory_file,
-    trace::rewrite::rewrite,
+    trace::{areas::Extent, rewrite::rewrite},
 };
 
 use super::alternately;
@@ -69,31 +68,32 @@ fn speeds(round: u32, life: &Life, story: &Story, bytes: u64) -> Result<[f64; 2]
     let table = Table::build(HostTsc(life.since), Isa::Vmx, story.seen.clone(), &[Cpu(0)])?;
     let length = u64::try_from(story.pages.len())?;
     let lanes = bytes / length + 1;
-    let area = |lane: u64| Area { cpu: Cpu(0), offset: lane << 32, bytes_max: 1 << 32 };
-    let timed = |one: &dyn Fn(&File, Area) -> Result<()>| -> Result<f64> {
+    let place = |lane: u64| Extent { offset: lane << 32, bytes: length };
+    let timed = |one: &dyn Fn(&File, Extent) -> Result<()>| -> Result<f64> {
         let file = memory_file(0)?;
-        (0..lanes).try_for_each(|lane| file.write_all_at(&story.pages, area(lane).offset))?;
+        (0..lanes).try_for_each(|lane| file.write_all_at(&story.pages, place(lane).offset))?;
         let begun = Instant::now();
-        (0..lanes).try_for_each(|lane| one(&file, area(lane)))?;
+        (0..lanes).try_for_each(|lane| one(&file, place(lane)))?;
         Ok(f64::from(u32::try_from(length * lanes)?) / 1e9 / begun.elapsed().as_secs_f64())
     };
-    let rewritten = |file: &File, area: Area| {
-        let lane = table.lane(area.cpu).context("a lane that is known")?;
-        rewrite(file, &area, length, PAGE, lane)?;
+    let to = |from: Extent| from.offset + (1 << 31);
+    let rewritten = |file: &File, from: Extent| {
+        let lane = table.lane(Cpu(0)).context("a lane that is known")?;
+        rewrite(file, from, to(from), PAGE, lane)?;
         Ok(())
     };
-    let copied = |file: &File, area: Area| copy(file, area.offset, story.pages.len());
+    let copied = |file: &File, from: Extent| copy(file, from.offset, to(from), story.pages.len());
     alternately(round, || timed(&rewritten), || timed(&copied))
 }
 
 /// Reads and writes a mebibyte at a time.
-fn copy(file: &File, offset: u64, bytes: usize) -> Result<()> {
+fn copy(file: &File, from: u64, to: u64, bytes: usize) -> Result<()> {
     let mut chunk = vec![0; 1 << 20];
     for begin in (0..bytes).step_by(chunk.len()) {
         let count = chunk.len().min(bytes - begin);
-        let at = offset + u64::try_from(begin)?;
-        file.read_exact_at(&mut chunk[..count], at)?;
-        file.write_all_at(&chunk[..count], at)?;
+        let begin = u64::try_from(begin)?;
+        file.read_exact_at(&mut chunk[..count], from + begin)?;
+        file.write_all_at(&chunk[..count], to + begin)?;
     }
     Ok(())
 }

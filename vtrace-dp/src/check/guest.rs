@@ -165,8 +165,8 @@ fn notes<S: Source>(host: &Reader<S>, guest: &Reader<S>, stamps: &Stamps, seen: 
         notes.push("host and guest do not turn cycles into nanoseconds alike".into());
     }
     match guest.segments().ok().flatten().map(|segments| segments.shown) {
-        Some(Shown::Raw) => notes.push("its times are the guest's own, as was asked for".into()),
-        Some(Shown::Mixed) => notes.push("its times are partly the guest's: they were being converted".into()),
+        Some(Shown::Raw | Shown::Pending) => notes.push("its times are the guest's own, as was asked for".into()),
+        Some(Shown::Mixed) => notes.push("its times are partly the guest's: there was no room to convert them".into()),
         Some(Shown::Shifted | Shown::Rewritten) | None => {}
     }
     if guest.buffers().iter().any(|buffer| !buffer.name.is_empty()) {

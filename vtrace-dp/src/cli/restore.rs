@@ -112,6 +112,9 @@ fn text(outcome: &Outcome) -> String {
         let [pages, missing, torn, left] = [lane.pages, lane.pages_missing, lane.pages_torn, lane.pages_left_out];
         format!("  {:<6} {pages:>10} {missing:>10} {torn:>10} {left:>10}", lane.cpu)
     }));
+    if restored.converted > 0 {
+        lines.push(format!("  {} events were given the host's times", restored.converted));
+    }
     if restored.sparse {
         lines.push("  holes are left between its lanes: copy it with cp, tar -S or rsync -S".into());
     }

@@ -228,6 +228,11 @@ impl Runs {
         Self { runs, known }
     }
 
+    /// The runs, and where they are all.
+    pub(crate) fn parts(&self) -> [&[HostRange]; 2] {
+        [&self.runs, &self.known]
+    }
+
     /// All runs in this stretch are known.
     pub fn knows(&self, range: HostRange) -> bool {
         let after = self.known.partition_point(|known| known.low <= range.low);

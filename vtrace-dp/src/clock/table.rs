@@ -171,6 +171,11 @@ impl Table {
         self.vcpu(cpu).map(|vcpu| &vcpu.history)
     }
 
+    /// What was learnt of a vCPU's runs.
+    pub(crate) fn runs(&self, cpu: Cpu) -> Option<&Runs> {
+        self.vcpu(cpu)?.runs.as_ref()
+    }
+
     fn vcpu(&self, cpu: Cpu) -> Option<&Vcpu> {
         self.vcpus.iter().find(|vcpu| vcpu.history.cpu() == cpu)
     }

@@ -3,7 +3,7 @@
 //! In:    measurements at both ends, what KVM said meanwhile, the host's pages around each change
 //! Out:   [`GuestClock`]: how the file's times are to become the host's; and that done, what the file and the summary say
 //! Runs:  on record's thread, when all machines have stopped and their pages are in their areas
-//! Full:  a lane without room for the pages that host times need more is an error; the file says that its times are mixed
+//! Full:  a disk without room for the largest lane once more is an error; the file says whose its times are
 //! Trust: KVM; a guest's measurements are checked against it, its own word places only its own events
 
 use vtrace_common::{
@@ -31,7 +31,7 @@ use crate::{
     },
     trace::{
         option::TraceOption,
-        rewrite::{Rewritten, rewrite},
+        rewrite::Rewritten,
         segments::{Segments, Shown},
         writer::Writer,
     },
@@ -169,11 +169,6 @@ impl GuestClock {
         }
     }
 
-    /// Pages will get other times.
-    pub(super) fn is_rewritten(&self) -> bool {
-        !self.is_raw && matches!(self.word, Word::Kvm(_, Shape::Rewrite))
-    }
-
     /// What the host's TSC was when the guest's was `guest`, `near` a time of the host.
     pub(super) fn to_host(&self, cpu: Cpu, guest: GuestTsc, near: HostTsc) -> Option<HostTsc> {
         match &self.word {
@@ -183,12 +178,13 @@ impl GuestClock {
         }
     }
 
-    /// Gives the file its times. `filled`: the bytes of each lane, which can become more.
+    /// Gives the file its times. `filled`: the bytes of each lane, which can become more; `known`: what else the file is
+    /// to have, should this be killed.
     pub(super) fn convert(
         self,
-        file: &Writer,
+        file: &mut Writer,
         filled: &mut [(Cpu, u64)],
-        page_bytes: u32,
+        known: &Known<'_>,
         common: &Common,
     ) -> Converted {
         let Self { kvm, word, lanes, is_raw, remarks } = self;
@@ -207,7 +203,7 @@ impl GuestClock {
             }
             Word::Kvm(table, shape) => {
                 (said.source, said.vcpus, said.steady) = (KVM.into(), lanes.len(), said.segments <= 1);
-                done.by_table(table, Some(shape).filter(|_| !is_raw), (file, filled, page_bytes), &mut said, common);
+                done.by_table(table, Some(shape).filter(|_| !is_raw), (file, filled, known), &mut said, common);
             }
         }
         if is_raw {
@@ -218,8 +214,11 @@ impl GuestClock {
     }
 }
 
-/// A file's pages: who writes it, the bytes of each lane, the bytes of one page.
-type Place<'a> = (&'a Writer, &'a mut [(Cpu, u64)], u32);
+/// What a file has besides its pages: command lines and options.
+pub(super) type Known<'a> = (&'a [u8], &'a [TraceOption]);
+
+/// A file's pages: who writes it, the bytes of each lane, and what else is known.
+type Place<'a> = (&'a mut Writer, &'a mut [(Cpu, u64)], &'a Known<'a>);
 
 impl Converted {
     fn by_table(
@@ -246,8 +245,10 @@ impl Converted {
                 }
                 Err(why) => {
                     self.failed = true;
-                    self.remarks.push(format!("its times are partly its own and partly the host's: {why}"));
-                    Shown::Mixed
+                    let is_touched = !self.added.is_empty();
+                    let whose = if is_touched { "of some CPUs the host's and of some its own" } else { "its own" };
+                    self.remarks.push(format!("its times are {whose}: {why}"));
+                    if is_touched { Shown::Mixed } else { Shown::Raw }
                 }
             },
         };
@@ -255,17 +256,14 @@ impl Converted {
     }
 
     /// Gives the pages of all lanes host times.
-    fn rewrite(&mut self, table: &Table, (file, filled, page_bytes): Place<'_>) -> Result<Rewritten, String> {
+    fn rewrite(&mut self, table: &Table, (file, filled, known): Place<'_>) -> Result<Rewritten, String> {
+        let hosted = file.host_times(filled, table, known.0, known.1).map_err(|fault| chain(&fault))?;
         let mut total = Rewritten::default();
-        for (cpu, bytes) in filled {
-            let area = file.areas().iter().find(|area| area.cpu == *cpu);
-            let (Some(area), Some(lane)) = (area, table.lane(*cpu)) else { continue };
-            let done = rewrite(file.file(), area, *bytes, page_bytes, lane).map_err(|fault| chain(&fault))?;
-            *bytes = done.bytes;
-            self.added.push((*cpu, done.pages_added));
+        for (cpu, done) in hosted.lanes {
+            self.added.push((cpu, done.pages_added));
             total.join(&done);
         }
-        Ok(total)
+        hosted.fault.map_or(Ok(total), |fault| Err(chain(&fault)))
     }
 
     fn note(&mut self, total: &Rewritten) {

@@ -351,19 +351,10 @@ fn finish_guest(
     let start_skew_ns = start_skew_ns(recording, common, session, &clock);
     let mut filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
     let mut options = machine_options(common, &armed.clock, guest_uname(session), file.trace_id);
-    let is_rewritten = clock.is_rewritten();
-    if is_rewritten {
-        let said =
-            TraceOption::CpuStat("vtrace clock: times in front are the host's, behind them the guest's\n".into());
-        keep_in(&mut file, &[&options[..], &[said]].concat());
-    }
-    let times = clock.convert(&file.writer, &mut filled, armed.page_bytes, common);
+    let known = (&session.metadata.cmdlines[..], &options[..]);
+    let times = clock.convert(&mut file.writer, &mut filled, &known, common);
     for lane in &mut lanes {
         lane.pages_added = times.added.iter().find(|(cpu, _)| cpu.0 == lane.cpu).map_or(0, |(_, added)| *added);
-    }
-    if is_rewritten && !times.failed {
-        // A crash from here on leaves the host's times, which nothing must be added to.
-        keep_in(&mut file, &options);
     }
     remarks.extend(times.remarks);
     let mut machine = MachineSummary {

@@ -55,6 +55,8 @@ pub struct LaneArea {
     pub moved: Extent,
     /// The others, where they were written; of an open file, the whole area.
     pub rest: Extent,
+    /// The guest's own times were replaced by the host's ([`super::hosted`]).
+    pub is_hosted: bool,
 }
 
 /// Where all pages of a file are.
@@ -99,7 +101,7 @@ impl Areas {
         }
         for lane in &self.lanes {
             out.extend(lane.cpu.0.to_le_bytes());
-            out.extend(0u32.to_le_bytes());
+            out.extend(u32::from(lane.is_hosted).to_le_bytes());
             for word in [lane.moved.offset, lane.moved.bytes, lane.rest.offset, lane.rest.bytes] {
                 out.extend(word.to_le_bytes());
             }
@@ -126,8 +128,8 @@ impl Areas {
         let mut lanes = Vec::new();
         for _ in 0..count {
             let cpu = Cpu(input.u32("CPU of an area")?);
-            input.u32("area")?;
-            lanes.push(LaneArea { cpu, moved: read_extent(input)?, rest: read_extent(input)? });
+            let is_hosted = input.u32("kind of an area")? & 1 != 0;
+            lanes.push(LaneArea { cpu, moved: read_extent(input)?, rest: read_extent(input)?, is_hosted });
         }
         Ok(Self { state, page_bytes, file_bytes, pending, early_at, newest_bytes, lanes })
     }
@@ -181,8 +183,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> Areas {
-        let lane =
-            |cpu, offset| LaneArea { cpu: Cpu(cpu), moved: Extent::default(), rest: Extent { offset, bytes: 10 } };
+        let lane = |cpu, offset| {
+            let rest = Extent { offset, bytes: 10 };
+            LaneArea { cpu: Cpu(cpu), moved: Extent::default(), rest, is_hosted: cpu == 3 }
+        };
         let pending = Extent { offset: 110, bytes: 90 };
         Areas {
             state: State::Closed,

@@ -278,7 +278,12 @@ mod tests {
         for index in 0..4 {
             let rest = Extent { offset: AREA * (index + 1), bytes: COUNTS[usize::try_from(index).unwrap()] * UNIT };
             file.write_all_at(&content(index), rest.offset).unwrap();
-            lanes.push(LaneArea { cpu: Cpu(u32::try_from(index).unwrap()), moved: Extent::default(), rest });
+            lanes.push(LaneArea {
+                cpu: Cpu(u32::try_from(index).unwrap()),
+                moved: Extent::default(),
+                rest,
+                is_hosted: false,
+            });
         }
         Areas {
             state: State::Closed,

@@ -61,10 +61,11 @@ pub struct Finished {
 }
 
 impl Frame {
-    /// Finishes a file whose pages are where `areas` says.
-    pub(super) fn finish(&self, mut areas: Areas, texts: &Texts) -> Result<Finished, WriteFault> {
+    /// Says that all pages are where `areas` says, and puts the texts where `restore` finds them; gives where the tail
+    /// ends.
+    pub(super) fn close(&self, areas: &mut Areas, texts: &Texts) -> Result<u64, WriteFault> {
         areas.state = State::Closed;
-        self.save(&areas)?;
+        self.save(areas)?;
         // The tail's length does not depend on where the data will be: no option is written in numbers of varying length.
         let tail = self.tail(texts, &areas.lanes)?;
         let tail_end = self.tail_at + tail.bytes();
@@ -74,6 +75,13 @@ impl Frame {
             return Err(WriteFault::TooLong { what: "the end", bytes: tail.bytes.len(), bytes_max: 0 });
         }
         self.write_tail(&tail, 0, areas.file_bytes.max(tail_end))?;
+        Ok(tail_end)
+    }
+
+    /// Finishes a file whose pages are where `areas` says.
+    pub(super) fn finish(&self, mut areas: Areas, texts: &Texts) -> Result<Finished, WriteFault> {
+        let tail_end = self.close(&mut areas, texts)?;
+        let start = tail_end.next_multiple_of(self.unit);
         let mut put = |areas: &Areas| self.file.write_all_at(&areas.encode(), self.areas_at);
         let (file, unit, step_bytes, copy_bytes_max) = (&self.file, self.unit, STEP_BYTES, COPY_BYTES_MAX);
         let mut collapse = Collapse { file, areas: &mut areas, unit, step_bytes, copy_bytes_max, save: &mut put };

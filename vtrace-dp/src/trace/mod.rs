@@ -23,6 +23,7 @@ pub mod fields;
 pub mod format;
 pub mod found;
 mod frame;
+pub mod hosted;
 pub mod input;
 pub mod keep;
 pub mod layout;

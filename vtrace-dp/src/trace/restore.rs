@@ -10,6 +10,7 @@
 //! |---|---|---|
 //! | open | looked for ([`super::found`]) | the early ones ([`super::early`]) |
 //! | closed | counted; maybe half moved together | those of the end, where they were written whole; else the early ones |
+//! | closed, host times pending | counted; those with the guest's own times get the host's ([`super::hosted`]) | those of the end |
 //! | finished | | the file is left as it is |
 
 use std::{
@@ -31,13 +32,16 @@ use super::{
     format,
     found::{self, Scan},
     frame::{Frame, Sections, Texts, raw},
+    hosted::{HostingFault, host_lanes},
     input::{FileSource, Input, ReadFault, Source},
     layout::{
         FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX, SECTION_HEADER_BYTES, SEGMENTS_BYTES_MAX,
         UNCOMPRESSED, VERSION_7, id,
     },
     option::TraceOption,
+    rewrite::Rewritten,
     section::{SectionHeader, bytes_of},
+    segments::{Segments, Shown},
     writer::{WriteFault, unit_bytes},
 };
 
@@ -59,6 +63,9 @@ pub enum RestoreFault {
     /// It cannot be written.
     #[error(transparent)]
     Write(#[from] WriteFault),
+    /// The host's times could not be given to all of its lanes.
+    #[error("cannot give it the host's times")]
+    Hosting(#[from] HostingFault),
     /// A system call failed.
     #[error("cannot {action}")]
     Io {
@@ -92,6 +99,8 @@ pub struct Restored {
     pub sparse: bool,
     /// Options were kept before the end. Without them times are cycles, and host and guest do not know each other.
     pub linked: bool,
+    /// Events that got the host's times now: it was killed while they were being converted.
+    pub converted: u64,
     /// One entry a lane; none for a finished file.
     pub lanes: Vec<LaneFound>,
 }
@@ -146,7 +155,14 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
     let skeleton = inspect(&source)?;
     if skeleton.areas.state == State::Finished {
         let bytes = source.bytes();
-        return Ok(Restored { was: Was::Finished, bytes, sparse: false, linked: true, lanes: Vec::new() });
+        return Ok(Restored {
+            was: Was::Finished,
+            bytes,
+            sparse: false,
+            linked: true,
+            converted: 0,
+            lanes: Vec::new(),
+        });
     }
     let unit = unit_bytes(&file, skeleton.page_bytes)?;
     let mut plan = plan(&source, &skeleton, unit)?;
@@ -156,9 +172,31 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
     }
     let (tail_at, Skeleton { page_bytes, sections, areas_at, .. }) = (skeleton.tail_at(), skeleton);
     let frame = Frame { file, clock: plan.clock, page_bytes, unit, sections, areas_at, tail_at };
+    let converted = host_times(&frame, &mut plan.areas, &mut plan.texts)?;
+    for (lane, area) in plan.lanes.iter_mut().zip(&plan.areas.lanes).filter(|(_, area)| area.is_hosted) {
+        lane.pages = area.rest.bytes / u64::from(page_bytes);
+    }
     let finished = frame.finish(plan.areas, &plan.texts)?;
     let sparse = finished.way == Way::Left;
-    Ok(Restored { was: plan.was, bytes: finished.bytes, sparse, linked: plan.linked, lanes: plan.lanes })
+    Ok(Restored { was: plan.was, bytes: finished.bytes, sparse, linked: plan.linked, converted, lanes: plan.lanes })
+}
+
+/// Goes on where a recording was killed while it gave its lanes the host's times. Gives how many events got theirs now.
+fn host_times(frame: &Frame, areas: &mut Areas, texts: &mut Texts) -> Result<u64, RestoreFault> {
+    let pending =
+        texts.segments.first().map(|payload| Segments::read(&mut Input::new(&payload.as_slice(), 0, u64::MAX)));
+    let Some(Segments { shown: Shown::Pending, table }) = pending.transpose()? else { return Ok(0) };
+    let hosted = host_lanes(&frame.file, areas, frame.unit, &table, &mut |areas| frame.save(areas));
+    if let Some(fault) = hosted.fault {
+        return Err(fault.into());
+    }
+    let mut total = Rewritten::default();
+    hosted.lanes.iter().for_each(|(_, done)| total.join(done));
+    let note = serde_json::json!({ "restored": { "converted": total.events } });
+    let segments = TraceOption::Segments(Segments { shown: Shown::Rewritten, table });
+    texts.notes = note.to_string();
+    texts.segments = vec![segments.encode().map_err(WriteFault::from)?];
+    Ok(total.events)
 }
 
 /// Looks at a file as [`restore`] would, without changing it.

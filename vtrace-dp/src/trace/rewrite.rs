@@ -1,10 +1,10 @@
 //! Pages whose times are the host's: for guests whose clock no time shift can describe.
 //!
-//! In:    the pages of a lane in its area of a file that is being written; a way through the lane's clock
-//! Out:   the same events with host times, in the same area; how many, and how sure
+//! In:    the pages of a lane in a file that is being written; a way through the lane's clock; a free place in the file
+//! Out:   the same events with host times, at that place; how many, and how sure
 //! Runs:  on the caller's thread, when all pages are in the file and before its holes are collapsed
-//! Full:  a page whose events do not fit any more is continued on a page of its own, and the pages behind it move up; an
-//!        area or a disk without room for that is an error, and the lane's times are a mixture then
+//! Full:  a page whose events do not fit any more is continued on a page of its own: [`room_bytes`] are enough; a disk
+//!        without room is an error, and the lane is as it was
 //! Trust: pages come from guests: one that cannot be walked is cut where it breaks, and that is counted
 //!
 //! A page is laid out anew: its header has the first event's time, an event what passed since the one before, in its own
@@ -12,18 +12,20 @@
 //! extends, absolute stamps, discarded events) is left out, which nearly always makes room for the extends that a slower
 //! guest needs more of. No time is rounded to fit. Everything else stays: event bytes, order, and the count of lost ones.
 //!
-//! Pages are read and written a mebibyte at a time. A crash meanwhile leaves host times in front and guest times behind.
+//! Pages are read and written a mebibyte at a time. The guest's own are only read: whoever is killed meanwhile has lost
+//! nothing, and begins again ([`super::hosted`]).
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use vtrace_common::{
     page::{HEADER_BYTES, Header, MISSED_EVENTS, MISSED_STORED},
     time::{GuestTsc, HostTsc},
-    wire::client::Area,
 };
 
-use super::walk::{Event, Events, Stamp};
+use super::{
+    areas::Extent,
+    walk::{Event, Events, Stamp},
+};
 use crate::clock::{
     lane::{Lane, Stamped},
     table::{Certainty, Conversion},
@@ -45,20 +47,14 @@ const LEAPS_MAX: u64 = 1 << (64 - EXTEND_BITS);
 
 /// Why a lane's times could not be rewritten.
 #[derive(Debug, thiserror::Error)]
-pub enum RewriteFault {
-    /// Reading or writing failed.
-    #[error("cannot {action} pages at {offset:#x}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// Where.
-        offset: u64,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// More pages than the area holds.
-    #[error("the area of {0} has no room for one page more")]
-    NoRoom(vtrace_common::ids::Cpu),
+#[error("cannot {action} pages at {offset:#x}")]
+pub struct RewriteFault {
+    /// What was tried.
+    action: &'static str,
+    /// Where.
+    offset: u64,
+    /// Why it failed.
+    source: io::Error,
 }
 
 /// What was done to a lane.
@@ -112,52 +108,44 @@ impl Rewritten {
     }
 }
 
-/// Gives all events in the first `bytes` bytes of `area` their host times.
+/// Bytes that the pages of a lane of `bytes` bytes take at most, once they are rewritten.
+pub fn room_bytes(bytes: u64, page_bytes: u32) -> u64 {
+    // Every page can need a second one.
+    2 * bytes + LEAPS_MAX * u64::from(page_bytes)
+}
+
+/// Writes the pages of `from` with host times to `to`, where [`room_bytes`] are free.
 ///
 /// # Errors
-/// See [`RewriteFault`]. The lane is of no use then.
-pub fn rewrite(
-    file: &File,
-    area: &Area,
-    bytes: u64,
-    page_bytes: u32,
-    lane: Lane<'_>,
-) -> Result<Rewritten, RewriteFault> {
-    let pages = bytes / u64::from(page_bytes);
-    let done = Rewritten { pages, bytes, ..Rewritten::default() };
-    // Every page can need a second one: behind the place of all of these nothing is overwritten.
-    let spare = 2 * pages + LEAPS_MAX;
-    let place = LanePlace { file, area, page_bytes, spare };
+/// See [`RewriteFault`]: what is at `to` is of no use then, `from` is as it was.
+pub fn rewrite(file: &File, from: Extent, to: u64, page_bytes: u32, lane: Lane<'_>) -> Result<Rewritten, RewriteFault> {
+    let pages = from.bytes / u64::from(page_bytes);
+    let done = Rewritten { pages, ..Rewritten::default() };
+    let place = LanePlace { file, begin: from.offset, page_bytes };
     let mut lane = lane;
     if lane.is_moved() {
         place.look_ahead(pages, &mut lane)?;
     }
-    let mut pass = Pass { place, lane, pager: Pager::default(), splits: Vec::new(), added: 0, done };
+    let mut pass = Pass { place, to, lane, pager: Pager::default(), out: Vec::new(), done };
     pass.forward(pages)?;
-    if pass.added > 0 {
-        pass.place.spread(pages, &pass.splits, pass.added)?;
-    }
-    pass.done.pages_added = pass.added;
-    pass.done.bytes += pass.added * u64::from(page_bytes);
+    pass.done.pages_added = pass.done.bytes / u64::from(page_bytes) - pages;
     Ok(pass.done)
 }
 
 /// Where a lane lies.
 struct LanePlace<'a> {
     file: &'a File,
-    area: &'a Area,
+    begin: u64,
     page_bytes: u32,
-    /// The first page number that no page of the lane ever gets.
-    spare: u64,
 }
 
 struct Pass<'a> {
     place: LanePlace<'a>,
+    to: u64,
     lane: Lane<'a>,
     pager: Pager,
-    /// Pages that are continued, and on how many pages more.
-    splits: Vec<(u64, u64)>,
-    added: u64,
+    /// Pages to be written.
+    out: Vec<u8>,
     done: Rewritten,
 }
 
@@ -174,30 +162,30 @@ impl Pass<'_> {
             self.place.read(&mut chunk, first)?;
             for number in 0..count {
                 let at = usize::try_from(number).expect("small") * page_bytes;
-                self.one(first + number, &mut chunk[at..], page_bytes)?;
+                self.one(&chunk[at..], page_bytes);
             }
-            let end = chunk.len() - ahead;
-            self.place.write(&chunk[..end], first)?;
+            self.write()?;
         }
         Ok(())
     }
 
-    /// Rewrites the page at the start of `rest`; what does not fit it is kept behind all pages.
-    fn one(&mut self, number: u64, rest: &mut [u8], page_bytes: usize) -> Result<(), RewriteFault> {
-        let (page, behind) = rest.split_at_mut(page_bytes);
+    /// Rewrites the page at the start of `rest`.
+    fn one(&mut self, rest: &[u8], page_bytes: usize) {
+        let (page, behind) = rest.split_at(page_bytes);
         let next = Header::parse(behind, page_bytes).ok().filter(|header| header.data_bytes > 0);
         let next = next.map(|header| GuestTsc(header.time));
         let is_whole = self.pager.rewrite(page, next, &mut self.lane);
         self.done.pages_cut += u64::from(!is_whole);
         self.done.count(&self.pager.conversions);
-        let more = self.pager.out.len() / page_bytes - 1;
-        if more > 0 {
-            let more = u64::try_from(more).expect("usize has at most 64 bits");
-            self.place.write(&self.pager.out[page_bytes..], self.place.spare + self.added)?;
-            self.splits.push((number, more));
-            self.added += more;
-        }
-        page.copy_from_slice(&self.pager.out[..page_bytes]);
+        self.out.extend(&self.pager.out);
+    }
+
+    fn write(&mut self) -> Result<(), RewriteFault> {
+        let offset = self.to + self.done.bytes;
+        let written = self.place.file.write_all_at(&self.out, offset);
+        written.map_err(|source| RewriteFault { action: "write", offset, source })?;
+        self.done.bytes += u64::try_from(self.out.len()).expect("usize has at most 64 bits");
+        self.out.clear();
         Ok(())
     }
 }
@@ -224,60 +212,10 @@ impl LanePlace<'_> {
         failed
     }
 
-    fn offset(&self, page: u64) -> u64 {
-        self.area.offset + page * u64::from(self.page_bytes)
-    }
-
     fn read(&self, buffer: &mut [u8], page: u64) -> Result<(), RewriteFault> {
-        let offset = self.offset(page);
+        let offset = self.begin + page * u64::from(self.page_bytes);
         let read = self.file.read_exact_at(buffer, offset);
-        read.map_err(|source| RewriteFault::Io { action: "read", offset, source })
-    }
-
-    fn write(&self, bytes: &[u8], page: u64) -> Result<(), RewriteFault> {
-        let offset = self.offset(page);
-        let end = offset + u64::try_from(bytes.len()).expect("usize has at most 64 bits");
-        if end > self.area.offset + self.area.bytes_max {
-            return Err(RewriteFault::NoRoom(self.area.cpu));
-        }
-        self.file.write_all_at(bytes, offset).map_err(|source| RewriteFault::Io { action: "write", offset, source })
-    }
-
-    /// Moves pages up, the last ones first, and puts the kept ones behind those that they continue.
-    fn spread(&self, pages: u64, splits: &[(u64, u64)], added: u64) -> Result<(), RewriteFault> {
-        let (mut left, mut end) = (added, pages);
-        for (page, more) in splits.iter().rev() {
-            self.shift(page + 1, end, left)?;
-            left -= more;
-            self.shift_one_by_one(self.spare + left, page + 1 + left, *more)?;
-            end = page + 1;
-        }
-        let length = i64::try_from(added * u64::from(self.page_bytes)).unwrap_or(i64::MAX);
-        let offset = i64::try_from(self.offset(self.spare)).unwrap_or(i64::MAX);
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        // Best effort: what stays is collapsed with the rest of the area.
-        let _ = fallocate(self.file, flags, offset, length);
-        Ok(())
-    }
-
-    /// Moves pages `from..to` up by `by`.
-    fn shift(&self, from: u64, to: u64, by: u64) -> Result<(), RewriteFault> {
-        let step = u64::try_from(CHUNK_BYTES).expect("small") / u64::from(self.page_bytes);
-        let (step, mut end) = (step.max(1), to);
-        while end > from {
-            let begin = from.max(end.saturating_sub(step));
-            self.shift_one_by_one(begin, begin + by, end - begin)?;
-            end = begin;
-        }
-        Ok(())
-    }
-
-    /// Copies `count` pages, few enough for the memory.
-    fn shift_one_by_one(&self, from: u64, to: u64, count: u64) -> Result<(), RewriteFault> {
-        let bytes = usize::try_from(count * u64::from(self.page_bytes)).expect("a chunk, or what one page became");
-        let mut buffer = vec![0; bytes];
-        self.read(&mut buffer, from)?;
-        self.write(&buffer, to)
+        read.map_err(|source| RewriteFault { action: "read", offset, source })
     }
 }
 

@@ -3,7 +3,8 @@
 //! In:    [`Segments`]: the histories of all vCPUs, and what was made of them for readers that do not know this section
 //! Out:   its payload, and back
 //! Runs:  anywhere
-//! Full:  more segments than [`SEGMENTS_MAX`] are refused
+//! Full:  more segments than [`SEGMENTS_MAX`] are refused; of more than [`RUNS_MAX`] runs a vCPU's are left out: times
+//!        near a step back are less sure then
 //! Trust: files come from anyone: counts are bounded, histories must be in order
 //!
 //! With it nothing is lost where pages were rewritten: forward arithmetic gives each event its guest time again, to the
@@ -12,6 +13,7 @@
 //! ```text
 //! u32 version 1 · u32 shown · u64 since · u32 vCPUs · u32 0
 //! each vCPU: u32 CPU · u32 segments · each: u64 from low · u64 from high · u64 offset · u64 ratio (0: 1) · u64 fraction bits
+//! pending only, each vCPU again: u64 runs · u64 stretches in which all are known · each: u64 low · u64 high
 //! ```
 
 use std::num::NonZeroU64;
@@ -25,7 +27,7 @@ use super::{
 use crate::clock::{
     math::{HostRange, Pair},
     ratio::Ratio,
-    segment::{History, SEGMENTS_MAX, Segment},
+    segment::{History, Runs, SEGMENTS_MAX, Segment},
     table::Table,
 };
 
@@ -33,6 +35,9 @@ const VERSION: u32 = 1;
 const HEAD_BYTES: usize = 4 * 4 + 8;
 const VCPU_BYTES: usize = 8;
 const SEGMENT_BYTES: usize = 5 * 8;
+/// Runs of all vCPUs, and stretches in which they are known: enough for thousands of steps back.
+const RUNS_MAX: usize = 1 << 16;
+const RUN_BYTES: usize = 2 * 8;
 
 /// What the times in the pages are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,8 +48,10 @@ pub enum Shown {
     Rewritten,
     /// The guest's, and left so.
     Raw,
-    /// In front of each lane the host's, behind the guest's: they were being rewritten.
+    /// Some lanes' are the host's, some the guest's: they could not all be rewritten.
     Mixed,
+    /// The guest's, to become the host's: of a file that was not finished ([`super::hosted`]).
+    Pending,
 }
 
 /// What a file knows of its guest's clock.
@@ -77,7 +84,24 @@ impl Segments {
                 }
             }
         }
+        if self.shown == Shown::Pending {
+            self.push_runs(&mut out);
+        }
         out
+    }
+
+    fn push_runs(&self, out: &mut Vec<u8>) {
+        let mut left = RUNS_MAX;
+        for history in self.table.histories() {
+            let parts = self.table.runs(history.cpu()).map(Runs::parts).unwrap_or_default();
+            let rest = left.checked_sub(parts[0].len() + parts[1].len());
+            let parts = if rest.is_some() { parts } else { Default::default() };
+            left = rest.unwrap_or(left);
+            parts.iter().for_each(|part| out.extend(u64::try_from(part.len()).expect("bounded").to_le_bytes()));
+            for range in parts.concat() {
+                out.extend([range.low.0.to_le_bytes(), range.high.0.to_le_bytes()].concat());
+            }
+        }
     }
 
     /// Reads the payload.
@@ -105,7 +129,18 @@ impl Segments {
             }
             histories.push(history);
         }
-        let table = Table::of(since, histories).ok_or_else(nonsense)?;
+        let cpus: Vec<Cpu> = histories.iter().map(History::cpu).collect();
+        let mut table = Table::of(since, histories).ok_or_else(nonsense)?;
+        if shown == Shown::Pending {
+            let mut left = RUNS_MAX;
+            for cpu in cpus {
+                let parts = read_runs(input, &mut left)?.ok_or_else(nonsense)?;
+                if !parts[1].is_empty() {
+                    let [runs, known] = parts;
+                    table.learn(cpu, Runs::new(runs, known));
+                }
+            }
+        }
         Ok(Self { shown, table })
     }
 }
@@ -125,6 +160,22 @@ fn read_history<S: Source + ?Sized>(input: &mut Input<'_, S>, left: &mut usize) 
     Ok(History::of(cpu, segments))
 }
 
+fn read_runs<S: Source + ?Sized>(
+    input: &mut Input<'_, S>,
+    left: &mut usize,
+) -> Result<Option<[Vec<HostRange>; 2]>, ReadFault> {
+    let counts = [input.u64("number of runs")?, input.u64("number of runs")?];
+    let mut parts = [Vec::new(), Vec::new()];
+    for (part, count) in parts.iter_mut().zip(counts) {
+        let Some(rest) = usize::try_from(count).ok().and_then(|count| left.checked_sub(count)) else { return Ok(None) };
+        *left = rest;
+        for _ in 0..count {
+            part.push(HostRange { low: HostTsc(input.u64("run")?), high: HostTsc(input.u64("run")?) });
+        }
+    }
+    Ok(Some(parts))
+}
+
 /// `Some(None)`: the host's rate.
 fn read_ratio(raw: u64, fraction_bits: u64) -> Option<Option<Ratio>> {
     let Some(raw) = NonZeroU64::new(raw) else { return (fraction_bits == 0).then_some(None) };
@@ -139,16 +190,19 @@ impl Shown {
             Self::Rewritten => 1,
             Self::Raw => 2,
             Self::Mixed => 3,
+            Self::Pending => 4,
         }
     }
 
     fn from_code(code: u32) -> Option<Self> {
-        [Self::Shifted, Self::Rewritten, Self::Raw, Self::Mixed].into_iter().find(|shown| shown.code() == code)
+        let all = [Self::Shifted, Self::Rewritten, Self::Raw, Self::Mixed, Self::Pending];
+        all.into_iter().find(|shown| shown.code() == code)
     }
 }
 
 const _: () = {
-    assert!(HEAD_BYTES + CPUS_MAX * VCPU_BYTES + SEGMENTS_MAX * SEGMENT_BYTES <= SEGMENTS_BYTES_MAX);
+    let runs = CPUS_MAX * 2 * 8 + RUNS_MAX * RUN_BYTES;
+    assert!(HEAD_BYTES + CPUS_MAX * VCPU_BYTES + SEGMENTS_MAX * SEGMENT_BYTES + runs <= SEGMENTS_BYTES_MAX);
     assert!(id::SEGMENTS & 1 << 14 != 0, "above all ids of stock options");
 };
 
@@ -173,12 +227,22 @@ mod tests {
         })
     }
 
+    fn any_runs() -> impl Strategy<Value = Runs> {
+        let range = (0..1u64 << 40, 0..1u64 << 20);
+        let range = range.prop_map(|(low, width)| HostRange { low: HostTsc(low), high: HostTsc(low + width) });
+        let ranges = |least| prop::collection::vec(range.clone(), least..6);
+        (ranges(0), ranges(1)).prop_map(|(runs, known)| Runs::new(runs, known))
+    }
+
     fn any_segments() -> impl Strategy<Value = Segments> {
-        let shown = prop::sample::select(vec![Shown::Shifted, Shown::Rewritten, Shown::Raw]);
+        let shown = prop::sample::select(vec![Shown::Shifted, Shown::Rewritten, Shown::Raw, Shown::Pending]);
         let histories = (any_history(0), any_history(3), any_history(4095));
-        (shown, 0..1u64 << 60, histories).prop_map(|(shown, since, (a, b, c))| Segments {
-            shown,
-            table: Table::of(HostTsc(since), vec![a, b, c]).unwrap(),
+        (shown, 0..1u64 << 60, histories, any_runs()).prop_map(|(shown, since, (a, b, c), runs)| {
+            let mut table = Table::of(HostTsc(since), vec![a, b, c]).unwrap();
+            if shown == Shown::Pending {
+                table.learn(Cpu(3), runs);
+            }
+            Segments { shown, table }
         })
     }
 

@@ -23,6 +23,7 @@ use super::{
     collapse::{punch, reserve},
     early, format,
     frame::{Frame, Sections, Texts, bounded, raw, segments},
+    hosted::{Hosted, PENDING_NOTE, host_lanes},
     keep,
     layout::{
         AREA_BYTES_MAX, AREA_BYTES_MIN, AREAS_BYTES_MAX, FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX,
@@ -31,7 +32,9 @@ use super::{
     metadata::Metadata,
     option::{OptionFault, TraceOption},
     section::{self, bytes_of},
+    segments::{Segments, Shown},
 };
+use crate::clock::table::Table;
 
 /// Why a file cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +108,8 @@ pub struct Writer {
     early_at: u64,
     turn: u64,
     cpu_count_min: u32,
+    /// Lanes that lie elsewhere than in their areas, with host times.
+    hosted: Vec<LaneArea>,
 }
 
 impl Writer {
@@ -157,7 +162,7 @@ impl Writer {
         let frame = Frame { file, clock, page_bytes, unit, sections, areas_at, tail_at };
         let keep = |bytes| areas.iter().map(|area| keep::Newest::new(area.bytes_max, bytes, unit)).collect();
         let newest = bounds.newest_bytes.map_or_else(Vec::new, keep);
-        let writer = Self { frame, areas, newest, bounds, early_at, turn: 0, cpu_count_min };
+        let writer = Self { frame, areas, newest, bounds, early_at, turn: 0, cpu_count_min, hosted: Vec::new() };
         writer.begin(&front, &metadata.cmdlines, data_at)?;
         Ok(writer)
     }
@@ -196,6 +201,45 @@ impl Writer {
         written.map_err(|source| WriteFault::Io { action: "write early options", source })?;
         self.turn += 1;
         Ok(())
+    }
+
+    /// Gives all events of all lanes their host times. `filled`: as for [`finish`](Self::finish); lanes can become longer.
+    /// `cmdlines`, `options`: what the file shall have if [`finish`](Self::finish) is never reached:
+    /// [`super::restore`] goes on where this was killed.
+    ///
+    /// # Errors
+    /// See [`WriteFault`]: no lane was touched. Lanes that could not be rewritten are [`Hosted::fault`].
+    pub fn host_times(
+        &mut self,
+        filled: &mut [(Cpu, u64)],
+        table: &Table,
+        cmdlines: &[u8],
+        options: &[TraceOption],
+    ) -> Result<Hosted, WriteFault> {
+        let mut areas = self.begin_hosting(filled, table, cmdlines, options)?;
+        let frame = &self.frame;
+        let hosted = host_lanes(&frame.file, &mut areas, frame.unit, table, &mut |areas| frame.save(areas));
+        self.hosted = areas.lanes.into_iter().filter(|lane| lane.is_hosted).collect();
+        for lane in &self.hosted {
+            filled.iter_mut().filter(|(cpu, _)| *cpu == lane.cpu).for_each(|(_, bytes)| *bytes = lane.rest.bytes);
+        }
+        Ok(hosted)
+    }
+
+    /// Puts everything into the file that it takes to go on after a kill.
+    pub(super) fn begin_hosting(
+        &self,
+        filled: &[(Cpu, u64)],
+        table: &Table,
+        cmdlines: &[u8],
+        options: &[TraceOption],
+    ) -> Result<Areas, WriteFault> {
+        let mut areas = self.fill(filled)?;
+        let pending = TraceOption::Segments(Segments { shown: Shown::Pending, table: table.clone() });
+        let (options, segments) = (raw(options, self.cpu_count_min)?, segments(&[pending])?);
+        let texts = Texts { cmdlines: cmdlines.to_vec(), options, notes: PENDING_NOTE.into(), segments };
+        self.frame.close(&mut areas, &texts)?;
+        Ok(areas)
     }
 
     /// Collapses the holes and writes command lines, options and notes. `filled`: bytes of pages that were written to
@@ -261,13 +305,17 @@ impl Writer {
 
     /// Where the pages of a lane are that has written so much; none if that cannot be.
     fn place(&self, area: &Area, written: u64) -> Option<LaneArea> {
+        if let Some(lane) = self.hosted.iter().find(|lane| lane.cpu == area.cpu) {
+            return (lane.rest.bytes == written).then_some(*lane);
+        }
         let at = |part: Extent| Extent { offset: area.offset + part.offset, bytes: part.bytes };
+        let lane = |moved, rest| LaneArea { cpu: area.cpu, moved, rest, is_hosted: false };
         let Some(newest_bytes) = self.bounds.newest_bytes else {
             let rest = at(Extent { offset: 0, bytes: written });
-            return (written <= area.bytes_max).then_some(LaneArea { cpu: area.cpu, moved: Extent::default(), rest });
+            return (written <= area.bytes_max).then_some(lane(Extent::default(), rest));
         };
         let kept = keep::kept(area.bytes_max, newest_bytes, self.frame.unit, written);
-        Some(LaneArea { cpu: area.cpu, moved: at(kept.older), rest: at(kept.newer) })
+        Some(lane(at(kept.older), at(kept.newer)))
     }
 
     fn lane_areas(&self, state: State, file_bytes: u64) -> Areas {
@@ -275,6 +323,7 @@ impl Writer {
             cpu: area.cpu,
             moved: Extent::default(),
             rest: Extent { offset: area.offset, bytes: area.bytes_max },
+            is_hosted: false,
         };
         Areas {
             state,

@@ -26,13 +26,16 @@ fn table(life: &Life, story: &Story) -> Table {
 /// Rewrites these pages in a file; gives what is there then.
 fn through_a_file(pages: &[u8], page_bytes: usize, table: &Table) -> (Rewritten, Vec<u8>) {
     let file = tempfile::tempfile().unwrap();
-    let area = Area { cpu: CPU, offset: 1 << 20, bytes_max: 1 << 30 };
-    file.write_all_at(pages, area.offset).unwrap();
-    let bytes = u64::try_from(pages.len()).unwrap();
-    let lane = table.lane(CPU).unwrap();
-    let done = rewrite(&file, &area, bytes, u32::try_from(page_bytes).unwrap(), lane).unwrap();
+    let from = Extent { offset: 1 << 20, bytes: u64::try_from(pages.len()).unwrap() };
+    file.write_all_at(pages, from.offset).unwrap();
+    let (to, page_bytes) = (from.end(), u32::try_from(page_bytes).unwrap());
+    let done = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
+    assert!(done.bytes <= room_bytes(from.bytes, page_bytes));
     let mut out = vec![0; usize::try_from(done.bytes).unwrap()];
-    file.read_exact_at(&mut out, area.offset).unwrap();
+    file.read_exact_at(&mut out, to).unwrap();
+    let mut before = vec![0; pages.len()];
+    file.read_exact_at(&mut before, from.offset).unwrap();
+    assert!(before == pages, "they are only read");
     (done, out)
 }
 
@@ -123,15 +126,16 @@ fn page_that_breaks_is_cut_there_and_counted() {
 }
 
 #[test]
-fn area_without_room_for_one_page_more_is_an_error() {
-    let mut life = Life::new(7919, vec![Change { after: 0, pair: scaled(500) }]);
-    (life.gap_max, life.run_max, life.pause_max, life.rest) = (250_000_000, 400_000_000, 10, 60_000_000_000);
+fn file_that_takes_no_more_is_an_error_and_keeps_its_pages() {
+    let life = Life::new(7919, vec![Change { after: 0, pair: scaled(500) }]);
     let story = life.live(payload);
-    let (table, file) = (table(&life, &story), tempfile::tempfile().unwrap());
-    let area = Area { cpu: CPU, offset: 0, bytes_max: story.pages.len() as u64 };
-    file.write_all_at(&story.pages, 0).unwrap();
-    let refused = rewrite(&file, &area, area.bytes_max, 4096, table.lane(CPU).unwrap());
-    assert!(matches!(refused, Err(RewriteFault::NoRoom(CPU))), "{refused:?}");
+    let (table, folder) = (table(&life, &story), tempfile::tempdir().unwrap());
+    let path = folder.path().join("lane");
+    std::fs::write(&path, &story.pages).unwrap();
+    let from = Extent { offset: 0, bytes: story.pages.len() as u64 };
+    let refused = rewrite(&File::open(&path).unwrap(), from, from.bytes, 4096, table.lane(CPU).unwrap());
+    assert!(matches!(refused, Err(RewriteFault { action: "write", .. })), "{refused:?}");
+    assert!(std::fs::read(&path).unwrap() == story.pages);
 }
 
 proptest! {
