@@ -2,6 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`disk`] | a file system that is small, or hangs |
 //! | [`server`] | a real `vtrace server` in a folder of its own |
 //! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
 //! | [`road`] | a guest as `vtrace setup` makes it |
@@ -9,6 +10,7 @@
 
 #![expect(clippy::print_stderr, reason = "a failed test shows what its server said")]
 
+pub mod disk;
 pub mod judge;
 pub mod recording;
 pub mod road;

@@ -15,13 +15,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use nix::{
-    mount::{MsFlags, mount, umount},
     sys::signal::{self, Signal},
     unistd::{Pid, Whence, lseek64},
 };
 use serde_json::Value;
 use vtrace_dp::trace::{input::FileSource, reader::Reader};
 use vtrace_tests::{
+    disk::Disk,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
 };
@@ -203,39 +203,10 @@ fn file_that_was_there_stays_until_the_recording_begins() -> Result<()> {
     Ok(())
 }
 
-/// A tmpfs of so many bytes, unmounted with its owner.
-struct Small(tempfile::TempDir);
-
-impl Small {
-    fn new(kind: &str, bytes: u64) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        if kind == "tmpfs" {
-            mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(&*format!("size={bytes}")))?;
-        } else {
-            let image = folder.path().with_extension("img");
-            File::create(&image)?.set_len(bytes)?;
-            xtask::packages::ensure(&["e2fsprogs", "mount"])?;
-            let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image).status()?;
-            ensure!(made.success(), "mkfs.ext4: {made}");
-            let mounted = Command::new("mount").args(["-o", "loop"]).args([&*image, folder.path()]).status()?;
-            ensure!(mounted.success(), "mount: {mounted}");
-        }
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = umount(self.0.path());
-        let _ = fs::remove_file(self.0.path().with_extension("img"));
-    }
-}
-
 #[test]
 fn full_disk_stops_the_recording_and_leaves_a_valid_file() -> Result<()> {
-    for kind in ["tmpfs", "ext4"] {
-        let small = Small::new(kind, 32 << 20)?;
-        let folder = small.0.path();
+    for (kind, disk) in [("tmpfs", Disk::tmpfs(32 << 20)?), ("ext4", Disk::ext4(32 << 20)?)] {
+        let folder = disk.path();
         let begun = Instant::now();
         let recording = recorder(folder).run("-e sched -e syscalls -- dd if=/dev/zero of=/dev/null bs=1")?;
         ensure!(begun.elapsed() < Duration::from_secs(60), "it stops by itself");

@@ -1,13 +1,7 @@
 //! What happens to a recording when a part of it dies, sleeps or is told to stop: what came is kept, what did not is
 //! said, and the next session works.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Child, Command},
-    thread::sleep,
-    time::Duration,
-};
+use std::{fs, path::Path, process::Child, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -16,6 +10,7 @@ use nix::{
 };
 use serde_json::json;
 use vtrace_tests::{
+    disk::Disk,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
     server::Server,
@@ -162,32 +157,11 @@ fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() ->
     Ok(())
 }
 
-/// A small file system, unmounted with its owner.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount(size: &str) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let options = format!("size={size}");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder.path()).status()?;
-        ensure!(mounted.success(), "mount: {mounted}");
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // What stays mounted goes with the machine; the test has said what it had to say.
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn disk_that_fills_mid_trace_ends_in_whole_files_and_a_true_ledger() -> Result<()> {
-    let (turn, disk) = (turn()?, SmallDisk::mount("4m")?);
+    let (turn, disk) = (turn()?, Disk::tmpfs(4 << 20)?);
     let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: disk.0.path() };
+    let recorder = Recorder { server: server.dir(), folder: disk.path() };
     let machine = boot(&turn, &server, GUEST, 1)?;
     machine.shell("(while :; do :; done) </dev/null >/dev/null 2>&1 &")?.ok()?;
     let words = format!("--no-kallsyms -e irq --dom {GUEST} -e all -- sleep 4");
