@@ -217,7 +217,9 @@ fn arm(link: &mut Link) -> Result<u32> {
 }
 
 fn attach(link: &mut Link, page_bytes: u32, path: &Path) -> Result<()> {
-    let areas = (0..2).map(|cpu| Area { cpu: Cpu(cpu), offset: u64::from(cpu) << 30, bytes_max: 1 << 30 }).collect();
+    let areas = (0..2)
+        .map(|cpu| Area { cpu: Cpu(cpu), offset: u64::from(cpu) << 30, bytes_max: 1 << 30, begins_again: false })
+        .collect();
     let lanes = ToServer::Lanes(Lanes { guest: "guest1".into(), page_bytes, areas });
     let file: File = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     link.send_with_file(&lanes, &file)?;

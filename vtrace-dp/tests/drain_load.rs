@@ -80,7 +80,9 @@ fn guest() -> (Arc<Memory>, Driver) {
 fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>) -> Drain {
     let drain = Drain::spawn(GuestId(0), name).unwrap();
     drain.ring_started(Cpu(0), Ring::start(driver.setup(0), Arc::clone(memory)).unwrap());
-    drain.attach_sink(sink, PAGE, vec![Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40 }]).unwrap();
+    drain
+        .attach_sink(sink, PAGE, vec![Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40, begins_again: false }])
+        .unwrap();
     drain
 }
 

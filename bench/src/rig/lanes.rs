@@ -62,7 +62,8 @@ impl Guest {
 
     /// An area for each lane, `bytes` each.
     pub(crate) fn areas(&self, bytes: u64) -> Vec<Area> {
-        let area = |cpu: u32| Area { cpu: Cpu(cpu), offset: u64::from(cpu) * bytes, bytes_max: bytes };
+        let area =
+            |cpu: u32| Area { cpu: Cpu(cpu), offset: u64::from(cpu) * bytes, bytes_max: bytes, begins_again: false };
         self.cpus().map(area).collect()
     }
 

@@ -88,7 +88,7 @@ pub fn run(input: &[u8]) {
     let file = FILE.with_borrow(|file| file.try_clone().expect("descriptors left"));
     file.set_len(0).expect("own file");
     let area_bytes = u64::from(pages_max % 16) * 4096;
-    let area = Area { cpu: Cpu(0), offset: START, bytes_max: area_bytes };
+    let area = Area { cpu: Cpu(0), offset: START, bytes_max: area_bytes, begins_again: false };
     let mut lane = Lane::new(area, 4096, Arc::new(Counters::new(Cpu(0))));
     let mut batch = Batch::new(MEMORY.with(Arc::clone));
     let inner = FileSink::new(file.try_clone().expect("descriptors left")).expect("a memory file");

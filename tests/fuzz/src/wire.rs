@@ -190,7 +190,7 @@ fn guest() -> String {
 }
 
 fn to_server() -> Vec<Vec<u8>> {
-    let areas = vec![Area { cpu: Cpu(0), offset: 1 << 20, bytes_max: 1 << 40 }];
+    let areas = vec![Area { cpu: Cpu(0), offset: 1 << 20, bytes_max: 1 << 40, begins_again: false }];
     let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 9 << 12 }];
     sent(&[
         ToServer::List,

@@ -25,7 +25,7 @@ fn drained(pages: &[u8]) -> Result<Vec<u8>> {
     memory.copy_in(span, pages)?;
     let file = memory_file(0)?;
     let (mut sink, mut batch) = (FileSink::new(file.try_clone()?)?, Batch::new(memory));
-    let area = Area { cpu: Cpu(0), offset: 0, bytes_max: bytes };
+    let area = Area { cpu: Cpu(0), offset: 0, bytes_max: bytes, begins_again: false };
     let mut lane = Lane::new(area, u32::try_from(PAGE)?, Arc::new(Counters::new(Cpu(0))));
     lane.accept(span, &mut batch, &mut sink)?;
     let ledger = lane.close(&mut batch, &mut sink, None);

@@ -82,6 +82,27 @@ pub struct Area {
     pub offset: u64,
     /// Bytes that belong to it; pages beyond are refused and counted.
     pub bytes_max: u64,
+    /// Where it ends, the lane begins again at its start, over its oldest pages, and nothing is refused. `bytes_max` is a
+    /// multiple of the page then.
+    pub begins_again: bool,
+}
+
+impl Area {
+    /// Where in the file the next page goes when `written` bytes of whole pages have been put into it. Hot.
+    pub fn place(&self, written: u64) -> u64 {
+        self.offset + if self.begins_again { written % self.bytes_max } else { written }
+    }
+
+    /// Bytes behind that place, up to the end. Hot.
+    pub fn room(&self, written: u64) -> u64 {
+        let used = if self.begins_again { written % self.bytes_max } else { written };
+        self.bytes_max.saturating_sub(used)
+    }
+
+    /// What was written ends where the area does, and the next page goes to its start. Hot.
+    pub fn is_at_start(&self, written: u64) -> bool {
+        self.begins_again && written.is_multiple_of(self.bytes_max)
+    }
 }
 
 /// What an agent says it has sent on a lane.

@@ -3,8 +3,8 @@
 //! In:    spans of guest memory, in the order of the byte stream; a page may begin and end anywhere in them
 //! Out:   batches for a sink, counts
 //! Runs:  on the worker's thread
-//! Full:  pages behind the end of the area, and all pages after a write that failed, are refused and counted; nothing
-//!        ever blocks the guest but the time a write takes
+//! Full:  pages behind the end of the area (unless it begins again there), and all pages after a write that failed, are
+//!        refused and counted; nothing ever blocks the guest but the time a write takes
 //! Trust: the guest with nothing: headers are copied, then checked; what the file gets comes from guest memory later and
 //!        may differ, so readers check again. Pages are framed by their size alone: a refused page does not shift the next.
 
@@ -43,9 +43,9 @@ pub struct Lane {
     mark: Mark,
     /// Pages were refused since the last one that was kept: the next one says so.
     gap: bool,
-    /// End of what was given to the sink, from the beginning of the area: there the batch goes.
+    /// Bytes that were given to the sink, from the lane's first on: behind them the batch goes.
     submitted: u64,
-    /// End of what was ever written to the area.
+    /// End of what was ever written.
     written_end: u64,
     /// Writes whose end is not known, or that come behind such a one; in order.
     flights: VecDeque<Flight>,
@@ -142,13 +142,16 @@ impl Lane {
         self.page_have += bytes;
         if self.page_have == self.page_bytes {
             self.end_page();
+            // What comes next has its place at the start of the area: no write goes across the end.
+            if self.area.is_at_start(self.kept_bytes()) {
+                self.write(batch, sink);
+            }
         }
         Ok(())
     }
 
     fn room(&self) -> bool {
-        let end = (self.pages_kept + 1).checked_mul(u64::from(self.page_bytes));
-        self.ledger.write_errno == 0 && end.is_some_and(|end| end <= self.area.bytes_max)
+        self.ledger.write_errno == 0 && self.area.room(self.kept_bytes()) >= u64::from(self.page_bytes)
     }
 
     /// Copies what `piece` has of the header; decides once all of it is there. Gives how many bytes of the piece are not
@@ -202,7 +205,7 @@ impl Lane {
         self.page_have = 0;
     }
 
-    /// Where the current page begins, from the beginning of the area.
+    /// Bytes of the pages before the current one, from the lane's first on.
     fn kept_bytes(&self) -> u64 {
         self.pages_kept * u64::from(self.page_bytes)
     }
@@ -239,7 +242,7 @@ impl Lane {
         let chains = std::mem::take(&mut self.chains_held);
         let mut written = Some(Written { bytes: 0, fault: None });
         if bytes > 0 {
-            written = sink.submit(batch, self.area.offset + start, tag);
+            written = sink.submit(batch, self.area.place(start), tag);
             self.tag += 1;
             self.submitted = start + bytes;
             batch.clear();
@@ -296,7 +299,7 @@ impl Lane {
         self.counters.publish(&self.ledger);
     }
 
-    /// The area ends at `end`; what was to come behind is refused, from now on, and so is what the batch holds.
+    /// The lane ends at `end`; what was to come behind is refused, from now on, and so is what the batch holds.
     fn fail(&mut self, end: u64, errno: i32) {
         self.ledger.pages_out = end / u64::from(self.page_bytes);
         self.ledger.pages_refused += self.pages_kept - self.ledger.pages_out;
@@ -330,7 +333,7 @@ impl Lane {
         let torn = self.written_end.saturating_sub(end).min(u64::from(self.page_bytes));
         if torn > 0 {
             // If even that fails, readers find the end by the count of pages.
-            let _ = sink.erase(self.area.offset + end, torn);
+            let _ = sink.erase(self.area.place(end), torn);
         }
         assert!(self.flights.is_empty(), "a lane is closed when its writes have landed");
         assert!(self.ledger.balanced(), "a page is in the file or refused: {:?}", self.ledger);

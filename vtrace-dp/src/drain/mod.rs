@@ -193,7 +193,9 @@ pub(crate) fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
     }
     for (index, area) in areas.iter().enumerate() {
         let end = area.offset.checked_add(area.bytes_max).filter(|&end| i64::try_from(end).is_ok());
-        let Some(end) = end.filter(|_| area.offset.is_multiple_of(page_bytes.into())) else {
+        let whole = !area.begins_again
+            || area.bytes_max >= page_bytes.into() && area.bytes_max.is_multiple_of(page_bytes.into());
+        let Some(end) = end.filter(|_| whole && area.offset.is_multiple_of(page_bytes.into())) else {
             return invalid("an area is not aligned to pages, or ends behind the largest file");
         };
         let clash = |other: &Area| {

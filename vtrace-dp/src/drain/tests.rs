@@ -30,7 +30,7 @@ fn footprint() -> u64 {
 }
 
 fn area(cpu: u32) -> Area {
-    Area { cpu: Cpu(cpu), offset: u64::from(PAGE) + AREA * u64::from(cpu), bytes_max: AREA }
+    Area { cpu: Cpu(cpu), offset: u64::from(PAGE) + AREA * u64::from(cpu), bytes_max: AREA, begins_again: false }
 }
 
 /// A sound page that nobody else sends.
@@ -477,7 +477,11 @@ fn files_and_areas_that_cannot_be_used_are_refused() {
     assert_eq!(attach(sound(), PAGE, vec![]), invalid, "no lanes");
     assert_eq!(attach(sound(), PAGE, vec![area(0), area(0)]), invalid, "one CPU twice");
     let (offset, bytes_max) = (area(0).offset + 8 * u64::from(PAGE), 1);
-    assert_eq!(attach(sound(), PAGE, vec![area(0), Area { cpu: Cpu(1), offset, bytes_max }]), invalid, "overlap");
+    assert_eq!(
+        attach(sound(), PAGE, vec![area(0), Area { cpu: Cpu(1), offset, bytes_max, begins_again: false }]),
+        invalid,
+        "overlap"
+    );
     assert_eq!(attach(sound(), PAGE, vec![Area { offset: 5, ..area(0) }]), invalid, "unaligned");
     assert_eq!(attach(sound(), PAGE, vec![Area { bytes_max: u64::MAX, ..area(0) }]), invalid, "wraps around");
     assert_eq!(attach(sound(), PAGE, (0..200).map(area).collect()), invalid, "more than lanes");

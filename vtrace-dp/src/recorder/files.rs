@@ -9,10 +9,9 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
 use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
-    page::{HEADER_BYTES, Header},
     wire::{
         agent::{Armed, LaneReport},
-        client::LaneLedger,
+        client::{Area, LaneLedger},
     },
 };
 
@@ -37,6 +36,7 @@ use crate::{
     clock::{plan::plan, vcpus::Vcpu},
     sys::random,
     trace::{
+        found::whole_at,
         metadata::Metadata,
         option::TraceOption,
         pack::Form,
@@ -340,7 +340,10 @@ fn finish_guest(
 ) -> (MachineSummary, TraceOption) {
     let armed = armed(session);
     let clock = GuestClock::of(recording, index, session, common, host);
-    let ledgers = if session.is_finished() { session.ledgers.clone() } else { found(&file.writer, armed.page_bytes) };
+    let ledgers = match session.is_finished() {
+        true => session.ledgers.clone(),
+        false => found(&file.writer, &session.ledgers, armed.page_bytes),
+    };
     let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     remarks.extend(session.reports.iter().filter_map(trouble_of));
@@ -398,18 +401,31 @@ fn is_bound(recording: &Recording, end: &End) -> bool {
     recording.plan.file_bytes_max.is_some() && matches!(end, End::AreaFull { .. })
 }
 
-/// What a server that has gone left in the file: pages up to the first that was never written.
-fn found(writer: &Writer, page_bytes: u32) -> Vec<LaneLedger> {
-    let lanes = writer.areas().iter().map(|area| {
-        let is_written = |page: &u64| {
-            let mut header = [0; HEADER_BYTES];
-            let read = writer.file().read_exact_at(&mut header, area.offset + page * u64::from(page_bytes));
-            // No page of a trace clock has time stamp 0; a hole reads as zeros.
-            read.is_ok() && Header::parse(&header, usize::MAX).is_ok_and(|header| header.time > 0)
+/// What a server that has gone left in the file: what it said last, and the whole pages behind that.
+fn found(writer: &Writer, said: &[LaneLedger], page_bytes: u32) -> Vec<LaneLedger> {
+    let mut page = vec![0; usize::try_from(page_bytes).expect("usize is 64 bits")];
+    let mut more = |area: &Area, pages: u64| {
+        let begin = pages * u64::from(page_bytes);
+        let mut time_at = |written: u64| {
+            let read = writer.file().read_exact_at(&mut page, area.place(written));
+            read.ok().and_then(|()| whole_at(&page))
         };
-        let pages = (0..area.bytes_max / u64::from(page_bytes)).take_while(is_written).count();
-        let pages = u64::try_from(pages).expect("u64 counts them all");
-        LaneLedger { cpu: area.cpu, pages_in: pages, pages_out: pages, ..LaneLedger::default() }
+        let mut last = begin.checked_sub(page_bytes.into()).and_then(&mut time_at).unwrap_or(0);
+        // A lane that has begun again has older pages there, and none has more than its area.
+        let is_newer = |at: &u64| match time_at(begin + at * u64::from(page_bytes)) {
+            Some(time) if time >= last => {
+                last = time;
+                true
+            }
+            _ => false,
+        };
+        let room = if area.begins_again { area.bytes_max } else { area.room(begin) };
+        u64::try_from((0..room / u64::from(page_bytes)).take_while(is_newer).count()).expect("u64 counts them all")
+    };
+    let lanes = writer.areas().iter().map(|area| {
+        let said = said.iter().find(|lane| lane.cpu == area.cpu).copied().unwrap_or_default();
+        let pages_out = said.pages_out + more(area, said.pages_out);
+        LaneLedger { cpu: area.cpu, pages_out, pages_in: pages_out + said.pages_refused, ..said }
     });
     lanes.collect()
 }

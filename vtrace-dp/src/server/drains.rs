@@ -184,7 +184,7 @@ mod tests {
     }
 
     fn area(cpu: u32) -> Area {
-        Area { cpu: Cpu(cpu), offset: u64::from(cpu) * 4096, bytes_max: 4096 }
+        Area { cpu: Cpu(cpu), offset: u64::from(cpu) * 4096, bytes_max: 4096, begins_again: false }
     }
 
     fn cpus(ledgers: &[LaneLedger]) -> Vec<u32> {

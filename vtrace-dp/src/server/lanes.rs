@@ -93,7 +93,8 @@ pub(super) fn check_areas(lanes: &Lanes, has_port: impl Fn(Cpu) -> Result<(), Po
     for area in &areas {
         has_port(area.cpu).map_err(|why| LanesFault::NoPort(area.cpu, why))?;
         let end = area.offset.checked_add(area.bytes_max).and_then(|end| i64::try_from(end).ok());
-        if !area.offset.is_multiple_of(page) || area.bytes_max < page || end.is_none() {
+        let whole = !area.begins_again || area.bytes_max.is_multiple_of(page);
+        if !area.offset.is_multiple_of(page) || area.bytes_max < page || !whole || end.is_none() {
             return Err(LanesFault::Shape(area.cpu));
         }
     }
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     fn area(cpu: u32, offset: u64, bytes_max: u64) -> Area {
-        Area { cpu: Cpu(cpu), offset, bytes_max }
+        Area { cpu: Cpu(cpu), offset, bytes_max, begins_again: false }
     }
 
     fn check(areas: &[Area]) -> Result<(), LanesFault> {

@@ -153,7 +153,7 @@ fn lanes(offset: u64) -> ToServer {
     ToServer::Lanes(Lanes {
         guest: guest1(),
         page_bytes: 4096,
-        areas: vec![Area { cpu: Cpu(1), offset, bytes_max: 1 << 20 }],
+        areas: vec![Area { cpu: Cpu(1), offset, bytes_max: 1 << 20, begins_again: false }],
     })
 }
 

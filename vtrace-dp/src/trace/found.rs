@@ -135,8 +135,10 @@ impl Scan {
     /// only; `room_end`: where the area of the next lane begins.
     pub fn lane(&self, area: Extent, page: u64, unit: u64, newest: bool, room_end: u64) -> Lane {
         let mut lane = Lane::default();
-        let again = self.runs.windows(2).position(|pair| pair[1].first < pair[0].last).map(|at| at + 1);
-        let (newer, older) = self.runs.split_at(again.filter(|_| newest).unwrap_or(self.runs.len()));
+        let mut back = (1..self.runs.len()).filter(|at| newest && self.runs[*at].first < self.runs[*at - 1].last);
+        // Writes in flight may have left new pages among old ones where the lane came round: these are left out.
+        let first = back.next().unwrap_or(self.runs.len());
+        let (newer, older) = (&self.runs[..first], behind_wide_gap(&self.runs[back.next_back().unwrap_or(first)..]));
         let mut room = GAP_BYTES_MAX;
         lane.older = lane.put(older, page, (area.offset, unit), &mut room);
         lane.newer = lane.put(newer, page, (area.offset, unit), &mut room);
@@ -157,6 +159,20 @@ impl Scan {
     /// All pages that there are.
     pub fn pages(&self, page: u64) -> u64 {
         self.runs.iter().map(|run| run.extent.bytes / page).sum()
+    }
+}
+
+/// Where a lane's older pages have a hole, those behind it are newer.
+fn behind_wide_gap(runs: &[Run]) -> &[Run] {
+    let wide = |pair: &[Run]| pair[1].extent.offset - pair[0].extent.end() > GAP_BYTES_MAX;
+    &runs[runs.windows(2).rposition(wide).map_or(0, |at| at + 1)..]
+}
+
+/// The time of a page that is there from its header to its end.
+pub fn whole_at(page: &[u8]) -> Option<u64> {
+    match look(page) {
+        Page::Whole(time) => Some(time),
+        Page::Empty | Page::Torn => None,
     }
 }
 
@@ -265,6 +281,24 @@ mod tests {
         assert_eq!(lane.newer, Extent { offset: 0, bytes: 2 * PAGE });
         let (_, full) = self::lane(&[20, 21, 15, 16, 17], true);
         assert_eq!((full.older.offset, full.newer.bytes), (2 * PAGE, 2 * PAGE), "without a hole between them");
+    }
+
+    #[test]
+    fn new_pages_among_old_ones_where_the_lane_came_round_are_left_out() {
+        let (_, lane) = lane(&[20, 21, 10, 23, 12, 13, 14], true);
+        assert_eq!(lane.newer, Extent { offset: 0, bytes: 2 * PAGE });
+        assert_eq!(lane.older, Extent { offset: 4 * PAGE, bytes: 3 * PAGE });
+    }
+
+    #[test]
+    fn oldest_pages_that_nobody_punched_give_way_to_those_behind_the_hole() {
+        let mut times = vec![20, 21, 10, 11];
+        times.extend(vec![0; usize::try_from(GAP_BYTES_MAX / PAGE).unwrap() + 1]);
+        times.extend([12, 13]);
+        let (_, lane) = lane(&times, true);
+        assert_eq!(lane.newer, Extent { offset: 0, bytes: 2 * PAGE });
+        let end = u64::try_from(times.len()).unwrap() * PAGE;
+        assert_eq!(lane.older, Extent { offset: end - 2 * PAGE, bytes: 2 * PAGE });
     }
 
     #[test]

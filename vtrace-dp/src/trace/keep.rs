@@ -1,12 +1,18 @@
 //! Which pages of a lane stay when only the newest are wanted.
 //!
-//! In:    how many bytes an area has, how many of the newest shall stay; every write
-//! Out:   where the next write goes, which stretch is too old and can be punched out, where the kept pages are
-//! Runs:  with the writer of a lane; pure
-//! Full:  never: at the end of its area a lane begins again at the start, where all is too old by then
+//! In:    how many bytes an area has, how many of the newest shall stay; how much was written
+//! Out:   which stretch is too old and can be punched out, where the kept pages are
+//! Runs:  beside the writer of a lane, which begins again at its area's start ([`Area::begins_again`]); pure
+//! Full:  never: where a lane comes round, all is too old by then
 //!
-//! At least `newest_bytes` stay, at most a step ([`Newest::step_bytes`]) more: a step is what one hole costs one call
-//! for. [`kept`] says from the number of bytes alone where the pages are, so writer and finisher need not meet.
+//! At least `newest_bytes` stay, at most a step more: a step is what one hole costs one call for. [`kept`] says from the
+//! number of bytes alone where the pages are, so writer and finisher need not meet.
+//!
+//! Who punches hears late how much was written, and must not punch what is new again by then: the [`LATE_BYTES`] of an
+//! area that come next are left alone, and an area that is not much larger is not punched at all. It is overwritten
+//! instead, and takes no more room than it has.
+//!
+//! [`Area::begins_again`]: vtrace_common::wire::client::Area::begins_again
 
 use super::areas::Extent;
 
@@ -14,13 +20,18 @@ use super::areas::Extent;
 const STEP_BYTES_MIN: u64 = 1 << 20;
 /// A step is this part of what is kept, or the smallest step.
 const STEPS: u64 = 8;
+/// What one lane may have under way at a time, or waiting: writes to one place must not meet.
+const FLIGHT_BYTES: u64 = 64 << 20;
+/// What one CPU can trace, and more, between two looks at how much was written.
+const LATE_BYTES: u64 = 1 << 30;
 
-/// How one lane keeps its newest pages. Offsets are bytes from the start of its area.
+/// What is punched out of one lane. Offsets are bytes from the start of its area.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Newest {
     area_bytes: u64,
     newest_bytes: u64,
     step_bytes: u64,
+    late_bytes: u64,
     written: u64,
     punched: u64,
 }
@@ -35,9 +46,9 @@ pub struct Kept {
     pub newer: Extent,
 }
 
-/// What an area needs at least to keep so many bytes.
+/// What an area needs at least to keep so many bytes while more are being written.
 pub fn area_bytes_min(newest_bytes: u64, unit: u64) -> u64 {
-    (newest_bytes + 3 * step_bytes(newest_bytes, unit)).next_multiple_of(unit)
+    (newest_bytes + 3 * step_bytes(newest_bytes, unit) + FLIGHT_BYTES).next_multiple_of(unit)
 }
 
 /// Bytes behind an area that its pages may need to be put in order at the end.
@@ -65,50 +76,33 @@ pub fn kept(area_bytes: u64, newest_bytes: u64, unit: u64, written: u64) -> Kept
 impl Newest {
     /// A lane that has written nothing. `area_bytes` is a multiple of the page and at least [`area_bytes_min`].
     pub fn new(area_bytes: u64, newest_bytes: u64, unit: u64) -> Self {
-        assert!(area_bytes >= area_bytes_min(newest_bytes, unit), "an area holds what is kept and three steps");
-        Self { area_bytes, newest_bytes, step_bytes: step_bytes(newest_bytes, unit), written: 0, punched: 0 }
+        Self::late_by(LATE_BYTES, area_bytes, newest_bytes, unit)
     }
 
-    /// Bytes that were written in all.
-    pub fn written(&self) -> u64 {
-        self.written
+    fn late_by(late_bytes: u64, area_bytes: u64, newest_bytes: u64, unit: u64) -> Self {
+        let step_bytes = step_bytes(newest_bytes, unit);
+        Self { area_bytes, newest_bytes, step_bytes, late_bytes, written: 0, punched: 0 }
     }
 
-    /// Bytes of one step.
-    pub fn step_bytes(&self) -> u64 {
-        self.step_bytes
-    }
-
-    /// Where the next write goes, and how long it may be at most: up to the area's end, or to what must not be
-    /// overwritten as long as [`wrote`](Self::wrote) has not been asked again. Hot.
-    pub fn place(&self) -> Extent {
-        let at = self.written % self.area_bytes;
-        let free = self.area_bytes - (self.written - self.punched);
-        Extent { offset: at, bytes: (self.area_bytes - at).min(free) }
-    }
-
-    /// `bytes` more are in the file. If that made a step of pages too old: the stretch to punch out
-    /// (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE); call again with 0 until there is none. Hot.
-    pub fn wrote(&mut self, bytes: u64) -> Option<Extent> {
-        self.written += bytes;
-        let from = self.written.saturating_sub(self.newest_bytes) / self.step_bytes * self.step_bytes;
-        if from == self.punched {
+    /// `written` bytes were written in all when it was last asked. If a step of pages is too old: a stretch to punch out
+    /// (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE); ask again until there is none.
+    pub fn too_old(&mut self, written: u64) -> Option<Extent> {
+        self.written = self.written.max(written);
+        let Self { area_bytes, newest_bytes, step_bytes, late_bytes, .. } = *self;
+        if area_bytes < newest_bytes + 3 * step_bytes + late_bytes {
             return None;
         }
-        let offset = self.punched % self.area_bytes;
-        let old = Extent { offset, bytes: (from - self.punched).min(self.area_bytes - offset) };
+        // What is new again, or may be by now.
+        let again = (self.written + late_bytes).saturating_sub(area_bytes).next_multiple_of(step_bytes);
+        self.punched = self.punched.max(again);
+        let from = self.written.saturating_sub(newest_bytes) / step_bytes * step_bytes;
+        if from <= self.punched {
+            return None;
+        }
+        let offset = self.punched % area_bytes;
+        let old = Extent { offset, bytes: (from - self.punched).min(area_bytes - offset) };
         self.punched += old.bytes;
         Some(old)
-    }
-
-    /// Where the kept pages are now.
-    pub fn kept(&self) -> Kept {
-        let (begin, end) = (self.punched % self.area_bytes, self.written % self.area_bytes);
-        if self.punched / self.area_bytes == self.written / self.area_bytes {
-            return Kept { older: Extent::default(), newer: Extent { offset: begin, bytes: end - begin } };
-        }
-        let older = Extent { offset: begin, bytes: self.area_bytes - begin };
-        Kept { older, newer: Extent { offset: 0, bytes: end } }
     }
 }
 
@@ -119,63 +113,88 @@ mod tests {
     use super::*;
 
     const PAGE: u64 = 4096;
+    const LATE: u64 = 64 * PAGE;
 
-    /// A file that is a list of page numbers.
-    fn written(newest_bytes: u64, spare: u64, writes: &[u64]) -> (Newest, Vec<Option<u64>>, u64) {
-        let area_bytes = area_bytes_min(newest_bytes, PAGE) + spare * PAGE;
-        let mut lane = Newest::new(area_bytes, newest_bytes, PAGE);
-        let mut pages = vec![None; usize::try_from(area_bytes / PAGE).unwrap()];
-        let mut next = 0;
-        for count in writes {
-            let mut left = count * PAGE;
-            while left > 0 {
-                let place = lane.place();
-                let bytes = left.min(place.bytes);
-                assert!(bytes > 0, "there is always room");
-                for page in place.offset / PAGE..(place.offset + bytes) / PAGE {
-                    pages[usize::try_from(page).unwrap()] = Some(next);
-                    next += 1;
-                }
-                left -= bytes;
-                let mut punch = lane.wrote(bytes);
-                while let Some(old) = punch {
-                    assert!(old.offset % PAGE == 0 && old.bytes > 0);
-                    for page in old.offset / PAGE..old.end() / PAGE {
-                        pages[usize::try_from(page).unwrap()] = None;
-                    }
-                    punch = lane.wrote(0);
+    /// A file that is a list of page numbers, and which are punched out by somebody who looks late.
+    struct Lane {
+        newest: Newest,
+        pages: Vec<Option<u64>>,
+        count: u64,
+    }
+
+    impl Lane {
+        fn new(newest_bytes: u64, spare: u64) -> Self {
+            let step = step_bytes(newest_bytes, PAGE);
+            let area_bytes = newest_bytes + 3 * step + LATE + spare * PAGE;
+            let newest = Newest::late_by(LATE, area_bytes, newest_bytes, PAGE);
+            Self { newest, pages: vec![None; usize::try_from(area_bytes / PAGE).unwrap()], count: 0 }
+        }
+
+        fn write(&mut self, pages: u64) {
+            for _ in 0..pages {
+                let at = usize::try_from(self.count).unwrap() % self.pages.len();
+                self.pages[at] = Some(self.count);
+                self.count += 1;
+            }
+        }
+
+        /// Punches what was too old when `written` pages were there.
+        fn punch(&mut self, written: u64) {
+            while let Some(old) = self.newest.too_old(written * PAGE) {
+                assert!(old.offset % PAGE == 0 && old.bytes > 0);
+                for page in old.offset / PAGE..old.end() / PAGE {
+                    self.pages[usize::try_from(page).unwrap()] = None;
                 }
             }
         }
-        (lane, pages, next)
     }
 
     proptest! {
         #[test]
         fn newest_pages_stay_in_order_and_all_others_go(
-            newest in 1u64..2000, spare in 0u64..700, writes in prop::collection::vec(1u64..900, 0..30),
+            newest in 1u64..2000, spare in 0u64..700, writes in prop::collection::vec((1u64..3000, 0u64..64), 0..30),
         ) {
             let newest_bytes = newest * PAGE;
-            let (lane, pages, count) = written(newest_bytes, spare, &writes);
-            let Kept { older, newer } = lane.kept();
-            prop_assert_eq!(kept(lane.area_bytes, newest_bytes, PAGE, lane.written), lane.kept());
+            let mut lane = Lane::new(newest_bytes, spare);
+            for (pages, later) in writes {
+                lane.write(pages);
+                let seen = lane.count;
+                // It writes on while the one who punches has not begun.
+                lane.write(later);
+                lane.punch(seen);
+            }
+            let written = lane.count * PAGE;
+            let Kept { older, newer } = kept(lane.newest.area_bytes, newest_bytes, PAGE, written);
             let found: Vec<u64> = [older, newer]
                 .into_iter()
                 .flat_map(|part| part.offset / PAGE..part.end() / PAGE)
-                .map(|page| pages[usize::try_from(page).unwrap()].expect("a kept page is there"))
+                .map(|page| lane.pages[usize::try_from(page).unwrap()].expect("a kept page is there"))
                 .collect();
-            let first = count - u64::try_from(found.len()).unwrap();
-            prop_assert!(found.into_iter().eq(first..count), "the last ones, in their order");
-            prop_assert!(count - first >= newest.min(count), "at least what is wanted");
-            prop_assert!((count - first) * PAGE < newest_bytes + lane.step_bytes() + PAGE, "at most a step more");
-            let there = pages.iter().flatten().count();
-            prop_assert_eq!(u64::try_from(there).unwrap(), count - first, "nothing else takes room");
+            let first = lane.count - u64::try_from(found.len()).unwrap();
+            prop_assert!(found.into_iter().eq(first..lane.count), "the last ones, in their order");
+            prop_assert!(lane.count - first >= newest.min(lane.count), "at least what is wanted");
+            let more = lane.newest.step_bytes + PAGE;
+            prop_assert!((lane.count - first) * PAGE < newest_bytes + more, "at most a step more");
+            let there = u64::try_from(lane.pages.iter().flatten().count()).unwrap() * PAGE;
+            prop_assert!(there < newest_bytes + more + 2 * LATE + lane.newest.step_bytes, "nothing else takes room");
         }
     }
 
     #[test]
     fn lane_that_never_filled_keeps_everything() {
-        let (lane, _, count) = written(100 * PAGE, 0, &[40, 59]);
-        assert_eq!((lane.kept().newer, count), (Extent { offset: 0, bytes: 99 * PAGE }, 99));
+        let mut lane = Lane::new(100 * PAGE, 0);
+        lane.write(99);
+        lane.punch(99);
+        assert!(lane.pages[..99].iter().all(Option::is_some));
+        let kept = kept(lane.newest.area_bytes, 100 * PAGE, PAGE, 99 * PAGE);
+        assert_eq!(kept.newer, Extent { offset: 0, bytes: 99 * PAGE });
+    }
+
+    #[test]
+    fn area_that_is_hardly_larger_than_what_is_kept_is_overwritten_and_not_punched() {
+        let mut newest = Newest::new(area_bytes_min(1 << 20, PAGE), 1 << 20, PAGE);
+        assert_eq!(newest.too_old(1 << 40), None);
+        let mut newest = Newest::new(2 << 30, 1 << 20, PAGE);
+        assert_eq!(newest.too_old(3 << 20), Some(Extent { offset: 0, bytes: 2 << 20 }));
     }
 }

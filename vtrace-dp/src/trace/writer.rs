@@ -93,7 +93,7 @@ impl From<WriteFault> for io::Error {
 pub struct Bounds {
     /// No lane may take more than this.
     pub lane_bytes_max: Option<u64>,
-    /// Each lane keeps its newest bytes only, at least so many ([`keep::Newest`] says how its writer does that).
+    /// Each lane keeps its newest bytes only, at least so many and begins again at its area's start when it has reached the end.
     pub newest_bytes: Option<u64>,
 }
 
@@ -269,8 +269,7 @@ impl Writer {
     pub fn drop_older(&mut self, written: &[(Cpu, u64)]) -> io::Result<()> {
         for (area, newest) in self.areas.iter().zip(&mut self.newest) {
             let now = written.iter().find(|(cpu, _)| *cpu == area.cpu).map_or(0, |(_, bytes)| *bytes);
-            let mut more = now.min(area.bytes_max).saturating_sub(newest.written());
-            while let Some(old) = newest.wrote(std::mem::take(&mut more)) {
+            while let Some(old) = newest.too_old(now) {
                 punch(&self.frame.file, Extent { offset: area.offset + old.offset, bytes: old.bytes })?;
             }
         }
@@ -399,7 +398,9 @@ fn reserve_areas(file: &File, data_at: u64, unit: u64, lanes: &[Cpu], bounds: Bo
     // Beyond this limit the kernel does not only refuse: it kills (SIGXFSZ).
     let limit = resource::getrlimit(resource::Resource::RLIMIT_FSIZE).map_or(u64::MAX, |(soft, _)| soft);
     let slack = bounds.newest_bytes.map_or(0, |newest_bytes| keep::slack_bytes(newest_bytes, unit));
-    let least = bounds.newest_bytes.map_or(AREA_BYTES_MIN, |newest_bytes| keep::area_bytes_min(newest_bytes, unit));
+    let least = bounds
+        .newest_bytes
+        .map_or(AREA_BYTES_MIN.next_multiple_of(unit), |newest_bytes| keep::area_bytes_min(newest_bytes, unit));
     let mut bytes_max = AREA_BYTES_MAX.min(AREAS_BYTES_MAX / count.max(1)).saturating_sub(slack);
     if bounds.newest_bytes.is_none() {
         bytes_max = bytes_max.min(disk_bytes(file)?);
@@ -407,19 +408,22 @@ fn reserve_areas(file: &File, data_at: u64, unit: u64, lanes: &[Cpu], bounds: Bo
     bytes_max = bytes_max.min(bounds.lane_bytes_max.unwrap_or(u64::MAX)).max(least);
     loop {
         bytes_max = bytes_max / unit * unit;
-        if bytes_max < least {
-            return Err(WriteFault::NoRoom(io::ErrorKind::FileTooLarge.into()));
-        }
         let file_bytes = data_at + count * (bytes_max + slack);
         let result =
             if file_bytes > limit { Err(io::ErrorKind::FileTooLarge.into()) } else { file.set_len(file_bytes) };
         match result {
             Ok(()) => break,
-            Err(error) if is_too_large(&error) => bytes_max /= 2,
+            Err(error) if is_too_large(&error) && bytes_max > least => bytes_max = (bytes_max / 2).max(least),
+            Err(error) if is_too_large(&error) => return Err(WriteFault::NoRoom(error)),
             Err(source) => return Err(WriteFault::Io { action: "reserve areas", source }),
         }
     }
-    let area = |(index, cpu)| Area { cpu, offset: data_at + index * (bytes_max + slack), bytes_max };
+    let area = |(index, cpu)| Area {
+        cpu,
+        offset: data_at + index * (bytes_max + slack),
+        bytes_max,
+        begins_again: bounds.newest_bytes.is_some(),
+    };
     Ok((0..).zip(lanes.iter().copied()).map(area).collect())
 }
 

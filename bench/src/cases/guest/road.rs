@@ -109,7 +109,7 @@ impl Open {
     pub(super) fn expect(&self, road: Road) -> Result<Receipt<'_>> {
         let receiver = match road {
             Road::VhostUser => {
-                let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40 };
+                let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40, begins_again: false };
                 self.backend.drain.attach(Place::Memory.file()?, PAGE, vec![area])?;
                 return Ok(Receipt::Drain(&self.backend.drain));
             }

@@ -64,12 +64,15 @@ struct Bench {
 
 impl Bench {
     fn new(files: (File, File), bytes_max: u64) -> Self {
+        Self::in_area(files, Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max, begins_again: false })
+    }
+
+    fn in_area(files: (File, File), area: Area) -> Self {
         let memory = guest_memory(&[(0, Driver::footprint(ENTRIES, BUFFER))]);
         let driver = Driver::new(Arc::clone(&memory), 0, ENTRIES, BUFFER, true);
         let drain = Drain::spawn(GuestId(0), "direct").unwrap();
         let bench = Self { drain, memory, driver, file: files.0.try_clone().unwrap() };
         bench.start(0);
-        let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max };
         bench.drain.attach_direct(files.0, files.1, PAGE, vec![area]).unwrap();
         bench
     }
@@ -94,6 +97,20 @@ impl Bench {
         self.file.read_exact_at(&mut content, PAGE.into()).unwrap();
         content
     }
+}
+
+#[test]
+fn lane_that_begins_again_has_its_newest_pages_with_writes_in_flight() {
+    let Some(files) = files(here(), 64 << 20) else { return };
+    let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 40 << 20, begins_again: true };
+    let mut bench = Bench::in_area(files, area);
+    let (stream, area_bytes) = (pages(14_000), 40 << 20);
+    bench.send(&stream);
+    let ledger = bench.finish(stream.len() as u64);
+    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.write_errno), (14_000, 14_000, 0));
+    let content = bench.content(area_bytes);
+    assert!(content[..stream.len() - area_bytes] == stream[area_bytes..], "the newest");
+    assert!(content[stream.len() - area_bytes..] == stream[stream.len() - area_bytes..area_bytes], "and those before");
 }
 
 #[test]
@@ -176,7 +193,7 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
     let kept = ledger.pages_out as usize * PAGE as usize;
     assert!(bench.content(kept) == pages(1500)[..kept]);
     // The next session of the same guest is whole.
-    let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 63 << 20 };
+    let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 63 << 20, begins_again: false };
     bench.drain.attach_direct(again.0, again.1, PAGE, vec![area]).unwrap();
     bench.driver = Driver::new(Arc::clone(&bench.memory), 0, ENTRIES, BUFFER, true);
     bench.driver.begin_at(base);

@@ -45,8 +45,12 @@ struct Bench {
 
 impl Bench {
     fn new(file: File, pages_max: u64) -> Self {
+        let area = Area { cpu: Cpu(3), offset: START, bytes_max: pages_max * PAGE as u64, begins_again: false };
+        Self::in_area(file, area)
+    }
+
+    fn in_area(file: File, area: Area) -> Self {
         let memory = guest_memory(&[(0, 1 << 20)]);
-        let area = Area { cpu: Cpu(3), offset: START, bytes_max: pages_max * PAGE as u64 };
         let lane = Lane::new(area, PAGE as u32, Arc::new(Counters::new(Cpu(3))));
         let sink = FileSink::new(file.try_clone().unwrap()).unwrap();
         Self { batch: Batch::new(Arc::clone(&memory)), memory, lane, sink, file, next: 0 }
@@ -225,6 +229,39 @@ fn batch_that_is_full_is_written_in_the_middle_of_a_page() {
 }
 
 proptest! {
+    #[test]
+    fn lane_that_begins_again_has_its_last_pages_wherever_it_is_cut(
+        good in prop::collection::vec(any::<bool>(), 0..40), torn in 0..PAGE, area_pages in 1usize..6,
+        cuts in prop::collection::vec((1usize..9000, any::<bool>()), 0..60),
+    ) {
+        let pages: Vec<_> = good.iter().enumerate().map(|(n, &good)| page(n as u8, good)).collect();
+        let mut stream = pages.concat();
+        stream.extend(&page(99, true)[..torn]);
+        let bytes_max = (area_pages * PAGE) as u64;
+        let area = Area { cpu: Cpu(3), offset: START, bytes_max, begins_again: true };
+        let mut bench = Bench::in_area(memory_file(0).unwrap(), area);
+        let mut rest = &stream[..];
+        for (bytes, write) in cuts {
+            let (piece, after) = rest.split_at(bytes.min(rest.len()));
+            bench.come(piece);
+            if write {
+                bench.write();
+            }
+            rest = after;
+        }
+        bench.come(rest);
+        let (ledger, area) = bench.close(None);
+        let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page).collect();
+        prop_assert_eq!((ledger.pages_out, ledger.pages_refused), (kept.len() as u64, (pages.len() - kept.len()) as u64));
+        prop_assert!(area.len() <= area_pages * PAGE, "nothing is written behind the area");
+        // The oldest may have been touched by a page that never became whole.
+        for (index, page) in kept.iter().enumerate().rev().take(area_pages - 1) {
+            let found = &area[index % area_pages * PAGE..][..PAGE];
+            prop_assert_eq!(&found[..11], &page[..11]);
+            prop_assert_eq!(&found[16..], &page[16..]);
+        }
+    }
+
     #[test]
     fn any_cutting_gives_the_good_pages_in_order(
         good in prop::collection::vec(any::<bool>(), 0..12), torn in 0..PAGE, pages_max in 0u64..14,

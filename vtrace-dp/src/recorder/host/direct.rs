@@ -4,7 +4,8 @@
 //! Out:   pages at the areas' offsets, one behind the other; counts: at the end `taken == written + lost`
 //! Runs:  pages are taken on the pump's thread, written by one more ([`Writer`])
 //! Full:  while more than [`WAITING_MAX`] blocks wait for the disk, the writer goes through the page cache; when no
-//!        block is free, so does the pump itself; an area without room and a failed write end the lane
+//!        block is free, so does the pump itself; an area without room (unless it begins again) and a failed write end the
+//!        lane
 //! Trust: the kernel
 //!
 //! Memory: [`BLOCK_BYTES`] for each lane and each spare block, touched when it is first used.
@@ -141,7 +142,8 @@ impl<'b> Take<'b> {
 #[derive(Debug)]
 pub(super) struct Job<'b> {
     lane: usize,
-    offset: u64,
+    /// Bytes of the lane in front of it.
+    start: u64,
     bytes: usize,
     block: &'b mut [u8],
 }
@@ -162,13 +164,13 @@ impl<'a> Fate<'a> {
         Self { counts, area, failed: AtomicBool::new(false), torn: Mutex::new(None) }
     }
 
-    /// Counts a block that was written, or remembers where the lane broke off.
-    fn record(&self, page_bytes: usize, bytes: usize, offset: u64, written: Result<(), Torn>) {
+    /// Counts a block that was written behind `start` bytes, or remembers where the lane broke off.
+    fn record(&self, page_bytes: usize, bytes: usize, start: u64, written: Result<(), Torn>) {
         let Err(torn) = written else { return add(&self.counts.written, bytes / page_bytes) };
         let whole = torn.done / page_bytes;
         add(&self.counts.written, whole);
         add(&self.counts.lost, bytes / page_bytes - whole); // those behind it too, once it is settled
-        let end = offset - self.area.offset + count(whole * page_bytes);
+        let end = start + count(whole * page_bytes);
         let mut first = self.torn.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none_or(|(other, _)| end < other) {
             *first = Some((end, torn.error));
@@ -201,12 +203,13 @@ pub(super) struct Writer<'a, 'b> {
 impl Writer<'_, '_> {
     /// Hot.
     pub(super) fn run(self) {
-        for Job { lane, offset, bytes, block } in &self.jobs {
+        for Job { lane, start, bytes, block } in &self.jobs {
+            let offset = self.fates[lane].area.place(start);
             let written = match self.jobs.len() {
                 waiting if waiting > WAITING_MAX => write_all(self.files.plain.as_fd(), &block[..bytes], offset),
                 _ => self.files.write(&block[..bytes], offset),
             };
-            self.fates[lane].record(self.page_bytes, bytes, offset, written);
+            self.fates[lane].record(self.page_bytes, bytes, start, written);
             self.free.give(block);
         }
     }
@@ -247,10 +250,9 @@ impl<'a, 'b> Direct<'a, 'b> {
         Self { files, fates, page_bytes, batch_pages, lanes, jobs, free }
     }
 
-    /// Bytes that whole pages can still take, in the block and in the area.
+    /// Bytes that whole pages can still take, in the block and up to the area's end.
     fn room(&self, at: usize) -> usize {
-        let area = &self.fates[at].area;
-        let left = usize::try_from(area.bytes_max.saturating_sub(self.bytes_taken(at))).unwrap_or(usize::MAX);
+        let left = usize::try_from(self.fates[at].area.room(self.bytes_taken(at))).unwrap_or(usize::MAX);
         let room = left.min(BLOCK_BYTES - self.lanes[at].bytes);
         room - room % self.page_bytes
     }
@@ -266,6 +268,10 @@ impl<'a, 'b> Direct<'a, 'b> {
                 assert!(bytes.is_multiple_of(self.page_bytes), "the kernel gives whole pages");
                 self.lanes[at].bytes += bytes;
                 add(&self.fates[at].counts.taken, bytes / self.page_bytes);
+                // What comes next has its place at the start of the area: no write goes across the end.
+                if self.fates[at].area.is_at_start(self.bytes_taken(at)) {
+                    self.hand_over(at);
+                }
                 bytes > 0
             }
             Err(error) => {
@@ -290,18 +296,19 @@ impl<'a, 'b> Direct<'a, 'b> {
 
     /// Gives a lane's block to the writer; while that has too much to do, writes it through the page cache. Hot.
     fn hand_over(&mut self, at: usize) {
-        let offset = self.fates[at].area.offset + self.bytes_taken(at) - count(self.lanes[at].bytes);
+        let start = self.bytes_taken(at) - count(self.lanes[at].bytes);
         let lane = &mut self.lanes[at];
         let bytes = std::mem::take(&mut lane.bytes);
         if bytes == 0 {
             return;
         }
         let Some(next) = self.free.take() else {
-            let written = write_all(self.files.plain.as_fd(), &lane.block[..bytes], offset);
-            return self.fates[at].record(self.page_bytes, bytes, offset, written);
+            let fate = &self.fates[at];
+            let written = write_all(self.files.plain.as_fd(), &lane.block[..bytes], fate.area.place(start));
+            return fate.record(self.page_bytes, bytes, start, written);
         };
         let block = std::mem::replace(&mut lane.block, next);
-        let sent = self.jobs.try_send(Job { lane: at, offset, bytes, block });
+        let sent = self.jobs.try_send(Job { lane: at, start, bytes, block });
         assert!(sent.is_ok(), "the writer lives as long as the pump, and has room for every block");
     }
 }

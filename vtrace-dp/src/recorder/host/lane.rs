@@ -3,7 +3,8 @@
 //! In:    a tap, a pipe that is empty between two calls
 //! Out:   pages at the area's offset, one behind the other; counts: `taken == written + lost`
 //! Runs:  on the pump's thread; a slow disk blocks it, and the kernel overwrites and counts meanwhile
-//! Full:  an area without room, and a write that fails, end the lane; what the kernel has by then stays with it
+//! Full:  an area without room (unless it begins again), and a write that fails, end the lane; what the kernel has by
+//!        then stays with it
 //! Trust: the kernel
 
 use std::{
@@ -112,10 +113,9 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Bytes of the area that whole pages can still take.
+    /// Bytes up to the area's end that whole pages can still take.
     fn room(&self) -> usize {
-        let used = self.bytes_written();
-        let left = usize::try_from(self.area.bytes_max.saturating_sub(used)).unwrap_or(usize::MAX);
+        let left = usize::try_from(self.area.room(self.bytes_written())).unwrap_or(usize::MAX);
         left - left % self.page_bytes
     }
 
@@ -139,7 +139,7 @@ impl<'a> Lane<'a> {
     /// Moves `bytes` from the pipe into the file. When a write fails, pages that are complete count as written, the
     /// others as lost, and the pipe is emptied.
     fn empty(&mut self, pipe: &Pipe, file: BorrowedFd<'_>, bytes: usize) {
-        let begin = self.area.offset + self.bytes_written();
+        let begin = self.area.place(self.bytes_written());
         let mut offset = begin;
         let mut left = bytes;
         while left > 0 && self.end.is_none() {
@@ -157,7 +157,7 @@ impl<'a> Lane<'a> {
     }
 
     fn write_page(&mut self, page: &[u8], file: BorrowedFd<'_>) {
-        let begin = self.area.offset + self.bytes_written();
+        let begin = self.area.place(self.bytes_written());
         let mut done = 0;
         while done < page.len() && self.end.is_none() {
             let at = begin + count(done);
@@ -229,7 +229,7 @@ mod tests {
     }
 
     fn area(pages: usize) -> Area {
-        Area { cpu: Cpu(3), offset: 8192, bytes_max: u64::try_from(pages * PAGE).unwrap() }
+        Area { cpu: Cpu(3), offset: 8192, bytes_max: u64::try_from(pages * PAGE).unwrap(), begins_again: false }
     }
 
     fn counted(counts: &Counts) -> [u64; 3] {
@@ -258,6 +258,19 @@ mod tests {
         assert_eq!(counted(&counts), [3, 3, 0]);
         assert_eq!(lane.end(), Some(End::AreaFull { bytes_max: 3 * 4096 + 4095 }));
         assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
+    }
+
+    #[test]
+    fn lane_that_begins_again_goes_over_its_oldest_pages() {
+        let (tap, pipe, file, counts) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        let mut lane = Lane::new(Area { begins_again: true, ..area(3) }, PAGE, &counts);
+        while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
+        assert_eq!((counted(&counts), lane.end()), ([5, 5, 0], None));
+        assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
+        let mut back = [0; 3 * PAGE];
+        file.read_exact_at(&mut back, 8192).unwrap();
+        assert_eq!([back[0], back[PAGE], back[2 * PAGE]], [4, 5, 3]);
     }
 
     #[test]

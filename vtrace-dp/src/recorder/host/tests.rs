@@ -35,7 +35,11 @@ fn arm(session: u64, events: &[&str], buffer_kb: u32) -> Arm {
 fn areas(recorder: &HostRecorder, bytes_max: u64) -> Vec<Area> {
     let lanes = recorder.armed().lanes;
     let offset = |at: usize| 1 << 20 | (u64::try_from(at).unwrap() << 32);
-    lanes.iter().enumerate().map(|(at, cpu)| Area { cpu: *cpu, offset: offset(at), bytes_max }).collect()
+    lanes
+        .iter()
+        .enumerate()
+        .map(|(at, cpu)| Area { cpu: *cpu, offset: offset(at), bytes_max, begins_again: false })
+        .collect()
 }
 
 /// Switches back and forth on every CPU for a while.
@@ -97,6 +101,35 @@ fn open_descriptors() -> Vec<String> {
 }
 
 #[test]
+fn lanes_that_begin_again_have_their_newest_pages_by_either_road() {
+    let Some(_alone) = alone() else { return };
+    for folder in [env!("CARGO_MANIFEST_DIR"), "/dev/shm"] {
+        let mut recorder = HostRecorder::arm(&arm(0xa6a1, &["sched", "irq", "syscalls"], 0)).unwrap();
+        let bytes_max = 256 << 10;
+        let mut areas = areas(&recorder, bytes_max);
+        areas.iter_mut().for_each(|area| area.begins_again = true);
+        let file = tempfile::tempfile_in(folder).unwrap();
+        recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
+        recorder.start("vtrace start").unwrap();
+        load(Duration::from_secs(1));
+        let report = recorder.stop().unwrap();
+        recorder.close().unwrap();
+        for (area, lane) in areas.iter().zip(&report.lanes) {
+            let pages = bytes_max / 4096;
+            assert!(lane.pages_sent > 2 * pages && lane.pages_lost == 0, "{}: {} pages", lane.cpu, lane.pages_sent);
+            let (mut page, mut last) = ([0; 4096], 0);
+            for number in lane.pages_sent - pages..lane.pages_sent {
+                file.read_exact_at(&mut page, area.place(number * 4096)).unwrap();
+                let header = page::Header::parse(&page, 4096).unwrap();
+                assert!(header.time > last, "{}: page {number} is younger than the one before", lane.cpu);
+                last = header.time;
+                count_events(&page);
+            }
+        }
+    }
+}
+
+#[test]
 fn every_event_the_kernel_counted_is_in_the_file() {
     let Some(_alone) = alone() else { return };
     let before = open_descriptors();
@@ -147,7 +180,8 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     rounds.for_each(|_| load(Duration::from_millis(100)));
     instance.set_tracing(false).unwrap();
     for cpu in cpus {
-        let (file, area) = (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20 });
+        let (file, area) =
+            (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20, begins_again: false });
         let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), WAY).unwrap();
         let lane = report(&pump.stop().lanes[0], 4096, (String::new(), instance.stats(cpu)));
         let stats = Stats::parse(&lane.stats_after).unwrap();
@@ -181,8 +215,12 @@ fn both_roads_bring_the_same_markers_in_the_same_order() {
         let name = format!("{INSTANCE_PREFIX}{}-roads", std::process::id());
         let instance = tracefs.arm(&name, &arm(9, &[], 4096)).unwrap();
         let cpus = instance.cpus().to_vec();
-        let area =
-            |(at, cpu): (usize, &Cpu)| Area { cpu: *cpu, offset: u64::try_from(at).unwrap() << 32, bytes_max: 1 << 30 };
+        let area = |(at, cpu): (usize, &Cpu)| Area {
+            cpu: *cpu,
+            offset: u64::try_from(at).unwrap() << 32,
+            bytes_max: 1 << 30,
+            begins_again: false,
+        };
         let areas: Vec<Area> = cpus.iter().enumerate().map(area).collect();
         let taps = cpus.iter().map(|cpu| instance.tap(*cpu).unwrap()).collect();
         let (file, batch_pages) = (tempfile::tempfile().unwrap(), batch_of(&instance, direct));
@@ -246,7 +284,7 @@ fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
     let areas: Vec<Area> = instance
         .cpus()
         .iter()
-        .map(|cpu| Area { cpu: *cpu, offset: u64::from(cpu.0) << 30, bytes_max: 1 << 30 })
+        .map(|cpu| Area { cpu: *cpu, offset: u64::from(cpu.0) << 30, bytes_max: 1 << 30, begins_again: false })
         .collect();
     let taps = areas.iter().map(|area| instance.tap(area.cpu).unwrap()).collect();
     let way = Way { batch_pages: instance.pages_promised(), ..WAY };

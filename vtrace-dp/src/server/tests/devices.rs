@@ -46,7 +46,8 @@ fn await_further(house: &House, is_so: impl Fn(&DeviceState) -> bool) {
 }
 
 fn lanes_of(cpus: &[u32]) -> ToServer {
-    let area = |cpu: &u32| Area { cpu: Cpu(*cpu), offset: u64::from(*cpu) * 8192, bytes_max: 8192 };
+    let area =
+        |cpu: &u32| Area { cpu: Cpu(*cpu), offset: u64::from(*cpu) * 8192, bytes_max: 8192, begins_again: false };
     ToServer::Lanes(Lanes { guest: guest1(), page_bytes: 4096, areas: cpus.iter().map(area).collect() })
 }
 
