@@ -1,9 +1,6 @@
 //! A guest whose ports come over QEMU's own device, as `vtrace setup` makes and prints it.
 
-use std::{
-    path::Path,
-    process::Command,
-};
+use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 

@@ -29,7 +29,11 @@ pub(super) fn run(args: &SetupArgs) -> Result<u8, Complaint> {
     folder.make(setup, group).map_err(|fault| Complaint::setup(&failed, &fault))?;
     let guest = Guest { name: &args.dom, folder: &folder, setup, run: &args.dir, memory: &args.memory };
     say(&format!("{}: QEMU {version}, {} ports of transport {}", args.dom, args.cpus + 1, transport.name()));
-    if args.libvirt { print_elements(&guest)? } else { print_words(&guest, version)? }
+    if args.libvirt {
+        print_elements(&guest)?
+    } else {
+        print_words(&guest, version)?
+    }
     say(&next(args, transport));
     Ok(0)
 }
@@ -37,7 +41,11 @@ pub(super) fn run(args: &SetupArgs) -> Result<u8, Complaint> {
 fn version(args: &SetupArgs) -> Result<Version, Complaint> {
     args.qemu_version.or_else(Version::found).ok_or_else(|| {
         let why = format!("no QEMU is here to say its version ({})", PROGRAMS.join(", "));
-        Complaint::usage(format!("cannot set up {}", args.dom), why, "--qemu-version 10.0, as it is where the guest runs")
+        Complaint::usage(
+            format!("cannot set up {}", args.dom),
+            why,
+            "--qemu-version 10.0, as it is where the guest runs",
+        )
     })
 }
 
@@ -87,7 +95,11 @@ fn next(args: &SetupArgs, transport: Transport) -> String {
         (Transport::VhostUser, "MEMORY") if !args.libvirt => "\n  put the guest's memory, as in -m, for MEMORY",
         _ => "",
     };
-    let root = if args.root.as_os_str() == crate::setup::ROOT { String::new() } else { format!(" --root {}", args.root.display()) };
+    let root = if args.root.as_os_str() == crate::setup::ROOT {
+        String::new()
+    } else {
+        format!(" --root {}", args.root.display())
+    };
     format!("  next: vtrace server --dom {}{root}{order}; vtrace agent in the guest{memory}", args.dom)
 }
 

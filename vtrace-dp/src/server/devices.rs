@@ -117,7 +117,9 @@ impl Devices {
         let mut states = self.lock();
         let others = states.iter().enumerate().filter(|(other, _)| *other != device);
         let mut vmms = others.filter_map(|(_, state)| state.vmm.as_ref());
-        if let Some((other, _)) = vmms.find(|(other, socket)| *other != peer && !socket.as_ref().is_some_and(has_hung_up)) {
+        if let Some((other, _)) =
+            vmms.find(|(other, socket)| *other != peer && !socket.as_ref().is_some_and(has_hung_up))
+        {
             return Err(Foreign(other.pid));
         }
         drop(vmms);

@@ -332,7 +332,9 @@ fn endpoint(
     sockets: &mut Vec<Bound>,
 ) -> Result<(Endpoint, String), ServerError> {
     let path = match &guest.socket {
-        GuestSocket::InDirectory | GuestSocket::Streams(_) => config.directory.join(format!("{}.sock", device_name(&guest.name, device))),
+        GuestSocket::InDirectory | GuestSocket::Streams(_) => {
+            config.directory.join(format!("{}.sock", device_name(&guest.name, device)))
+        }
         GuestSocket::Path(path) => path.clone(),
         GuestSocket::Inherited(number) => {
             let fault = |source| ServerError::Descriptor { number: *number, source };

@@ -104,7 +104,10 @@ mod tests {
     fn each_port_is_a_channel_and_each_thirty_have_a_controller() {
         let devices = of(Transport::Pipe, 31, "/var/lib/vtrace/virt").devices;
         assert_eq!((devices.matches("<channel").count(), devices.matches("<controller").count()), (32, 2));
-        assert!(devices.contains("name='trace-path-cpu30'/>\n  <address type='virtio-serial' controller='2' bus='0' port='2'"));
+        assert!(
+            devices
+                .contains("name='trace-path-cpu30'/>\n  <address type='virtio-serial' controller='2' bus='0' port='2'")
+        );
     }
 
     #[test]

@@ -198,7 +198,6 @@ impl Folder {
         }
         Ok(())
     }
-
 }
 
 fn fault(path: &Path, call: &'static str, source: io::Error) -> SetupFault {
@@ -209,8 +208,7 @@ fn make_fifo(path: &Path, group: Option<u32>) -> Result<(), SetupFault> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_fifo() => {}
         Ok(_) => return Err(SetupFault::NotFifo(path.into())),
-        Err(_) => mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR)
-            .map_err(|errno| fault(path, "mkfifo", errno.into()))?,
+        Err(_) => mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| fault(path, "mkfifo", errno.into()))?,
     }
     permit(path, 0o660, group)
 }
@@ -247,13 +245,8 @@ mod tests {
         let folder = Folder::of(root.path(), "guest1");
         assert_eq!(folder.setup().unwrap(), None);
         let setup = Setup { transport: Transport::Pipe, cpus: 1 };
-        let expected = [
-            "agent-ctl-path.in",
-            "agent-ctl-path.out",
-            "guest.toml",
-            "trace-path-cpu0.in",
-            "trace-path-cpu0.out",
-        ];
+        let expected =
+            ["agent-ctl-path.in", "agent-ctl-path.out", "guest.toml", "trace-path-cpu0.in", "trace-path-cpu0.out"];
         for _ in 0..2 {
             folder.make(setup, None).unwrap();
             assert_eq!((names(&folder), folder.setup().unwrap()), (expected.map(String::from).to_vec(), Some(setup)));

@@ -148,10 +148,8 @@ impl Guest<'_> {
             let what = chardev(&name);
             let (kind, rest) = what.split_once(',').expect("a kind and a path");
             words.extend(option("-chardev", format!("{kind},id=vtrace-{name},{rest}")));
-            let port = format!(
-                "virtserialport,bus=vtrace{controller}.0,nr={},chardev=vtrace-{name},name={name}",
-                place.port
-            );
+            let port =
+                format!("virtserialport,bus=vtrace{controller}.0,nr={},chardev=vtrace-{name},name={name}", place.port);
             words.extend(option("-device", port));
         }
         words

@@ -37,6 +37,9 @@ pub enum HostingFault {
     /// Its new place could not be said.
     #[error(transparent)]
     Write(#[from] WriteFault),
+    /// Under `-m` it has begun again at its area's start; only whole lanes are written anew.
+    #[error("{0} has more than 1 TiB behind it and lies in two parts")]
+    TwoParts(Cpu),
 }
 
 /// What was done.
@@ -60,6 +63,10 @@ pub(super) fn host_lanes(
     for index in (0..areas.lanes.len()).rev() {
         let lane = areas.lanes[index];
         let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.rest.bytes > 0) else { continue };
+        if lane.moved.bytes > 0 {
+            hosted.fault = Some(HostingFault::TwoParts(lane.cpu));
+            return hosted;
+        }
         let to = place(areas, index, unit);
         match rewrite(file, lane.rest, to, areas.page_bytes, way) {
             Ok(done) => {

@@ -98,7 +98,10 @@ impl Station for StreamDrain {
         check(page_bytes, areas)?;
         let flags = OFlag::from_bits_truncate(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
         if flags & OFlag::O_ACCMODE != OFlag::O_RDWR {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "pages of a stream are looked at in the file: open it for reading too"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "pages of a stream are looked at in the file: open it for reading too",
+            ));
         }
         if direct.is_some() {
             log::debug!("streams go through the page cache");

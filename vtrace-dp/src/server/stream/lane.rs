@@ -121,7 +121,8 @@ impl Lane {
     pub(super) fn close(mut self, file: &File, bytes_sent: Option<u64>) -> Ledger {
         self.ledger.bytes_torn += std::mem::take(&mut self.have);
         self.ledger.bytes_missing = bytes_sent.map_or(0, |sent| sent.saturating_sub(self.ledger.bytes_in));
-        if let Some(surplus) = bytes_sent.and_then(|sent| self.ledger.bytes_in.checked_sub(sent)).filter(|more| *more > 0)
+        if let Some(surplus) =
+            bytes_sent.and_then(|sent| self.ledger.bytes_in.checked_sub(sent)).filter(|more| *more > 0)
         {
             log::warn!("{}: {surplus} bytes more came than its agent says it sent", self.counters.cpu());
         }
@@ -199,7 +200,7 @@ mod tests {
 
     fn lane(pages: u64) -> (Lane, File, Arc<Counters>) {
         let counters = Arc::new(Counters::new(Cpu(3)));
-        let area = Area { cpu: Cpu(3), offset: AT, bytes_max: pages * PAGE + 100 };
+        let area = Area { cpu: Cpu(3), offset: AT, bytes_max: pages * PAGE + 100, begins_again: false };
         (Lane::new(area, 4096, Arc::clone(&counters)), tempfile::tempfile().unwrap(), counters)
     }
 

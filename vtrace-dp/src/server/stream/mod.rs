@@ -39,9 +39,8 @@ use self::{
     port::{Peers, Port},
 };
 use super::{
-    GuestConfig,
+    GuestConfig, device_name,
     devices::DeviceParts,
-    device_name,
     guest::GuestSlot,
     sockets::{Access, Bound, SocketFault, bind},
 };

@@ -135,7 +135,8 @@ pub(super) fn holder(path: &Path) -> Peer {
     let has = |pid: &u32| {
         let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
         // By its name first: to look at what other descriptors lead to may take long.
-        let named = |entry: &fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|to| to.file_name() == path.file_name());
+        let named =
+            |entry: &fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|to| to.file_name() == path.file_name());
         let found = entries.flatten().filter(named).filter_map(|entry| fs::metadata(entry.path()).ok());
         found.into_iter().any(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
     };

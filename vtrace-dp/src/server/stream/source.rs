@@ -161,7 +161,7 @@ mod tests {
 
     fn lane() -> Lane {
         let counters = Arc::new(Counters::new(Cpu(0)));
-        Lane::new(Area { cpu: Cpu(0), offset: 4096, bytes_max: 1 << 20 }, 4096, counters)
+        Lane::new(Area { cpu: Cpu(0), offset: 4096, bytes_max: 1 << 20, begins_again: false }, 4096, counters)
     }
 
     fn page(time: u8) -> Vec<u8> {

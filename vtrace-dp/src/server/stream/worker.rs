@@ -164,7 +164,9 @@ impl Worker {
                 COMMAND => self.obey(),
                 TIMER => {
                     let _ = nix::unistd::read(self.timer.as_fd(), &mut [0; 8]);
-                    self.ring.push_poll(self.timer.as_fd(), READABLE, TIMER).expect("a ring takes more than it has room for");
+                    self.ring
+                        .push_poll(self.timer.as_fd(), READABLE, TIMER)
+                        .expect("a ring takes more than it has room for");
                 }
                 tag => self.ready(usize::try_from(tag).expect("an index of ours")),
             }
@@ -346,7 +348,10 @@ impl Worker {
 
     /// Wakes this thread when something is due although nothing happens.
     fn set_timer(&mut self) {
-        let quiet = self.pending.as_ref().map(|pending| self.quiet_at().map_or(pending.deadline, |at| at.min(pending.deadline)));
+        let quiet = self
+            .pending
+            .as_ref()
+            .map(|pending| self.quiet_at().map_or(pending.deadline, |at| at.min(pending.deadline)));
         let Some(due) = [quiet, self.finish.as_ref().map(|finish| finish.deadline)].into_iter().flatten().min() else {
             return;
         };
