@@ -17,6 +17,7 @@ use tempfile::TempDir;
 pub struct Server {
     child: Child,
     dir: TempDir,
+    words: Vec<String>,
 }
 
 impl Server {
@@ -28,13 +29,17 @@ impl Server {
     /// Starts `vtrace server WORDS` and waits until it listens.
     pub fn start_with(words: &[&str]) -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        let log = File::create(dir.path().join("server.log"))?;
-        let mut command = Command::new(xtask::build::vtrace()?);
-        command.arg("server").arg("--dir").arg(dir.path()).stderr(log).env("VTRACE_LOG", "debug");
-        command.args(words);
-        let server = Self { child: command.spawn().context("cannot start vtrace server")?, dir };
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        let server = Self { child: spawn(dir.path(), &words)?, dir, words };
         server.await_state("is there", |_| true)?;
         Ok(server)
+    }
+
+    /// Another one in the same folder, with the same words; the one before is killed if it still runs.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.child = spawn(self.dir.path(), &self.words)?;
+        self.await_state("is there again", |_| true)
     }
 
     /// Its folder: for `--dir`.
@@ -90,6 +95,13 @@ impl Server {
         self.child.wait()?;
         Ok(())
     }
+}
+
+fn spawn(dir: &Path, words: &[String]) -> Result<Child> {
+    let log = File::options().create(true).append(true).open(dir.join("server.log"))?;
+    let mut command = Command::new(xtask::build::vtrace()?);
+    command.arg("server").arg("--dir").arg(dir).args(words).stderr(log).env("VTRACE_LOG", "debug");
+    command.spawn().context("cannot start vtrace server")
 }
 
 impl Drop for Server {

@@ -40,7 +40,8 @@ impl House {
         let turn = turn()?;
         let folder = tempfile::tempdir()?;
         let guests = vec![GuestConfig::new("guest1", GuestSocket::InDirectory)];
-        let server = Some(Server::start(&ServerConfig { directory: folder.path().into(), guests })?);
+        let server =
+            Some(Server::start(&ServerConfig { directory: folder.path().into(), guests, passed: Vec::new() })?);
         Ok(Self { server, folder, turn })
     }
 

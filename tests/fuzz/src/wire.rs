@@ -212,6 +212,7 @@ fn from_server() -> Vec<Vec<u8>> {
         agent: Some(AgentState { hello: Hello::ours("vtrace seed"), machine: Some(machine()) }),
         holder_pid: None,
         further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
+        lanes_per_device: 126,
     };
     let lanes = vec![LaneLedger { pages_in: 3, pages_out: 2, pages_refused: 1, ..LaneLedger::default() }];
     let answer = FromAgent::Failed(failure());

@@ -219,6 +219,8 @@ pub struct GuestState {
     pub holder_pid: Option<u32>,
     /// Its devices behind the first, in order.
     pub further: Vec<DeviceState>,
+    /// CPUs that each of its devices carries at most.
+    pub lanes_per_device: u32,
 }
 
 /// A device of a guest that has several; the first one's state is the guest's.

@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
+use super::control_args::{AttachArgs, DetachArgs};
 use crate::{
     recorder::sink::SinkChoice,
     setup::{ROOT, Transport, qemu},
@@ -36,6 +37,10 @@ pub enum Verb {
     Agent(AgentArgs),
     /// Show the guests of the server and how far each one is
     List(ListArgs),
+    /// Plug a guest's device into a QEMU that runs already
+    Attach(AttachArgs),
+    /// Take a guest's device out of its QEMU: before the server is stopped or upgraded, or after it was killed
+    Detach(DetachArgs),
     /// Check that every event of a guest lies where the host says its vCPU ran
     Check(CheckArgs),
     /// Become a command that is traced from its first instruction on (record and agent use it for -F)

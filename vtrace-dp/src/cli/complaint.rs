@@ -130,6 +130,9 @@ impl From<LinkError> for Complaint {
         let remedy = match &error {
             LinkError::NoServer { .. } => "start it: vtrace server --dom GUEST; or say where it is: --dir DIR",
             LinkError::Denied { .. } => "be root, or a member of group vtrace",
+            LinkError::Stalled { .. } => {
+                "see whether its process is stopped (kill -CONT), or end it and start it again"
+            }
             LinkError::Version { .. } => "use the same version of vtrace for server and record",
             _ => "look at the server's log",
         };
@@ -160,6 +163,9 @@ impl From<ServerError> for Complaint {
             ServerError::Count(_) => (USAGE, "vtrace server --dom guest1"),
             ServerError::Directory { .. } => (FAILED, "be root, or --dir DIR"),
             ServerError::Socket(_) => (FAILED, "stop the other server, or --dir DIR"),
+            ServerError::Activation(_) => {
+                (FAILED, "sockets at DIR/control.sock and DIR/GUEST.sock, each guest by --dom")
+            }
             ServerError::Descriptor { .. } => (FAILED, "--socket-path PATH"),
             ServerError::Thread { .. } | ServerError::System { .. } => (FAILED, ""),
         };
@@ -244,10 +250,7 @@ fn options(near: &str) -> String {
 fn refused(refusal: &Refusal) -> Complaint {
     let cannot = |guest: &str| format!("cannot record {guest}");
     match refusal {
-        Refusal::NoSuchGuest { guest, known } => {
-            let known = if known.is_empty() { "it has none".into() } else { format!("it has: {}", known.join(", ")) };
-            Complaint::new(cannot(guest), "the server has no guest of this name", known)
-        }
+        Refusal::NoSuchGuest { guest, known } => unknown(&cannot(guest), known),
         Refusal::NotConnected { guest, socket } => Complaint::new(
             cannot(guest),
             format!("no virtual machine is connected to {socket}"),
@@ -281,7 +284,14 @@ fn refused(refusal: &Refusal) -> Complaint {
     }
 }
 
-fn driver(guest: &str, state: &DriverState) -> Complaint {
+/// The server does not know the guest.
+pub(super) fn unknown(cannot: &str, known: &[String]) -> Complaint {
+    let known = if known.is_empty() { "it has none".into() } else { format!("it has: {}", known.join(", ")) };
+    Complaint::new(cannot, "the server has no guest of this name", known)
+}
+
+/// A driver that cannot be used.
+pub(super) fn driver(guest: &str, state: &DriverState) -> Complaint {
     let cannot = format!("cannot record {guest}");
     match state {
         DriverState::Absent => Complaint::new(

@@ -8,7 +8,7 @@ use super::{args::ListArgs, complaint::Complaint, put};
 use crate::server::link::Link;
 
 /// An answer of the server's own takes no longer than this.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// Prints a line for each guest.
 pub(super) fn run(args: &ListArgs) -> Result<u8, Complaint> {
@@ -71,6 +71,7 @@ mod tests {
             agent: None,
             holder_pid: None,
             further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
+            lanes_per_device: 126,
         };
         let expected = [
             "guest1: pid 77, driver running, no agent (/run/vtrace/guest1.sock)",

@@ -7,8 +7,10 @@
 
 mod agent;
 pub mod args;
+mod attach;
 mod check;
 mod complaint;
+pub mod control_args;
 mod launch;
 mod list;
 mod machine_options;
@@ -53,6 +55,8 @@ pub fn main() -> ExitCode {
         Verb::Server(args) => server::run(&args, verb),
         Verb::Setup(args) => setup::run(&args),
         Verb::Agent(args) => agent::run(args),
+        Verb::Attach(args) => attach::attach(&args),
+        Verb::Detach(args) => attach::detach(&args),
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Launch(args) => launch::run(&args),

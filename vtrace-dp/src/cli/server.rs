@@ -4,7 +4,9 @@ use clap::ArgMatches;
 
 use super::{args::ServerArgs, complaint::Complaint, put};
 use crate::{
-    server::{self, GuestConfig, GuestSocket, ServerConfig, ServerError, check_name, stream::Streams},
+    server::{
+        self, GuestConfig, GuestSocket, ServerConfig, ServerError, activation::descriptors, check_name, stream::Streams,
+    },
     setup::{Folder, Transport},
 };
 
@@ -25,7 +27,10 @@ pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complai
         return Err(Complaint::usage("the server cannot run", why, "vtrace server --dom guest1 --socket-path PATH"));
     }
     let guests = guests(args, matches, &socket)?;
-    server::run(&ServerConfig { directory: args.dir.clone(), guests })?;
+    let said = |name| std::env::var(name).ok();
+    let passed = descriptors(std::process::id(), said("LISTEN_PID").as_deref(), said("LISTEN_FDS").as_deref());
+    let passed = passed.map_err(ServerError::from)?;
+    server::run(&ServerConfig { directory: args.dir.clone(), guests, passed })?;
     Ok(0)
 }
 

@@ -122,6 +122,7 @@ impl GuestSlot {
             agent: None,
             holder_pid: None,
             further: Vec::new(),
+            lanes_per_device: u32::try_from(lanes).unwrap_or(u32::MAX),
         };
         Ok(Arc::new(Self {
             name: name.into(),

@@ -3,7 +3,8 @@
 //! In:    requests, with files for one of them; the server's frames
 //! Out:   messages, or a [`LinkError`] that says why there are none
 //! Runs:  on the caller's thread
-//! Full:  a send waits until the server has read; the server reads whenever its answers are read
+//! Full:  a send waits until the server has read, [`SEND_TIME_MAX`] at most; the server reads whenever its answers are
+//!        read, so one that does not is stopped or dead, and after that the link is of no use
 //! Trust: the server, though not with its frames: they are checked like any others
 
 use std::{
@@ -35,6 +36,8 @@ use crate::sys::{
 
 /// How long a server may take to greet.
 const HELLO_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a server may leave what was sent unread.
+pub const SEND_TIME_MAX: Duration = Duration::from_secs(10);
 /// Bytes read at a time.
 const PIECE_BYTES: usize = 16 << 10;
 
@@ -69,6 +72,14 @@ pub enum LinkError {
         /// The socket.
         path: PathBuf,
     },
+    /// The server does not read: it is stopped, or hangs.
+    #[error("the server (pid {pid}) has not read for {} s", waited.as_secs())]
+    Stalled {
+        /// Its process.
+        pid: u32,
+        /// How long that was waited for.
+        waited: Duration,
+    },
     /// The server has closed the link.
     #[error("the server has closed the link")]
     Closed,
@@ -93,6 +104,7 @@ pub struct Link {
     decoder: Decoder,
     server: Hello,
     peer: Peer,
+    send_time_max: Duration,
 }
 
 impl Link {
@@ -103,13 +115,18 @@ impl Link {
             io::ErrorKind::PermissionDenied => LinkError::Denied { path: path.clone(), source },
             _ => LinkError::NoServer { path: path.clone(), source },
         })?;
-        Self::greet(socket, &path)
+        Self::greet(socket, &path, SEND_TIME_MAX)
     }
 
-    fn greet(socket: UnixStream, path: &Path) -> Result<Self, LinkError> {
+    fn greet(socket: UnixStream, path: &Path, send_time_max: Duration) -> Result<Self, LinkError> {
         let peer = Peer::of(&socket)?;
+        let refused = |error: io::Error| SysError {
+            call: "setsockopt SO_SNDTIMEO",
+            errno: Errno::from_raw(error.raw_os_error().unwrap_or_default()),
+        };
+        socket.set_write_timeout(Some(send_time_max)).map_err(refused)?;
         let server = Hello { version_min: 0, version_max: 0, software: String::new() };
-        let mut link = Self { socket, decoder: Decoder::default(), server, peer };
+        let mut link = Self { socket, decoder: Decoder::default(), server, peer, send_time_max };
         // A server that is full says so and closes, and may have done it before our hello: what it said is still there.
         let sent = link.transmit(&Hello::ours(crate::SOFTWARE), &[]);
         if !matches!(sent, Err(LinkError::Closed)) {
@@ -157,6 +174,9 @@ impl Link {
     fn transmit(&self, message: &impl Message, with: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
         match send_all_with(self.socket.as_fd(), &encode(message)?, with) {
             Err(SysError { errno: Errno::EPIPE | Errno::ECONNRESET, .. }) => Err(LinkError::Closed),
+            Err(error) if error.would_block() => {
+                Err(LinkError::Stalled { pid: self.peer.pid, waited: self.send_time_max })
+            }
             result => Ok(result?),
         }
     }
@@ -199,5 +219,28 @@ impl Link {
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::socket::send_now;
+
+    #[test]
+    fn server_that_does_not_read_holds_up_a_send_for_a_while_only() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hello = encode(&Hello::ours(crate::SOFTWARE)).unwrap();
+        send_now(theirs.as_fd(), &hello, None).unwrap();
+        let limit = Duration::from_millis(50);
+        let mut link = Link::greet(ours, Path::new("there"), limit).unwrap();
+        let begun = Instant::now();
+        let error = loop {
+            if let Err(error) = link.send(&ToServer::Claim { guest: "g".repeat(60) }) {
+                break error;
+            }
+        };
+        assert!(matches!(error, LinkError::Stalled { pid, waited } if pid == std::process::id() && waited == limit));
+        assert!((limit..Duration::from_secs(20)).contains(&begun.elapsed()));
     }
 }

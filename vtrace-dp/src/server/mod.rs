@@ -10,6 +10,7 @@
 //! A guest whose server ends has a device that nobody serves: its CPU spins when a process there opens or closes a port.
 //! So the end first has the agents close their sessions, and says which guests still run.
 
+pub mod activation;
 mod client;
 mod devices;
 mod drains;
@@ -27,7 +28,7 @@ use std::{
         fd::{AsFd, RawFd},
         unix::net::UnixListener,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
 };
@@ -50,6 +51,7 @@ use vtrace_common::{
 };
 
 use self::{
+    activation::{ActivationFault, Passed},
     client::{Client, Registry, frame},
     devices::{DeviceParts, Further},
     drains::Station,
@@ -89,6 +91,8 @@ pub struct ServerConfig {
     pub directory: PathBuf,
     /// The guests, in the order of `--dom`.
     pub guests: Vec<GuestConfig>,
+    /// Descriptors of sockets that listen already, each at the path it would have had: [`activation`].
+    pub passed: Vec<RawFd>,
 }
 
 /// One guest.
@@ -160,6 +164,9 @@ pub enum ServerError {
     /// A socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketFault),
+    /// A socket this process was started with cannot be taken.
+    #[error(transparent)]
+    Activation(#[from] ActivationFault),
     /// The descriptor is not one a VMM can come from.
     #[error("descriptor {number}")]
     Descriptor {
@@ -232,11 +239,14 @@ impl Server {
         let directory = &config.directory;
         std::fs::create_dir_all(directory)
             .map_err(|source| ServerError::Directory { path: directory.clone(), source })?;
+        // Before anything else is opened: they have fixed numbers.
+        let mut sockets = Sockets { passed: Passed::adopt(&config.passed)?, bound: Vec::new() };
         // First the one that tells whether another server is here.
-        let (listener, control) = sockets::bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
-        let mut sockets = vec![control];
+        let listener = sockets.bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
         let ways = config.guests.iter().map(|guest| ways(config, guest, &mut sockets));
         let ways = ways.collect::<Result<Vec<_>, _>>()?;
+        let Sockets { passed, bound: sockets } = sockets;
+        passed.check_taken()?;
         let (mut slots, mut devices, mut further, mut speakers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for ((number, guest), ways) in (0..).zip(&config.guests).zip(ways) {
             let fault = |source| ServerError::Thread { name: guest.name.clone(), source };
@@ -305,6 +315,21 @@ fn check_guests(guests: &[GuestConfig]) -> Result<(), ServerError> {
     Ok(())
 }
 
+/// The server's sockets while it starts.
+struct Sockets {
+    passed: Passed,
+    bound: Vec<Bound>,
+}
+
+impl Sockets {
+    /// Listens at `path`, on the socket this process was started with if there is one.
+    fn bind(&mut self, path: &Path, access: Access) -> Result<UnixListener, SocketFault> {
+        let (listener, bound) = self.passed.bind(path, access)?;
+        self.bound.extend(bound);
+        Ok(listener)
+    }
+}
+
 /// What a device is called: as its guest, and those behind the first by their number. No guest's name has an '@'.
 fn device_name(guest: &str, device: usize) -> String {
     if device == 0 { guest.into() } else { format!("{guest}@{}", device + 1) }
@@ -316,7 +341,7 @@ enum Ways {
     Streams(stream::Ports),
 }
 
-fn ways(config: &ServerConfig, guest: &GuestConfig, sockets: &mut Vec<Bound>) -> Result<Ways, ServerError> {
+fn ways(config: &ServerConfig, guest: &GuestConfig, sockets: &mut Sockets) -> Result<Ways, ServerError> {
     if let GuestSocket::Streams(streams) = &guest.socket {
         return Ok(Ways::Streams(streams.ports(sockets)?));
     }
@@ -329,7 +354,7 @@ fn endpoint(
     config: &ServerConfig,
     guest: &GuestConfig,
     device: usize,
-    sockets: &mut Vec<Bound>,
+    sockets: &mut Sockets,
 ) -> Result<(Endpoint, String), ServerError> {
     let path = match &guest.socket {
         GuestSocket::InDirectory | GuestSocket::Streams(_) => {
@@ -342,8 +367,7 @@ fn endpoint(
             return Ok((endpoint, format!("descriptor {number}")));
         }
     };
-    let (listener, bound) = sockets::bind(&path, Access::Vmm)?;
-    sockets.push(bound);
+    let listener = sockets.bind(&path, Access::Vmm)?;
     Ok((Endpoint::Listening(listener), path.display().to_string()))
 }
 

@@ -95,7 +95,7 @@ impl Drop for House {
 
 fn config(directory: &Path) -> ServerConfig {
     let guest = |name: &str| GuestConfig::new(name, GuestSocket::InDirectory);
-    ServerConfig { directory: directory.into(), guests: vec![guest("guest1"), guest("guest2")] }
+    ServerConfig { directory: directory.into(), guests: vec![guest("guest1"), guest("guest2")], passed: Vec::new() }
 }
 
 fn next(link: &mut Link) -> FromServer {

@@ -39,10 +39,10 @@ use self::{
     port::{Peers, Port},
 };
 use super::{
-    GuestConfig, device_name,
+    GuestConfig, Sockets, device_name,
     devices::DeviceParts,
     guest::GuestSlot,
-    sockets::{Access, Bound, SocketFault, bind},
+    sockets::{Access, SocketFault},
 };
 use crate::setup::{Folder, Setup, Transport};
 
@@ -66,7 +66,7 @@ pub(super) struct Speaker {
 
 impl Streams {
     /// Makes the sockets, or finds the FIFOs.
-    pub(super) fn ports(&self, sockets: &mut Vec<Bound>) -> Result<Ports, SocketFault> {
+    pub(super) fn ports(&self, sockets: &mut Sockets) -> Result<Ports, SocketFault> {
         let port = |name: String| {
             if self.setup.transport == Transport::Pipe {
                 let (to_guest, from_guest) = (self.folder.fifo_in(&name), self.folder.fifo_out(&name));
@@ -74,8 +74,7 @@ impl Streams {
                 return Ok((Port::Fifos { to_guest, from_guest }, called));
             }
             let path = self.folder.socket(&name);
-            let (listener, bound) = bind(&path, Access::Vmm)?;
-            sockets.push(bound);
+            let listener = sockets.bind(&path, Access::Vmm)?;
             Ok((Port::Socket(listener), path.display().to_string()))
         };
         self.setup.ports().map(port).collect::<Result<_, _>>().map(Ports)

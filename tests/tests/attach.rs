@@ -1,0 +1,191 @@
+//! A server that comes after the guest, goes before it, dies and comes back: the device is plugged into the running guest
+//! and out of it, and every recording in between is whole.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    thread::sleep,
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use tempfile::TempDir;
+use vtrace_tests::{
+    judge::{lines, trace_cmd},
+    recording::{Recorder, Recording},
+    server::Server,
+};
+use xtask::{
+    kernel::Kernel,
+    machine::{Builder, Machine, Turn, turn},
+    qemu::Release,
+};
+
+const GUEST: &str = "guest1";
+const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
+
+/// A machine without a device of ours, with a QMP socket for vtrace.
+struct Bench {
+    turn: Turn,
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        Ok(Self { turn: turn()?, folder: tempfile::tempdir()? })
+    }
+
+    fn qmp(&self) -> PathBuf {
+        self.folder.path().join("qmp.sock")
+    }
+
+    fn machine(&self) -> Builder {
+        let qmp = format!("unix:{},server=on,wait=off", self.qmp().display());
+        Machine::builder(&self.turn, Kernel::V6_12).arguments(&["-qmp", &qmp])
+    }
+
+    /// `vtrace VERB guest1 --qmp SOCKET --dir DIR WORDS`
+    fn vtrace(&self, verb: &str, server: &Path, words: &[&str]) -> Result<Output> {
+        let mut command = Command::new(xtask::build::vtrace()?);
+        command.args([verb, GUEST, "--qmp"]).arg(self.qmp()).arg("--dir").arg(server).args(words);
+        Ok(command.output()?)
+    }
+
+    fn works(&self, verb: &str, server: &Path, words: &[&str]) -> Result<String> {
+        let output = self.vtrace(verb, server, words)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{verb}: {said}");
+        Ok(String::from_utf8(output.stdout)? + &said)
+    }
+
+    /// It fails, and says why and what to do.
+    fn complains(&self, verb: &str, server: &Path, why: &str, remedy: &str) -> Result<()> {
+        let output = self.vtrace(verb, server, &[])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{verb}: {:?} {said}", output.status);
+        ensure!(said.contains(why) && said.contains(remedy), "{why:?} and {remedy:?} are not in: {said}");
+        Ok(())
+    }
+}
+
+/// A whole recording, nothing lost, read by stock trace-cmd: as many events as the kernels counted.
+fn record(server: &Server, folder: &Path) -> Result<()> {
+    let recorder = Recorder { server: server.dir(), folder };
+    let recording = recorder.run(&format!("-e irq --dom {GUEST} -e sched -- sleep 1"))?.ok()?;
+    assert_eq!(recording.sum(GUEST, "pages_lost")? + recording.sum(GUEST, "events_lost")?, 0);
+    is_read(&recording, recording.sum(GUEST, "events")?)
+}
+
+fn is_read(recording: &Recording, events_min: u64) -> Result<()> {
+    let report = lines(&trace_cmd(&["report", "--ts-check"], &[&recording.file(GUEST)])?);
+    ensure!(u64::try_from(report.len())? >= events_min.max(10), "{} of {events_min} events", report.len());
+    Ok(())
+}
+
+fn guest_works(machine: &Machine) -> Result<()> {
+    assert_eq!(machine.shell("echo alive")?.text().trim(), "alive");
+    ensure!(!machine.console().contains("soft lockup"), "{}", machine.console());
+    Ok(())
+}
+
+#[test]
+fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Result<()> {
+    let bench = Bench::new()?;
+    let folder = tempfile::tempdir()?;
+    let machine = bench.machine().hot_plug().boot()?;
+    machine.shell(LOAD)?.ok()?;
+    let mut server = Server::start(&[GUEST])?;
+    let dir = server.dir().to_path_buf();
+
+    // The server comes after the guest.
+    let said = bench.works("attach", &dir, &[])?;
+    ensure!(said.contains("guest1: attached to QEMU 1") && said.contains("2 CPUs, vtrace0 at rp0"), "{said}");
+    ensure!(said.contains("driver running, agent ready"), "{said}");
+    bench.complains("attach", &dir, "is connected to", "vtrace detach guest1 first")?;
+    record(&server, folder.path())?;
+
+    // Upgraded: detached, started anew, attached.
+    bench.works("detach", &dir, &[])?;
+    bench.complains("detach", &dir, "no device that leads to", "vtrace list")?;
+    guest_works(&machine)?;
+    server.restart()?;
+    bench.works("attach", &dir, &[])?;
+    record(&server, folder.path())?;
+
+    // Killed at rest; its device is taken out when nobody serves it any more.
+    server.kill()?;
+    bench.complains("attach", &dir, "no server at", "vtrace server")?;
+    guest_works(&machine)?;
+    server.restart()?;
+    bench.complains("attach", &dir, "a device for this guest already", "vtrace detach guest1")?;
+    bench.works("detach", &dir, &[])?;
+    bench.works("attach", &dir, &[])?;
+    record(&server, folder.path())?;
+
+    // Detached in the middle of a recording: only by force, and what came is kept.
+    let recorder = Recorder { server: &dir, folder: folder.path() };
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
+    sleep(Duration::from_secs(3));
+    bench.complains("detach", &dir, &format!("process {} is recording it", child.id()), "--force")?;
+    bench.works("detach", &dir, &["--force"])?;
+    let recording = recorder.finish(child)?;
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    is_read(&recording, 0)?;
+    bench.works("attach", &dir, &[])?;
+    record(&server, folder.path())?;
+    guest_works(&machine)?;
+    assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
+    Ok(())
+}
+
+#[test]
+fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_guest() -> Result<()> {
+    let bench = Bench::new()?;
+    let folder = tempfile::tempdir()?;
+    let machine = bench.machine().hot_plug().boot()?;
+    machine.shell(LOAD)?.ok()?;
+    let mut server = Server::start(&[GUEST])?;
+    let dir = server.dir().to_path_buf();
+    machine.qmp("stop", &json!(null))?;
+    ensure!(bench.works("attach", &dir, &[])?.contains("the guest is paused"), "it says why no driver runs");
+    bench.complains("detach", &dir, "is paused", "cont")?;
+    machine.qmp("cont", &json!(null))?;
+    server.await_agent(GUEST)?;
+
+    let recorder = Recorder { server: &dir, folder: folder.path() };
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
+    sleep(Duration::from_secs(4));
+    server.kill()?;
+    bench.works("detach", &dir, &[])?;
+    let recording = recorder.finish(child)?;
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    is_read(&recording, 0)?;
+    guest_works(&machine)?;
+    server.restart()?;
+    bench.works("attach", &dir, &[])?;
+    server.await_agent(GUEST)?;
+    record(&server, folder.path())?;
+    guest_works(&machine)
+}
+
+#[test]
+fn qemu_that_cannot_take_the_device_is_told_what_is_missing() -> Result<()> {
+    let bench = Bench::new()?;
+    let server = Server::start(&[GUEST])?;
+    let dir = server.dir();
+    bench.complains("attach", dir, "no QMP at", "-qmp unix:")?;
+    {
+        let _machine = bench.machine().start()?;
+        bench.complains("attach", dir, "free PCI slots for hot-plug are needed, 0 are there", "pcie-root-port")?;
+        let held = std::os::unix::net::UnixStream::connect(bench.qmp())?;
+        bench.complains("attach", dir, "QMP does not answer the connection", "another -qmp socket")?;
+        drop(held);
+    }
+    {
+        let _machine = bench.machine().private_memory().hot_plug().start()?;
+        bench.complains("attach", dir, "memory (memory) is not shared", "share=on")?;
+    }
+    let _machine = bench.machine().qemu(Release::Middle).hot_plug().start()?;
+    bench.complains("attach", dir, "QEMU 10.0", "QEMU 10.2 or newer")
+}

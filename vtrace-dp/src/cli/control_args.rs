@@ -1,0 +1,57 @@
+//! The command line of the verbs that control what runs: attach and detach.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, builder::RangedU64ValueParser};
+use vtrace_common::limits::LANES_MAX;
+
+use super::args::RUN_DIR;
+
+/// `vtrace attach GUEST --qmp SOCKET`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "The server must run and know the guest. What QEMU must have been started with: version 10.2 or newer,\n\
+                  shared memory, a QMP socket that nobody else uses, and a free slot for each device (126 CPUs):\n\n  \
+        -object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine q35,memory-backend=mem0\n  \
+        -qmp unix:SOCKET,server=on,wait=off -device pcie-root-port,id=rp0,chassis=1,slot=1\n\n\
+                  Detach before the server is stopped, and attach again when the next one runs: the guest keeps running,\n\
+                  and its agent finds the new ports by itself."
+)]
+pub struct AttachArgs {
+    /// The guest's name at the server
+    #[arg(value_name = "GUEST")]
+    pub guest: String,
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// Ports for so many CPUs, where the guest is to have more than now
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LANES_MAX as u64))]
+    pub cpus: Option<usize>,
+    /// Plug it in there, one for each device, instead of free slots that are found
+    #[arg(long, value_name = "BUS")]
+    pub bus: Vec<String>,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+}
+
+/// `vtrace detach GUEST --qmp SOCKET`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "The server need not run any more. A device without its server holds up whoever opens or closes one\n\
+                        of its ports in the guest, so detach soon after a server was killed."
+)]
+pub struct DetachArgs {
+    /// The guest's name at the server
+    #[arg(value_name = "GUEST")]
+    pub guest: String,
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// Even while it is recorded: the recording keeps what has come
+    #[arg(long)]
+    pub force: bool,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+}
