@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
-use super::control_args::{AttachArgs, DetachArgs};
+use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, StatusArgs, StopArgs};
 use crate::{
     recorder::sink::SinkChoice,
     setup::{ROOT, Transport, qemu},
@@ -29,6 +29,12 @@ pub struct Args {
 pub enum Verb {
     /// Record host and guests together, into one file each
     Record(Box<RecordArgs>),
+    /// Record in the background: all options of record
+    Start(Box<RecordArgs>),
+    /// End a recording in the background, show its closing table
+    Stop(StopArgs),
+    /// Show what is recorded in the background, as counters
+    Status(StatusArgs),
     /// Serve guests: the backend of their virtio-serial device (on the host, one for all guests)
     Server(ServerArgs),
     /// Make what a guest's virtual machine needs, and print what to add to it (on the host, once a guest)
@@ -135,6 +141,9 @@ pub struct RecordArgs {
     /// No status line, no closing table
     #[arg(short, long, help_heading = SAYS)]
     pub quiet: bool,
+    /// In the background, or not
+    #[command(flatten)]
+    pub background: BackgroundArgs,
     /// Where the server's sockets are
     #[arg(long, value_name = "DIR", default_value = RUN_DIR, help_heading = SESSION)]
     pub dir: PathBuf,

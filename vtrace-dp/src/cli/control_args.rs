@@ -1,4 +1,4 @@
-//! The command line of the verbs that control what runs: attach and detach.
+//! The command line of the verbs that control what runs: attach and detach, recordings in the background.
 
 use std::path::PathBuf;
 
@@ -54,4 +54,44 @@ pub struct DetachArgs {
     /// Where the server's sockets are
     #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
     pub dir: PathBuf,
+}
+
+/// What `vtrace record` needs to know of the background.
+#[derive(ClapArgs, Debug)]
+pub struct BackgroundArgs {
+    /// Go on in the background once the recording has begun (`vtrace start` does); `vtrace stop` ends it
+    #[arg(long)]
+    pub daemonize: bool,
+    /// What it is called in the background, where that is not its first guest's name, or `host`
+    #[arg(long, value_name = "NAME")]
+    pub session: Option<String>,
+}
+
+/// `vtrace stop [SESSION]`
+#[derive(ClapArgs, Debug)]
+#[command(after_help = "Waits until its files are finished. Exit status: that of the recording.")]
+pub struct StopArgs {
+    /// Which one, where several run: `vtrace status` lists them
+    #[arg(value_name = "SESSION")]
+    pub session: Option<String>,
+    /// Where the server's sockets and the pid files are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// The closing table as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vtrace status`
+#[derive(ClapArgs, Debug)]
+pub struct StatusArgs {
+    /// Again every second, until nothing is recorded any more
+    #[arg(short, long)]
+    pub watch: bool,
+    /// Where the server's sockets and the pid files are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// As JSON; with --watch a line every second
+    #[arg(long)]
+    pub json: bool,
 }

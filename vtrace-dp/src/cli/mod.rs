@@ -8,6 +8,7 @@
 mod agent;
 pub mod args;
 mod attach;
+mod background;
 mod check;
 mod complaint;
 pub mod control_args;
@@ -51,7 +52,10 @@ pub fn main() -> ExitCode {
         log::debug!("SIGXFSZ: {error}");
     }
     let result = match args.verb {
-        Verb::Record(args) => record::run(&args, verb),
+        Verb::Record(args) => record::run(&args, verb, args.background.daemonize),
+        Verb::Start(args) => record::run(&args, verb, true),
+        Verb::Stop(args) => background::stop(&args),
+        Verb::Status(args) => background::status(&args),
         Verb::Server(args) => server::run(&args, verb),
         Verb::Setup(args) => setup::run(&args),
         Verb::Agent(args) => agent::run(args),

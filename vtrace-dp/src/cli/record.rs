@@ -2,33 +2,44 @@
 
 use clap::ArgMatches;
 
-use super::{FAILED, LOST, args::RecordArgs, complaint::Complaint, plan::Plan, put, say, status::Status};
+use super::{FAILED, LOST, args::RecordArgs, background, complaint::Complaint, plan::Plan, put, say, status::Status};
 use crate::{
     recorder::{
-        run::{self, News},
+        run::{self, News, Tell},
         summary::Summary,
     },
     sys::{random, signal::Signals},
 };
 
-/// Records and prints the closing table.
-pub(super) fn run(args: &RecordArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
+/// Records and prints the closing table, here or in the background.
+pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) -> Result<u8, Complaint> {
     let plan = Plan::new(args, matches, random())?;
     if !nix::unistd::geteuid().is_root() {
         return Err(Complaint::not_root());
     }
-    let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
+    if in_background {
+        return background::start(&plan, args.background.session.as_deref());
+    }
     let mut status = Status::new(plan.quiet);
-    let recorded = run::record(&plan, &signals, &mut |news| tell(&mut status, plan.json, news));
+    let recorded = record(&plan, &mut |news| tell(&mut status, plan.json, news));
     status.clear();
-    let summary = recorded.map_err(|error| Complaint::recording(error, &plan))?;
+    let (summary, exit_status) = recorded?;
     print(&plan, &summary)?;
-    Ok(exit_status(&plan, &summary))
+    Ok(exit_status)
+}
+
+/// Records; the second value is the exit status.
+pub(super) fn record(plan: &Plan, tell: Tell<'_>) -> Result<(Summary, u8), Complaint> {
+    let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
+    let summary = run::record(plan, &signals, tell).map_err(|error| Complaint::recording(error, plan))?;
+    let status = exit_status(plan, &summary);
+    Ok((summary, status))
 }
 
 /// Standard output is the table's alone where it is JSON.
 fn tell(status: &mut Status, json: bool, news: &News) {
     match news {
+        News::Begun => {}
         News::Progress(progress) => status.show(progress),
         News::LeftOut { guest, trouble } => {
             status.clear();
@@ -47,7 +58,8 @@ fn tell(status: &mut Status, json: bool, news: &News) {
     }
 }
 
-fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
+/// The closing table, unless nobody wants it.
+pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
     if plan.json {
         return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
     }

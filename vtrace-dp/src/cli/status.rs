@@ -14,6 +14,12 @@ use crate::recorder::{progress::MachineProgress, run::Progress};
 pub(super) struct Status {
     shown: bool,
     terminal: bool,
+    lines: Lines,
+}
+
+/// Makes one line after the other.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
     /// When the line before was made, and bytes in all files then.
     before: (Duration, u64),
 }
@@ -21,16 +27,29 @@ pub(super) struct Status {
 impl Status {
     /// Silent if asked, or if stderr is no terminal.
     pub(super) fn new(quiet: bool) -> Self {
-        Self { shown: false, terminal: !quiet && io::stderr().is_terminal(), before: (Duration::ZERO, 0) }
+        Self { shown: false, terminal: !quiet && io::stderr().is_terminal(), lines: Lines::default() }
     }
 
     /// Replaces the line.
     pub(super) fn show(&mut self, progress: &Progress) {
         if self.terminal {
             self.shown = true;
-            let line = line(progress, self.speed(progress));
-            put(&format!("\r\x1b[K{}", cut(&line, columns())));
+            put(&format!("\r\x1b[K{}", cut(&self.lines.next(progress), columns())));
         }
+    }
+
+    /// Takes the line away.
+    pub(super) fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            put("\r\x1b[K");
+        }
+    }
+}
+
+impl Lines {
+    /// How far a recording is.
+    pub(super) fn next(&mut self, progress: &Progress) -> String {
+        line(progress, self.speed(progress))
     }
 
     /// GB/s since the last time.
@@ -41,13 +60,6 @@ impl Status {
         #[expect(clippy::cast_precision_loss, reason = "a figure of four digits for people")]
         let grown = bytes.saturating_sub(before) as f64;
         if seconds > 0.0 { grown / seconds / 1e9 } else { 0.0 }
-    }
-
-    /// Takes the line away.
-    pub(super) fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            put("\r\x1b[K");
-        }
     }
 }
 
@@ -103,9 +115,9 @@ mod tests {
 
     #[test]
     fn line_has_time_lanes_speed_losses_and_stalls_and_names_every_machine() {
-        let mut status = Status::new(true);
-        status.speed(&progress(2, 1_000_000_000));
-        let speed = status.speed(&progress(4, 4_000_000_000));
+        let mut lines = Lines::default();
+        lines.speed(&progress(2, 1_000_000_000));
+        let speed = lines.speed(&progress(4, 4_000_000_000));
         let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
         assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
         assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));

@@ -18,6 +18,7 @@
 //! | `date` | what makes times of day of its clock |
 //! | `progress` | how far all machines are |
 //! | `naming` | their names: what was there before stays until the recording has begun |
+//! | [`background`] | recordings as other processes see them |
 //! | [`behind`] | written while we record, so that the end is near |
 //! | [`limit`] | when files end a recording |
 //! | [`summary`] | the closing table |
@@ -27,6 +28,7 @@
 //! Runs:  on the caller's thread; the host's pages move on a thread of their own
 //! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
 
+pub mod background;
 pub mod behind;
 pub mod clocks;
 pub mod command;

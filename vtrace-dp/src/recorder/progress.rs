@@ -8,7 +8,7 @@
 use vtrace_common::{ids::Cpu, wire::client::LaneLedger};
 
 /// One machine.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize)]
 pub struct MachineProgress {
     /// `host`, `host:INSTANCE`, or the guest's name.
     pub name: String,

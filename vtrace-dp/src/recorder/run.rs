@@ -86,7 +86,7 @@ pub enum RecordError {
 }
 
 /// What a status line shows.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, serde::Serialize)]
 pub struct Progress {
     /// Since the start.
     pub elapsed: Duration,
@@ -97,6 +97,8 @@ pub struct Progress {
 /// What a person may want to see while it runs.
 #[derive(Clone, PartialEq, Debug)]
 pub enum News {
+    /// All machines record.
+    Begun,
     /// How far it is; about once a second.
     Progress(Progress),
     /// A guest cannot be recorded; the others are.
@@ -298,6 +300,7 @@ impl Recording<'_> {
         self.start(&files, signals)?;
         let command = Command::start(&self.plan.command, &self.bound_to())?;
         files::begin(files.iter_mut().chain(instances::files(&mut self.instances)));
+        tell(&News::Begun);
         let behind = files::write_behind(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
         let begun = Instant::now();
         let status = self.run_command(command, signals, begun, &mut files, tell)?;

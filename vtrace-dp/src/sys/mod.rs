@@ -7,6 +7,7 @@
 //! Trust: the kernel
 
 pub mod cpuid;
+pub mod daemon;
 pub mod direct;
 pub mod limit;
 pub mod perf;

@@ -1,0 +1,377 @@
+//! Recordings in the background, as other processes see them: who runs, how far it is, how it ended.
+//!
+//! In:    a name; what the recording says of itself
+//! Out:   in the run directory, `record-NAME.pid` (a process id, locked while it runs), `record-NAME.state` (JSON) and
+//!        `record-NAME.log` (what it would have shown)
+//! Runs:  the recording on its own thread, once a second; readers whenever they like
+//! Full:  a state is replaced as a whole; a run directory that takes no file ends nothing but what can be seen
+//! Trust: whoever may write to the run directory: root. What is read there is bounded and need not be JSON
+//!
+//! The lock says whether it runs: it goes with the process however that ends. A process id alone says nothing, another
+//! process may have it by now.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+const PREFIX: &str = "record-";
+/// A state that is longer is none of ours.
+const STATE_BYTES_MAX: u64 = 4 << 20;
+/// Someone who only looks holds the lock for less.
+const LOOK_TIME_MAX: Duration = Duration::from_millis(100);
+
+/// Why a recording cannot be in the background, or be seen there.
+#[derive(Debug, thiserror::Error)]
+pub enum BackgroundFault {
+    /// One of this name runs.
+    #[error("a recording of this name runs already: pid {}", .0.pid)]
+    Running(Box<State>),
+    /// None of this name, and those there are.
+    #[error("no recording of this name is in the background")]
+    NoSuch {
+        /// What was asked for; none: there was nothing to choose from.
+        known: Vec<String>,
+    },
+    /// Several, and none was named.
+    #[error("{} recordings are in the background", .0.len())]
+    Several(Vec<String>),
+    /// It was killed.
+    #[error("the recording of pid {} was killed before it ended", .0.pid)]
+    Killed(Box<State>),
+    /// A file.
+    #[error("{}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What a recording says of itself.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// Its name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// The guests that it records.
+    pub guests: Vec<String>,
+    /// Where to, the host's first.
+    pub files: Vec<PathBuf>,
+    /// How far it is, as one line.
+    pub line: String,
+    /// The same for programs.
+    pub progress: Value,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+}
+
+/// How a recording ended.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Outcome {
+    /// What `record` would have exited with.
+    pub status: u8,
+    /// The closing table, or what failed.
+    pub text: String,
+    /// The same as JSON; null if there is none.
+    pub summary: Value,
+}
+
+/// One recording as another process finds it.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Found {
+    /// What it said last.
+    pub state: State,
+    /// Whether its process is there.
+    pub is_running: bool,
+}
+
+/// The files of one name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Paths {
+    pid: PathBuf,
+    state: PathBuf,
+    log: PathBuf,
+}
+
+impl Paths {
+    fn new(dir: &Path, name: &str) -> Self {
+        let path = |suffix: &str| dir.join(format!("{PREFIX}{name}.{suffix}"));
+        Self { pid: path("pid"), state: path("state"), log: path("log") }
+    }
+
+    fn remove(&self) {
+        for path in [&self.state, &self.log, &self.pid] {
+            // What is not there need not go; what cannot be removed is found to be stale.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// A recording in the background, for itself. Dropped before it has begun it leaves nothing; later it stays for
+/// whoever asks how it ended.
+#[derive(Debug)]
+pub struct Background {
+    paths: Paths,
+    /// Its lock is held as long as this is open.
+    lock: File,
+    log: File,
+    state: State,
+    begun: bool,
+}
+
+impl Background {
+    /// Takes the name. What one that ended or was killed has left is replaced.
+    ///
+    /// # Errors
+    /// [`BackgroundFault::Running`], [`BackgroundFault::File`]
+    pub fn take(dir: &Path, mut state: State) -> Result<Self, BackgroundFault> {
+        let paths = Paths::new(dir, &state.name);
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| BackgroundFault::File { path, source }
+        };
+        fs::create_dir_all(dir).map_err(failed(dir))?;
+        let lock = lock(&paths.pid).map_err(failed(&paths.pid))?;
+        let Some(mut lock) = lock else { return Err(BackgroundFault::Running(Box::new(read(&paths)))) };
+        state.pid = std::process::id();
+        lock.set_len(0).and_then(|()| writeln!(lock, "{}", state.pid)).map_err(failed(&paths.pid))?;
+        let log = options().append(true).create(true).open(&paths.log).map_err(failed(&paths.log))?;
+        log.set_len(0).map_err(failed(&paths.log))?;
+        let background = Self { paths, lock, log, state, begun: false };
+        background.write().map_err(failed(&background.paths.state))?;
+        Ok(background)
+    }
+
+    /// Where what is said goes.
+    pub fn log(&self) -> &File {
+        &self.log
+    }
+
+    /// The recording has begun: from now on it leaves word of how it ended.
+    pub fn begin(&mut self) {
+        self.begun = true;
+    }
+
+    /// How far it is.
+    pub fn publish(&mut self, line: String, progress: Value) {
+        (self.state.line, self.state.progress) = (line, progress);
+        self.try_write();
+    }
+
+    /// It has ended.
+    pub fn end(mut self, outcome: Outcome) {
+        self.state.outcome = Some(outcome);
+        self.try_write();
+    }
+
+    fn try_write(&self) {
+        if let Err(error) = self.write() {
+            log::warn!("{}: {error}", self.paths.state.display());
+        }
+    }
+
+    /// Under another name first: a reader sees the one before or this one.
+    fn write(&self) -> io::Result<()> {
+        let new = self.paths.state.with_extension("state.new");
+        let text = serde_json::to_vec(&self.state).map_err(io::Error::other)?;
+        let mut file = options().create(true).truncate(true).open(&new)?;
+        file.write_all(&text)?;
+        fs::rename(&new, &self.paths.state)
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if !self.begun {
+            self.paths.remove();
+        } else if self.state.outcome.is_some() {
+            // Its number means nothing from now on.
+            let _ = fs::remove_file(&self.paths.pid);
+        }
+        let _ = self.lock.unlock();
+    }
+}
+
+/// Links are not followed: they could lead out of the run directory.
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o644).custom_flags(nix::libc::O_NOFOLLOW);
+    options
+}
+
+/// The locked file of this name; `None` if another process holds it.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    let begun = Instant::now();
+    loop {
+        let file = options().read(true).create(true).open(path)?;
+        match file.try_lock() {
+            // It may have been removed by the one before us, in between.
+            Ok(()) if fs::metadata(path).is_ok_and(|now| file.metadata().is_ok_and(|ours| ours.ino() == now.ino())) => {
+                return Ok(Some(file));
+            }
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) if begun.elapsed() > LOOK_TIME_MAX => return Ok(None),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_TIME_MAX / 10),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// Whether a process holds the lock.
+fn is_running(path: &Path) -> bool {
+    let Ok(file) = OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) else { return false };
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
+}
+
+/// What is known of a name: its state; where there is none, the number in its pid file.
+fn read(paths: &Paths) -> State {
+    let bounded = |path: &Path| {
+        let mut bytes = Vec::new();
+        let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path).ok()?;
+        file.take(STATE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    };
+    let pid = || bounded(&paths.pid).and_then(|bytes| String::from_utf8(bytes).ok()?.trim().parse().ok());
+    let state = bounded(&paths.state).and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    state.unwrap_or_else(|| State { pid: pid().unwrap_or(0), ..State::default() })
+}
+
+/// All recordings in the background, by name: those that run, and those that have left word.
+pub fn list(dir: &Path) -> Vec<Found> {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let name = name.strip_prefix(PREFIX)?;
+        name.strip_suffix(".pid").or_else(|| name.strip_suffix(".state")).map(str::to_owned)
+    });
+    let mut names: Vec<String> = names.collect();
+    names.sort_unstable();
+    names.dedup();
+    names.into_iter().map(|name| look(dir, &name)).collect()
+}
+
+fn look(dir: &Path, name: &str) -> Found {
+    let paths = Paths::new(dir, name);
+    // In this order: one that ends in between has left its last word.
+    let is_running = is_running(&paths.pid);
+    Found { state: State { name: name.into(), ..read(&paths) }, is_running }
+}
+
+/// The recording of this name, or the only one there is. One that runs is chosen before one that has ended.
+///
+/// # Errors
+/// [`BackgroundFault::NoSuch`], [`BackgroundFault::Several`]
+pub fn choose(dir: &Path, name: Option<&str>) -> Result<Found, BackgroundFault> {
+    let mut all = list(dir);
+    let known = |all: &[Found]| all.iter().map(|found| found.state.name.clone()).collect::<Vec<_>>();
+    if let Some(name) = name {
+        let names = known(&all);
+        return all.into_iter().find(|found| found.state.name == name).ok_or(BackgroundFault::NoSuch { known: names });
+    }
+    if all.iter().any(|found| found.is_running) {
+        all.retain(|found| found.is_running);
+    }
+    match all.len() {
+        0 => Err(BackgroundFault::NoSuch { known: Vec::new() }),
+        1 => Ok(all.remove(0)),
+        _ => Err(BackgroundFault::Several(known(&all))),
+    }
+}
+
+/// Waits until the recording of this name has ended, and says how. What it has left is removed.
+///
+/// # Errors
+/// [`BackgroundFault::Killed`]
+pub fn await_end(dir: &Path, name: &str) -> Result<Outcome, BackgroundFault> {
+    while is_running(&Paths::new(dir, name).pid) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let Found { mut state, .. } = look(dir, name);
+    let outcome = state.outcome.take();
+    Paths::new(dir, name).remove();
+    outcome.ok_or_else(|| BackgroundFault::Killed(Box::new(state)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(name: &str) -> State {
+        State { name: name.into(), guests: vec!["guest1".into()], files: vec!["t.dat".into()], ..State::default() }
+    }
+
+    fn names(dir: &Path) -> Vec<(String, bool)> {
+        list(dir).into_iter().map(|found| (found.state.name, found.is_running)).collect()
+    }
+
+    #[test]
+    fn name_is_taken_once_and_free_again_when_its_owner_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("run");
+        let mut first = Background::take(&dir, state("guest1")).unwrap();
+        first.begin();
+        let Err(BackgroundFault::Running(found)) = Background::take(&dir, state("guest1")) else {
+            panic!("taken twice")
+        };
+        assert_eq!((found.pid, found.guests[0].as_str()), (std::process::id(), "guest1"));
+        let _other = Background::take(&dir, state("guest2")).unwrap();
+        assert_eq!(names(&dir), [("guest1".into(), true), ("guest2".into(), true)]);
+        assert!(matches!(choose(&dir, None), Err(BackgroundFault::Several(names)) if names == ["guest1", "guest2"]));
+        first.end(Outcome { status: 3, text: "table".into(), summary: Value::Null });
+        assert_eq!(choose(&dir, None).unwrap().state.name, "guest2");
+        assert!(!choose(&dir, Some("guest1")).unwrap().is_running);
+        assert_eq!(await_end(&dir, "guest1").unwrap().status, 3);
+        assert!(matches!(choose(&dir, Some("guest1")), Err(BackgroundFault::NoSuch { known }) if known == ["guest2"]));
+        Background::take(&dir, state("guest1")).unwrap();
+    }
+
+    #[test]
+    fn recording_that_did_not_begin_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(Background::take(folder.path(), state("host")).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(matches!(choose(folder.path(), None), Err(BackgroundFault::NoSuch { known }) if known.is_empty()));
+    }
+
+    #[test]
+    fn killed_recording_is_told_from_one_that_ended_whatever_process_has_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut killed = Background::take(folder.path(), state("host")).unwrap();
+        killed.begin();
+        killed.publish("recording 1 s".into(), Value::Null);
+        // As a kill does: the lock goes, the files stay.
+        killed.lock.unlock().unwrap();
+        std::mem::forget(killed);
+        assert_eq!(names(folder.path()), [("host".into(), false)]);
+        let Err(BackgroundFault::Killed(found)) = await_end(folder.path(), "host") else { panic!("it did not end") };
+        assert_eq!(found.files, [PathBuf::from("t.dat")]);
+        assert!(names(folder.path()).is_empty(), "said once");
+    }
+
+    #[test]
+    fn state_that_is_no_json_and_a_link_are_nothing_to_trip_over() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("record-a.state"), b"{\xff").unwrap();
+        fs::write(folder.path().join("record-a.pid"), "77\n").unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("record-b.state")).unwrap();
+        let found = list(folder.path());
+        assert_eq!((found[0].state.pid, found[0].is_running, found.len()), (77, false, 2));
+        assert_eq!(found[1].state, state_of_nothing("b"));
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("record-c.pid")).unwrap();
+        assert!(matches!(Background::take(folder.path(), state("c")), Err(BackgroundFault::File { .. })));
+    }
+
+    fn state_of_nothing(name: &str) -> State {
+        State { name: name.into(), ..State::default() }
+    }
+}
