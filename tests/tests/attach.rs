@@ -23,7 +23,8 @@ use xtask::{
 };
 
 const GUEST: &str = "guest1";
-const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
+/// Tasks that start and end, sleep and wake, on every CPU of the guest.
+const LOAD: &str = "for i in 1 2; do (while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 & done";
 
 /// A machine without a device of ours, with a QMP socket for vtrace.
 struct Bench {
@@ -79,7 +80,20 @@ fn record(server: &Server, folder: &Path) -> Result<()> {
 
 fn is_read(recording: &Recording, events_min: u64) -> Result<()> {
     let report = lines(&trace_cmd(&["report", "--ts-check"], &[&recording.file(GUEST)])?);
-    ensure!(u64::try_from(report.len())? >= events_min.max(10), "{} of {events_min} events", report.len());
+    ensure!(
+        u64::try_from(report.len())? >= events_min.max(10),
+        "{} of {events_min} events: {}\n{:#}",
+        report.len(),
+        recording.said,
+        recording.summary
+    );
+    Ok(())
+}
+
+/// Waits until somebody records and some pages have come.
+fn await_pages(server: &Server) -> Result<()> {
+    server.await_state("is held", |state| !state["holder_pid"].is_null())?;
+    sleep(Duration::from_secs(4));
     Ok(())
 }
 
@@ -126,7 +140,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     // Detached in the middle of a recording: only by force, and what came is kept.
     let recorder = Recorder { server: &dir, folder: folder.path() };
     let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-    sleep(Duration::from_secs(3));
+    await_pages(&server)?;
     bench.complains("detach", &dir, &format!("process {} is recording it", child.id()), "--force")?;
     bench.works("detach", &dir, &["--force"])?;
     let recording = recorder.finish(child)?;
@@ -155,7 +169,7 @@ fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_gues
 
     let recorder = Recorder { server: &dir, folder: folder.path() };
     let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-    sleep(Duration::from_secs(4));
+    await_pages(&server)?;
     server.kill()?;
     bench.works("detach", &dir, &[])?;
     let recording = recorder.finish(child)?;

@@ -15,6 +15,7 @@
 //! | host | [`setup`] | `vtrace setup`: a guest's folder, FIFOs and words for QEMU |
 //! | host | [`check`] | `vtrace check`: are a guest's times where the host says it ran |
 //! | host | [`hotplug`] | `vtrace attach`, `detach`: devices into and out of a running QEMU |
+//! | host | [`doctor`] | `vtrace doctor`: what a machine has of what a recording needs |
 //! | host | [`cli`] | what a person types and reads |
 //! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
 
@@ -23,6 +24,7 @@ pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod device;
+pub mod doctor;
 pub mod drain;
 pub mod hotplug;
 pub mod recorder;

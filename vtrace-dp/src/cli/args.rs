@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
-use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, StatusArgs, StopArgs};
+use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, StatusArgs, StopArgs};
 use crate::{
     recorder::sink::SinkChoice,
     setup::{ROOT, Transport, qemu},
@@ -47,6 +47,8 @@ pub enum Verb {
     Attach(AttachArgs),
     /// Take a guest's device out of its QEMU: before the server is stopped or upgraded, or after it was killed
     Detach(DetachArgs),
+    /// Look at everything a recording needs, and say what is missing
+    Doctor(DoctorArgs),
     /// Check that every event of a guest lies where the host says its vCPU ran
     Check(CheckArgs),
     /// Become a command that is traced from its first instruction on (record and agent use it for -F)

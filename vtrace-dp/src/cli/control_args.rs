@@ -95,3 +95,30 @@ pub struct StatusArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// `vtrace doctor`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "Each line is ok, warn (a recording is possible, something about it is worse) or FAIL (it is not), with what\n\
+                        to do about it. Exit status: 0 nothing failed, 1 something did, 2 usage."
+)]
+pub struct DoctorArgs {
+    /// Only this guest; can be given often. Otherwise all that the server has
+    #[arg(short = 'A', long, value_name = "GUEST")]
+    pub dom: Vec<String>,
+    /// Where files are to go: a file is written there for a second, and is gone again
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// What is expected to come, in MB a second
+    #[arg(long, value_name = "MB", default_value_t = 100)]
+    pub rate: u32,
+    /// Another QEMU than the one in PATH
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}

@@ -12,6 +12,7 @@ mod background;
 mod check;
 mod complaint;
 pub mod control_args;
+mod doctor;
 mod launch;
 mod list;
 mod machine_options;
@@ -61,6 +62,7 @@ pub fn main() -> ExitCode {
         Verb::Agent(args) => agent::run(args),
         Verb::Attach(args) => attach::attach(&args),
         Verb::Detach(args) => attach::detach(&args),
+        Verb::Doctor(args) => doctor::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Launch(args) => launch::run(&args),

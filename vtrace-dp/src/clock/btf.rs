@@ -103,8 +103,16 @@ pub struct Caps {
 /// # Errors
 /// As [`find`], and [`BtfError::Unreadable`].
 pub fn find_here() -> Result<Fields, BtfError> {
+    find_in(Path::new(BTF_DIR))
+}
+
+/// The fields of a kernel that shows its types in `folder`.
+///
+/// # Errors
+/// As [`find_here`].
+pub fn find_in(folder: &Path) -> Result<Fields, BtfError> {
     let read = |name: &str| {
-        let path = Path::new(BTF_DIR).join(name);
+        let path = folder.join(name);
         fs::read(&path).map_err(|source| BtfError::Unreadable { path, source })
     };
     let vmlinux = read("vmlinux")?;

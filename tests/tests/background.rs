@@ -1,0 +1,164 @@
+//! Recordings in the background: started, seen, stopped; and what is said where that cannot be.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use tempfile::TempDir;
+use vtrace_tests::judge::{lines, trace_cmd};
+
+/// A run directory and a place for files.
+struct Place {
+    run: TempDir,
+    files: TempDir,
+}
+
+impl Place {
+    fn new() -> Result<Self> {
+        Ok(Self { run: tempfile::tempdir()?, files: tempfile::tempdir()? })
+    }
+
+    fn vtrace(&self, verb: &str, words: &str) -> Result<Output> {
+        let mut command = Command::new(xtask::build::vtrace()?);
+        command.arg(verb).arg("--dir").arg(self.run.path()).args(words.split_whitespace());
+        Ok(command.current_dir(self.files.path()).stdin(Stdio::null()).output()?)
+    }
+
+    fn works(&self, verb: &str, words: &str) -> Result<String> {
+        let output = self.vtrace(verb, words)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{verb} {words}: {} {said}", output.status);
+        Ok(String::from_utf8(output.stdout)? + &said)
+    }
+
+    fn complains(&self, verb: &str, words: &str, why: &str, remedy: &str) -> Result<()> {
+        let output = self.vtrace(verb, words)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{verb} {words}: {} {said}", output.status);
+        ensure!(said.contains(why) && said.contains(remedy), "{why:?} and {remedy:?} are not in: {said}");
+        Ok(())
+    }
+
+    fn status(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.works("status", "--json")?)?)
+    }
+
+    fn pid(&self, name: &str) -> Result<Pid> {
+        let text = fs::read_to_string(self.run.path().join(format!("record-{name}.pid")))?;
+        Ok(Pid::from_raw(text.trim().parse()?))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // A test that failed leaves none running.
+        for entry in fs::read_dir(self.run.path()).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some(name) = name.strip_prefix("record-").and_then(|name| name.strip_suffix(".pid")) {
+                let _ = self.pid(name).map(|pid| kill(pid, Signal::SIGKILL));
+            }
+        }
+    }
+}
+
+fn await_that(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let begun = Instant::now();
+    while !is_so()? {
+        ensure!(begun.elapsed() < Duration::from_secs(20), "{what}");
+        sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn is_read(file: &Path) -> Result<()> {
+    let report = lines(&trace_cmd(&["report"], &[file])?);
+    ensure!(report.len() > 10, "{} lines", report.len());
+    Ok(())
+}
+
+#[test]
+fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
+    let place = Place::new()?;
+    place.complains("stop", "", "nothing is recorded in the background", "vtrace start")?;
+    ensure!(place.works("status", "")?.contains("nothing is recorded in the background"), "said");
+    let said = place.works("start", "-o one.dat -e sched")?;
+    let pid = place.pid("host")?;
+    ensure!(
+        said.contains(&format!("host: recording in the background, pid {pid}; vtrace stop host ends it")),
+        "{said}"
+    );
+
+    place.complains("start", "-o two.dat -e irq", &format!("runs already: pid {pid}"), "vtrace stop host")?;
+    place.works("start", "-o two.dat -e irq --session irqs")?;
+    place.complains("stop", "", "2 recordings are in the background", "vtrace stop NAME: host, irqs")?;
+    place.complains("stop", "third", "no recording of this name", "host, irqs")?;
+    await_that("counters are shown", || {
+        Ok(place.status()?[0]["state"]["line"].as_str().is_some_and(|line| line.contains(" pages")))
+    })?;
+    let status = place.works("status", "")?;
+    ensure!(status.contains("host: recording ") && status.contains("irqs: recording "), "{status}");
+
+    let summary: Value = serde_json::from_str(&place.works("stop", "irqs --json")?)?;
+    assert_eq!(summary["machines"][0]["name"], "host");
+    let table = place.works("stop", "")?;
+    ensure!(table.contains("pages in") && table.contains("one.dat"), "{table}");
+    is_read(&place.files.path().join("one.dat"))?;
+    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
+    ensure!(
+        !Path::new(&format!("/proc/{pid}")).exists()
+            || fs::read_to_string(format!("/proc/{pid}/stat"))?.contains(" Z ")
+    );
+    Ok(())
+}
+
+#[test]
+fn what_goes_wrong_before_the_recording_begins_is_said_where_it_was_typed() -> Result<()> {
+    let place = Place::new()?;
+    place.complains("start", "-e no_such_event", "no event there matches", "")?;
+    place.complains("start", "--dom guest1 -e sched", "no server at", "vtrace server")?;
+    place.complains(
+        "record",
+        "--daemonize -o missing/t.dat -e sched",
+        "No such file or directory",
+        "make its folder",
+    )?;
+    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
+    Ok(())
+}
+
+#[test]
+fn recording_that_ended_by_itself_or_was_killed_has_left_word() -> Result<()> {
+    let place = Place::new()?;
+    place.works("record", "--daemonize -e sched --timeout 1 -- sleep 100")?;
+    let pid = place.pid("host")?;
+    let session = nix::unistd::getsid(Some(pid))?;
+    assert_eq!(session, pid, "it has left our terminal");
+    await_that("it ends by itself", || Ok(place.status()?[0]["is_running"] == false))?;
+    ensure!(place.works("status", "")?.contains("host: ended with status 0"), "said");
+    let said = place.works("stop", "")?;
+    ensure!(said.contains("host had ended by itself") && said.contains("pages in"), "{said}");
+
+    place.works("start", "-e sched")?;
+    let pid = place.pid("host")?;
+    kill(pid, Signal::SIGKILL)?;
+    await_that("it is dead", || Ok(place.status()?[0]["is_running"] == false))?;
+    let status = place.works("status", "")?;
+    let file = place.files.path().join("trace.dat");
+    ensure!(status.contains(&format!("host: killed (pid {pid}): vtrace restore {}", file.display())), "{status}");
+    place.complains("stop", "", &format!("pid {pid} was killed"), "vtrace restore")?;
+    let restored = Command::new(xtask::build::vtrace()?).arg("restore").arg(&file).output()?;
+    ensure!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    place.works("start", "-e sched -o next.dat").context("its name is free again")?;
+    place.works("stop", "host")?;
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! Each check is shown a machine that will do and one that will not.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::doctor::Verdict::{self, Fail, Ok as Fine, Warn};
+
+/// A machine made of files.
+struct House(TempDir, Place);
+
+impl House {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().to_path_buf();
+        for (name, text) in files {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let place = Place {
+            proc: root.join("proc"),
+            sys: root.join("sys"),
+            dev: root.join("dev"),
+            groups: root.join("group"),
+            path: root.join("bin").into(),
+        };
+        Self(folder, place)
+    }
+}
+
+/// The verdict, what was found and what to do, of a machine of these files.
+fn verdict(check: fn(&Place) -> Finding, files: &[(&str, &str)]) -> Verdict {
+    let House(_folder, place) = House::new(files);
+    let finding = check(&place);
+    assert_eq!(finding.remedy.is_empty(), finding.verdict == Fine, "{finding}");
+    finding.verdict
+}
+
+#[test]
+fn old_kernels_are_told_from_those_that_will_do() {
+    for (release, expected) in
+        [("6.18.0-x", Fine), ("6.1.0-50", Fine), ("5.10.0", Warn), ("5.4.0", Fail), ("odd", Warn)]
+    {
+        assert_eq!(verdict(kernel, &[("proc/sys/kernel/osrelease", release)]), expected, "{release}");
+    }
+}
+
+#[test]
+fn tracefs_that_is_not_there_or_has_another_clock_fails() {
+    assert_eq!(verdict(tracefs, &[("sys/kernel/tracing/trace_clock", "[local] global x86-tsc\n")]), Fine);
+    assert_eq!(verdict(tracefs, &[("sys/kernel/tracing/trace_clock", "[local] global\n")]), Fail);
+    assert_eq!(verdict(tracefs, &[]), Fail);
+}
+
+#[test]
+fn buffers_that_take_the_free_memory_and_fixed_pages_are_warned_of() {
+    let stat = ("proc/stat", "cpu  1 2\ncpu0 1 2\ncpu1 1 2\nintr 7\n");
+    let pages = ("sys/kernel/tracing/buffer_subbuf_size_kb", "4\n");
+    let memory = |kb| format!("MemTotal: 99 kB\nMemAvailable:    {kb} kB\n");
+    assert_eq!(verdict(buffers, &[stat, pages, ("proc/meminfo", &memory(1 << 20))]), Fine);
+    assert_eq!(verdict(buffers, &[stat, ("proc/meminfo", &memory(1 << 20))]), Warn);
+    assert_eq!(verdict(buffers, &[stat, pages, ("proc/meminfo", &memory(4096))]), Warn);
+}
+
+#[test]
+fn kernel_without_btf_or_with_a_broken_one_is_warned_of() {
+    assert_eq!(verdict(btf, &[]), Warn);
+    assert_eq!(verdict(btf, &[("sys/kernel/btf/vmlinux", "no BTF")]), Warn);
+}
+
+#[test]
+fn tsc_that_changes_stops_or_is_not_trusted_is_told_from_a_steady_one() {
+    let machine = |flags: &str, source: &str| {
+        let about = format!("processor: 0\nflags\t\t: fpu {flags} sse\n");
+        let source_file = "sys/devices/system/clocksource/clocksource0/current_clocksource";
+        verdict(tsc, &[("proc/cpuinfo", &about), (source_file, source)])
+    };
+    assert_eq!(machine("constant_tsc nonstop_tsc", "tsc\n"), Fine);
+    assert_eq!(machine("constant_tsc", "tsc\n"), Warn);
+    assert_eq!(machine("constant_tsc nonstop_tsc", "hpet\n"), Warn);
+    assert_eq!(machine("tsc", "tsc\n"), Fail);
+}
+
+#[test]
+fn io_uring_that_is_switched_off_or_refused_is_said() {
+    let machine = |switch: &str, works: bool| {
+        let House(_folder, place) = House::new(&[("proc/sys/kernel/io_uring_disabled", switch)]);
+        io_uring(&place, &|| if works { Ok(()) } else { Err("io_uring_setup: EPERM".into()) })
+    };
+    assert_eq!(machine("0\n", true).verdict, Fine);
+    assert_eq!(machine("1\n", true).verdict, Warn);
+    assert_eq!(machine("2\n", true).verdict, Fail);
+    let refused = machine("0\n", false);
+    assert_eq!((refused.verdict, refused.found.as_str()), (Fail, "io_uring_setup: EPERM"));
+    assert!(machine("2\n", true).remedy.contains("sysctl kernel.io_uring_disabled=0"));
+}
+
+#[test]
+fn kvm_that_is_not_loaded_or_has_no_device_is_warned_of() {
+    assert_eq!(verdict(kvm, &[("dev/kvm", ""), ("sys/module/kvm_amd/x", "")]), Fine);
+    assert_eq!(verdict(kvm, &[("dev/kvm", "")]), Warn);
+    assert_eq!(verdict(kvm, &[("sys/module/kvm_intel/x", "")]), Warn);
+    assert_eq!(verdict(kvm, &[]), Warn);
+}
+
+#[test]
+fn qemu_is_judged_by_its_version_and_by_its_device() {
+    let machine = |version: &str, devices: &str| {
+        let house = House::new(&[]);
+        let script = format!(
+            "#!/bin/sh\ncase $1 in --version) echo 'QEMU emulator version {version} (x)';; *) echo '{devices}';; esac\n"
+        );
+        let bin = house.0.path().join("bin");
+        fs::create_dir(&bin).unwrap();
+        // Written under another name: a file that was open for writing a moment ago may still be busy.
+        fs::write(bin.join("new"), script).unwrap();
+        fs::set_permissions(bin.join("new"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(bin.join("new"), bin.join(QEMU)).unwrap();
+        qemu(&house.1, None)
+    };
+    let device = format!("name \"{DRIVER}\", bus PCI");
+    assert_eq!(machine("11.1.3", &device).verdict, Fine);
+    assert_eq!(machine("11.1.3", "name \"e1000\"").verdict, Warn);
+    assert_eq!(machine("7.2.22", &device).verdict, Warn);
+    assert_eq!(machine("", &device).verdict, Warn);
+    let House(_folder, place) = House::new(&[]);
+    assert!(qemu(&place, None).found.contains("in PATH"));
+    assert_eq!(qemu(&place, Some(Path::new("/nowhere/qemu"))).verdict, Warn);
+}
+
+#[test]
+fn this_machine_is_looked_at_without_a_panic() {
+    let findings = all(&Place::here(), None);
+    assert_eq!(findings.len(), 8);
+    assert_eq!(findings[0].verdict, Fine, "{}", findings[0]);
+}
