@@ -29,6 +29,8 @@ use crate::{
 const DRIVER_MAX: Duration = Duration::from_secs(10);
 /// An agent that waits for its ports takes no longer.
 const AGENT_MAX: Duration = Duration::from_secs(3);
+/// A recording that has ended is let go of within this time.
+const LET_GO_MAX: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Plugs the device in and waits until guest and server see each other.
@@ -99,7 +101,7 @@ pub(super) fn detach(args: &DetachArgs) -> Result<u8, Complaint> {
     check_name(&args.guest).map_err(|fault| Complaint::usage(&cannot, fault, "vtrace list"))?;
     let socket = match Link::connect(&args.dir) {
         Ok(mut link) => {
-            let state = state(&mut link, &args.guest, &cannot)?;
+            let state = at_rest(&mut link, &args.guest, &cannot)?;
             if let Some(pid) = state.holder_pid.filter(|_| !args.force) {
                 let remedy = "wait for it, stop it, or --force";
                 return Err(Complaint::new(cannot, format!("process {pid} is recording it"), remedy));
@@ -115,6 +117,18 @@ pub(super) fn detach(args: &DetachArgs) -> Result<u8, Complaint> {
     let count = detached.map_err(|error| complaint(&cannot, &args.guest, &error))?;
     put(&format!("{}: detached ({count} device{})", args.guest, if count == 1 { "" } else { "s" }))?;
     Ok(0)
+}
+
+/// The guest's state, once nobody records it or that has to be said: a recording that has just ended is let go soon.
+fn at_rest(link: &mut Link, guest: &str, cannot: &str) -> Result<GuestState, Complaint> {
+    let begun = Instant::now();
+    loop {
+        let state = state(link, guest, cannot)?;
+        if state.holder_pid.is_none() || begun.elapsed() > LET_GO_MAX {
+            return Ok(state);
+        }
+        sleep(LOOK_EVERY);
+    }
 }
 
 fn state(link: &mut Link, guest: &str, cannot: &str) -> Result<GuestState, Complaint> {
