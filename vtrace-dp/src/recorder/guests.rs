@@ -3,7 +3,8 @@
 //! In:    messages of the server, signals of a person
 //! Out:   requests; sessions that have reached a phase or have trouble
 //! Runs:  on record's thread
-//! Full:  a server that does not read blocks a send for at most the socket's timeout, then the link is lost
+//! Full:  a server that does not read blocks a send for at most the socket's timeout, one that does not answer is waited
+//!        for for [`ANSWER_MAX`]; then the link is lost
 //! Trust: the server; guests only through [`super::session`]
 
 use std::{
@@ -31,6 +32,8 @@ use crate::{
 
 /// A guest that says nothing of use for this long, where an answer is due, is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A server that does not say for this long how far it is, which takes it no time, is stopped.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// A guest may take this long to move what was in its ring buffers when it was stopped.
 const DRAIN_MAX: Duration = Duration::from_secs(300);
 /// A marker is not waited for longer: the guest may be paused.
@@ -69,6 +72,9 @@ pub struct Guests {
     probes: u32,
     heard: Instant,
     pinged: Instant,
+    /// Since when the server owes us a ledger.
+    owed: Option<Instant>,
+    answer_max: Duration,
 }
 
 impl Guests {
@@ -80,6 +86,8 @@ impl Guests {
             probes: 0,
             heard: Instant::now(),
             pinged: Instant::now(),
+            owed: None,
+            answer_max: ANSWER_MAX,
         };
         for plan in plans {
             let (session, claim) = GuestSession::new(&plan.name, plan.machine.arm.clone());
@@ -142,7 +150,10 @@ impl Guests {
             self.pinged = Instant::now();
             self.ping()?;
         }
-        let Some(message) = self.link.receive(Some(wait))? else { return Ok(false) };
+        let Some(message) = self.link.receive(Some(wait))? else { return self.check_server().map(|()| false) };
+        if matches!(message, FromServer::Ledger { .. }) {
+            self.owed = None;
+        }
         let Some(name) = guest_of(&message) else {
             return match message {
                 FromServer::Refused(refusal) => Err(GuestsError::Refused(refusal)),
@@ -193,8 +204,20 @@ impl Guests {
     /// Asks the server what has come so far.
     pub fn ask_ledgers(&mut self) -> Result<(), GuestsError> {
         let running = self.sessions.iter().filter(|session| session.phase() == Phase::Running);
-        let requests = running.map(|session| ToServer::Ledger { guest: session.name.clone() }).collect();
+        let requests: Vec<_> = running.map(|session| ToServer::Ledger { guest: session.name.clone() }).collect();
+        if !requests.is_empty() {
+            self.owed.get_or_insert_with(Instant::now);
+        }
         self.send(requests)
+    }
+
+    /// A server that is stopped (SIGSTOP) has a socket that takes what is sent, for a long time.
+    fn check_server(&self) -> Result<(), GuestsError> {
+        let waited = self.owed.map_or(Duration::ZERO, |since| since.elapsed());
+        if waited <= self.answer_max {
+            return Ok(());
+        }
+        Err(LinkError::Stalled { pid: self.link.peer().pid, waited }.into())
     }
 
     /// Measures each vCPU's clock against the host's by round trips. A vCPU that does not answer is left out.
@@ -267,5 +290,34 @@ fn guest_of(message: &FromServer) -> Option<&str> {
             Refusal::Request { .. } | Refusal::Full => None,
         },
         FromServer::Guests(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixListener};
+
+    use vtrace_common::wire::{Hello, encode};
+
+    use super::*;
+    use crate::server::CONTROL_SOCKET;
+
+    #[test]
+    fn server_that_takes_requests_and_answers_none_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join(CONTROL_SOCKET)).unwrap();
+        let greet = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            socket.write_all(&encode(&Hello::ours(crate::SOFTWARE)).unwrap()).unwrap();
+            socket
+        });
+        let mut guests = Guests::claim(folder.path(), &[]).unwrap();
+        let _stopped = greet.join().unwrap();
+        guests.answer_max = Duration::from_millis(20);
+        guests.take(Duration::from_millis(40)).expect("nothing is owed");
+        guests.owed = Some(Instant::now());
+        let error = guests.take(Duration::from_millis(40)).unwrap_err();
+        let text = format!("the server (pid {}) has taken no notice for 0 s", std::process::id());
+        assert_eq!(error.to_string(), text);
     }
 }

@@ -72,8 +72,8 @@ pub enum LinkError {
         /// The socket.
         path: PathBuf,
     },
-    /// The server does not read: it is stopped, or hangs.
-    #[error("the server (pid {pid}) has not read for {} s", waited.as_secs())]
+    /// The server neither reads nor answers: it is stopped, or hangs.
+    #[error("the server (pid {pid}) has taken no notice for {} s", waited.as_secs())]
     Stalled {
         /// Its process.
         pid: u32,
