@@ -13,6 +13,7 @@ mod check;
 mod complaint;
 pub mod control_args;
 mod doctor;
+mod foreign;
 mod launch;
 mod list;
 mod machine_options;
@@ -29,7 +30,10 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::{
+    CommandFactory, FromArgMatches,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
 use args::{Args, Verb};
 use complaint::Complaint;
@@ -45,7 +49,7 @@ pub const LOST: u8 = 3;
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let matches = Args::command().get_matches();
+    let matches = Args::command().try_get_matches().unwrap_or_else(|error| refuse(&error));
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let verb = matches.subcommand().expect("clap asks for a verb").1;
     log_to_stderr();
@@ -77,6 +81,19 @@ pub fn main() -> ExitCode {
             ExitCode::from(complaint.status)
         }
     }
+}
+
+/// clap's words about a command line, and what there is for an option of trace-cmd's that we have not.
+fn refuse(error: &clap::Error) -> ! {
+    let unknown = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(option)) if error.kind() == ErrorKind::UnknownArgument => Some(option),
+        _ => None,
+    };
+    let Some(instead) = unknown.and_then(|option| foreign::instead(option)) else { error.exit() };
+    // A closed stderr is no reason for another status.
+    let _ = error.print();
+    say(&format!("\n  try: {instead} (docs/trace-cmd.md)"));
+    std::process::exit(i32::from(USAGE))
 }
 
 /// One line per event that a person has to know of, or all with `VTRACE_LOG=debug`.

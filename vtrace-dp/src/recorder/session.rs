@@ -60,7 +60,7 @@ pub enum Phase {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Trouble {
     /// The server refused.
-    #[error("the server refused: {0:?}")]
+    #[error("the server refused: {}", reason(.0))]
     Refused(Refusal),
     /// The agent could not do what was asked.
     #[error("{}: {}", .0.object, .0.detail)]
@@ -325,6 +325,22 @@ impl GuestSession {
     fn step(&mut self, phase: Phase) -> Vec<ToServer> {
         self.phase = phase;
         vec![]
+    }
+}
+
+/// A refusal in few words.
+fn reason(refusal: &Refusal) -> String {
+    match refusal {
+        Refusal::NoSuchGuest { .. } => "it knows no guest of this name".into(),
+        Refusal::NotConnected { socket, .. } => format!("no virtual machine is connected to {socket}"),
+        Refusal::Driver { .. } => "no driver of the guest serves its device".into(),
+        Refusal::NoAgent { .. } => "no agent runs in the guest".into(),
+        Refusal::AgentVersion { hello, .. } => format!("the agent is of another version ({})", shown(&hello.software)),
+        Refusal::Held { holder_pid, holder_uid, .. } => {
+            format!("process {holder_pid} of user {holder_uid} is recording it")
+        }
+        Refusal::State { detail, .. } | Refusal::Request { detail } => detail.clone(),
+        Refusal::Full => "it serves as many clients as it can".into(),
     }
 }
 
