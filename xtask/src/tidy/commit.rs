@@ -7,7 +7,7 @@ use super::{Finding, place, tree::git};
 const SUBJECT_LETTERS_MAX: usize = 72;
 const BODY_LETTERS_MAX: usize = 100;
 /// What a commit can be about: a room, or what belongs to all of them.
-const COMPONENTS: [&str; 37] = [
+const COMPONENTS: [&str; 41] = [
     "LICENSE",
     "README",
     "agent",
@@ -21,10 +21,12 @@ const COMPONENTS: [&str; 37] = [
     "deps",
     "device",
     "docs",
+    "doctor",
     "drain",
     "ebpf",
     "export",
     "fuzz",
+    "hotplug",
     "ids",
     "image",
     "kvm",
@@ -32,7 +34,9 @@ const COMPONENTS: [&str; 37] = [
     "limits",
     "page",
     "recorder",
+    "restore",
     "server",
+    "setup",
     "sys",
     "tests",
     "tidy",
