@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, Whence, lseek64},
 };
 use vtrace_tests::{
     judge::{lines, trace_cmd},
@@ -88,11 +89,17 @@ impl<'a> Trial<'a> {
 
     /// Starts a recording that goes on until something happens to it.
     fn recording(&self, server: &Server) -> Result<Child> {
-        let child = self.recorder(server).start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-        server.await_state("is held", |state| !state["holder_pid"].is_null())?;
-        // Armed, started, and some pages on their way.
-        sleep(Duration::from_secs(3));
-        Ok(child)
+        let file = self.folder.path().join(format!("trace-{GUEST}.dat"));
+        let _ = fs::remove_file(&file);
+        // A small buffer: its pages come soon.
+        let child = self.recorder(server).start(&format!("--dom {GUEST} -b 64 -e sched -- sleep 1000"))?;
+        for _ in 0..600 {
+            if has_pages(&file)? {
+                return Ok(child);
+            }
+            sleep(Duration::from_millis(100));
+        }
+        bail!("no pages come: {}", server.log());
     }
 
     /// A recording that something has happened to: it says what, and its file has what came.
@@ -112,6 +119,17 @@ fn file_is_whole(recording: &Recording) -> Result<usize> {
     let report = lines(&trace_cmd(&["report"], &[&recording.file(GUEST)])?);
     ensure!(report.len() > 10, "{} lines", report.len());
     Ok(report.len())
+}
+
+/// Whether pages of the last CPU have come: its area lies behind all descriptions and the other's area.
+fn has_pages(path: &Path) -> Result<bool> {
+    let Ok(file) = fs::File::open(path) else { return Ok(false) };
+    let behind_descriptions = 64 << 20;
+    match lseek64(&file, behind_descriptions, Whence::SeekData) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENXIO) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Threads and descriptors of the server.
@@ -269,5 +287,5 @@ fn serve_in(run: &Path, root: &Path) -> Result<Serving> {
         }
         sleep(Duration::from_millis(50));
     }
-    anyhow::bail!("no server in {}", run.display())
+    bail!("no server in {}", run.display())
 }
