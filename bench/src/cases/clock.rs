@@ -1,18 +1,25 @@
-//! Guest time to host time, and pages rewritten by it.
+//! Guest time to host time, pages rewritten by it, and what it costs to hear of a guest's clock.
 //!
-//! In:    times of a guest at two thirds of the host's rate; a lane of 64 MiB of its pages in a memory file
-//! Out:   ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages, through the same calls
-//! Runs:  on this thread
+//! In:    times of a guest at two thirds of the host's rate; a lane of 64 MiB of its pages in a memory file; a vCPU
+//! Out:   ns a hit of the program at kvm_entry beside one that does nothing, by the kernel's statistics, and what that makes
+//!        of a CPU at 100 000 exits/s. Where KVM does not call kvm_entry no exits can be counted: the kernel runs the
+//!        program itself (BPF_PROG_TEST_RUN), with a real vCPU and from the cache; the dispatch of the tracepoint, which any
+//!        listener costs, is not in it. ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages, through the same calls
+//! Runs:  on this thread; as root, with /dev/kvm
 
 use std::{fs::File, hint::black_box, os::unix::fs::FileExt, time::Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use kvm_ioctls::Kvm;
 use vtrace_common::{
     ids::Cpu,
+    kvm::VcpuState,
     time::{GuestTsc, HostTsc},
 };
 use vtrace_dp::{
     clock::{
+        btf::find_here,
+        feed::{Feed, Watched},
         math::Pair,
         ratio::{Isa, Ratio},
         table::Table,
@@ -25,13 +32,17 @@ use vtrace_dp::{
 use super::alternately;
 use crate::row::Row;
 
+/// Runs of the program at kvm_entry.
+const HITS: u32 = 200_000;
+const EXITS_PER_S: f64 = 100_000.0;
 const CONVERSIONS: u32 = 20_000_000;
 const PAGE: u32 = 4096;
 const BYTES: u64 = 64 << 20;
 
 /// Measures `rounds` pairs.
 pub(super) fn run(rounds: u32) -> Result<Vec<Row>> {
-    measure(rounds, CONVERSIONS, BYTES)
+    let hits = (0..rounds).map(|round| hits(round, HITS)).collect::<Result<Vec<_>>>()?;
+    Ok([hits.concat(), measure(rounds, CONVERSIONS, BYTES)?].concat())
 }
 
 /// The same with so many conversions, and pages of so many bytes.
@@ -50,6 +61,29 @@ pub(super) fn measure(rounds: u32, conversions: u32, bytes: u64) -> Result<Vec<R
         rows.push(row.beside("reading and writing"));
     }
     Ok(rows)
+}
+
+/// The program at kvm_entry, for a vCPU whose clock rests.
+pub(super) fn hits(round: u32, count: u32) -> Result<Vec<Row>> {
+    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
+    let vm = kvm.create_vm()?;
+    let _vcpu = vm.create_vcpu(0)?;
+    let mut feed = Feed::load(&find_here()?, false)?;
+    feed.watch(Watched::Process(std::process::id()))?;
+    let mine = |state: &VcpuState| state.tsc.vmm_pid == std::process::id();
+    let vcpu = feed.snapshot()?.into_iter().find(mine).context("the vCPU that was made is not listed")?;
+    let costs = feed.rehearse(vcpu.tsc.vcpu, count)?;
+    let told = std::iter::from_fn(|| feed.next_change().transpose()).collect::<Result<Vec<_>, _>>()?;
+    let (hits, full) = (feed.hits()?, told.len());
+    ensure!((hits.unread, full) == (0, 1), "{hits:?}, {full} changes: it did not do what it does in a recording");
+    let each_ns = costs.map(|cost| Ok(f64::from(u32::try_from(cost.busy_ns)?) / f64::from(u32::try_from(cost.runs)?)));
+    let [ours, empty]: [Result<f64>; 2] = each_ns;
+    let (ours, empty) = (ours?, empty?);
+    let entry = Row::new("clock", "kvm_entry, by test run", round, "ns", [ours, empty]).beside("an empty program");
+    let share = (ours - empty) * EXITS_PER_S / 1e9 * 100.0;
+    let share =
+        Row::new("clock", "share of a CPU at 100 000 exits/s", round, "%", [share, 0.0]).beside("an empty program");
+    Ok(vec![entry, share])
 }
 
 fn conversion_ns(pair: Pair, count: u32) -> f64 {

@@ -353,5 +353,7 @@ fn failed(map: &'static str, source: MapError) -> FeedError {
 
 #[cfg(test)]
 pub(crate) mod micro;
+#[cfg(any(test, feature = "testing"))]
+pub mod rehearsal;
 #[cfg(test)]
 mod tests;
