@@ -80,6 +80,7 @@ fn write_disk(disk: &Path, files: &[(String, PathBuf)], folder: &Path) -> Result
     for (inside, outside) in files {
         let place = tree.path().join(inside.trim_start_matches('/'));
         fs::create_dir_all(place.parent().context("a file lies in a folder")?)?;
+        let _ = fs::remove_file(&place); // one that was named twice
         symlink(fs::canonicalize(outside)?, &place).with_context(|| format!("cannot take {}", outside.display()))?;
     }
     let status = Command::new("tar")

@@ -5,11 +5,12 @@
 //! Runs:  cargo as a child process, what is quick first, guests one after another
 //! Trust: the repository
 
-use std::{process::Command, time::Instant};
+use std::{path::Path, process::Command, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{cache, ebpf, fuzz, image, packages, tidy};
+use crate::kernel::Kernel;
+use crate::{cache, ebpf, fuzz, image, lab, packages, tidy};
 
 /// The package whose tests boot guests.
 const GUEST_TESTS: &str = "vtrace-tests";
@@ -19,7 +20,7 @@ const FUZZ_LINT: [&str; 6] = ["clippy", "--package", "vtrace-fuzz", "--features"
 /// One part of the whole: its name, and what it does.
 type Step = (&'static str, fn() -> Result<()>);
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", tidy::run),
     ("clippy", clippy),
@@ -27,13 +28,14 @@ const STEPS: [Step; 8] = [
     ("ebpf", || ebpf::run(true)),
     ("image", make_guests),
     ("guest", guests),
+    ("lab", labs),
     ("fuzz", || fuzz::run(&fuzz::Arguments::default())),
 ];
 
 /// Which steps to run.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Arguments {
-    /// Steps to run, of fmt, tidy, clippy, unit, ebpf, image, guest, fuzz; all if none is named
+    /// Steps to run, of fmt, tidy, clippy, unit, ebpf, image, guest, lab, fuzz; all if none is named
     pub steps: Vec<String>,
 }
 
@@ -88,6 +90,19 @@ fn guests() -> Result<()> {
     cargo(&["test", "--locked", "--no-fail-fast", "--package", GUEST_TESTS, "--", "--test-threads=1"])
 }
 
+/// The clock on real kernels: on this machine's own KVM, if it has one; on the newest kernel's, where kvm_entry speaks; and
+/// with everything else, in one recording of a guest whose TSC is moved. The other kernels and `lab vmx` are run by hand.
+fn labs() -> Result<()> {
+    if Path::new("/dev/kvm").exists() {
+        let only = ["clock::feed", "recorder::kvm", "--ignored", "--test-threads=1"];
+        cargo(&[&["test", "--locked", "--package", "vtrace-dp", "--lib", "--"][..], &only].concat())?;
+    } else {
+        println!("no /dev/kvm: the clock's live tests run in the labs only");
+    }
+    lab::svm(&[Kernel::Newest])?;
+    lab::nested::run(Kernel::V6_12)
+}
+
 fn cargo(words: &[&str]) -> Result<()> {
     println!("cargo {}", words.join(" "));
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -114,7 +129,10 @@ mod tests {
     #[test]
     fn unknown_step_is_refused_with_the_names_there_are() {
         assert!(
-            names(&["lint"]).unwrap_err().to_string().ends_with("fmt, tidy, clippy, unit, ebpf, image, guest, fuzz")
+            names(&["lint"])
+                .unwrap_err()
+                .to_string()
+                .ends_with("fmt, tidy, clippy, unit, ebpf, image, guest, lab, fuzz")
         );
     }
 }

@@ -69,7 +69,26 @@ pub struct Verdict {
 /// # Errors
 /// When stock trace-cmd cannot read them, or they do not hold what is needed.
 pub fn judge(host: &Path, guest: &Path) -> Result<Verdict> {
-    judge_by(host, guest, true)
+    judge_by(host, guest, Reference::Offsets)
+}
+
+/// The same for a file that keeps the guest's own times: what is written lies nowhere, but under KVM's offsets it must.
+///
+/// # Errors
+/// As [`judge`].
+pub fn judge_raw(host: &Path, guest: &Path) -> Result<Verdict> {
+    judge_by(host, guest, Reference::Raw)
+}
+
+/// What a guest's events are held against, beside the runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reference {
+    /// KVM's offsets.
+    Offsets,
+    /// The same; the file keeps the guest's own times.
+    Raw,
+    /// Nothing.
+    None,
 }
 
 /// The same by runs alone, for guests whose TSC is scaled: offsets alone are no reference there.
@@ -77,7 +96,7 @@ pub fn judge(host: &Path, guest: &Path) -> Result<Verdict> {
 /// # Errors
 /// As [`judge`].
 pub fn judge_runs(host: &Path, guest: &Path) -> Result<Verdict> {
-    judge_by(host, guest, false)
+    judge_by(host, guest, Reference::None)
 }
 
 /// Stock trace-cmd finds no event before the one that stands in front of it.
@@ -89,7 +108,8 @@ pub fn ensure_in_order(guest: &Path) -> Result<()> {
     Ok(())
 }
 
-fn judge_by(host: &Path, guest: &Path, by_offsets: bool) -> Result<Verdict> {
+fn judge_by(host: &Path, guest: &Path, reference: Reference) -> Result<Verdict> {
+    let by_offsets = reference != Reference::None;
     let reports = Reports::read(host, guest)?;
     let shown: Vec<Event> = report::events(&reports.shown_host).collect();
     let raw: Vec<Event> = report::events(&reports.raw_host).collect();
@@ -97,7 +117,7 @@ fn judge_by(host: &Path, guest: &Path, by_offsets: bool) -> Result<Verdict> {
     let steps: Vec<i64> = offsets.values().flat_map(Offsets::steps).collect();
     let court = Court {
         scale: reports.scale,
-        is_shifted: reports.is_shifted,
+        is_own: reports.is_shifted || reference == Reference::Raw,
         shown_end: shown.last().map_or(0, |event| event.time),
         shown: history::runs(&shown),
         raw: history::runs(&raw),
@@ -133,7 +153,8 @@ fn by_cpu(report: &str) -> BTreeMap<u32, Vec<u64>> {
 /// What every event is judged by.
 struct Court {
     scale: Scale,
-    is_shifted: bool,
+    /// The pages hold the guest's own times.
+    is_own: bool,
     shown_end: u64,
     /// In nanoseconds.
     shown: BTreeMap<u32, Runs>,
@@ -156,7 +177,7 @@ impl Court {
             return Ok(());
         };
         // A file whose pages hold host times already: the guest's own are what KVM made of them.
-        let own = |time: &u64| if self.is_shifted { *time } else { time.wrapping_add(offsets.at(*time)) };
+        let own = |time: &u64| if self.is_own { *time } else { time.wrapping_add(offsets.at(*time)) };
         let guest: Vec<u64> = raw.iter().map(own).collect();
         let raw_distance_ns = |host| self.scale.ns(raw_runs.distance(host));
         let places = history::places(&guest, offsets, raw_runs);
@@ -212,15 +233,36 @@ impl Verdict {
 }
 
 impl Verdict {
+    /// A file that keeps the guest's own times: with KVM's offsets each event lies in a run.
+    ///
+    /// # Errors
+    /// When one does not, or the TSC was moved less than `steps_min` times.
+    pub fn ensure_raw(&self, steps_min: usize) -> Result<()> {
+        ensure!(self.events > 0 && self.runs > 0, "nothing to judge");
+        ensure!(self.steps.len() >= steps_min, "the TSC was moved {} times only", self.steps.len());
+        ensure!(self.reference.outside == 0, "these are not the guest's own times: {} outside", self.reference.outside);
+        ensure!(self.written.elsewhere > 0, "these are the host's times");
+        Ok(())
+    }
+
+    /// No event is farther from its run than the file says that its times can be off.
+    ///
+    /// # Errors
+    /// When one is, or there was nothing to judge.
+    pub fn ensure_within(&self, stated_ns: u64) -> Result<()> {
+        let Tally { outside, worst_ns, .. } = self.written;
+        ensure!(self.events > 0 && self.runs > 0, "nothing to judge");
+        ensure!(worst_ns <= stated_ns, "{outside} events outside, {worst_ns} ns off, not {stated_ns} ns at most");
+        Ok(())
+    }
+
     /// Judged by runs alone: no event is farther from its run than the file says that its times can be off.
     ///
     /// # Errors
     /// When one is, or there was nothing to judge.
     pub fn ensure_inside(&self, stated_ns: u64) -> Result<()> {
-        let Tally { outside, worst_ns, .. } = self.written;
-        ensure!(self.events > 0 && self.runs > 0 && !self.steps.is_empty(), "nothing to judge");
-        ensure!(worst_ns <= stated_ns, "{outside} events outside, {worst_ns} ns off, not {stated_ns} ns at most");
-        Ok(())
+        ensure!(!self.steps.is_empty(), "the TSC was not moved");
+        self.ensure_within(stated_ns)
     }
 }
 
