@@ -7,9 +7,12 @@ use std::{
     fs::{File, OpenOptions},
     os::unix::fs::FileExt,
     path::Path,
+    process::Command,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use vtrace_common::{
     ids::Cpu,
     time::{GuestTsc, HostTsc},
@@ -78,14 +81,33 @@ fn metadata() -> Metadata {
     }
 }
 
-/// Writes the guest's file as a recording would: pages first, then whatever its clock needs.
-fn write(path: &Path, pairs: &[Pair]) -> Result<Guest> {
+/// A guest's file when its last page has come, and all that is known of its clock.
+struct Recorded {
+    writer: Writer,
+    filled: Vec<(Cpu, u64)>,
+    table: Table,
+    stories: Vec<Story>,
+}
+
+const CMDLINES: &[u8] = b"7 guest\n";
+
+fn options() -> Vec<TraceOption> {
+    vec![
+        TraceOption::TraceClock("local [x86-tsc]".to_owned()),
+        TraceOption::Tsc2Nsec { mult: MULT, shift: SHIFT },
+        TraceOption::TraceId(0x2222),
+    ]
+}
+
+/// Writes the guest's pages as a recording would. `gap_max`: cycles between two events at most; `rest`: of the host behind
+/// the last change.
+fn record(path: &Path, pairs: &[Pair], gap_max: u64, rest: u64) -> Result<Recorded> {
     let lives = LANES.map(|cpu| {
         let changes = pairs.iter().map(|pair| Change { after: 17_000_000, pair: *pair }).collect();
         let mut life = Life { cpu, rest: 500_000_000, ..Life::new(u64::from(cpu.0) * 7919 + 3, changes) };
         // Long silences too: a slower guest's short deltas become long ones.
-        (life.gap_max, life.pause_max, life.run_max) = (250_000_000, 90_000, 200_000);
-        life.rest = 30_000_000_000 / 8;
+        (life.gap_max, life.pause_max, life.run_max) = (gap_max, 90_000, 200_000);
+        life.rest = rest;
         life
     });
     let stories: Vec<Story> = lives.iter().map(|life| life.live(payload)).collect();
@@ -94,33 +116,42 @@ fn write(path: &Path, pairs: &[Pair]) -> Result<Guest> {
     LANES.iter().zip(&stories).for_each(|(cpu, story)| table.learn(*cpu, story.runs.clone()));
 
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-    let mut writer = Writer::create(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES)?;
+    let writer = Writer::create(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES)?;
     let mut filled = Vec::new();
     for (area, story) in writer.areas().iter().zip(&stories) {
         writer.file().write_all_at(&story.pages, area.offset)?;
         filled.push((area.cpu, u64::try_from(story.pages.len())?));
     }
-    let mut options = vec![
-        TraceOption::TraceClock("local [x86-tsc]".to_owned()),
-        TraceOption::Tsc2Nsec { mult: MULT, shift: SHIFT },
-        TraceOption::TraceId(0x2222),
-    ];
+    Ok(Recorded { writer, filled, table, stories })
+}
+
+/// Writes the guest's file as a recording would: pages first, then whatever its clock needs.
+fn write(path: &Path, pairs: &[Pair]) -> Result<Guest> {
+    write_as(path, pairs, false)
+}
+
+/// The same; `is_raw`: the guest's own times are asked for.
+fn write_as(path: &Path, pairs: &[Pair], is_raw: bool) -> Result<Guest> {
+    let Recorded { mut writer, mut filled, table, stories } = record(path, pairs, 250_000_000, 30_000_000_000 / 8)?;
+    let mut options = options();
     let shape = shape(&table, &LANES, 0x1111);
-    let mut rewritten = Vec::new();
+    let (mut rewritten, mut doubts) = (Vec::new(), Vec::new());
     let shown = match &shape {
+        _ if is_raw => Shown::Raw,
         Shape::Shift(shift) => {
             options.push(TraceOption::TimeShift(shift.clone()));
             Shown::Shifted
         }
         Shape::Rewrite => {
-            let hosted = writer.host_times(&mut filled, &table, b"7 guest\n", &options)?;
+            let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options)?;
             hosted.fault.map_or(Ok(()), Err)?;
+            doubts = hosted.doubts;
             rewritten.extend(hosted.lanes.into_iter().map(|(_, done)| done));
             Shown::Rewritten
         }
     };
-    options.push(TraceOption::Segments(Segments { shown, table: table.clone() }));
-    writer.finish(&filled, b"7 guest\n", &options, "{}")?;
+    options.push(TraceOption::Segments(Segments { shown, table: table.clone(), doubts }));
+    writer.finish(&filled, CMDLINES, &options, "{}")?;
     Ok(Guest { table, stories, shape, rewritten })
 }
 
@@ -254,4 +285,110 @@ fn clock_that_went_back_is_shown_as_host_times_within_what_is_said() -> Result<(
     assert!(traps > 0 && trapped >= traps, "{trapped} of {traps}");
     assert_eq!(guest.rewritten.iter().map(|done| done.trapped).sum::<u64>(), u64::try_from(trapped)?);
     judge(&path, &guest, "back")
+}
+
+#[test]
+fn raw_clock_leaves_the_guests_own_times_and_all_that_it_takes_to_convert_them() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("raw.dat");
+    let guest = write_as(&path, &[offset(7_000_000), scaled(1 << 40, 571), offset(1 << 50)], true)?;
+    let pages = guest.stories.iter().flat_map(|story| story.pages.chunks(4096));
+    let times = pages.flat_map(|page| Events::new(page).expect("a page").map(|event| event.expect("an event").time));
+    let mut own: Vec<u64> = times.map(|time| ns(HostTsc(time))).collect();
+    own.sort_unstable();
+    for report in [trace_cmd(&["report", "-t"], &[&path])?, trace_cmd_newest(&["report", "-t"], &[&path])?] {
+        let mut found: Vec<u64> = lines(&report).iter().map(|line| line.time).collect();
+        found.sort_unstable();
+        assert!(found == own, "{} and {} events", found.len(), own.len());
+    }
+    let reader = Reader::open(FileSource::new(File::open(&path)?)?)?;
+    let kept = reader.segments()?.context("segments")?;
+    assert_eq!((kept.shown, kept.table.segments()), (Shown::Raw, guest.table.segments()));
+    // What was kept converts as what was known when it was recorded.
+    exact(&Guest { table: kept.table, ..guest }, 1);
+    Ok(())
+}
+
+/// Where the child of the test below works; only it is told.
+const CHILD_FOLDER: &str = "VTRACE_TEST_KILLED_IN";
+/// Thousands of pages, so that a kill meets the middle.
+const MANY: [u64; 2] = [4000, 100_000_000];
+
+fn moved() -> [Pair; 4] {
+    [offset(7_000_000), offset(0), scaled(-5_000_000, 571), offset(9_000_000)]
+}
+
+#[test]
+#[ignore = "the child of the one below, which kills it"]
+fn child_gives_host_times_until_it_is_killed() -> Result<()> {
+    let Some(folder) = std::env::var_os(CHILD_FOLDER) else { return Ok(()) };
+    let path = Path::new(&folder).join("guest.dat");
+    let Recorded { mut writer, mut filled, table, .. } = record(&path, &moved(), MANY[0], MANY[1])?;
+    std::fs::write(path.with_extension("ready"), "")?;
+    let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options())?;
+    hosted.fault.map_or(Ok(()), Err)?;
+    std::fs::write(path.with_extension("done"), "")?;
+    std::thread::sleep(std::time::Duration::from_secs(60));
+    Ok(())
+}
+
+#[test]
+fn recording_killed_while_it_gives_host_times_is_restored_to_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let undisturbed = folder.path().join("undisturbed.dat");
+    let Recorded { mut writer, mut filled, table, stories } = record(&undisturbed, &moved(), MANY[0], MANY[1])?;
+    let begun = Instant::now();
+    let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options())?;
+    let took = begun.elapsed();
+    hosted.fault.map_or(Ok(()), Err)?;
+    writer.finish(&filled, CMDLINES, &options(), "{}")?;
+    let expected = pages(&undisturbed)?;
+    let mut interrupted = 0;
+    for round in 0..ROUNDS {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("guest.dat");
+        let is_done = kill_child(folder.path(), took * round / (ROUNDS - 1))?;
+        let output = Command::new(xtask::build::vtrace()?).args(["restore", "--json"]).arg(&path).output()?;
+        let said: Value = serde_json::from_slice(&output.stdout)?;
+        assert!(output.status.success(), "{said}");
+        interrupted += u32::from(!is_done && said[0]["converted"].as_u64().is_some_and(|events| events > 0));
+        assert!(pages(&path)? == expected, "killed after {round} of {ROUNDS} parts: {said}");
+        if round == ROUNDS / 2 {
+            let guest =
+                Guest { table: table.clone(), stories: stories.clone(), shape: Shape::Rewrite, rewritten: Vec::new() };
+            judge(&path, &guest, "restored")?;
+        }
+    }
+    println!("{interrupted} of {ROUNDS} were killed in the middle of {took:?}");
+    assert!(interrupted > 0, "none was killed in the middle");
+    Ok(())
+}
+
+/// How often it is killed, each time later.
+const ROUNDS: u32 = 6;
+
+/// Kills the child so long after it began to give host times; whether it was done before that.
+fn kill_child(folder: &Path, after: Duration) -> Result<bool> {
+    let words = ["--exact", "child_gives_host_times_until_it_is_killed", "--ignored", "--quiet"];
+    let mut child = Command::new(std::env::current_exe()?).args(words).env(CHILD_FOLDER, folder).spawn()?;
+    let begun = Instant::now();
+    while !folder.join("guest.ready").exists() {
+        ensure!(begun.elapsed() < Duration::from_secs(60) && child.try_wait()?.is_none(), "the child does not come up");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(after);
+    let is_done = folder.join("guest.done").exists();
+    child.kill()?;
+    child.wait()?;
+    Ok(is_done)
+}
+
+fn pages(path: &Path) -> Result<Vec<Vec<u8>>> {
+    let reader = Reader::open(FileSource::new(File::open(path)?)?)?;
+    let top = reader.top().context("it has pages")?;
+    let lane = |lane| -> Result<Vec<u8>> {
+        let pages = reader.pages(top, lane).map(|page| page.map(|(_, bytes)| bytes)).collect::<Result<Vec<_>, _>>()?;
+        Ok(pages.concat())
+    };
+    top.lanes.iter().map(lane).collect()
 }

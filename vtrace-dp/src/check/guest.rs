@@ -34,7 +34,10 @@ struct Check<'a> {
     host: &'a mut Host,
     against: Against,
     vcpus: &'a Vcpus,
+    /// How far off a time may be, nanoseconds, where the file does not say it for each.
     bound: u64,
+    /// Of a file that does: what it says.
+    stated: Option<Stated>,
     formats: Formats,
     readings: HashMap<u16, Reading>,
     counts: BTreeMap<Cpu, Counts>,
@@ -52,6 +55,7 @@ pub(super) fn check_guest<S: Source>(
     let threads: Vec<u32> = vcpus.threads.values().copied().collect();
     let unit = unit(reader, &stamps);
     let bound = bound_ns(reader).filter(|_| unit == Unit::Ns);
+    let stated = Stated::of(reader, &stamps).filter(|_| unit == Unit::Ns);
     let formats = Formats::of(reader.metadata());
     let reading = |format: &crate::trace::fields::EventFormat| Some((format.id, Reading::of_guest(format)?));
     let readings = formats.each().filter_map(reading).collect();
@@ -62,6 +66,7 @@ pub(super) fn check_guest<S: Source>(
         host: seen,
         vcpus,
         bound: bound.unwrap_or(0),
+        stated,
         formats,
         readings,
         counts: BTreeMap::new(),
@@ -81,7 +86,8 @@ impl Check<'_> {
         let windows = thread.and_then(|thread| self.host.windows(self.against, thread));
         let place = windows.map_or(Place::Uncovered, |windows| windows.place(&self.host.gaps, event.time));
         let counts = self.counts.entry(event.cpu).or_default();
-        counts.add(place, self.bound);
+        let bound = self.stated.as_ref().map_or(self.bound, |stated| stated.bound(event.cpu, event.time));
+        counts.add(place, bound);
         if let Place::Outside(distance) = place {
             self.stray(event, distance);
         }
@@ -135,6 +141,47 @@ impl Check<'_> {
             farthest: self.strays,
             notes,
         }
+    }
+}
+
+/// What a file with rewritten times says of how exact each is, in nanoseconds.
+struct Stated {
+    /// Half the ticks within which the guest's clock keeps its value.
+    resolution: u64,
+    doubts: BTreeMap<Cpu, Vec<Span>>,
+}
+
+/// Events from `first` to `last` may be off by `bound`.
+struct Span {
+    first: u64,
+    last: u64,
+    bound: u64,
+}
+
+impl Stated {
+    fn of<S: Source>(reader: &Reader<S>, stamps: &Stamps) -> Option<Self> {
+        let segments = reader.segments().ok().flatten().filter(|segments| segments.shown == Shown::Rewritten)?;
+        let pairs = segments.table.histories().flat_map(|history| history.segments().iter().map(|one| one.pair));
+        let ticks = pairs.map(|pair| pair.resolution()).max().unwrap_or(1) / 2;
+        // Both ends of a distance are rounded down.
+        let ns = |at: u64, ticks: u64| {
+            let plain = stamps.unshifted();
+            let shown = |time| plain.shown(Cpu(0), time);
+            shown(at.saturating_add(ticks)).saturating_sub(shown(at)).saturating_add(u64::from(ticks > 0))
+        };
+        let mut doubts: BTreeMap<Cpu, Vec<Span>> = BTreeMap::new();
+        for doubt in segments.doubts {
+            let [first, last] = [doubt.first, doubt.last].map(|at| stamps.shown(doubt.cpu, at.0));
+            let span = Span { first, last, bound: ns(doubt.first.0, doubt.error) };
+            doubts.entry(doubt.cpu).or_default().push(span);
+        }
+        Some(Self { resolution: ns(segments.table.since().0, ticks), doubts })
+    }
+
+    fn bound(&self, cpu: Cpu, time: u64) -> u64 {
+        let spans = self.doubts.get(&cpu).into_iter().flatten();
+        let of = spans.filter(|span| (span.first..=span.last).contains(&time));
+        of.map(|span| span.bound).max().unwrap_or(0).max(self.resolution)
     }
 }
 

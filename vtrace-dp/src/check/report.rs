@@ -68,7 +68,7 @@ pub struct Counts {
     pub events: u64,
     /// In a window.
     pub inside: u64,
-    /// Outside, by no more than the file's own bound.
+    /// Outside, by no more than the file says of that event, or of all where it does not say it of each.
     pub within_bound: u64,
     /// Outside by more.
     pub outside: u64,
@@ -211,7 +211,7 @@ impl GuestReport {
         let share = Percent(counts.covered(), counts.events);
         let mut line = format!("{name}: {inside} of {covered} events {where_} (covered {share})");
         if counts.within_bound > 0 {
-            line += &format!(", {} outside by less than the stated bound", Grouped(counts.within_bound));
+            line += &format!(", {} outside by no more than the file says of them", Grouped(counts.within_bound));
         }
         if counts.outside > 0 {
             line += &format!(", {} outside", Grouped(counts.outside));

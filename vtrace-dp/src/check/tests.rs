@@ -3,11 +3,20 @@
 use std::{fs, os::unix::fs::FileExt};
 
 use proptest::prelude::*;
+use vtrace_common::time::HostTsc;
 
 use super::{pairs::Rule, report::Verdict, *};
+use crate::clock::{
+    math::HostRange,
+    ratio::Isa,
+    segment::{Seen, Since},
+    table::Table,
+};
 use crate::trace::{
+    doubt::Doubt,
     metadata::Metadata,
     option::{ShiftSample, TimeShift},
+    segments::{Segments, Shown},
     writer::Writer,
 };
 
@@ -113,6 +122,8 @@ struct Pair {
     notes: String,
     /// Pages of the host's first lane that say that events were lost before them.
     lost: Vec<usize>,
+    /// The guest's pages have the host's times, but for these.
+    doubts: Option<Vec<Doubt>>,
 }
 
 /// vCPU 0 runs from 100 to 600 and vCPU 1 from 500 to 900 of every 1000, each time on another CPU of the host.
@@ -133,7 +144,16 @@ fn pair() -> Pair {
         }
     }
     host.iter_mut().for_each(|lane| lane.sort_by_key(|event| event.time));
-    Pair { host, guest, threads: Some(THREADS), offset: OFFSET, notes: String::new(), lost: Vec::new() }
+    Pair { host, guest, threads: Some(THREADS), offset: OFFSET, notes: String::new(), lost: Vec::new(), doubts: None }
+}
+
+/// What a file with the host's times says of its clock.
+fn rewritten(doubts: Vec<Doubt>) -> TraceOption {
+    let at = HostRange::at(HostTsc(0));
+    let seen =
+        [0, 1].map(|cpu| Seen { cpu: Cpu(cpu), offset: 0, ratio: 0, protected: false, at, since: Since::Before });
+    let table = Table::build(HostTsc(0), Isa::Svm, seen, &[Cpu(0), Cpu(1)]).unwrap();
+    TraceOption::Segments(Segments { shown: Shown::Rewritten, table, doubts })
 }
 
 impl Pair {
@@ -148,8 +168,13 @@ impl Pair {
         let host = file(&[pages(&self.host[0], &self.lost), pages(&self.host[1], &[])], &options, "");
         let samples = || [0, 1].map(|time| ShiftSample { time, offset: self.offset }).to_vec();
         let shift = TimeShift { peer: 1, interpolate: false, cpus: vec![samples(), samples()] };
-        let options = [TraceOption::TraceId(2), SCALE, TraceOption::TimeShift(shift)];
-        let guest = file(&[pages(&self.guest[0], &[]), pages(&self.guest[1], &[])], &options, &self.notes);
+        let times = |lane: &Vec<Event>| {
+            let moved = |event: &Event| Event { time: event.time.wrapping_add_signed(self.offset), ..event.clone() };
+            if self.doubts.is_some() { lane.iter().map(moved).collect() } else { lane.clone() }
+        };
+        let clock = self.doubts.clone().map_or(TraceOption::TimeShift(shift), rewritten);
+        let options = [TraceOption::TraceId(2), SCALE, clock];
+        let guest = file(&self.guest.each_ref().map(|lane| pages(&times(lane), &[])), &options, &self.notes);
         (host, guest)
     }
 
@@ -212,6 +237,21 @@ fn event_outside_by_less_than_the_stated_bound_is_said_to_be_so() {
     assert!(report.counts.within_bound > 70);
     let report = Pair { offset: OFFSET + 60, ..pair() }.check();
     assert_eq!(report.verdict, Verdict::Wrong);
+}
+
+#[test]
+fn only_events_that_the_file_marks_may_be_outside_and_by_no_more_than_it_says() {
+    let notes = "{\"clock\":{\"bound_ns\":80}}".to_owned();
+    let doubt = |cpu, error| Doubt { cpu: Cpu(cpu), events: 120, first: HostTsc(0), last: HostTsc(1 << 40), error };
+    let check = |doubts| Pair { offset: OFFSET + 60, notes: notes.clone(), doubts: Some(doubts), ..pair() }.check();
+    let all = check(vec![doubt(0, 58), doubt(1, 80)]);
+    assert_eq!((all.verdict, all.counts.outside), (Verdict::WithinBound, 0));
+    assert!(all.counts.within_bound > 70 && line(&all).contains("by no more than the file says"), "{}", line(&all));
+    let one = check(vec![doubt(0, 80)]);
+    assert_eq!(one.verdict, Verdict::Wrong, "the others are said to be exact, whatever the bound of all");
+    assert!(one.vcpus[0].counts.outside == 0 && one.vcpus[1].counts.outside > 35);
+    let tight = check(vec![doubt(0, 57), doubt(1, 57)]);
+    assert_eq!(tight.verdict, Verdict::Wrong);
 }
 
 #[test]

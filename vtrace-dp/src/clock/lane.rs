@@ -13,7 +13,10 @@
 
 use std::collections::HashMap;
 
-use vtrace_common::time::{GuestTsc, HostTsc};
+use vtrace_common::{
+    ids::Cpu,
+    time::{GuestTsc, HostTsc},
+};
 
 use super::{
     math::HostRange,
@@ -70,6 +73,11 @@ impl<'a> Lane<'a> {
         let place = Place { segment: 0, low: since };
         let (candidates, begins, ahead) = (Vec::new(), Vec::new(), HashMap::new());
         Self { vcpu, place, shown: since, candidates, begins, number: 0, ahead }
+    }
+
+    /// Whose it is.
+    pub fn cpu(&self) -> Cpu {
+        self.vcpu.history.cpu()
     }
 
     /// Whether it is of use to look ahead.

@@ -30,6 +30,7 @@ use crate::{
         vcpus::{Told, Vcpu, of_guest, segments},
     },
     trace::{
+        doubt::Doubt,
         option::TraceOption,
         rewrite::Rewritten,
         segments::{Segments, Shown},
@@ -71,6 +72,8 @@ pub(super) struct Converted {
     pub(super) added: Vec<(Cpu, u64)>,
     /// Some times are the host's and some the guest's.
     pub(super) failed: bool,
+    /// Which of the times are not exact.
+    doubts: Vec<Doubt>,
 }
 
 impl GuestClock {
@@ -252,12 +255,13 @@ impl Converted {
                 }
             },
         };
-        self.options.push(TraceOption::Segments(Segments { shown, table }));
+        self.options.push(TraceOption::Segments(Segments { shown, table, doubts: std::mem::take(&mut self.doubts) }));
     }
 
     /// Gives the pages of all lanes host times.
     fn rewrite(&mut self, table: &Table, (file, filled, known): Place<'_>) -> Result<Rewritten, String> {
         let hosted = file.host_times(filled, table, known.0, known.1).map_err(|fault| chain(&fault))?;
+        self.doubts = hosted.doubts;
         let mut total = Rewritten::default();
         for (cpu, done) in hosted.lanes {
             self.added.push((cpu, done.pages_added));

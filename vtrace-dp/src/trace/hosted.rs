@@ -20,6 +20,7 @@ use vtrace_common::ids::Cpu;
 use super::{
     areas::{Areas, Extent},
     collapse::punch,
+    doubt::{Doubt, FILE_DOUBTS_MAX},
     rewrite::{RewriteFault, Rewritten, rewrite, room_bytes},
     writer::WriteFault,
 };
@@ -47,6 +48,8 @@ pub enum HostingFault {
 pub struct Hosted {
     /// The lanes that have host times now.
     pub lanes: Vec<(Cpu, Rewritten)>,
+    /// Which of their times are not exact.
+    pub doubts: Vec<Doubt>,
     /// Why the others have not.
     pub fault: Option<HostingFault>,
 }
@@ -59,7 +62,7 @@ pub(super) fn host_lanes(
     table: &Table,
     save: &mut dyn FnMut(&Areas) -> Result<(), WriteFault>,
 ) -> Hosted {
-    let mut hosted = Hosted { lanes: Vec::new(), fault: None };
+    let mut hosted = Hosted { lanes: Vec::new(), doubts: Vec::new(), fault: None };
     for index in (0..areas.lanes.len()).rev() {
         let lane = areas.lanes[index];
         let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.rest.bytes > 0) else { continue };
@@ -69,10 +72,12 @@ pub(super) fn host_lanes(
         }
         let to = place(areas, index, unit);
         match rewrite(file, lane.rest, to, areas.page_bytes, way) {
-            Ok(done) => {
+            Ok((done, doubts)) => {
                 areas.lanes[index].rest = Extent { offset: to, bytes: done.bytes };
                 areas.lanes[index].is_hosted = true;
                 hosted.lanes.push((lane.cpu, done));
+                let room = FILE_DOUBTS_MAX - hosted.doubts.len();
+                hosted.doubts.extend(doubts.into_iter().take(room));
             }
             Err(fault) => {
                 // Room that the rest of the file may need; best effort.

@@ -18,6 +18,7 @@
 pub mod areas;
 pub mod collapse;
 pub mod compressed;
+pub mod doubt;
 pub mod early;
 pub mod fields;
 pub mod format;

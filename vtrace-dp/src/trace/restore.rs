@@ -185,7 +185,7 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
 fn host_times(frame: &Frame, areas: &mut Areas, texts: &mut Texts) -> Result<u64, RestoreFault> {
     let pending =
         texts.segments.first().map(|payload| Segments::read(&mut Input::new(&payload.as_slice(), 0, u64::MAX)));
-    let Some(Segments { shown: Shown::Pending, table }) = pending.transpose()? else { return Ok(0) };
+    let Some(Segments { shown: Shown::Pending, table, .. }) = pending.transpose()? else { return Ok(0) };
     let hosted = host_lanes(&frame.file, areas, frame.unit, &table, &mut |areas| frame.save(areas));
     if let Some(fault) = hosted.fault {
         return Err(fault.into());
@@ -193,7 +193,7 @@ fn host_times(frame: &Frame, areas: &mut Areas, texts: &mut Texts) -> Result<u64
     let mut total = Rewritten::default();
     hosted.lanes.iter().for_each(|(_, done)| total.join(done));
     let note = serde_json::json!({ "restored": { "converted": total.events } });
-    let segments = TraceOption::Segments(Segments { shown: Shown::Rewritten, table });
+    let segments = TraceOption::Segments(Segments { shown: Shown::Rewritten, table, doubts: hosted.doubts });
     texts.notes = note.to_string();
     texts.segments = vec![segments.encode().map_err(WriteFault::from)?];
     Ok(total.events)

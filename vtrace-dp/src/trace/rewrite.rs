@@ -18,12 +18,14 @@
 use std::{fs::File, io, os::unix::fs::FileExt};
 
 use vtrace_common::{
+    ids::Cpu,
     page::{HEADER_BYTES, Header, MISSED_EVENTS, MISSED_STORED},
     time::{GuestTsc, HostTsc},
 };
 
 use super::{
     areas::Extent,
+    doubt::{Doubt, Doubts},
     walk::{Event, Events, Stamp},
 };
 use crate::clock::{
@@ -114,11 +116,18 @@ pub fn room_bytes(bytes: u64, page_bytes: u32) -> u64 {
     2 * bytes + LEAPS_MAX * u64::from(page_bytes)
 }
 
-/// Writes the pages of `from` with host times to `to`, where [`room_bytes`] are free.
+/// Writes the pages of `from` with host times to `to`, where [`room_bytes`] are free. Gives what was done, and which times
+/// are not exact.
 ///
 /// # Errors
 /// See [`RewriteFault`]: what is at `to` is of no use then, `from` is as it was.
-pub fn rewrite(file: &File, from: Extent, to: u64, page_bytes: u32, lane: Lane<'_>) -> Result<Rewritten, RewriteFault> {
+pub fn rewrite(
+    file: &File,
+    from: Extent,
+    to: u64,
+    page_bytes: u32,
+    lane: Lane<'_>,
+) -> Result<(Rewritten, Vec<Doubt>), RewriteFault> {
     let pages = from.bytes / u64::from(page_bytes);
     let done = Rewritten { pages, ..Rewritten::default() };
     let place = LanePlace { file, begin: from.offset, page_bytes };
@@ -126,10 +135,11 @@ pub fn rewrite(file: &File, from: Extent, to: u64, page_bytes: u32, lane: Lane<'
     if lane.is_moved() {
         place.look_ahead(pages, &mut lane)?;
     }
-    let mut pass = Pass { place, to, lane, pager: Pager::default(), out: Vec::new(), done };
+    let (cpu, pager, doubts) = (lane.cpu(), Pager::default(), Doubts::default());
+    let mut pass = Pass { place, to, cpu, lane, pager, out: Vec::new(), done, doubts };
     pass.forward(pages)?;
     pass.done.pages_added = pass.done.bytes / u64::from(page_bytes) - pages;
-    Ok(pass.done)
+    Ok((pass.done, pass.doubts.into_list()))
 }
 
 /// Where a lane lies.
@@ -142,11 +152,13 @@ struct LanePlace<'a> {
 struct Pass<'a> {
     place: LanePlace<'a>,
     to: u64,
+    cpu: Cpu,
     lane: Lane<'a>,
     pager: Pager,
     /// Pages to be written.
     out: Vec<u8>,
     done: Rewritten,
+    doubts: Doubts,
 }
 
 impl Pass<'_> {
@@ -177,6 +189,7 @@ impl Pass<'_> {
         let is_whole = self.pager.rewrite(page, next, &mut self.lane);
         self.done.pages_cut += u64::from(!is_whole);
         self.done.count(&self.pager.conversions);
+        self.doubts.look(self.cpu, &self.pager.conversions);
         self.out.extend(&self.pager.out);
     }
 

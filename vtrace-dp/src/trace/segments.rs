@@ -11,8 +11,9 @@
 //! cycle, but for events whose time had stood still.
 //!
 //! ```text
-//! u32 version 1 · u32 shown · u64 since · u32 vCPUs · u32 0
+//! u32 version 2 · u32 shown · u64 since · u32 vCPUs · u32 0
 //! each vCPU: u32 CPU · u32 segments · each: u64 from low · u64 from high · u64 offset · u64 ratio (0: 1) · u64 fraction bits
+//! u64 doubts · each: u32 CPU · u32 0 · u64 events · u64 first · u64 last · u64 error
 //! pending only, each vCPU again: u64 runs · u64 stretches in which all are known · each: u64 low · u64 high
 //! ```
 
@@ -21,6 +22,7 @@ use std::num::NonZeroU64;
 use vtrace_common::{ids::Cpu, limits::CPUS_MAX, time::HostTsc};
 
 use super::{
+    doubt::{Doubt, FILE_DOUBTS_MAX},
     input::{Input, ReadFault, Source},
     layout::{SEGMENTS_BYTES_MAX, id},
 };
@@ -31,7 +33,7 @@ use crate::clock::{
     table::Table,
 };
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEAD_BYTES: usize = 4 * 4 + 8;
 const VCPU_BYTES: usize = 8;
 const SEGMENT_BYTES: usize = 5 * 8;
@@ -61,6 +63,8 @@ pub struct Segments {
     pub shown: Shown,
     /// The clock.
     pub table: Table,
+    /// Of rewritten pages: which times are not exact.
+    pub doubts: Vec<Doubt>,
 }
 
 impl Segments {
@@ -83,6 +87,11 @@ impl Segments {
                     out.extend(word.to_le_bytes());
                 }
             }
+        }
+        let doubts = &self.doubts[..self.doubts.len().min(FILE_DOUBTS_MAX)];
+        out.extend(u64::from(short(doubts.len())).to_le_bytes());
+        for Doubt { cpu, events, first, last, error } in doubts {
+            out.extend([u64::from(cpu.0), *events, first.0, last.0, *error].map(u64::to_le_bytes).concat());
         }
         if self.shown == Shown::Pending {
             self.push_runs(&mut out);
@@ -129,6 +138,7 @@ impl Segments {
             }
             histories.push(history);
         }
+        let doubts = read_doubts(input)?.ok_or_else(nonsense)?;
         let cpus: Vec<Cpu> = histories.iter().map(History::cpu).collect();
         let mut table = Table::of(since, histories).ok_or_else(nonsense)?;
         if shown == Shown::Pending {
@@ -141,7 +151,7 @@ impl Segments {
                 }
             }
         }
-        Ok(Self { shown, table })
+        Ok(Self { shown, table, doubts })
     }
 }
 
@@ -158,6 +168,22 @@ fn read_history<S: Source + ?Sized>(input: &mut Input<'_, S>, left: &mut usize) 
         segments.push(Segment { from, pair: Pair { offset, ratio } });
     }
     Ok(History::of(cpu, segments))
+}
+
+fn read_doubts<S: Source + ?Sized>(input: &mut Input<'_, S>) -> Result<Option<Vec<Doubt>>, ReadFault> {
+    let count = input.u64("number of doubts")?;
+    if usize::try_from(count).map_or(true, |count| count > FILE_DOUBTS_MAX) {
+        return Ok(None);
+    }
+    let mut doubts = Vec::new();
+    for _ in 0..count {
+        let cpu = Cpu(input.u32("CPU of a doubt")?);
+        input.u32("doubt")?;
+        let [events, first, last, error] =
+            [input.u64("doubt")?, input.u64("doubt")?, input.u64("doubt")?, input.u64("doubt")?];
+        doubts.push(Doubt { cpu, events, first: HostTsc(first), last: HostTsc(last), error });
+    }
+    Ok(Some(doubts))
 }
 
 fn read_runs<S: Source + ?Sized>(
@@ -201,7 +227,7 @@ impl Shown {
 }
 
 const _: () = {
-    let runs = CPUS_MAX * 2 * 8 + RUNS_MAX * RUN_BYTES;
+    let runs = CPUS_MAX * 2 * 8 + RUNS_MAX * RUN_BYTES + 8 + FILE_DOUBTS_MAX * 5 * 8;
     assert!(HEAD_BYTES + CPUS_MAX * VCPU_BYTES + SEGMENTS_MAX * SEGMENT_BYTES + runs <= SEGMENTS_BYTES_MAX);
     assert!(id::SEGMENTS & 1 << 14 != 0, "above all ids of stock options");
 };
@@ -242,7 +268,8 @@ mod tests {
             if shown == Shown::Pending {
                 table.learn(Cpu(3), runs);
             }
-            Segments { shown, table }
+            let doubt = Doubt { cpu: Cpu(3), events: 2, first: HostTsc(5), last: HostTsc(9), error: 77 };
+            Segments { shown, table, doubts: vec![doubt; usize::from(shown == Shown::Rewritten)] }
         })
     }
 

@@ -235,7 +235,8 @@ impl Writer {
         options: &[TraceOption],
     ) -> Result<Areas, WriteFault> {
         let mut areas = self.fill(filled)?;
-        let pending = TraceOption::Segments(Segments { shown: Shown::Pending, table: table.clone() });
+        let pending =
+            TraceOption::Segments(Segments { shown: Shown::Pending, table: table.clone(), doubts: Vec::new() });
         let (options, segments) = (raw(options, self.cpu_count_min)?, segments(&[pending])?);
         let texts = Texts { cmdlines: cmdlines.to_vec(), options, notes: PENDING_NOTE.into(), segments };
         self.frame.close(&mut areas, &texts)?;

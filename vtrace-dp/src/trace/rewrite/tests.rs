@@ -29,7 +29,10 @@ fn through_a_file(pages: &[u8], page_bytes: usize, table: &Table) -> (Rewritten,
     let from = Extent { offset: 1 << 20, bytes: u64::try_from(pages.len()).unwrap() };
     file.write_all_at(pages, from.offset).unwrap();
     let (to, page_bytes) = (from.end(), u32::try_from(page_bytes).unwrap());
-    let done = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
+    let (done, doubts) = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
+    let doubted: u64 = doubts.iter().map(|doubt| doubt.events).sum();
+    assert_eq!(doubted, done.unsure + done.trapped);
+    assert!(doubts.iter().all(|doubt| doubt.error <= done.error_max && doubt.first <= doubt.last));
     assert!(done.bytes <= room_bytes(from.bytes, page_bytes));
     let mut out = vec![0; usize::try_from(done.bytes).unwrap()];
     file.read_exact_at(&mut out, to).unwrap();
