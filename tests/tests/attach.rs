@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tempfile::TempDir;
 use vtrace_tests::{
@@ -90,6 +90,31 @@ fn is_read(recording: &Recording, events_min: u64) -> Result<()> {
     Ok(())
 }
 
+/// The status of `vtrace WORDS DIR` and all it says.
+fn ask(words: &[&str], dir: &Path) -> Result<(Option<i32>, String)> {
+    let output = Command::new(xtask::build::vtrace()?).args(words).arg(dir).output()?;
+    Ok((output.status.code(), String::from_utf8([output.stdout, output.stderr].concat())?))
+}
+
+/// What `list` and `doctor` say of an attached guest.
+fn guest_is_listed_and_found_healthy(dir: &Path) -> Result<()> {
+    let (status, said) = ask(&["list", "--dom", GUEST, "--dir"], dir)?;
+    ensure!(status == Some(0) && said.contains("agent ready, 2 CPUs"), "{said}");
+    let line =
+        |head: &str| said.lines().find(|line| line.trim_start().starts_with(head)).unwrap_or_default().to_owned();
+    ensure!(line("clocks").contains("x86-tsc") && line("tracers").contains("function_graph"), "{said}");
+    ensure!(line("events").contains("sched "), "{said}");
+    let (_, events) = ask(&["list", "--dom", GUEST, "-e", "sched_sw", "--dir"], dir)?;
+    ensure!(events.lines().any(|event| event == "sched:sched_switch"), "{events}");
+
+    let (_, said) = ask(&["doctor", "--json", "--dom", GUEST, "-o", "/tmp", "--dir"], dir)?;
+    let findings: serde_json::Value = serde_json::from_str(&said)?;
+    let of_guest = findings.as_array().context("findings")?.iter().filter(|finding| finding["check"] == GUEST);
+    let of_guest: Vec<_> = of_guest.map(|finding| finding["verdict"].as_str().unwrap_or_default()).collect();
+    ensure!(of_guest == ["ok", "ok", "ok"], "socket, driver, agent: {said}");
+    Ok(())
+}
+
 /// Waits until somebody records and some pages have come.
 fn await_pages(server: &Server) -> Result<()> {
     server.await_state("is held", |state| !state["holder_pid"].is_null())?;
@@ -118,6 +143,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     ensure!(said.contains("driver running, agent ready"), "{said}");
     bench.complains("attach", &dir, "is connected to", "vtrace detach guest1 first")?;
     record(&server, folder.path())?;
+    guest_is_listed_and_found_healthy(&dir)?;
 
     // Upgraded: detached, started anew, attached.
     bench.works("detach", &dir, &[])?;
@@ -141,6 +167,8 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     let recorder = Recorder { server: &dir, folder: folder.path() };
     let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
     await_pages(&server)?;
+    let (status, said) = ask(&["list", "--dom", GUEST, "--dir"], &dir)?;
+    ensure!(status == Some(1) && said.contains(&format!("process {} is recording it", child.id())), "{said}");
     bench.complains("detach", &dir, &format!("process {} is recording it", child.id()), "--force")?;
     bench.works("detach", &dir, &["--force"])?;
     let recording = recorder.finish(child)?;

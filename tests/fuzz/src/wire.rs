@@ -11,7 +11,8 @@ use vtrace_common::{
     wire::{
         Decoder, Fault, Frame, Hello, Message,
         agent::{
-            Arm, Armed, Echo, EventRequest, Failure, FailureKind, FromAgent, LaneReport, Machine, Part, Piece, ToAgent,
+            Arm, Armed, Echo, EventRequest, Failure, FailureKind, FromAgent, LaneReport, Machine, OfferPiece, Offered,
+            Part, Piece, ToAgent,
         },
         client::{
             AgentState, Area, Claimed, DeviceState, DriverState, FromServer, Gone, GuestState, LaneEnd, LaneLedger,
@@ -137,6 +138,7 @@ fn to_agent() -> Vec<Vec<u8>> {
         ToAgent::Ping { id: 2 },
         ToAgent::Stop,
         ToAgent::Close,
+        ToAgent::Offer,
     ])
 }
 
@@ -177,6 +179,7 @@ fn answers() -> Vec<FromAgent> {
         FromAgent::Lane(lane),
         FromAgent::Stopped,
         FromAgent::Closed,
+        FromAgent::Offer(OfferPiece { offered: Offered::Events, bytes: b"sched:sched_switch\n".to_vec(), last: true }),
         FromAgent::Failed(failure()),
     ]
 }

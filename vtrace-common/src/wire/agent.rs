@@ -1,7 +1,7 @@
 //! Server (on behalf of record) ⇄ agent, over the control port.
 //!
 //! One session: `Arm` → `Describe`* `Armed`; `Start` → `Started`, then `Output`* `Exited` for each command; `Probe` →
-//! `Echo` and `Mark` → `Marked` at any time; `Stop` → `Lane`* `Describe`* `Stopped`; `Close` → `Closed`. `Failed` answers
+//! `Echo`, `Offer` → `Offer`* and `Mark` → `Marked` at any time; `Stop` → `Lane`* `Describe`* `Stopped`; `Close` → `Closed`. `Failed` answers
 //! any request; after a failed `Arm` the agent is idle again. `Close` is allowed in every state and always answered.
 
 use alloc::{boxed::Box, string::String, vec::Vec};
@@ -49,6 +49,8 @@ pub enum ToAgent {
     Stop,
     /// Remove the instance and forget the session.
     Close,
+    /// What could be traced there? Answered at any time.
+    Offer,
 }
 
 /// Answers of an agent.
@@ -100,6 +102,30 @@ pub enum FromAgent {
     Closed,
     /// A request could not be met.
     Failed(Failure),
+    /// A piece of what could be traced. [`Offered::Events`] come last.
+    Offer(OfferPiece),
+}
+
+/// What a machine offers. Each kind's text is the file of that name in tracefs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub enum Offered {
+    /// trace_clock
+    Clocks,
+    /// available_tracers
+    Tracers,
+    /// available_events
+    Events,
+}
+
+/// Up to [`PIECE_BYTES_MAX`] of one text.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OfferPiece {
+    /// Of which.
+    pub offered: Offered,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The text ends here.
+    pub last: bool,
 }
 
 /// Where an agent runs.
@@ -268,7 +294,7 @@ impl Message for ToAgent {
         match self {
             Self::Arm(arm) => arm.check(),
             Self::Start { marker: words } | Self::Mark { text: words } => text(words),
-            Self::Probe { .. } | Self::Ping { .. } | Self::Stop | Self::Close => Ok(()),
+            Self::Probe { .. } | Self::Ping { .. } | Self::Stop | Self::Close | Self::Offer => Ok(()),
         }
     }
 }
@@ -288,6 +314,7 @@ impl Message for FromAgent {
                 bounded(piece.bytes.len(), PIECE_BYTES_MAX)?;
                 text(&piece.name)
             }
+            Self::Offer(piece) => bounded(piece.bytes.len(), PIECE_BYTES_MAX),
             Self::Armed(armed) => {
                 bounded(armed.lanes.len(), LANES_MAX)?;
                 text(&armed.clock)

@@ -282,6 +282,7 @@ impl<'a> Control<'a> {
             Effect::Mark { text } => self.mark(&text),
             Effect::Echo { id, cpu } => self.echo(id, cpu, stamp),
             Effect::Pong { id } => self.tell(&FromAgent::Pong { id }).map_err(Refused::Gone),
+            Effect::Offer => self.offer(),
             Effect::Drain => self.drain(),
             Effect::Close => self.close(),
             Effect::Refuse(failure) => Err(Refused::Failed(failure)),
@@ -362,6 +363,16 @@ impl<'a> Control<'a> {
             GuestTsc(tsc::read())
         };
         Ok(self.tell(&FromAgent::Echo(Echo { id, cpu, received, sent: GuestTsc(tsc::read()) }))?)
+    }
+
+    fn offer(&self) -> Result<(), Refused> {
+        let mut told = Ok(());
+        Tracefs::find_or_mount()?.offer(&mut |piece| {
+            if told.is_ok() {
+                told = self.tell(&FromAgent::Offer(piece));
+            }
+        })?;
+        Ok(told?)
     }
 
     fn drain(&mut self) -> Result<(), Refused> {

@@ -12,7 +12,7 @@ use nix::sys::eventfd::EventFd;
 use proptest::prelude::*;
 use vtrace_common::wire::{
     Decoder, Message,
-    agent::{CommandRequest, EventRequest, Output, Piece},
+    agent::{CommandRequest, EventRequest, OfferPiece, Offered, Output, Piece},
     encode,
 };
 
@@ -169,6 +169,29 @@ fn whole_session_is_answered_in_order_and_its_bytes_are_in_the_ports() {
     let received: usize = rig.drains.drain(..).map(|drain| drain.join().unwrap()).sum();
     assert!(received > 0 && u64::try_from(received).unwrap() == bytes_sent);
     assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+}
+
+#[test]
+fn what_could_be_traced_is_told_without_a_session_and_in_the_middle_of_one() {
+    let Some(mut rig) = Rig::met(true, true) else { return };
+    for armed in [false, true] {
+        if armed {
+            rig.say(&rig.arm());
+            assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
+        }
+        rig.say(&ToAgent::Offer);
+        let mut texts = [const { String::new() }; 3];
+        loop {
+            let FromAgent::Offer(OfferPiece { offered, bytes, last }) = rig.next() else { panic!("no offer") };
+            texts[offered as usize].push_str(std::str::from_utf8(&bytes).unwrap());
+            if last && offered == Offered::Events {
+                break;
+            }
+        }
+        let [clocks, tracers, events] = &texts;
+        assert!(clocks.contains("x86-tsc") && tracers.contains("nop") && events.contains("sched:sched_switch\n"));
+    }
+    assert_eq!(rig.ask(&ToAgent::Close), FromAgent::Closed);
 }
 
 #[test]

@@ -14,7 +14,7 @@
 //! | Stopping (pages on their way) | refused | refused | refused | refused | → Idle |
 //! | Stopped (reported) | refused | refused | refused | refused | → Idle |
 //!
-//! `Probe` and `Ping` are answered in every state. A host that goes away counts as a `Close` that nobody reads.
+//! `Probe`, `Ping` and `Offer` are answered in every state. A host that goes away counts as a `Close` that nobody reads.
 
 use vtrace_common::{
     ids::Cpu,
@@ -64,6 +64,8 @@ pub(super) enum Effect {
         /// The ping's.
         id: u32,
     },
+    /// Answer with what could be traced.
+    Offer,
     /// Tracing off, let the pump move what is left; the report follows when it has.
     Drain,
     /// Remove everything (there may be nothing), answer `Closed`.
@@ -94,6 +96,7 @@ impl State {
             (_, ToAgent::Ping { id }) => Effect::Pong { id },
             (_, ToAgent::Probe { id, cpu }) => Effect::Echo { id, cpu },
             (_, ToAgent::Close) => Effect::Close,
+            (_, ToAgent::Offer) => Effect::Offer,
             (Self::Idle, ToAgent::Arm(arm)) => Effect::Arm(arm),
             (Self::Armed, ToAgent::Start { marker }) => Effect::Start { marker },
             (Self::Armed | Self::Running, ToAgent::Mark { text }) => Effect::Mark { text },
@@ -123,6 +126,7 @@ impl State {
             ToAgent::Probe { .. } => "Probe",
             ToAgent::Ping { .. } => "Ping",
             ToAgent::Close => "Close",
+            ToAgent::Offer => "Offer",
         };
         let detail = match self {
             Self::Idle => "no session is armed",
@@ -150,6 +154,7 @@ mod tests {
             any::<(u32, u32)>().prop_map(|(id, cpu)| ToAgent::Probe { id, cpu: Cpu(cpu) }),
             Just(ToAgent::Stop),
             Just(ToAgent::Close),
+            Just(ToAgent::Offer),
         ]
     }
 
@@ -159,7 +164,7 @@ mod tests {
             Effect::Start { .. } => Some(Outcome::Started),
             Effect::Drain => Some(Outcome::Draining),
             Effect::Close => Some(Outcome::Removed),
-            Effect::Mark { .. } | Effect::Echo { .. } | Effect::Pong { .. } | Effect::Refuse(_) => None,
+            Effect::Mark { .. } | Effect::Echo { .. } | Effect::Pong { .. } | Effect::Offer | Effect::Refuse(_) => None,
         }
     }
 

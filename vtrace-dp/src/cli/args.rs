@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
-use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, StatusArgs, StopArgs};
+use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, ListArgs, StatusArgs, StopArgs};
 use crate::{
     recorder::sink::SinkChoice,
     setup::{ROOT, Transport, qemu},
@@ -361,17 +361,6 @@ pub struct AgentArgs {
     /// What a host may ask
     #[arg(long, value_name = "FILE", default_value = "/etc/vtrace/agent.toml")]
     pub policy: PathBuf,
-}
-
-/// `vtrace list`
-#[derive(ClapArgs, Debug)]
-pub struct ListArgs {
-    /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
-    pub dir: PathBuf,
-    /// As JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// `vtrace check HOST GUEST…`

@@ -8,13 +8,13 @@ use std::{
 
 use vtrace_common::{
     limits::DEVICES_MAX,
-    wire::client::{DriverState, FromServer, GuestState, ToServer},
+    wire::client::{DriverState, GuestState},
 };
 
 use super::{
     complaint::Complaint,
     control_args::{AttachArgs, DetachArgs},
-    list::ANSWER_MAX,
+    list::guests,
     put, say,
 };
 use crate::{
@@ -132,10 +132,7 @@ fn at_rest(link: &mut Link, guest: &str, cannot: &str) -> Result<GuestState, Com
 }
 
 fn state(link: &mut Link, guest: &str, cannot: &str) -> Result<GuestState, Complaint> {
-    link.send(&ToServer::List)?;
-    let Some(FromServer::Guests(guests)) = link.receive(Some(ANSWER_MAX))? else {
-        return Err(Complaint::new("cannot list guests", "the server did not answer", "look at the server's log"));
-    };
+    let guests = guests(link)?;
     let known: Vec<String> = guests.iter().map(|guest| guest.name.clone()).collect();
     guests.into_iter().find(|state| state.name == guest).ok_or_else(|| super::complaint::unknown(cannot, &known))
 }

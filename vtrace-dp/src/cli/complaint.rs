@@ -53,6 +53,11 @@ impl Complaint {
         Self { failed: failed.to_string(), why: why.to_string(), remedy: remedy.to_string(), status: FAILED }
     }
 
+    /// The same where something else than a recording was wanted.
+    pub(super) fn instead(self, failed: String) -> Self {
+        Self { failed, ..self }
+    }
+
     /// The command line makes no sense.
     pub(super) fn usage(failed: impl fmt::Display, why: impl fmt::Display, remedy: impl fmt::Display) -> Self {
         Self { status: USAGE, ..Self::new(failed, why, remedy) }
@@ -247,7 +252,8 @@ fn options(near: &str) -> String {
     if near.is_empty() { "trace_options in its tracefs lists them".into() } else { format!("-O {near}") }
 }
 
-fn refused(refusal: &Refusal) -> Complaint {
+/// The server refused a guest.
+pub(super) fn refused(refusal: &Refusal) -> Complaint {
     let cannot = |guest: &str| format!("cannot record {guest}");
     match refusal {
         Refusal::NoSuchGuest { guest, known } => unknown(&cannot(guest), known),

@@ -56,6 +56,30 @@ pub struct DetachArgs {
     pub dir: PathBuf,
 }
 
+/// `vtrace list`
+#[derive(ClapArgs, Debug)]
+#[command(
+    after_help = "Without --dom and --host: a line for each guest of the server. A guest that is being recorded tells nothing of its\n\
+                        events meanwhile. What its owner allows (/etc/vtrace/agent.toml) may be less than what is listed."
+)]
+pub struct ListArgs {
+    /// What this guest offers: clocks, tracers, events; can be given often
+    #[arg(short = 'A', long, value_name = "GUEST")]
+    pub dom: Vec<String>,
+    /// What the host offers
+    #[arg(long)]
+    pub host: bool,
+    /// All events, or those with TEXT in SYSTEM:EVENT, as -e of record takes them
+    #[arg(short, long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
+    pub events: Option<String>,
+    /// Where the server's sockets are
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    pub dir: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// What `vtrace record` needs to know of the background.
 #[derive(ClapArgs, Debug)]
 pub struct BackgroundArgs {

@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use vtrace_common::wire::client::{FromServer, GuestState, ToServer};
-
-use super::{FAILED, complaint::Complaint, control_args::DoctorArgs, list::ANSWER_MAX, put};
+use super::{FAILED, complaint::Complaint, control_args::DoctorArgs, list::guests, put};
 use crate::{
     doctor::{Finding, Place, Verdict, disk, machine, server, worst},
-    server::link::{Link, LinkError},
+    server::link::Link,
 };
 
 /// Prints a line for each check. Status 1 if one failed.
@@ -27,12 +25,4 @@ pub(super) fn run(args: &DoctorArgs) -> Result<u8, Complaint> {
         put(&findings.iter().map(Finding::to_string).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(if worst(&findings) == Verdict::Fail { FAILED } else { 0 })
-}
-
-fn guests(link: &mut Link) -> Result<Vec<GuestState>, LinkError> {
-    link.send(&ToServer::List)?;
-    match link.receive(Some(ANSWER_MAX))? {
-        Some(FromServer::Guests(guests)) => Ok(guests),
-        _ => Ok(Vec::new()),
-    }
 }

@@ -2,27 +2,79 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
 use vtrace_common::wire::client::{DeviceState, DriverState, FromServer, GuestState, ToServer};
 
-use super::{args::ListArgs, complaint::Complaint, put};
+use super::{
+    complaint::Complaint,
+    control_args::ListArgs,
+    offers::{self, Offers},
+    put,
+};
 use crate::server::link::Link;
 
 /// An answer of the server's own takes no longer than this.
-pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// Prints a line for each guest.
+/// Prints a line for each guest, or what machines offer.
 pub(super) fn run(args: &ListArgs) -> Result<u8, Complaint> {
-    let mut link = Link::connect(&args.dir)?;
-    link.send(&ToServer::List)?;
-    let Some(FromServer::Guests(guests)) = link.receive(Some(ANSWER_MAX))? else {
-        return Err(Complaint::new("cannot list guests", "the server did not answer", "look at the server's log"));
-    };
+    // Whoever asks for events of nobody means this machine's.
+    let host = args.host || (args.events.is_some() && args.dom.is_empty());
+    if host || !args.dom.is_empty() {
+        return list_offers(args, host);
+    }
+    let guests = guests(&mut Link::connect(&args.dir)?)?;
     if args.json {
         put(&serde_json::to_string_pretty(&guests).expect("a state is plain data"))?;
     } else {
         put(&guests.iter().flat_map(lines).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(0)
+}
+
+/// All guests of the server.
+pub(super) fn guests(link: &mut Link) -> Result<Vec<GuestState>, Complaint> {
+    link.send(&ToServer::List)?;
+    match link.receive(Some(ANSWER_MAX))? {
+        Some(FromServer::Guests(guests)) => Ok(guests),
+        _ => Err(Complaint::new("cannot list guests", "the server did not answer", "look at the server's log")),
+    }
+}
+
+/// A machine and what it offers.
+#[derive(Serialize)]
+struct Machine {
+    name: String,
+    state: Option<GuestState>,
+    offers: Offers,
+}
+
+fn list_offers(args: &ListArgs, host: bool) -> Result<u8, Complaint> {
+    let mut machines = Vec::new();
+    if host {
+        machines.push(Machine { name: "host".into(), state: None, offers: offers::of_host()? });
+    }
+    for name in &args.dom {
+        let mut link = Link::connect(&args.dir)?;
+        let state = guests(&mut link)?.into_iter().find(|guest| guest.name == *name);
+        machines.push(Machine { name: name.clone(), state, offers: offers::of_guest(&mut link, name)? });
+    }
+    if args.json {
+        put(&serde_json::to_string_pretty(&machines).expect("an offer is plain data"))?;
+    } else {
+        put(&machines.iter().flat_map(|machine| text(machine, args)).collect::<Vec<_>>().join("\n"))?;
+    }
+    Ok(0)
+}
+
+fn text(machine: &Machine, args: &ListArgs) -> Vec<String> {
+    if let Some(pattern) = &args.events {
+        let several = args.dom.len() + usize::from(args.host) > 1;
+        let named = |event: String| if several { format!("{}: {event}", machine.name) } else { event };
+        return machine.offers.events_with(pattern).into_iter().map(named).collect();
+    }
+    let head = machine.state.as_ref().map_or_else(|| vec![format!("{}:", machine.name)], lines);
+    [head, machine.offers.overview()].concat()
 }
 
 /// The guest's line, and one for each of its devices behind the first.

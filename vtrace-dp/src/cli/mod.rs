@@ -17,6 +17,7 @@ mod foreign;
 mod launch;
 mod list;
 mod machine_options;
+mod offers;
 mod papers;
 pub mod plan;
 mod record;

@@ -32,8 +32,8 @@ use nix::{
 };
 use vtrace_common::{
     ids::Cpu,
-    limits::{NEAR_MAX, TEXT_BYTES_MAX},
-    wire::agent::{Arm, Failure, FailureKind},
+    limits::{NEAR_MAX, PIECE_BYTES_MAX, TEXT_BYTES_MAX},
+    wire::agent::{Arm, Failure, FailureKind, OfferPiece, Offered},
 };
 
 pub use instance::{BUFFER_PERCENT, Instance, online_cpus, parse_cpus};
@@ -84,6 +84,33 @@ impl Tracefs {
     /// Where it is.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// What could be traced: clocks, tracers, events, in pieces.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn offer(&self, each: &mut dyn FnMut(OfferPiece)) -> Result<(), Failure> {
+        let files = [
+            (Offered::Clocks, "trace_clock"),
+            (Offered::Tracers, "available_tracers"),
+            (Offered::Events, "available_events"),
+        ];
+        for (offered, file) in files {
+            let text = read(&self.root.join(file))?;
+            let mut pieces = text.as_bytes().chunks(PIECE_BYTES_MAX);
+            // An empty text has one piece, too.
+            let mut piece = pieces.next().unwrap_or_default();
+            loop {
+                let next = pieces.next();
+                each(OfferPiece { offered, bytes: piece.to_vec(), last: next.is_none() });
+                match next {
+                    Some(next) => piece = next,
+                    None => break,
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The same request without the events that `denied` patterns mean.
