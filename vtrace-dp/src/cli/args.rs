@@ -30,6 +30,7 @@ pub enum Verb {
     /// Record host and guests together, into one file each
     Record(Box<RecordArgs>),
     /// Record in the background: all options of record
+    #[command(override_usage = "vtrace start [OPTIONS OF RECORD]... [--] [COMMAND]...")]
     Start(Box<RecordArgs>),
     /// End a recording in the background, show its closing table
     Stop(StopArgs),
@@ -45,7 +46,7 @@ pub enum Verb {
     List(ListArgs),
     /// Plug a guest's device into a QEMU that runs already
     Attach(AttachArgs),
-    /// Take a guest's device out of its QEMU: before the server is stopped or upgraded, or after it was killed
+    /// Take a guest's device out of its QEMU, before its server is stopped or after it was killed
     Detach(DetachArgs),
     /// Look at everything a recording needs, and say what is missing
     Doctor(DoctorArgs),

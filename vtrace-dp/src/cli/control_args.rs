@@ -10,11 +10,11 @@ use super::args::RUN_DIR;
 /// `vtrace attach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "The server must run and know the guest. What QEMU must have been started with: version 10.2 or newer,\n\
-                  shared memory, a QMP socket that nobody else uses, and a free slot for each device (126 CPUs):\n\n  \
+    after_help = "The server must run and know the guest. QEMU must be 10.2 or newer and have been started with shared\n\
+                  memory, a QMP socket that nobody else uses, and a free slot for each device (126 CPUs):\n\n  \
         -object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine q35,memory-backend=mem0\n  \
         -qmp unix:SOCKET,server=on,wait=off -device pcie-root-port,id=rp0,chassis=1,slot=1\n\n\
-                  Detach before the server is stopped, and attach again when the next one runs: the guest keeps running,\n\
+                  Detach before the server is stopped, and attach again when the next one runs: the guest goes on,\n\
                   and its agent finds the new ports by itself."
 )]
 pub struct AttachArgs {
@@ -38,8 +38,8 @@ pub struct AttachArgs {
 /// `vtrace detach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "The server need not run any more. A device without its server holds up whoever opens or closes one\n\
-                        of its ports in the guest, so detach soon after a server was killed."
+    after_help = "The server need not run any more. A device without its server holds up whoever opens or closes\n\
+                  one of its ports in the guest, so detach soon after a server was killed."
 )]
 pub struct DetachArgs {
     /// The guest's name at the server
@@ -59,8 +59,9 @@ pub struct DetachArgs {
 /// `vtrace list`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "Without --dom and --host: a line for each guest of the server. A guest that is being recorded tells nothing of its\n\
-                        events meanwhile. What its owner allows (/etc/vtrace/agent.toml) may be less than what is listed."
+    after_help = "Without --dom and --host: a line for each guest of the server. A guest that is being recorded\n\
+                  tells nothing of its events meanwhile. What its owner allows (/etc/vtrace/agent.toml) may be\n\
+                  less than what is listed."
 )]
 pub struct ListArgs {
     /// What this guest offers: clocks, tracers, events; can be given often
@@ -122,10 +123,8 @@ pub struct StatusArgs {
 
 /// `vtrace doctor`
 #[derive(ClapArgs, Debug)]
-#[command(
-    after_help = "Each line is ok, warn (a recording is possible, something about it is worse) or FAIL (it is not), with what\n\
-                        to do about it. Exit status: 0 nothing failed, 1 something did, 2 usage."
-)]
+#[command(after_help = "Each line is ok, warn (a recording is possible, something about it is worse) or FAIL (it is\n\
+                  not), with what to do about it. Exit status: 0 nothing failed, 1 something did, 2 usage.")]
 pub struct DoctorArgs {
     /// Only this guest; can be given often. Otherwise all that the server has
     #[arg(short = 'A', long, value_name = "GUEST")]
