@@ -59,6 +59,7 @@ fn host_and_two_guests_of_different_kernels_are_one_recording() -> Result<()> {
     assert_eq!(recording.status, 9, "the host's command decides: {}\n{:#}", recording.said, recording.summary);
 
     commands_are_told(&recording)?;
+    all_started_together(&recording)?;
     stock_tools_see_one_timeline(&recording)?;
     functions_have_the_names_of_their_own_kernel(&recording)
 }
@@ -71,6 +72,28 @@ fn commands_are_told(recording: &Recording) -> Result<()> {
         recording.machine(guest)?["commands"][0]["status"].as_i64().context("a command has ended")
     };
     assert_eq!((end("guest1")?, end("guest2")?), (5, 0));
+    Ok(())
+}
+
+/// The skew is measured, and the common marker of each guest lies between two of the host.
+fn all_started_together(recording: &Recording) -> Result<()> {
+    let files = ["host", "guest1", "guest2"].map(|machine| recording.file(machine));
+    let report = lines(&trace_cmd(&["report", "-t"], &[&files[0], &files[1], &files[2]])?);
+    let marker = |machine: &str, words: &str| {
+        let file = recording.file(machine).file_name().map(|name| name.to_string_lossy().into_owned());
+        let session = recording.summary["session"].as_str().unwrap_or("no session");
+        let wanted = format!("vtrace: {words} {session}");
+        let mut found = report.iter().filter(|line| line.file == file && line.fields.ends_with(&wanted));
+        found.next().map(|line| line.time).with_context(|| format!("{machine} has no {wanted:?}"))
+    };
+    let (before, after) = (marker("host", "common before guests")?, marker("host", "common after guests")?);
+    for guest in ["guest1", "guest2"] {
+        let common = marker(guest, "common")?;
+        assert!((before..=after).contains(&common), "{guest}: {before} {common} {after}");
+        let skew = recording.machine(guest)?["start_skew_ns"].as_i64().context("the skew is measured")?;
+        let started = i64::try_from(marker(guest, "start")?)? - i64::try_from(marker("host", "start")?)?;
+        assert!((skew - started).abs() < 100_000_000, "{guest}: {skew} ns, the markers say {started}");
+    }
     Ok(())
 }
 

@@ -75,9 +75,9 @@ const SAYS: &str = "What is said";
 #[derive(ClapArgs, Debug)]
 #[command(
     override_usage = "vtrace record [OPTIONS] [-e EVENT]... [-B NAME -e EVENT...]... [--dom GUEST -e EVENT... [--exec COMMAND... \\;]]... [--] [COMMAND]...",
-    after_help = "Options after --dom belong to that guest, those after -B to that instance of the host. Recording ends with\n\
-                  COMMAND, else with the last --exec, at --timeout, or with Ctrl-C; a second Ctrl-C stops at once and\n\
-                  keeps what is there.\n\n\
+    after_help = "Options after --dom belong to that guest, those after -B to that instance of the host.\n\n\
+                  Recording ends with COMMAND, else with the last --exec, at --timeout, or with Ctrl-C;\n\
+                  a second Ctrl-C stops at once and keeps what is there.\n\n\
                   Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
                   trace-cmd report -i trace.dat -i trace-guest1.dat\n\n\
                   Exit status: 0 recorded (also if --timeout or Ctrl-C ended COMMAND), 1 failed, 2 usage,\n\

@@ -93,7 +93,7 @@ fn refuse(error: &clap::Error) -> ! {
     let Some(instead) = unknown.and_then(|option| foreign::instead(option)) else { error.exit() };
     // A closed stderr is no reason for another status.
     let _ = error.print();
-    say(&format!("\n  try: {instead} (docs/trace-cmd.md)"));
+    say(&format!("\n  instead: {instead} (docs/trace-cmd.md)"));
     std::process::exit(i32::from(USAGE))
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 
 use super::{
     args::{Args, CompletionsArgs, ManArgs},
@@ -13,9 +13,17 @@ use super::{
 /// Prints what a shell reads to complete words of ours.
 pub(super) fn completions(args: &CompletionsArgs) -> Result<u8, Complaint> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Args::command(), "vtrace", &mut script);
+    clap_complete::generate(args.shell, &mut shown(), "vtrace", &mut script);
     put(&String::from_utf8_lossy(&script))?;
     Ok(0)
+}
+
+/// The command line without verbs that only programs use: completions do not know that they are hidden.
+fn shown() -> Command {
+    let whole = Args::command();
+    let verbs = whole.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned();
+    let shown = Command::new("vtrace").version(env!("CARGO_PKG_VERSION")).disable_help_subcommand(true);
+    shown.args(whole.get_arguments().cloned()).subcommands(verbs)
 }
 
 /// Writes a page for vtrace and one for each verb.

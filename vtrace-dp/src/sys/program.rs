@@ -56,3 +56,18 @@ pub fn code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
     u8::try_from(code & 0xff).unwrap_or(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_joins_every_buffer_before_it_begins() {
+        let words = |command: &Command| command.get_args().map(|word| word.to_owned()).collect::<Vec<_>>();
+        let bound = command(&["ls", "-l"], [Path::new("/a"), Path::new("/b")]);
+        assert_eq!(bound.get_program(), "/proc/self/exe");
+        assert_eq!(words(&bound), ["launch", "--buffer", "/a", "--buffer", "/b", "--", "ls", "-l"]);
+        let free = command(&["ls", "-l"], None);
+        assert_eq!((free.get_program(), &words(&free)[..]), (OsStr::new("ls"), &["-l".into()][..]));
+    }
+}
