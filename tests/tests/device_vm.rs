@@ -40,8 +40,8 @@ impl House {
         let turn = turn()?;
         let folder = tempfile::tempdir()?;
         let guests = vec![GuestConfig::new("guest1", GuestSocket::InDirectory)];
-        let server =
-            Some(Server::start(&ServerConfig { directory: folder.path().into(), guests, passed: Vec::new() })?);
+        let config = ServerConfig { directory: folder.path().into(), guests, ..ServerConfig::default() };
+        let server = Some(Server::start(&config)?);
         Ok(Self { server, folder, turn })
     }
 

@@ -17,6 +17,7 @@
 //! | host | [`hotplug`] | `vtrace attach`, `detach`: devices into and out of a running QEMU |
 //! | host | [`doctor`] | `vtrace doctor`: what a machine has of what a recording needs |
 //! | host | [`cli`] | what a person types and reads |
+//! | host | [`printable`] | foreign text as it may be shown |
 //! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
 
 pub mod agent;
@@ -27,6 +28,7 @@ pub mod device;
 pub mod doctor;
 pub mod drain;
 pub mod hotplug;
+pub mod printable;
 pub mod recorder;
 pub mod server;
 pub mod setup;

@@ -30,8 +30,7 @@ use vtrace_common::{
     wire::agent::{CommandRequest, Failure, FailureKind, FromAgent, Output},
 };
 
-use super::policy::User;
-use crate::sys::{program, signal::unblock_in};
+use crate::sys::{account::Account, program, signal::unblock_in};
 
 /// A command that was started.
 #[derive(Debug)]
@@ -63,7 +62,7 @@ impl Running {
     pub(super) fn start(
         index: u32,
         request: &CommandRequest,
-        user: Option<User>,
+        user: Option<Account>,
         buffer: Option<&Path>,
     ) -> Result<Self, Failure> {
         let mut command = program::command(&request.words, buffer);

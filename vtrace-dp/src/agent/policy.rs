@@ -19,7 +19,13 @@ use std::{fs, io, path::PathBuf};
 use serde::Deserialize;
 use vtrace_common::wire::agent::{Arm, CommandRequest, Failure, FailureKind};
 
-use crate::{sys::program, tracefs::Tracefs};
+use crate::{
+    sys::{
+        account::{self, Account},
+        program,
+    },
+    tracefs::Tracefs,
+};
 
 /// Where the file is when nobody says otherwise.
 pub(super) const FILE: &str = "/etc/vtrace/agent.toml";
@@ -67,18 +73,11 @@ pub enum Exec {
     Only(Vec<String>),
 }
 
-/// Whom commands run as.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct User {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-}
-
 /// The rules.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Policy {
     pub(super) exec: Exec,
-    pub(super) user: Option<User>,
+    pub(super) user: Option<Account>,
     kallsyms: bool,
     buffer_kb_max: u64,
     events_denied: Vec<String>,
@@ -133,7 +132,7 @@ impl Policy {
         };
         let user = match written.user {
             None => None,
-            Some(user) => Some(find_user(&user).ok_or(PolicyFault::User { path, user })?),
+            Some(user) => Some(account::user(&user).ok_or(PolicyFault::User { path, user })?),
         };
         Ok(Self {
             exec,
@@ -199,13 +198,6 @@ impl Policy {
 fn place(program: &str) -> Option<PathBuf> {
     let path = program::find(program.as_ref())?;
     Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?))
-}
-
-/// A user by name, from /etc/passwd (passwd(5)): a static C library cannot load what else knows users.
-fn find_user(name: &str) -> Option<User> {
-    let passwd = fs::read_to_string("/etc/passwd").ok()?;
-    let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields[0] == name)?;
-    Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()? })
 }
 
 /// A quarter of this machine's memory.

@@ -20,12 +20,11 @@ use vtrace_common::{
 use super::{
     command::Running,
     link::Gone,
-    policy::User,
     port::Ports,
     pump::{LaneEnd, Pump},
 };
 use crate::{
-    sys::tsc,
+    sys::{account::Account, tsc},
     tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs},
 };
 
@@ -115,7 +114,7 @@ impl Work {
     }
 
     /// Starts the commands.
-    pub(super) fn start_commands(&mut self, user: Option<User>) -> Result<(), Failure> {
+    pub(super) fn start_commands(&mut self, user: Option<Account>) -> Result<(), Failure> {
         let buffer = self.own_only.then(|| self.instance.path());
         for (index, request) in (0..).zip(&self.requests) {
             self.commands.push(Running::start(index, request, user, buffer)?);

@@ -126,6 +126,9 @@ pub struct RecordArgs {
     /// Show times of day, in seconds since 1970
     #[arg(long, help_heading = FILES)]
     pub date: bool,
+    /// Stop a guest, and no other, before its file grows beyond SIZE bytes
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = FILES)]
+    pub max_guest_bytes: Option<u64>,
     /// Leave kernel symbols out: arms faster, functions stay numbers
     #[arg(long, help_heading = FILES)]
     pub no_kallsyms: bool,
@@ -296,6 +299,12 @@ pub struct ServerArgs {
     /// Where `vtrace setup` made the guests' folders
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     pub root: PathBuf,
+    /// Become this user once the sockets are there (otherwise vtrace, if there is such a user)
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+    /// Keep all rights (to look for mistakes)
+    #[arg(long, conflicts_with = "user")]
+    pub unconfined: bool,
     /// Print what this backend can do, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,

@@ -167,6 +167,7 @@ impl From<ServerError> for Complaint {
             ServerError::Devices { .. } => (USAGE, "vtrace server --dom GUEST --devices 2"),
             ServerError::Count(_) => (USAGE, "vtrace server --dom guest1"),
             ServerError::Directory { .. } => (FAILED, "be root, or --dir DIR"),
+            ServerError::Confinement(_) => (FAILED, "--user NAME: a user of this machine; or be root"),
             ServerError::Socket(_) => (FAILED, "stop the other server, or --dir DIR"),
             ServerError::Activation(_) => {
                 (FAILED, "sockets at DIR/control.sock and DIR/GUEST.sock, each guest by --dom")

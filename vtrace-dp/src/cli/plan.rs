@@ -48,6 +48,8 @@ pub struct Plan {
     pub newest_bytes: Option<u64>,
     /// Stop before a file grows beyond this.
     pub file_bytes_max: Option<u64>,
+    /// Stop a guest before its file grows beyond this.
+    pub guest_bytes_max: Option<u64>,
     /// Guests' times stay their own.
     pub raw_clock: bool,
     /// What the files are like in the end.
@@ -216,6 +218,7 @@ impl Plan {
             sink: args.sink,
             newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
             file_bytes_max: args.max_file,
+            guest_bytes_max: args.max_guest_bytes,
             raw_clock: args.raw_clock,
             form,
             no_clobber: args.no_clobber,
@@ -231,6 +234,12 @@ impl Plan {
     /// What bounds the lanes of every file.
     pub fn bounds(&self) -> Bounds {
         Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes: self.newest_bytes }
+    }
+
+    /// The same for guests' files.
+    pub fn guest_bounds(&self) -> Bounds {
+        let lane_bytes_max = [self.file_bytes_max, self.guest_bytes_max].into_iter().flatten().min();
+        Bounds { lane_bytes_max, ..self.bounds() }
     }
 }
 

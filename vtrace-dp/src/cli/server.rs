@@ -5,7 +5,8 @@ use clap::ArgMatches;
 use super::{args::ServerArgs, complaint::Complaint, put};
 use crate::{
     server::{
-        self, GuestConfig, GuestSocket, ServerConfig, ServerError, activation::descriptors, check_name, stream::Streams,
+        self, GuestConfig, GuestSocket, ServerConfig, ServerError, activation::descriptors, check_name,
+        confine::Confinement, stream::Streams,
     },
     setup::{Folder, Transport},
 };
@@ -30,8 +31,17 @@ pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complai
     let said = |name| std::env::var(name).ok();
     let passed = descriptors(std::process::id(), said("LISTEN_PID").as_deref(), said("LISTEN_FDS").as_deref());
     let passed = passed.map_err(ServerError::from)?;
-    server::run(&ServerConfig { directory: args.dir.clone(), guests, passed })?;
+    server::run(&ServerConfig { directory: args.dir.clone(), guests, passed, confinement: confinement(args) })?;
     Ok(0)
+}
+
+/// What the server gives up.
+fn confinement(args: &ServerArgs) -> Confinement {
+    match &args.user {
+        Some(name) => Confinement::As(name.clone()),
+        None if args.unconfined => Confinement::None,
+        None => Confinement::Usual,
+    }
 }
 
 /// The guests in the order typed, each with the options behind its name.

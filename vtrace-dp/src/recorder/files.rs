@@ -94,8 +94,9 @@ pub(super) fn create(recording: &Recording, outputs: Vec<Output>) -> Result<Vec<
     let host = &recording.host;
     let armed = recording.sessions().map(|session| (&session.metadata, armed(session)));
     let machines = std::iter::once((&host.metadata, &host.armed)).chain(armed);
-    let bounds = recording.plan.bounds();
-    let created = machines.zip(outputs).map(|((metadata, armed), output)| create_one(metadata, armed, output, bounds));
+    let bounds = std::iter::once(recording.plan.bounds()).chain(std::iter::repeat(recording.plan.guest_bounds()));
+    let made = machines.zip(outputs).zip(bounds);
+    let created = made.map(|(((metadata, armed), output), bounds)| create_one(metadata, armed, output, bounds));
     let mut files = created.collect::<Result<Vec<_>, _>>()?;
     for file in files.iter_mut().skip(1) {
         let direct = open_direct(recording.plan.sink, file.writer.file());
@@ -346,6 +347,10 @@ fn finish_guest(
     };
     let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
+    if session.is_full {
+        let bytes_max = recording.plan.guest_bytes_max.unwrap_or(0);
+        remarks.push(format!("stopped before the others, near its {bytes_max} bytes (--max-guest-bytes)"));
+    }
     remarks.extend(session.reports.iter().filter_map(trouble_of));
     let (link, known) = link(session, file.trace_id, &clock.kvm);
     if !known {

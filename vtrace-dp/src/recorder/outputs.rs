@@ -9,6 +9,8 @@
 use serde::Serialize;
 use vtrace_common::wire::agent::{CommandRequest, Output};
 
+use crate::printable::printable_bytes;
+
 /// Bytes of one line that is shown.
 const LINE_BYTES_MAX: usize = 4096;
 
@@ -98,9 +100,9 @@ impl Outputs {
     }
 }
 
-fn shown(bytes: &[u8]) -> String {
-    let clean = |letter: char| if letter.is_control() && letter != '\t' { '?' } else { letter };
-    String::from_utf8_lossy(bytes).trim_end_matches('\r').chars().map(clean).collect()
+/// A line without the return that stands before its end.
+fn shown(line: &[u8]) -> String {
+    printable_bytes(line.strip_suffix(b"\r").unwrap_or(line))
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ use super::{
     kvm::{self, KvmFault, Watch},
     limit::{Ended, FileState, Limit},
     naming::Output,
-    outputs::{Line, Outputs},
+    outputs::Line,
     progress::{MachineProgress, Meter},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
@@ -190,7 +190,7 @@ fn record_with(
     let instances = instances::arm(plan)?;
     let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
     let (watch, kvm, since) = (None, Err(KvmFault::Unwatched), HostTsc(tsc::read()));
-    let (limit, meter, ended) = (Limit::new(plan.file_bytes_max), Meter::default(), None);
+    let (limit, meter, ended) = (Limit::new(plan.file_bytes_max, plan.guest_bytes_max), Meter::default(), None);
     let (guests_now, left_out) = (guests.take(), Vec::new());
     let mut recording = Recording {
         plan,
@@ -462,9 +462,8 @@ impl Recording<'_> {
 
     /// Without a command of the host, the recording ends with those of the guests.
     fn guest_commands_ended(&self) -> bool {
-        let outputs = self.guests.iter().flat_map(|guests| &guests.sessions).map(|session| &session.outputs);
-        let with_commands: Vec<&Outputs> = outputs.filter(|outputs| !outputs.commands().is_empty()).collect();
-        let ended = !with_commands.is_empty() && with_commands.iter().all(|outputs| outputs.all_ended());
+        let mut with_commands = self.sessions().filter(|session| !session.outputs.commands().is_empty()).peekable();
+        let ended = with_commands.peek().is_some() && with_commands.all(GuestSession::commands_are_over);
         ended && self.plan.command.is_empty()
     }
 
@@ -514,6 +513,7 @@ impl Recording<'_> {
         };
         let states: Vec<FileState> = machines.iter().enumerate().map(state).collect();
         self.ended = self.limit.tick(&states);
+        self.stop_full_guests()?;
         if self.plan.newest_bytes.is_some() {
             // Gives the room of older pages back.
             let (host, guests) = made.split_first_mut().expect("the host has a file");
@@ -527,6 +527,16 @@ impl Recording<'_> {
         }
         let machines = self.meter.tick(&machines);
         tell(&News::Progress(Progress { elapsed: begun.elapsed(), machines }));
+        Ok(())
+    }
+
+    /// Guests that have had their share are stopped in order; the others go on.
+    fn stop_full_guests(&mut self) -> Result<(), RecordError> {
+        let Some(guests) = &mut self.guests else { return Ok(()) };
+        for index in self.limit.full_guests(guests.sessions.len()) {
+            let requests = guests.sessions[index].stop_at_bound();
+            guests.send(requests)?;
+        }
         Ok(())
     }
 

@@ -25,6 +25,7 @@ use vtrace_common::{
 use super::outputs::Outputs;
 use crate::{
     clock::sync::Round,
+    printable::printable,
     trace::metadata::{Metadata, MetadataFault},
 };
 
@@ -115,6 +116,8 @@ pub struct GuestSession {
     /// What its lanes brought, as the server counts.
     pub ledgers: Vec<LaneLedger>,
     finished: bool,
+    /// It was stopped because it had recorded as much as it may.
+    pub is_full: bool,
     /// What its commands wrote, and how they ended.
     pub outputs: Outputs,
     /// The first thing that went wrong.
@@ -138,6 +141,7 @@ impl GuestSession {
             reports: Vec::new(),
             ledgers: Vec::new(),
             finished: false,
+            is_full: false,
             trouble: None,
         };
         (session, ToServer::Claim { guest: name.into() })
@@ -216,7 +220,7 @@ impl GuestSession {
                 Err(fault) => self.fail(fault.into()),
             },
             (Phase::Arming, FromAgent::Armed(armed)) if is_possible(&armed) => {
-                self.armed = Some(Armed { clock: shown(&armed.clock), ..armed });
+                self.armed = Some(Armed { clock: printable(&armed.clock), ..armed });
                 self.step(Phase::Armed)
             }
             (Phase::Ready, FromAgent::Started { before, after }) => {
@@ -260,6 +264,20 @@ impl GuestSession {
             }
             _ => vec![],
         }
+    }
+
+    /// Ends this guest's part in order, before the others': it has recorded as much as it may.
+    pub fn stop_at_bound(&mut self) -> Vec<ToServer> {
+        if self.phase == Phase::Running {
+            log::warn!("{}: stopped: it has recorded as much as it may", self.name);
+            self.is_full = true;
+        }
+        self.stop()
+    }
+
+    /// Nothing more comes from its commands.
+    pub fn commands_are_over(&self) -> bool {
+        self.outputs.all_ended() || self.phase > Phase::Running
     }
 
     /// Ends the recording at once: what has come is kept, the agent is not waited for.
@@ -352,22 +370,17 @@ fn is_possible(armed: &Armed) -> bool {
     page && !lanes.is_empty() && lanes.len() == armed.lanes.len()
 }
 
-/// A guest's text as it may be shown to people: nothing that moves a terminal's cursor.
-fn shown(text: &str) -> String {
-    text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
-}
-
 fn shown_failure(failure: Failure) -> Failure {
-    let near = failure.near.iter().map(|name| shown(name)).collect();
-    Failure { object: shown(&failure.object), detail: shown(&failure.detail), near, ..failure }
+    let near = failure.near.iter().map(|name| printable(name)).collect();
+    Failure { object: printable(&failure.object), detail: printable(&failure.detail), near, ..failure }
 }
 
 fn shown_report(report: LaneReport) -> LaneReport {
-    let lines = |text: &str| text.lines().map(shown).collect::<Vec<_>>().join("\n");
+    let lines = |text: &str| text.lines().map(printable).collect::<Vec<_>>().join("\n");
     LaneReport {
         stats_before: lines(&report.stats_before),
         stats_after: lines(&report.stats_after),
-        trouble: shown(&report.trouble),
+        trouble: printable(&report.trouble),
         ..report
     }
 }

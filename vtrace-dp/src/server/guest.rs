@@ -34,6 +34,7 @@ use super::{
 };
 use crate::{
     device::{AgentEvent, ControlPort, Foreign, Owner, Turn},
+    printable::{cut, printable},
     sys::socket::Peer,
 };
 
@@ -65,12 +66,6 @@ pub fn check_name(name: &str) -> Result<(), NameFault> {
     } else {
         Err(NameFault { name: name.into() })
     }
-}
-
-/// A guest's text as it may be shown to people: bounded, and nothing that moves a terminal's cursor.
-fn printable(text: &str, bytes_max: usize) -> String {
-    let text = &text[..text.floor_char_boundary(bytes_max)];
-    text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
 }
 
 /// One client's claim, or its wish to have one.
@@ -304,8 +299,8 @@ impl Guest {
         }
         if let FromAgent::Machine(machine) = &answer {
             let machine = Machine {
-                uname: printable(&machine.uname, UNAME_BYTES_MAX),
-                boot_id: printable(&machine.boot_id, UNAME_BYTES_MAX),
+                uname: printable(cut(&machine.uname, UNAME_BYTES_MAX)),
+                boot_id: printable(cut(&machine.boot_id, UNAME_BYTES_MAX)),
                 ..machine.clone()
             };
             if let Some(agent) = &mut self.slot.lock().agent {
@@ -393,7 +388,7 @@ impl Owner for Guest {
                     "{:?}, wire versions {} to {}",
                     hello.software, hello.version_min, hello.version_max
                 ));
-                let hello = Hello { software: printable(&hello.software, SOFTWARE_BYTES_MAX), ..hello };
+                let hello = Hello { software: printable(cut(&hello.software, SOFTWARE_BYTES_MAX)), ..hello };
                 self.slot.lock().agent = Some(AgentState { hello, machine: None });
             }
             AgentEvent::Says(answer) => self.says(answer),
@@ -416,12 +411,6 @@ impl Owner for Guest {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn guests_text_is_cut_at_a_letter_and_moves_no_cursor() {
-        assert_eq!(printable("Linux \x1b[2J\n", 100), "Linux ?[2J?");
-        assert_eq!(printable("aää", 4), "aä");
-    }
 
     #[test]
     fn names_that_could_leave_their_directory_are_refused() {

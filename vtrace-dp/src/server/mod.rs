@@ -5,13 +5,14 @@
 //! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
 //!        All of them sleep until something happens: there is no timer but those that a session starts
 //! Full:  [`CLIENTS_MAX`] clients, [`GUESTS_MAX`] guests
-//! Trust: guests with nothing; users by the permissions of the sockets
+//! Trust: guests with nothing; users by the permissions of the sockets. See [`confine`] for what is left to a mistake of ours
 //!
 //! A guest whose server ends has a device that nobody serves: its CPU spins when a process there opens or closes a port.
 //! So the end first has the agents close their sessions, and says which guests still run.
 
 pub mod activation;
 mod client;
+pub mod confine;
 mod devices;
 mod drains;
 mod guest;
@@ -53,6 +54,7 @@ use vtrace_common::{
 use self::{
     activation::{ActivationFault, Passed},
     client::{Client, Registry, frame},
+    confine::{Confinement, ConfinementFault, Opens},
     devices::{DeviceParts, Further},
     drains::Station,
     guest::{Command, Guest},
@@ -70,6 +72,7 @@ use crate::{
         socket::{Device, Endpoint},
     },
     drain::Drain,
+    setup::Transport,
     sys::{
         SysError,
         limit::allow_descriptors,
@@ -85,7 +88,7 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub const CONTROL_GROUP: &str = "vtrace";
 
 /// What a server is to do.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ServerConfig {
     /// Where the sockets go; made if it is missing.
     pub directory: PathBuf,
@@ -93,6 +96,8 @@ pub struct ServerConfig {
     pub guests: Vec<GuestConfig>,
     /// Descriptors of sockets that listen already, each at the path it would have had: [`activation`].
     pub passed: Vec<RawFd>,
+    /// What [`run`] gives up before it serves.
+    pub confinement: Confinement,
 }
 
 /// One guest.
@@ -112,6 +117,15 @@ impl GuestConfig {
     /// A guest with one device of as many lanes as there can be.
     pub fn new(name: &str, socket: GuestSocket) -> Self {
         Self { name: name.into(), socket, devices: 1, lanes: DEVICE_LANES_MAX }
+    }
+
+    /// What is opened for it once it is served.
+    fn opens(&self) -> Opens {
+        match &self.socket {
+            GuestSocket::Streams(streams) if streams.setup.transport == Transport::Pipe => Opens::Fifos,
+            GuestSocket::Streams(_) => Opens::Nowhere,
+            _ => Opens::Nothing,
+        }
     }
 }
 
@@ -161,6 +175,9 @@ pub enum ServerError {
         /// Why.
         source: io::Error,
     },
+    /// It cannot be whom it was told to be.
+    #[error(transparent)]
+    Confinement(#[from] ConfinementFault),
     /// A socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketFault),
@@ -209,7 +226,10 @@ pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     if let Err(error) = allow_descriptors(u64::MAX) {
         log::warn!("the limit of open descriptors stays as it is: {error}");
     }
-    let server = Server::start(config)?;
+    let sockets = Listening::bind(config)?;
+    let opens = config.guests.iter().map(GuestConfig::opens).max().unwrap_or_default();
+    confine::enter(&config.confinement, opens, sockets.bound.iter().map(Bound::path))?;
+    let server = sockets.serve(config)?;
     log::info!("serving {} guests in {}", config.guests.len(), config.directory.display());
     let signal = arrivals.read_signal().map_err(system("read signals"))?;
     log::info!("ends: signal {:?}", signal.map(|signal| signal.ssi_signo));
@@ -232,9 +252,16 @@ pub struct Server {
     _sockets: Vec<Bound>,
 }
 
-impl Server {
-    /// Makes the sockets and starts all threads.
-    pub fn start(config: &ServerConfig) -> Result<Self, ServerError> {
+/// Sockets that nobody serves yet.
+struct Listening {
+    listener: UnixListener,
+    /// Of each guest, in their order.
+    ways: Vec<Ways>,
+    bound: Vec<Bound>,
+}
+
+impl Listening {
+    fn bind(config: &ServerConfig) -> Result<Self, ServerError> {
         check_guests(&config.guests)?;
         let directory = &config.directory;
         std::fs::create_dir_all(directory)
@@ -245,8 +272,13 @@ impl Server {
         let listener = sockets.bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
         let ways = config.guests.iter().map(|guest| ways(config, guest, &mut sockets));
         let ways = ways.collect::<Result<Vec<_>, _>>()?;
-        let Sockets { passed, bound: sockets } = sockets;
+        let Sockets { passed, bound } = sockets;
         passed.check_taken()?;
+        Ok(Self { listener, ways, bound })
+    }
+
+    fn serve(self, config: &ServerConfig) -> Result<Server, ServerError> {
+        let Self { listener, ways, bound } = self;
         let (mut slots, mut devices, mut further, mut speakers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for ((number, guest), ways) in (0..).zip(&config.guests).zip(ways) {
             let fault = |source| ServerError::Thread { name: guest.name.clone(), source };
@@ -270,7 +302,14 @@ impl Server {
         let stop = stop.map_err(system)?;
         let acceptor = Acceptor { listener, guests: Arc::clone(&guests), stop: Arc::clone(&stop), clients: Vec::new() };
         let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
-        Ok(Self { guests, devices, further, speakers, acceptor: thread, stop, _sockets: sockets })
+        Ok(Server { guests, devices, further, speakers, acceptor: thread, stop, _sockets: bound })
+    }
+}
+
+impl Server {
+    /// Makes the sockets and starts all threads.
+    pub fn start(config: &ServerConfig) -> Result<Self, ServerError> {
+        Listening::bind(config)?.serve(config)
     }
 
     /// The guests, in the order of the configuration.

@@ -26,7 +26,7 @@ use nix::{
 };
 
 use super::CONTROL_GROUP;
-use crate::sys::socket::Peer;
+use crate::sys::{account, socket::Peer};
 
 /// Owner and group may connect, which takes permission to write.
 const MODE: u32 = 0o660;
@@ -77,6 +77,12 @@ pub(super) struct Bound {
     inode: u64,
 }
 
+impl Bound {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 impl Drop for Bound {
     fn drop(&mut self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
@@ -108,16 +114,9 @@ pub(super) fn bind(path: &Path, access: Access) -> Result<(UnixListener, Bound),
 
 fn group(path: &Path, access: Access) -> Option<Gid> {
     match access {
-        Access::Clients => group_id(&fs::read_to_string("/etc/group").ok()?, CONTROL_GROUP),
+        Access::Clients => account::group(CONTROL_GROUP).map(Gid::from_raw),
         Access::Vmm => fs::metadata(path.parent()?).ok().map(|directory| Gid::from_raw(directory.gid())),
     }
-}
-
-/// The id of a local group. getgrnam(3) would load shared libraries, and a static binary dies of that.
-fn group_id(groups: &str, name: &str) -> Option<Gid> {
-    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let id = fields.into_iter().find_map(|fields| (fields.first() == Some(&name)).then(|| fields.get(2)?.parse().ok()));
-    id.flatten().map(Gid::from_raw)
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketFault> {
@@ -143,14 +142,6 @@ fn remove_stale(path: &Path) -> Result<(), SocketFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn group_is_found_by_its_whole_name() {
-        let groups = "root:x:0:\nvtrace-old:x:7:\nvtrace:x:998:alice,bob\nbroken\n";
-        assert_eq!(group_id(groups, "vtrace"), Some(Gid::from_raw(998)));
-        assert_eq!(group_id(groups, "trace"), None);
-        assert_eq!(group_id("vtrace:x:many:", "vtrace"), None);
-    }
 
     #[test]
     fn socket_that_somebody_listens_on_is_left_alone() {

@@ -95,7 +95,8 @@ impl Drop for House {
 
 fn config(directory: &Path) -> ServerConfig {
     let guest = |name: &str| GuestConfig::new(name, GuestSocket::InDirectory);
-    ServerConfig { directory: directory.into(), guests: vec![guest("guest1"), guest("guest2")], passed: Vec::new() }
+    let guests = vec![guest("guest1"), guest("guest2")];
+    ServerConfig { directory: directory.into(), guests, ..ServerConfig::default() }
 }
 
 fn next(link: &mut Link) -> FromServer {

@@ -6,6 +6,8 @@
 //! Full:  a call that would block on a non-blocking descriptor says so with [`SysError::would_block`]
 //! Trust: the kernel
 
+pub mod account;
+pub mod confine;
 pub mod cpuid;
 pub mod daemon;
 pub mod direct;
