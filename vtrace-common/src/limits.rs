@@ -35,6 +35,8 @@ pub const LANES_MAX: usize = DEVICES_MAX * DEVICE_LANES_MAX;
 pub const CPUS_MAX: usize = 4096;
 /// Clients of one server at a time.
 pub const CLIENTS_MAX: usize = 64;
+/// Clients of one user who is not root: the others find room.
+pub const USER_CLIENTS_MAX: usize = 16;
 
 /// Payload of one wire frame.
 pub const FRAME_BYTES_MAX: usize = 64 << 10;
@@ -85,5 +87,6 @@ const LEDGER_BYTES_MAX: usize = 2 * 5 + 5 * 10;
 
 const _: () = assert!(LANES_MAX * LEDGER_BYTES_MAX + NAME_BYTES_MAX < FRAME_BYTES_MAX, "all ledgers are one message");
 const _: () = assert!(RINGS_MAX <= 256);
+const _: () = assert!(USER_CLIENTS_MAX < CLIENTS_MAX);
 const _: () = assert!(CHAIN_SEGMENTS_MAX <= 1024, "one chain must fit one vectored write (IOV_MAX)");
 const _: () = assert!(NAME_BYTES_MAX <= TEXT_BYTES_MAX);

@@ -214,6 +214,7 @@ fn from_server() -> Vec<Vec<u8>> {
         driver: DriverState::Unfit("INDIRECT_DESC".into()),
         agent: Some(AgentState { hello: Hello::ours("vtrace seed"), machine: Some(machine()) }),
         holder_pid: None,
+        holder_uid: Some(1000),
         further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
         lanes_per_device: 126,
     };

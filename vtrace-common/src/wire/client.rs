@@ -215,8 +215,10 @@ pub struct GuestState {
     pub driver: DriverState,
     /// The agent's hello, when its control port is open.
     pub agent: Option<AgentState>,
-    /// Process that holds the guest.
+    /// Process that holds the guest; 0 for one of another user, which only root is told of.
     pub holder_pid: Option<u32>,
+    /// Whose process that is.
+    pub holder_uid: Option<u32>,
     /// Its devices behind the first, in order.
     pub further: Vec<DeviceState>,
     /// CPUs that each of its devices carries at most.
@@ -305,7 +307,7 @@ pub enum Refusal {
     Held {
         /// The guest.
         guest: String,
-        /// Who.
+        /// Who; 0 for a process of another user, which only root is told of.
         holder_pid: u32,
         /// Whose process that is.
         holder_uid: u32,

@@ -280,6 +280,11 @@ pub(super) fn refused(refusal: &Refusal) -> Complaint {
             ),
             "copy this vtrace into the guest and start its agent again",
         ),
+        Refusal::Held { guest, holder_pid: 0, holder_uid } => Complaint::new(
+            cannot(guest),
+            format!("user {holder_uid} is recording it"),
+            "wait for that user, or ask root to stop it",
+        ),
         Refusal::Held { guest, holder_pid, holder_uid } => Complaint::new(
             cannot(guest),
             format!("process {holder_pid} of user {holder_uid} is recording it"),

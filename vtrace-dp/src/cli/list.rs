@@ -105,7 +105,11 @@ fn line(guest: &GuestState) -> String {
             Some(machine) => format!("agent ready, {} CPUs, {}", machine.cpus.len(), machine.uname),
         },
     };
-    let held = guest.holder_pid.map_or(String::new(), |pid| format!(", recorded by pid {pid}"));
+    let held = match (guest.holder_pid, guest.holder_uid) {
+        (None, _) => String::new(),
+        (Some(0), Some(uid)) => format!(", recorded by user {uid}"),
+        (Some(pid), _) => format!(", recorded by pid {pid}"),
+    };
     format!("{}: {device}, {agent}{held} ({})", guest.name, guest.socket)
 }
 
@@ -122,6 +126,7 @@ mod tests {
             driver: DriverState::Running,
             agent: None,
             holder_pid: None,
+            holder_uid: None,
             further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
             lanes_per_device: 126,
         };

@@ -4,7 +4,8 @@
 //! Out:   commands to devices, calls of drains, frames to the client
 //! Runs:  one thread a client. It may wait for a drain's disk; nobody else waits for it.
 //! Full:  while [`ANSWERS_WAITING_MAX`] answers wait for the client to read, no request of it is read
-//! Trust: the socket's permissions decide who comes in; what comes is checked. A client never gets the server to open a
+//! Trust: the socket's permissions decide who comes in; what comes is checked. Only who holds a guest reaches its agent, its
+//!        lanes and its ledger, and other users' processes are not told of. A client never gets the server to open a
 //!        path, and a descriptor that comes uninvited is closed.
 //!
 //! A client that goes away has released everything.
@@ -254,7 +255,7 @@ impl Client {
     /// All guests. If they tell too much for one frame, without what their agents say of their machines: a guest must not
     /// keep the others from being seen.
     fn list(&self) -> FromServer {
-        let mut states: Vec<_> = self.guests.iter().map(|slot| slot.state()).collect();
+        let mut states: Vec<_> = self.guests.iter().map(|slot| slot.state_for(self.peer)).collect();
         let whole = FromServer::Guests(states.clone());
         if encode(&whole).is_ok() {
             return whole;

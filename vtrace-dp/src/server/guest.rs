@@ -116,6 +116,7 @@ impl GuestSlot {
             driver: DriverState::Absent,
             agent: None,
             holder_pid: None,
+            holder_uid: None,
             further: Vec::new(),
             lanes_per_device: u32::try_from(lanes).unwrap_or(u32::MAX),
         };
@@ -128,10 +129,19 @@ impl GuestSlot {
         }))
     }
 
-    /// What `List` shows.
+    /// What `List` shows root.
     pub fn state(&self) -> GuestState {
         let further = self.devices.further();
         GuestState { further, ..self.lock().clone() }
+    }
+
+    /// What `List` shows this client.
+    pub(super) fn state_for(&self, client: Peer) -> GuestState {
+        let mut state = self.state();
+        if let (Some(pid), Some(uid)) = (state.holder_pid, state.holder_uid) {
+            state.holder_pid = Some(client.told_pid(Peer { pid, uid }));
+        }
+        state
     }
 
     /// Asks something of the device's thread. Releases and the end always find room: each claim has one.
@@ -192,12 +202,13 @@ impl Guest {
         match self.seat.claim(claimant.clone()) {
             Claim::Granted => {
                 let answer = self.claimed();
-                log::info!("{guest}: claimed by pid {}", claimant.peer.pid);
+                log::info!("{guest}: claimed by pid {}, uid {}", claimant.peer.pid, claimant.peer.uid);
                 claimant.session.post(answer);
             }
             Claim::Waits => {}
             Claim::Refused(Holder { peer, .. }) => {
-                let refusal = Refusal::Held { guest, holder_pid: peer.pid, holder_uid: peer.uid };
+                let holder_pid = claimant.peer.told_pid(*peer);
+                let refusal = Refusal::Held { guest, holder_pid, holder_uid: peer.uid };
                 claimant.session.post(FromServer::Refused(refusal));
             }
         }
@@ -272,7 +283,9 @@ impl Guest {
     }
 
     fn show_holder(&self) {
-        self.slot.lock().holder_pid = self.seat.holder().map(|holder| holder.peer.pid);
+        let holder = self.seat.holder().map(|holder| holder.peer);
+        let mut state = self.slot.lock();
+        (state.holder_pid, state.holder_uid) = (holder.map(|peer| peer.pid), holder.map(|peer| peer.uid));
     }
 
     fn agent_gone(&mut self, what: Gone) {

@@ -4,7 +4,7 @@
 //! Out:   see [`device`](crate::device) and [`drain`](crate::drain) for guests, [`client`] for clients
 //! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
 //!        All of them sleep until something happens: there is no timer but those that a session starts
-//! Full:  [`CLIENTS_MAX`] clients, [`GUESTS_MAX`] guests
+//! Full:  [`CLIENTS_MAX`] clients, [`USER_CLIENTS_MAX`] of one user who is not root, [`GUESTS_MAX`] guests
 //! Trust: guests with nothing; users by the permissions of the sockets. See [`confine`] for what is left to a mistake of ours
 //!
 //! A guest whose server ends has a device that nobody serves: its CPU spins when a process there opens or closes a port.
@@ -44,7 +44,7 @@ use nix::{
 };
 use vtrace_common::{
     ids::GuestId,
-    limits::{CLIENTS_MAX, DEVICE_LANES_MAX, DEVICES_MAX, GUESTS_MAX},
+    limits::{CLIENTS_MAX, DEVICE_LANES_MAX, DEVICES_MAX, GUESTS_MAX, USER_CLIENTS_MAX},
     wire::{
         Hello,
         client::{FromServer, Refusal},
@@ -76,7 +76,7 @@ use crate::{
     sys::{
         SysError,
         limit::allow_descriptors,
-        socket::{inherited, send_now},
+        socket::{Peer, inherited, send_now},
     },
 };
 
@@ -442,19 +442,20 @@ struct Acceptor {
     listener: UnixListener,
     guests: Registry,
     stop: Arc<Bell>,
-    clients: Vec<JoinHandle<()>>,
+    /// With their users.
+    clients: Vec<(u32, JoinHandle<()>)>,
 }
 
 impl Acceptor {
     fn run(mut self) {
         while self.wait() {
-            self.clients.retain(|client| !client.is_finished());
+            self.clients.retain(|(_, client)| !client.is_finished());
             if let Err(error) = self.accept() {
                 log::error!("a client is turned away: {error}");
             }
         }
         // They poll the same bell.
-        self.clients.into_iter().for_each(|client| drop(client.join()));
+        self.clients.into_iter().for_each(|(_, client)| drop(client.join()));
     }
 
     /// False when the server ends.
@@ -476,14 +477,21 @@ impl Acceptor {
                 return Err(error);
             }
         };
-        if self.clients.len() >= CLIENTS_MAX {
+        let uid = Peer::of(&socket)?.uid;
+        if self.is_full_for(uid) {
             let words = [frame(&Hello::ours(crate::SOFTWARE)), frame(&FromServer::Refused(Refusal::Full))].concat();
             let _ = send_now(socket.as_fd(), &words, None);
             return Ok(());
         }
         let client = Client::new(socket, Arc::clone(&self.guests), Arc::clone(&self.stop))?;
-        self.clients.push(thread::Builder::new().name("client".into()).spawn(move || client.run())?);
+        self.clients.push((uid, thread::Builder::new().name("client".into()).spawn(move || client.run())?));
         Ok(())
+    }
+
+    /// One user's clients leave room for others'.
+    fn is_full_for(&self, uid: u32) -> bool {
+        let own = self.clients.iter().filter(|(other, _)| *other == uid).count();
+        self.clients.len() >= CLIENTS_MAX || (uid != 0 && own >= USER_CLIENTS_MAX)
     }
 }
 

@@ -40,6 +40,30 @@ fn field(lines: &str, name: &str, index: usize) -> Option<u32> {
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    //! Somebody else, for tests that root runs.
+    #![expect(unsafe_code, reason = "the C library would make all threads of the process somebody else")]
+
+    use std::thread;
+
+    use nix::{errno::Errno, libc};
+
+    /// Does `work` on a thread that belongs to user and group `id`, and to no other group.
+    pub(crate) fn as_user<T: Send>(id: u32, work: impl FnOnce() -> T + Send) -> T {
+        let become_user = move || {
+            // SAFETY: no groups are read; the calls change this thread's own credentials, and the thread ends with `work`.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, 0, 0) }).unwrap();
+            // SAFETY: as above; the call takes numbers only.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setresgid, id, id, id) }).unwrap();
+            // SAFETY: as above.
+            Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, id, id, id) }).unwrap();
+            work()
+        };
+        thread::scope(|scope| scope.spawn(become_user).join().unwrap())
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

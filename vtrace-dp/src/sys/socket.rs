@@ -38,6 +38,11 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// What this one is told of another's process: root of any, a user of its own; 0 stands for the rest.
+    pub fn told_pid(self, other: Self) -> u32 {
+        if self.uid == 0 || self.uid == other.uid { other.pid } else { 0 }
+    }
+
     /// Who connected `socket`.
     pub fn of(socket: &UnixStream) -> Result<Self, SysError> {
         let credentials = getsockopt(socket, PeerCredentials).map_err(SysError::of("getsockopt SO_PEERCRED"))?;
