@@ -212,7 +212,8 @@ pub struct Echo {
     pub sent: GuestTsc,
 }
 
-/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`.
+/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`. Of a CPU that was not armed, because it came
+/// online later: its events, by `stats_after` alone, are in nobody's pages.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LaneReport {
     /// Which lane.

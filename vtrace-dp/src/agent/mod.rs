@@ -114,8 +114,13 @@ impl Default for AgentConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The control port has one opener at a time, and has one.
-    #[error("control port {0} is in use: another agent runs in this guest")]
-    Busy(String),
+    #[error("control port {name} is in use: another agent runs in this guest{}", holder.map_or(String::new(), |pid| format!(", process {pid}")))]
+    Busy {
+        /// Which.
+        name: String,
+        /// The other one, if it can be seen from here.
+        holder: Option<u32>,
+    },
     /// The control port cannot be opened.
     #[error("control port {name}")]
     Port {
@@ -202,7 +207,9 @@ fn try_open(ports: &Ports, found: &Found) -> Result<Option<OwnedFd>, AgentError>
     match ports.open_control(found) {
         Ok(port) => Ok(Some(port)),
         Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EBUSY | Errno::EMFILE) => Err(AgentError::Busy(found.name.clone())),
+            Some(Errno::EBUSY | Errno::EMFILE) => {
+                Err(AgentError::Busy { name: found.name.clone(), holder: ports.holder(found) })
+            }
             Some(Errno::ENODEV | Errno::ENXIO | Errno::ENOENT) => Ok(None),
             _ => Err(AgentError::Port { name: found.name.clone(), source: error }),
         },

@@ -82,6 +82,17 @@ impl Ports {
         self.open(found, libc::O_NONBLOCK)
     }
 
+    /// A process that has a port open, as far as this user may look.
+    pub(super) fn holder(&self, found: &Found) -> Option<u32> {
+        let node = self.nodes.join(&found.node);
+        let processes = fs::read_dir("/proc").ok()?.flatten();
+        let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        numbers.find(|pid| {
+            let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            descriptors.into_iter().any(|entry| fs::read_link(entry.path()).is_ok_and(|path| path == node))
+        })
+    }
+
     fn open(&self, found: &Found, flags: i32) -> io::Result<OwnedFd> {
         let node = self.nodes.join(&found.node);
         let mut options = fs::OpenOptions::new();

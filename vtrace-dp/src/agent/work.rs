@@ -166,6 +166,10 @@ impl Work {
             log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
             tell(&FromAgent::Lane(report))?;
         }
+        for (cpu, stats_after) in self.instance.late_cpus() {
+            log::warn!("{cpu} came online after the start: it is not recorded");
+            tell(&FromAgent::Lane(LaneReport { cpu, stats_after, ..LaneReport::default() }))?;
+        }
         described(|each| self.instance.describe_end(each), tell)?;
         tell(&FromAgent::Stopped)?;
         Ok(())

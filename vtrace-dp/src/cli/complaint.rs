@@ -148,7 +148,7 @@ impl From<LinkError> for Complaint {
 impl From<AgentError> for Complaint {
     fn from(error: AgentError) -> Self {
         let remedy = match &error {
-            AgentError::Busy(_) => "one agent serves all hosts: stop the other one",
+            AgentError::Busy { .. } => "one agent serves all hosts: stop the other one",
             AgentError::Port { .. } => "be root",
             AgentError::Policy(_) => "vtrace agent --policy FILE",
             AgentError::Place(_) => "vtrace agent --agent-cpus LIST: CPUs that are online",

@@ -346,6 +346,14 @@ fn finish_guest(
         false => found(&file.writer, &session.ledgers, armed.page_bytes),
     };
     let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
+    for report in &session.late {
+        let lane = LaneSummary::late(report);
+        remarks.push(format!(
+            "{} came online after the start: its {} events are in no file",
+            report.cpu, lane.events_lost
+        ));
+        lanes.push(lane);
+    }
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     if session.is_full {
         let bytes_max = recording.plan.guest_bytes_max.unwrap_or(0);

@@ -195,7 +195,8 @@ impl Guests {
 
     /// Lets every agent of a session that is under way hear from us.
     fn ping(&mut self) -> Result<(), GuestsError> {
-        let is_under_way = |phase| (Phase::Arming..=Phase::Stopping).contains(&phase);
+        // One that is done before the others is let go with them.
+        let is_under_way = |phase| (Phase::Arming..=Phase::Drained).contains(&phase);
         let asked = self.sessions.iter().filter(|session| is_under_way(session.phase()));
         let requests = asked.map(|session| session.ask(ToAgent::Ping { id: self.probes })).collect();
         self.send(requests)
@@ -242,13 +243,23 @@ impl Guests {
     fn probe(&mut self, index: usize, cpu: Cpu) -> Result<Option<Round>, GuestsError> {
         self.probes = self.probes.wrapping_add(1);
         let id = self.probes;
-        let probe = self.sessions[index].ask(ToAgent::Probe { id, cpu });
+        let probe = self.sessions[index].probe(id, cpu);
         self.link.send(&probe)?;
+        let answer = self.await_echo(index, id);
+        self.sessions[index].probed();
+        answer
+    }
+
+    fn await_echo(&mut self, index: usize, id: u32) -> Result<Option<Round>, GuestsError> {
         let asked = Instant::now();
         while asked.elapsed() < ECHO_MAX && self.sessions[index].trouble.is_none() {
             self.take(Duration::from_millis(100))?;
             if let Some((_, round)) = self.sessions[index].echo.take_if(|(answered, _)| *answered == id) {
                 return Ok(Some(round));
+            }
+            if let Some(refused) = &self.sessions[index].probe_refused {
+                log::debug!("{}: {}: {}", self.sessions[index].name, refused.object, refused.detail);
+                break;
             }
         }
         Ok(None)

@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 
 use vtrace_common::{
     ids::Cpu,
-    limits::{PAGE_BYTES_MAX, PAGE_BYTES_MIN},
+    limits::{CPUS_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     time::GuestTsc,
     wire::{
         agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
@@ -113,6 +113,11 @@ pub struct GuestSession {
     pub echo: Option<(u32, Round)>,
     /// What its lanes sent, as the agent counts.
     pub reports: Vec<LaneReport>,
+    /// CPUs that came online too late to be recorded, as the agent counts.
+    pub late: Vec<LaneReport>,
+    /// Why the last probe was not answered.
+    pub probe_refused: Option<Failure>,
+    probing: bool,
     /// What its lanes brought, as the server counts.
     pub ledgers: Vec<LaneLedger>,
     finished: bool,
@@ -139,6 +144,9 @@ impl GuestSession {
             marks_due: 0,
             echo: None,
             reports: Vec::new(),
+            late: Vec::new(),
+            probe_refused: None,
+            probing: false,
             ledgers: Vec::new(),
             finished: false,
             is_full: false,
@@ -165,6 +173,17 @@ impl GuestSession {
     /// Whether a marker's answer is still to come.
     pub fn owes_mark(&self) -> bool {
         self.phase == Phase::Running && self.marks_due > 0
+    }
+
+    /// Asks for the TSC of a CPU; until [`GuestSession::probed`] a failure is this probe's.
+    pub fn probe(&mut self, id: u32, cpu: Cpu) -> ToServer {
+        (self.probing, self.probe_refused) = (true, None);
+        self.ask(ToAgent::Probe { id, cpu })
+    }
+
+    /// The probe is answered, or not waited for any more.
+    pub fn probed(&mut self) {
+        self.probing = false;
     }
 
     /// A request for this guest's agent.
@@ -243,7 +262,16 @@ impl GuestSession {
                 self.reports.push(shown_report(report));
                 vec![]
             }
+            (Phase::Stopping, FromAgent::Lane(report)) if self.is_late(report.cpu) => {
+                self.late.push(shown_report(report));
+                vec![]
+            }
             (Phase::Stopping, FromAgent::Stopped) => self.drain(self.ends(), WAIT_MS_MAX),
+            // A CPU that is offline by now: its clock stays as it was known.
+            (_, FromAgent::Failed(failure)) if self.probing => {
+                self.probe_refused = Some(shown_failure(failure));
+                vec![]
+            }
             (_, FromAgent::Failed(failure)) => self.fail(Trouble::Failed(shown_failure(failure))),
             (_, FromAgent::Pong { .. } | FromAgent::Machine(_) | FromAgent::Closed) => vec![],
             // What the agent had said before it heard that the session is over.
@@ -315,7 +343,10 @@ impl GuestSession {
 
     fn fail(&mut self, trouble: Trouble) -> Vec<ToServer> {
         let is_unanswered = matches!(trouble, Trouble::Silent { .. } | Trouble::Refused(Refusal::State { .. }));
-        self.trouble.get_or_insert(trouble);
+        // What is finished before the others' is not spoiled by what becomes of its machine.
+        if !(self.is_full && self.phase >= Phase::Drained) {
+            self.trouble.get_or_insert(trouble);
+        }
         match (self.phase, is_unanswered) {
             (Phase::Draining, true) => self.step(Phase::Drained),
             // The server still answers `Finish`: what it has written must not be forgotten.
@@ -338,6 +369,13 @@ impl GuestSession {
     fn is_due(&self, cpu: Cpu) -> bool {
         let is_armed = self.armed.as_ref().is_some_and(|armed| armed.lanes.contains(&cpu));
         is_armed && self.reports.iter().all(|report| report.cpu != cpu)
+    }
+
+    /// Whether a CPU came online after the start and was not heard of.
+    fn is_late(&self, cpu: Cpu) -> bool {
+        let is_armed = self.armed.as_ref().is_some_and(|armed| armed.lanes.contains(&cpu));
+        let is_new = self.late.iter().all(|report| report.cpu != cpu);
+        !is_armed && is_new && self.late.len() < CPUS_MAX && usize::try_from(cpu.0).is_ok_and(|cpu| cpu < CPUS_MAX)
     }
 
     fn step(&mut self, phase: Phase) -> Vec<ToServer> {

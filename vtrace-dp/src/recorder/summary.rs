@@ -143,6 +143,12 @@ impl LaneSummary {
         }
     }
 
+    /// A CPU that came online too late: nobody took what it recorded.
+    pub fn late(report: &LaneReport) -> Self {
+        let stats = Stats::parse(&report.stats_after).unwrap_or_default();
+        Self { cpu: report.cpu.0, events_lost: stats.recorded(), ..Self::default() }
+    }
+
     /// A guest's lane: what its agent says against what the server wrote. The second value is false if the two
     /// cannot both be true.
     pub fn guest(report: Option<&LaneReport>, ledger: &LaneLedger) -> (Self, bool) {

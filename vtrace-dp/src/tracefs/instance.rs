@@ -24,7 +24,9 @@ use vtrace_common::{
 use super::{
     INSTANCE_PREFIX, Tap, Tracefs, describe,
     events::{Events, switch_on},
-    expressions, failure, nearest, read, refused, settings, shortened, top, write,
+    expressions, failure, nearest, read, refused, settings, shortened,
+    stats::Stats,
+    top, write,
 };
 
 /// How full a CPU's buffer is when its readers wake up, in percent.
@@ -191,6 +193,13 @@ impl Instance {
         shortened(&text)
     }
 
+    /// CPUs that came online since it was made and have recorded something, each with its stats: nobody taps them.
+    pub fn late_cpus(&self) -> Vec<(Cpu, String)> {
+        let cpus = self.buffers().unwrap_or_default();
+        let late = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).map(|cpu| (cpu, self.stats(cpu)));
+        late.filter(|(_, stats)| Stats::parse(stats).is_ok_and(|stats| stats.recorded() > 0)).collect()
+    }
+
     /// What is known before the trace: header page to kernel symbols, in the order of a trace.dat.
     ///
     /// # Errors
@@ -296,6 +305,11 @@ impl Instance {
         if let Some(cpus) = online_cpus() {
             return Ok(cpus);
         }
+        self.buffers()
+    }
+
+    /// CPUs that have a buffer, or could have one.
+    fn buffers(&self) -> Result<Vec<Cpu>, Failure> {
         let path = self.path.join("per_cpu");
         let entries = fs::read_dir(&path).map_err(|error| refused(&path, &error))?;
         let number = |name: std::ffi::OsString| name.to_str()?.strip_prefix("cpu")?.parse().ok().map(Cpu);

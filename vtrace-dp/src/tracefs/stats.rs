@@ -40,6 +40,11 @@ pub enum StatsFault {
 }
 
 impl Stats {
+    /// Events that were recorded, read or not, or lost in the attempt.
+    pub fn recorded(&self) -> u64 {
+        self.entries.saturating_add(self.read_events).saturating_add(self.lost())
+    }
+
     /// Parses lines of `name: number`; names it does not know are passed over.
     ///
     /// # Errors
