@@ -1,0 +1,112 @@
+//! CPUs of a guest that go, come back and come anew while it is recorded.
+
+use std::{
+    process::Child,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vtrace_common::ids::Cpu;
+use vtrace_tests::{
+    judge::{lines, trace_cmd},
+    recording::{Recorder, Recording},
+    server::Server,
+};
+use xtask::{
+    kernel::Kernel,
+    machine::{Machine, turn},
+};
+
+const GUEST: &str = "guest1";
+
+/// A recording of the guest that is under way.
+fn start(server: &Server, recorder: &Recorder) -> Result<Child> {
+    let child = recorder.start(&format!("--dom {GUEST} -e sched -e timer"))?;
+    server.await_state("is held", |state| !state["holder_pid"].is_null())?;
+    sleep(Duration::from_secs(3));
+    Ok(child)
+}
+
+fn stop(recorder: &Recorder, child: Child) -> Result<Recording> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)?;
+    recorder.finish(child)
+}
+
+fn online(machine: &Machine, cpu: u32, state: u8) -> Result<()> {
+    machine.shell(&format!("echo {state} >/sys/devices/system/cpu/cpu{cpu}/online"))?.ok()?;
+    Ok(())
+}
+
+/// Events of a CPU as stock trace-cmd reads them.
+fn events_of(recording: &Recording, cpu: u32) -> Result<Vec<u64>> {
+    let report = lines(&trace_cmd(&["report", "-t"], &[&recording.file(GUEST)])?);
+    Ok(report.iter().filter(|line| line.cpu == Cpu(cpu)).map(|line| line.time).collect())
+}
+
+#[test]
+fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let builder = Machine::builder(&turn, Kernel::V6_12).cpus(2).arguments(&["-smp", "2,maxcpus=3"]);
+    let machine = builder.vhost_user(&server.socket(GUEST)).boot()?;
+    server.await_agent(GUEST)?;
+
+    // One goes and comes back: it is on both sides of the gap in one file.
+    let child = start(&server, &recorder)?;
+    online(&machine, 1, 0)?;
+    sleep(Duration::from_secs(1));
+    online(&machine, 1, 1)?;
+    sleep(Duration::from_secs(1));
+    let recording = stop(&recorder, child)?.ok()?;
+    assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
+    let times = events_of(&recording, 1)?;
+    let gap = times.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().context("events")?;
+    ensure!(times.len() > 20 && gap > 500_000_000, "{} events, the longest gap {gap} ns", times.len());
+
+    // One goes and stays away: what it had recorded is there, and the guest's part is a success.
+    let child = start(&server, &recorder)?;
+    online(&machine, 1, 0)?;
+    let recording = stop(&recorder, child)?.ok()?;
+    ensure!(events_of(&recording, 1)?.len() > 5, "what came before");
+    assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
+    online(&machine, 1, 1)?;
+
+    // One is plugged in: nobody can have its pages, so they are counted and said.
+    let child = start(&server, &recorder)?;
+    plug(&machine)?;
+    online(&machine, 2, 1)?;
+    machine.shell("for i in 1 2 3 4 5 6 7 8; do taskset -c 2 true || taskset 4 true; done; sleep 1")?;
+    let recording = stop(&recorder, child)?.ok()?;
+    let remarks = recording.machine(GUEST)?["remarks"].to_string();
+    ensure!(remarks.contains("cpu2 came online after the start: its "), "{remarks}\n{:#}", recording.summary);
+    ensure!(recording.sum(GUEST, "events_lost")? > 0, "{:#}", recording.summary);
+    ensure!(events_of(&recording, 0)?.len() > 20);
+
+    // Its device has no port for it: that is what the next recording says.
+    let refused = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?;
+    ensure!(refused.status == 1 && refused.said.contains("trace-path-cpu2 has no data port"), "{}", refused.said);
+    online(&machine, 2, 0)?;
+    recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
+    Ok(())
+}
+
+/// Plugs the third CPU in and waits until the guest has it.
+fn plug(machine: &Machine) -> Result<()> {
+    let free = machine.qmp("query-hotpluggable-cpus", &json!(null))?;
+    let slots = free.as_array().context("a list")?;
+    let slot = slots.iter().find(|slot| slot["qom-path"].is_null()).context("a free one")?;
+    let mut arguments = slot["props"].clone();
+    arguments["driver"] = slot["type"].clone();
+    arguments["id"] = json!("third");
+    machine.qmp("device_add", &arguments)?;
+    let begun = Instant::now();
+    while machine.shell("ls /sys/devices/system/cpu/cpu2/online")?.status != 0 {
+        ensure!(begun.elapsed() < Duration::from_secs(20), "the guest does not see its CPU: {}", machine.console());
+        sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
