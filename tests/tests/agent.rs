@@ -4,6 +4,7 @@ use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::Path,
+    sync::mpsc,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -25,6 +26,8 @@ use xtask::{
 };
 
 const CPUS: u32 = 2;
+/// The number of a ping that nobody waits for.
+const STILL_HERE: u32 = u32::MAX;
 const START: &str = "mkdir -p /tmp/tee; vtrace agent --tee /tmp/tee >>/tmp/agent.log 2>&1 &";
 const INSTANCES: &str = "ls /sys/kernel/tracing/instances";
 
@@ -74,6 +77,7 @@ impl Host {
         loop {
             match self.next()? {
                 FromAgent::Describe(piece) => *described.entry(piece.part).or_default() += piece.bytes.len(),
+                FromAgent::Pong { id: STILL_HERE } => {}
                 other => return Ok(other),
             }
         }
@@ -112,7 +116,26 @@ impl Host {
         Ok(())
     }
 
+    /// Says every second that it is there, as `vtrace record` does: an agent on a busy machine may need longer to report
+    /// than a host may be silent.
     fn stop(&mut self) -> Result<Vec<LaneReport>> {
+        let (mut socket, (end, ended)) = (self.socket.try_clone()?, mpsc::channel());
+        let pings = std::thread::spawn(move || -> Result<()> {
+            let ping = encode(&ToAgent::Ping { id: STILL_HERE })?;
+            while ended.recv_timeout(Duration::from_secs(1)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                socket.write_all(&ping)?;
+            }
+            Ok(())
+        });
+        let reports = self.stopped();
+        end.send(())?;
+        pings.join().expect("no panic")?;
+        // What is asked next must not be answered by the last of them.
+        while self.ask(&ToAgent::Ping { id: 0 })? != (FromAgent::Pong { id: 0 }) {}
+        reports
+    }
+
+    fn stopped(&mut self) -> Result<Vec<LaneReport>> {
         self.say(&ToAgent::Stop)?;
         let mut reports = Vec::new();
         let mut described = Default::default();
@@ -260,8 +283,10 @@ fn agent_cleans_up_however_a_session_ends() -> Result<()> {
     let machine = boot(&turn, Kernel::V6_12, dir.path(), &[])?;
     machine.shell(START)?.ok()?;
 
-    let second = machine.shell("sleep 1; vtrace agent 2>&1")?;
-    ensure!(second.status == 1 && second.text().contains("in use"), "{second:?}");
+    let second = machine.shell("sleep 1; pidof vtrace; vtrace agent 2>&1")?;
+    let text = second.text();
+    let (first, said) = text.split_once('\n').context("a process, then words")?;
+    ensure!(second.status == 1 && said.contains("in use") && said.contains(&format!("process {first}")), "{text}");
 
     // Nobody is connected, then somebody is and says nothing: no thread wakes up.
     let before = wake_ups(&machine)?;

@@ -156,13 +156,17 @@ impl<'a> Control<'a> {
                     return Ok(End::Unplugged);
                 }
                 Some(Gone::Absent) => self.host_has_hung_up(),
-                Some(reason @ (Gone::Silent | Gone::Stalled | Gone::Replaced)) => self.drop_session(reason),
+                Some(reason @ (Gone::Stalled | Gone::Replaced)) => self.drop_session(reason),
+                Some(Gone::Silent) => gone = self.give_up(),
                 None => {}
             }
             if self.options.once && self.served {
                 return Ok(End::Served);
             }
-            gone = self.turn()?.err();
+            gone = match gone {
+                None => self.turn()?.err(),
+                again => again,
+            };
         }
     }
 
@@ -431,6 +435,13 @@ impl<'a> Control<'a> {
             self.served = true;
         }
         self.remove();
+    }
+
+    /// The host is silent. Should it only be slow, it is told: it must not wait for a report that never comes.
+    fn give_up(&mut self) -> Option<Gone> {
+        self.drop_session(Gone::Silent);
+        let failure = Failure::new(FailureKind::State, "session", &Gone::Silent.to_string());
+        self.tell_failure(failure).err()
     }
 
     fn remove(&mut self) {

@@ -240,7 +240,7 @@ fn hello_of_another_host_ends_the_session_of_the_one_before() {
 }
 
 #[test]
-fn silent_host_loses_its_session_after_ten_seconds() {
+fn silent_host_loses_its_session_after_ten_seconds_and_is_told() {
     let Some(mut rig) = Rig::met(true, true) else { return };
     rig.say(&rig.arm());
     assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
@@ -248,6 +248,8 @@ fn silent_host_loses_its_session_after_ten_seconds() {
     assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
     assert!((9.0..12.0).contains(&begun.elapsed().as_secs_f64()), "{:?}", begun.elapsed());
     assert!(!rig.instance_exists());
+    let FromAgent::Failed(failure) = rig.next() else { panic!("a host that was only slow is told") };
+    assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::State, "session"));
 }
 
 #[test]
