@@ -17,7 +17,7 @@ const COMMAND_WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// What to boot and what to run there.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The kernel: 6.1, 6.12 or newest
+    /// The kernel: 5.10, 6.1, 6.12 or newest
     #[arg(long, value_enum, default_value = "6.12")]
     kernel: Kernel,
     /// Which QEMU: newest (11.1), middle (10.0) or oldest (7.2)

@@ -13,7 +13,7 @@ use std::process::Command;
 /// Which kernel: each is the newest of its line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kernel {
-    /// bullseye's: no BTF for modules, one TSC ratio. For the clock's lab only.
+    /// bullseye's, the oldest that is recorded: no BTF for modules, one TSC ratio, pages of one size.
     #[value(name = "5.10")]
     V5_10,
     /// bookworm's: virtio is built as modules.
@@ -32,7 +32,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// Every kernel that vtrace records.
-    pub const ALL: [Self; 3] = [Self::V6_1, Self::V6_12, Self::Newest];
+    pub const ALL: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::Newest];
 
     fn set(self) -> Set {
         let (name, suites, packages): (_, &'static [&'static str], &'static [&'static str]) = match self {
