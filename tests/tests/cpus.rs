@@ -1,10 +1,6 @@
 //! CPUs of a guest that go, come back and come anew while it is recorded.
 
-use std::{
-    process::Child,
-    thread::sleep,
-    time::Duration,
-};
+use std::{process::Child, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use vtrace_common::ids::Cpu;

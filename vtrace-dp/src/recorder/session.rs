@@ -391,7 +391,9 @@ fn reason(refusal: &Refusal) -> String {
         Refusal::NotConnected { socket, .. } => format!("no virtual machine is connected to {socket}"),
         Refusal::Driver { .. } => "no driver of the guest serves its device".into(),
         Refusal::NoAgent { .. } => "no agent runs in the guest".into(),
-        Refusal::AgentVersion { hello, .. } => format!("the agent is of another version ({})", shown(&hello.software)),
+        Refusal::AgentVersion { hello, .. } => {
+            format!("the agent is of another version ({})", printable(&hello.software))
+        }
         Refusal::Held { holder_pid, holder_uid, .. } => {
             format!("process {holder_pid} of user {holder_uid} is recording it")
         }
