@@ -270,6 +270,7 @@ mod tests {
             driver: DriverState::Running,
             agent: Some(AgentState { hello: Hello::ours(SOFTWARE), machine: Some(machine) }),
             holder_pid: None,
+            holder_uid: None,
             further: Vec::new(),
             lanes_per_device: 126,
         }
