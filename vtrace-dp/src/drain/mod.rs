@@ -3,9 +3,16 @@
 //! In:    rings as the VMM starts and stops them; a file and areas of it as a client asks for them
 //! Out:   whole pages at their final place; a ledger for each lane
 //! Runs:  [`Drain`] is a handle: its calls are messages to the thread `drain-NAME`, and those that must be over when
-//!        they return wait for it, for as long as the write takes that it may be in
+//!        they return wait for it
 //! Full:  a slow file blocks the guest's ports; nothing is dropped here without a count
 //! Trust: guests with nothing, the VMM with its guest's memory, clients with the file they gave
+//!
+//! What waits for a disk: pages, in the guest's memory, as long as it takes; nothing else while the machine runs. Who
+//! takes a ring or the memory away (a VMM that stops, resets or migrates its machine, or ends in order) waits until the
+//! writes are over that read the guest's memory: before, that memory may not be used for anything else. Nothing in here
+//! bounds a write; what does is the disk: the kernel's time-outs, or none on a file system that waits for ever (hard NFS,
+//! a frozen one). After [`SLOW_WAIT`] it is said in the log. Other guests, the control queue until then, `vtrace list` and
+//! clients are not held up. QEMU itself waits like this for the writes of its own disks.
 //!
 //! Host memory, all of it taken before pages flow: a lane has one batch (1024 vectors of 16 bytes, a page for headers of
 //! our own) and a queue of at most 1024 chains of 12 bytes: 32 KiB. Past the page cache a guest has 16 more batches:
@@ -36,10 +43,10 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use crossbeam::channel::{Sender, bounded, unbounded};
+use crossbeam::channel::{RecvTimeoutError, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vtrace_common::{
     ids::{Cpu, GuestId},
@@ -56,10 +63,14 @@ use self::{
 };
 use crate::device::{memory::Memory, ring::Ring};
 
+/// From then on a wait for the worker is told.
+const SLOW_WAIT: Duration = Duration::from_secs(5);
+
 /// Handle of a device's drain worker. Every call is a message to its thread; those that answer wait for it. When it is
 /// dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub struct Drain {
+    name: String,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     counters: Mutex<Vec<Arc<Counters>>>,
@@ -75,7 +86,8 @@ impl Drain {
         let discarded_bytes = Arc::default();
         let worker = Worker::new(guest, receiver, Arc::clone(&wake), Arc::clone(&discarded_bytes))?;
         let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(move || worker.run())?;
-        Ok(Self { commands, wake, counters: Mutex::default(), discarded_bytes, thread: Some(thread) })
+        let (name, counters) = (name.to_owned(), Mutex::default());
+        Ok(Self { name, commands, wake, counters, discarded_bytes, thread: Some(thread) })
     }
 
     /// A lane's ring runs from now on. One that ran before is stopped.
@@ -168,7 +180,15 @@ impl Drain {
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
         let (answer, answered) = bounded(1);
         self.tell(command(answer));
-        answered.recv().ok()
+        let slow = match answered.recv_timeout(SLOW_WAIT) {
+            Err(RecvTimeoutError::Timeout) => Instant::now(),
+            answer => return answer.ok(),
+        };
+        let Self { name, .. } = self;
+        log::warn!("{name}: a write has not ended for {SLOW_WAIT:?}; its virtual machine or its client waits for it");
+        let answer = answered.recv().ok();
+        log::info!("{name}: the write has ended after {:?}", SLOW_WAIT + slow.elapsed());
+        answer
     }
 }
 

@@ -78,7 +78,7 @@ pub(super) fn check_direct(file: &File, direct: &File) -> Result<(), LanesFault>
 /// Refuses areas that overlap, are out of place or belong to a CPU without a port.
 pub(super) fn check_areas(lanes: &Lanes, has_port: impl Fn(Cpu) -> Result<(), Portless>) -> Result<(), LanesFault> {
     let page = usize::try_from(lanes.page_bytes).unwrap_or(usize::MAX);
-    if !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&page) || !page.is_multiple_of(PAGE_BYTES_MIN) {
+    if !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&page) || !page.is_power_of_two() {
         return Err(LanesFault::Page(lanes.page_bytes));
     }
     if !(1..=LANES_MAX).contains(&lanes.areas.len()) {
@@ -125,6 +125,19 @@ mod tests {
     #[test]
     fn areas_side_by_side_are_taken_in_any_order() {
         check(&[area(1, 4096, 8192), area(0, 12288, 4096)]).unwrap();
+    }
+
+    #[test]
+    fn page_that_no_kernel_has_and_area_that_begins_again_within_a_page_are_refused() {
+        let check = |page_bytes, area| {
+            check_areas(&Lanes { guest: "guest1".into(), page_bytes, areas: vec![area] }, |_| Ok(()))
+        };
+        for page_bytes in [0, 1, 2048, 5000, 12288, 1 << 20, u32::MAX] {
+            assert!(matches!(check(page_bytes, area(0, 0, 1 << 30)), Err(LanesFault::Page(_))), "{page_bytes}");
+        }
+        check(65536, area(0, 0, 3 << 15)).unwrap();
+        let again = Area { begins_again: true, ..area(0, 0, 3 << 15) };
+        assert!(matches!(check(65536, again), Err(LanesFault::Shape(Cpu(0)))));
     }
 
     #[test]

@@ -263,6 +263,26 @@ proptest! {
     }
 
     #[test]
+    fn pages_of_another_size_than_was_said_are_counted_and_stay_in_the_area(
+        said in 12u32..=19, sent in 12u32..=16, count in 0usize..12, again: bool,
+    ) {
+        let (said, sent) = (1usize << said, 1usize << sent);
+        let area = Area { cpu: Cpu(3), offset: START, bytes_max: 2 * said as u64, begins_again: again };
+        let file = memory_file(0).unwrap();
+        let mut bench = Bench::in_area(file.try_clone().unwrap(), area);
+        bench.lane = Lane::new(area, said as u32, Arc::new(Counters::new(Cpu(3))));
+        for number in 0..count {
+            let mut page = vec![number as u8; sent];
+            page[8..16].copy_from_slice(&(sent as u64 - 16).to_le_bytes());
+            bench.come(&page);
+        }
+        let (ledger, area) = bench.close(Some((count * sent) as u64));
+        prop_assert_eq!(ledger.pages_in, (count * sent / said) as u64);
+        prop_assert_eq!((ledger.bytes_torn, ledger.bytes_missing), ((count * sent % said) as u64, 0));
+        prop_assert!(ledger.balanced() && area.len() <= 2 * said);
+    }
+
+    #[test]
     fn any_cutting_gives_the_good_pages_in_order(
         good in prop::collection::vec(any::<bool>(), 0..12), torn in 0..PAGE, pages_max in 0u64..14,
         cuts in prop::collection::vec((1usize..9000, any::<bool>()), 0..60),
