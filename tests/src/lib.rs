@@ -2,6 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`crash`] | an instant that nobody chose, and what a disk has at it |
 //! | [`disk`] | a file system that is small, or hangs |
 //! | [`server`] | a real `vtrace server` in a folder of its own |
 //! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
@@ -10,6 +11,7 @@
 
 #![expect(clippy::print_stderr, reason = "a failed test shows what its server said")]
 
+pub mod crash;
 pub mod disk;
 pub mod judge;
 pub mod recording;

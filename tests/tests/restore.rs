@@ -2,25 +2,23 @@
 //! a limit: what stock tools make of the files afterwards.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    os::{
-        fd::AsFd,
-        unix::fs::{FileExt, MetadataExt},
-    },
+    fs::{self, File},
+    os::unix::fs::MetadataExt,
     path::Path,
     process::{Child, Command},
     thread::sleep,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use nix::{
     sys::signal::{self, Signal},
-    unistd::{Pid, Whence, lseek64},
+    unistd::Pid,
 };
 use serde_json::Value;
 use vtrace_dp::trace::{input::FileSource, reader::Reader};
 use vtrace_tests::{
+    crash::{copy_now, some_time},
     disk::Disk,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
@@ -46,12 +44,6 @@ fn await_bytes(file: &Path, bytes: u64) -> Result<()> {
         sleep(Duration::from_millis(5));
     }
     Ok(())
-}
-
-/// Some milliseconds, another number each time.
-fn some_time(ms_max: u32) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("it is after 1970");
-    Duration::from_millis(u64::from(now.subsec_micros() % ms_max))
 }
 
 fn kill(mut child: Child) -> Result<()> {
@@ -90,24 +82,6 @@ fn is_valid(file: &Path) -> Result<usize> {
     let report = lines(&trace_cmd(&["report", "--ts-check"], &[file])?);
     assert_eq!(report.len(), events, "stock report shows every event");
     Ok(events)
-}
-
-/// Copies what is in a file, hole by hole, while it is written.
-fn copy_now(from: &Path, to: &Path) -> Result<()> {
-    let (source, copy) = (File::open(from)?, OpenOptions::new().write(true).create_new(true).open(to)?);
-    copy.set_len(source.metadata()?.len())?;
-    let (mut at, mut buffer) = (0, vec![0; 1 << 20]);
-    while let Ok(data) = lseek64(source.as_fd(), at, Whence::SeekData) {
-        let hole = lseek64(source.as_fd(), data, Whence::SeekHole)?;
-        at = data;
-        while at < hole {
-            let bytes = usize::try_from(hole - at)?.min(buffer.len());
-            source.read_exact_at(&mut buffer[..bytes], u64::try_from(at)?)?;
-            copy.write_all_at(&buffer[..bytes], u64::try_from(at)?)?;
-            at += i64::try_from(bytes)?;
-        }
-    }
-    Ok(())
 }
 
 #[test]
