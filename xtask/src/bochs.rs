@@ -28,6 +28,7 @@ pub const DISK_MODULES: [&str; 2] = ["ata_piix", "sd_mod"];
 /// A disk's size is a multiple of heads × sectors × 512.
 const CYLINDER_BYTES: u64 = 16 * 63 * 512;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+const SCREEN_WAIT_MAX: Duration = Duration::from_secs(60);
 /// How much of a console an error shows, in lines.
 const CONSOLE_LINES: usize = 40;
 
@@ -64,7 +65,12 @@ pub fn run(job: &Job<'_>) -> Result<String> {
     fs::write(job.folder.join("bochsrc"), settings(&root, job.folder, &cd, &disks)?)?;
     fs::write(job.folder.join("rc"), "c\n")?; // Debian's Bochs begins in its debugger
     let mut child = start(&root, job)?;
-    let result = wait(&mut child, &serial, job.wait_max);
+    let result = look_away(&mut child, job.folder).and_then(|mut screen| {
+        let result = wait(&mut child, &serial, job.wait_max);
+        let _ = screen.kill();
+        let _ = screen.wait();
+        result
+    });
     let _ = child.kill(); // with its terminal it takes Bochs along
     let _ = child.wait();
     let console = result?;
@@ -170,9 +176,26 @@ fn start(root: &Path, job: &Job<'_>) -> Result<Child> {
     script.args(["-qfc", &line, "/dev/null"]).current_dir(folder).env("TERM", "xterm");
     // The libraries of its plugins are found by its own loader's path.
     script.env("LTDL_LIBRARY_PATH", library.join("bochs/plugins")).env("BXSHARE", root.join("usr/share/bochs"));
-    // Once its input ends, script passes nothing on any more, and Bochs blocks on its screen.
     script.stdin(Stdio::piped()).stdout(File::create(folder.join("bochs.out"))?).stderr(Stdio::null());
     script.spawn().context("cannot run script")
+}
+
+/// A Bochs with a debugger opens a terminal more for the machine's screen, and blocks once nobody reads that: reads it.
+fn look_away(child: &mut Child, folder: &Path) -> Result<Child> {
+    let begun = Instant::now();
+    loop {
+        let said = fs::read(folder.join("bochs.out")).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        let screen = said.split_once("connected to screen \"").and_then(|(_, rest)| rest.split_once('"'));
+        if let Some((screen, _)) = screen {
+            let read = format!("stty -F '{screen}' raw -echo && exec cat '{screen}'");
+            let mut sh = Command::new("sh");
+            sh.args(["-c", &read]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            return sh.spawn().context("cannot run sh");
+        }
+        ensure!(child.try_wait()?.is_none() && begun.elapsed() < SCREEN_WAIT_MAX, "Bochs does not start: {said}");
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
 /// Waits until the machine has powered off.
