@@ -311,7 +311,7 @@ fn raw_clock_leaves_the_guests_own_times_and_all_that_it_takes_to_convert_them()
 
 /// Where the child of the test below works; only it is told.
 const CHILD_FOLDER: &str = "VTRACE_TEST_KILLED_IN";
-/// Thousands of pages, so that a kill meets the middle.
+/// A thousand pages or so, so that a kill meets the middle.
 const MANY: [u64; 2] = [4000, 100_000_000];
 
 fn moved() -> [Pair; 4] {
