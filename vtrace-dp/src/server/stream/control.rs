@@ -306,6 +306,10 @@ impl Control {
             self.greeting.again_at = Some(now + GREET_EVERY);
             self.guest.agent(AgentEvent::Opened, &mut self.agent);
         }
+        if !self.agent.is_open() {
+            // Somebody is there who does not know that we do not know it.
+            self.greeting.again_at.get_or_insert(now + GREET_EVERY);
+        }
         self.agent.hear(&frame.bytes, HostTsc(tsc::read()));
         while let Some(event) = self.agent.next_event() {
             self.hear(event);

@@ -11,11 +11,13 @@
 
 use vtrace_common::{
     limits::{FRAME_BYTES_MAX, TEXT_BYTES_MAX},
-    wire::{Family, HEADER_BYTES, MAGIC},
+    wire::{Family, HEADER_BYTES, MAGIC, VERSION},
 };
 
 /// The family of a hello.
 const HELLO: u16 = Family::Hello as u16;
+/// The last family there is.
+const FAMILY_MAX: u16 = Family::FromServer as u16;
 /// Bytes of the longest hello.
 const HELLO_BYTES_MAX: usize = HEADER_BYTES + 16 + TEXT_BYTES_MAX;
 
@@ -67,6 +69,10 @@ impl Cutter {
                 self.skip(hello);
                 continue;
             }
+            if let Some(hello) = self.hello_across(length) {
+                self.skip(hello);
+                continue;
+            }
             let bytes = self.bytes[..length].to_vec();
             self.skip(length);
             return Some(Piece { is_hello: family == HELLO, bytes });
@@ -78,6 +84,14 @@ impl Cutter {
             self.bytes.drain(..bytes);
             self.scanned = 0;
         }
+    }
+
+    /// Where a hello begins that goes on behind the first `length` bytes: the frame they were to be never ended.
+    fn hello_across(&self, length: usize) -> Option<usize> {
+        let magics = self.bytes[..length].windows(4).enumerate().skip(1);
+        let mut found = magics.filter(|(_, word)| *word == MAGIC.to_le_bytes()).map(|(at, _)| at);
+        found
+            .find(|at| header(&self.bytes[*at..]).is_some_and(|(family, bytes)| family == HELLO && at + bytes > length))
     }
 
     /// Where a whole hello begins behind the first byte.
@@ -106,6 +120,10 @@ impl Cutter {
 fn header(bytes: &[u8]) -> Option<(u16, usize)> {
     let header = bytes.get(..HEADER_BYTES)?;
     let family = u16::from_le_bytes([header[6], header[7]]);
+    let version = u16::from_le_bytes([header[4], header[5]]);
+    if family > FAMILY_MAX || (family != HELLO && version != VERSION) {
+        return None;
+    }
     let length = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
     let length = usize::try_from(length).ok().filter(|length| *length <= FRAME_BYTES_MAX)?;
     (header[..4] == MAGIC.to_le_bytes()).then_some((family, HEADER_BYTES + length))
@@ -166,6 +184,12 @@ mod tests {
     fn junk_before_a_frame_is_skipped() {
         let stream = [b"vtrvtrc\xff\xff\xff\xff\xff\xff\xff\xffjunk".to_vec(), pong(4)].concat();
         assert_eq!(cut(&stream, 3).concat_bytes(), pong(4));
+    }
+
+    #[test]
+    fn hello_that_makes_a_short_frame_whole_is_a_hello() {
+        let stream = [&pong(1 << 30)[..13], &hello()].concat();
+        assert_eq!(cut(&stream, stream.len()).concat_bytes(), hello());
     }
 
     trait Bytes {

@@ -156,7 +156,7 @@ impl Worker {
         }
     }
 
-    /// Sleeps, then does what there is to do. False to stop. Hot.
+    /// Sleeps, then does what there is to do. False to stop.
     fn turn(&mut self) -> bool {
         self.ring.submit_and_wait().expect("a ring of our own can be waited for");
         while let Some(end) = self.ring.pop() {
@@ -181,7 +181,7 @@ impl Worker {
         true
     }
 
-    /// Somebody connects to a port, or bytes have come over it, or its other end is closed. Hot.
+    /// Somebody connects to a port, or bytes have come over it, or its other end is closed.
     fn ready(&mut self, index: usize) {
         let way = &mut self.ways[index];
         if way.source.is_none() {
@@ -194,7 +194,7 @@ impl Worker {
         }
     }
 
-    /// Hot.
+    /// Moves what has come over a port; when it came is noted only while no session wants it.
     fn serve(&mut self, index: usize) -> Turn {
         let Way { source, lane, last, .. } = &mut self.ways[index];
         let Some(source) = source else { return Turn::Empty(0) };
