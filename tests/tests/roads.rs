@@ -11,9 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
-    errno::Errno,
     sys::signal::{Signal, kill},
-    unistd::{Pid, Whence, lseek64},
+    unistd::Pid,
 };
 use vtrace_tests::{
     judge::{lines, trace_cmd},
@@ -89,17 +88,12 @@ impl<'a> Trial<'a> {
 
     /// Starts a recording that goes on until something happens to it.
     fn recording(&self, server: &Server) -> Result<Child> {
-        let file = self.folder.path().join(format!("trace-{GUEST}.dat"));
-        let _ = fs::remove_file(&file);
         // A small buffer: its pages come soon.
         let child = self.recorder(server).start(&format!("--dom {GUEST} -b 64 -e sched -- sleep 1000"))?;
-        for _ in 0..600 {
-            if has_pages(&file)? {
-                return Ok(child);
-            }
-            sleep(Duration::from_millis(100));
-        }
-        bail!("no pages come: {}", server.log());
+        server.await_state("is held", |state| !state["holder_pid"].is_null())?;
+        // Armed, started, and some pages on their way.
+        sleep(Duration::from_secs(5));
+        Ok(child)
     }
 
     /// A recording that something has happened to: it says what, and its file has what came.
@@ -119,17 +113,6 @@ fn file_is_whole(recording: &Recording) -> Result<usize> {
     let report = lines(&trace_cmd(&["report"], &[&recording.file(GUEST)])?);
     ensure!(report.len() > 10, "{} lines", report.len());
     Ok(report.len())
-}
-
-/// Whether pages of the last CPU have come: its area lies behind all descriptions and the other's area.
-fn has_pages(path: &Path) -> Result<bool> {
-    let Ok(file) = fs::File::open(path) else { return Ok(false) };
-    let behind_descriptions = 64 << 20;
-    match lseek64(&file, behind_descriptions, Whence::SeekData) {
-        Ok(_) => Ok(true),
-        Err(Errno::ENXIO) => Ok(false),
-        Err(errno) => Err(errno.into()),
-    }
 }
 
 /// Threads and descriptors of the server.
