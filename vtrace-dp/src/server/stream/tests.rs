@@ -40,7 +40,8 @@ impl Trial {
         folder.make(setup, None).unwrap();
         let streams = Streams { folder: folder.clone(), setup };
         let guests = vec![GuestConfig::new("guest1", GuestSocket::Streams(streams))];
-        let server = Server::start(&ServerConfig { directory: root.path().join("run"), guests }).unwrap();
+        let server =
+            Server::start(&ServerConfig { directory: root.path().join("run"), guests, passed: Vec::new() }).unwrap();
         Self { server, folder, _root: root }
     }
 
@@ -73,7 +74,8 @@ impl Trial {
     }
 
     fn attach(&self, file: &File) {
-        let area = |cpu: u32| Area { cpu: Cpu(cpu), offset: u64::from(cpu) << 20, bytes_max: 1 << 20 };
+        let area =
+            |cpu: u32| Area { cpu: Cpu(cpu), offset: u64::from(cpu) << 20, bytes_max: 1 << 20, begins_again: false };
         self.slot().devices.drains.attach(file, None, 4096, vec![area(0), area(1)]).unwrap();
     }
 
