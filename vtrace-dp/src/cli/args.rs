@@ -67,7 +67,7 @@ const WHAT: &str = "What to record (each for the machine or instance before it)"
 const WHOSE: &str = "Whose events (each for the machine or instance before it)";
 const RINGS: &str = "Ring buffers (each for the machine or instance before it)";
 const MACHINES: &str = "Machines";
-const SESSION: &str = "Session";
+pub(super) const SESSION: &str = "Session";
 const FILES: &str = "Files";
 const SAYS: &str = "What is said";
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, builder::RangedU64ValueParser};
 use vtrace_common::limits::LANES_MAX;
 
-use super::args::RUN_DIR;
+use super::args::{RUN_DIR, SESSION};
 
 /// `vtrace attach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
@@ -85,10 +85,10 @@ pub struct ListArgs {
 #[derive(ClapArgs, Debug)]
 pub struct BackgroundArgs {
     /// Go on in the background once the recording has begun (`vtrace start` does); `vtrace stop` ends it
-    #[arg(long)]
+    #[arg(long, help_heading = SESSION)]
     pub daemonize: bool,
     /// What it is called in the background, where that is not its first guest's name, or `host`
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = SESSION)]
     pub session: Option<String>,
 }
 
