@@ -208,15 +208,4 @@ fn remove_chardev(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_cpu_has_a_port_and_every_device_one_more() {
-        assert_eq!(ports(2, 126), [3]);
-        assert_eq!(ports(0, 126), [1]);
-        assert_eq!(ports(126, 126), [127]);
-        assert_eq!(ports(300, 126), [127, 127, 49]);
-        assert_eq!(ports(4, 2), [3, 3]);
-    }
-}
+mod tests;
