@@ -110,7 +110,9 @@ pub fn server(link: &Result<Link, LinkError>) -> Finding {
 
 /// The wire agrees, or nobody would have come so far.
 fn same_software(check: &str, found: String, software: &str) -> Finding {
-    if software == SOFTWARE {
+    // An agent says what it is before its version.
+    let version = |software: &str| software.rsplit(' ').next().map(str::to_owned);
+    if version(software) == version(SOFTWARE) {
         return Finding::ok(check, found);
     }
     Finding::warn(check, format!("{found}; this is {SOFTWARE}"), "use the same version of vtrace everywhere")
@@ -258,6 +260,8 @@ mod tests {
         let finding = server(&Link::connect(folder.path()));
         assert!(finding.verdict == Fail && finding.remedy.contains("vtrace server"), "{finding}");
         assert_eq!(same_software("server", String::new(), SOFTWARE).verdict, Fine);
+        let agent = SOFTWARE.replace("vtrace", "vtrace agent");
+        assert_eq!(same_software("guest1", String::new(), &agent).verdict, Fine);
         assert_eq!(same_software("server", String::new(), "vtrace 0.0.9").verdict, Warn);
     }
 
