@@ -90,7 +90,7 @@ fn run(verb: &str, words: &str, server: &Path, folder: &Path) -> Result<Output> 
 
 /// Records in the background until some of the guest's pages are in its file. Gives the recording's process.
 fn start(server: &Path, folder: &Path) -> Result<String> {
-    let started = run("start", &format!("--dom {GUEST} -e all"), server, folder)?;
+    let started = run("start", &format!("--dom {GUEST} -e sched -e irq -e timer"), server, folder)?;
     ensure!(started.status.success(), "{}", String::from_utf8_lossy(&started.stderr));
     let begun = Instant::now();
     loop {

@@ -162,12 +162,10 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let policy = Policy::load(config.policy, config.exec)?;
     let AgentConfig { tee, once, without_indirect, .. } = config;
     let options = Options { tee, once, without_indirect, policy, place };
-    let mut cleaned = false;
     while let Some(port) = open_control(&ports, &news, &quit)? {
         // Only the owner of the control port may clean up: another agent's instance is not stale.
-        if !std::mem::replace(&mut cleaned, true) {
-            remove_stale();
-        }
+        // Again after a port that was unplugged: what was busy then may have stayed.
+        remove_stale();
         match Control::new(port, &ports, &options, quit.as_fd())?.serve()? {
             End::Unplugged => {}
             End::Asked | End::Served => break,
@@ -255,6 +253,6 @@ fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result
 fn remove_stale() {
     let removed = Tracefs::find_or_mount().map(|tracefs| tracefs.remove_ours()).unwrap_or(0);
     if removed > 0 {
-        log::warn!("removed {removed} tracefs instance(s) of a killed agent");
+        log::warn!("removed {removed} tracefs instance(s) of a killed agent or of a port that went away");
     }
 }
