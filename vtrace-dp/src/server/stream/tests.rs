@@ -41,7 +41,8 @@ impl Trial {
         let streams = Streams { folder: folder.clone(), setup };
         let guests = vec![GuestConfig::new("guest1", GuestSocket::Streams(streams))];
         let server =
-            Server::start(&ServerConfig { directory: root.path().join("run"), guests, passed: Vec::new() }).unwrap();
+            Server::start(&ServerConfig { directory: root.path().join("run"), guests, ..ServerConfig::default() })
+                .unwrap();
         Self { server, folder, _root: root }
     }
 
