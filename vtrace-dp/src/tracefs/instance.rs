@@ -44,7 +44,7 @@ const BUFFER_PERCENT_LARGE: u32 = 30;
 /// Pages that count as large.
 const PAGE_BYTES_LARGE: u32 = 32 << 10;
 
-const REMOVE_TRIES_MAX: u32 = 50;
+const REMOVE_TRIES_MAX: u32 = 500;
 const REMOVE_PAUSE: Duration = Duration::from_millis(4);
 
 /// An instance of our own; removed when dropped. Taps have to be closed before, or it stays and says so in the log.
@@ -327,7 +327,8 @@ impl Drop for Instance {
     }
 }
 
-/// Removes an instance. One whose files are just being closed by another thread is tried again, for 0.2 s.
+/// Removes an instance. One whose files are just being closed by another thread is tried again, for 2 s: the kernel drops
+/// what an io_uring held some time after it was closed.
 pub(super) fn remove_directory(path: &Path) -> io::Result<()> {
     for _ in 1..REMOVE_TRIES_MAX {
         match fs::remove_dir(path) {

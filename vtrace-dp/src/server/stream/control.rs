@@ -47,7 +47,7 @@ pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
 /// One that still says nothing is gone. Arming can keep an agent silent for some seconds.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// How long an agent that has said hello may take to say where it runs.
-const GREET_EVERY: Duration = Duration::from_millis(500);
+const GREET_EVERY: Duration = Duration::from_secs(3);
 /// No recorder numbers its pings so.
 const PING_ID: u32 = u32::MAX;
 /// Bytes read at a time, and reads of one turn.
