@@ -88,6 +88,11 @@ pub(crate) fn tasks(process: &str) -> Result<HashMap<String, (String, Duration)>
     each.context("no CPU times of threads")
 }
 
+/// CPU time of the kernel's own threads that work for this process's io_urings.
+pub(crate) fn io_workers() -> Result<Duration> {
+    threads("iou-wrk-")
+}
+
 /// Times that the threads of this process whose names begin so have been woken up or switched away.
 pub(crate) fn switches(prefix: &str) -> Result<u64> {
     let each = each_task("self", |task| {

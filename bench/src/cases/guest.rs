@@ -4,7 +4,7 @@
 //! In:    a ring buffer of the guest, filled beforehand with tracing off; the agent's pump, or a recorder as trace-cmd's
 //! Out:   MB/s in the guest; host CPU (QEMU's threads but its vCPUs', and whoever receives) and guest CPU (the vCPUs'
 //!        threads) per GiB
-//! Runs:  QEMU as a child process; backend and receivers as threads of this process, all into files in memory
+//! Runs:  QEMU as a child process; backend and receivers as threads of this process, all into files on the disk
 //! Trust: what the guest says it sent must have arrived, to the byte
 //!
 //! Guest CPU is that of the vCPU threads, so an emulated guest's is that of its emulation. What starts the sender in the

@@ -42,7 +42,7 @@ impl Receiver {
     }
 
     fn start(name: &str, source: OwnedFd) -> Result<Self> {
-        let (file, received) = (Place::Memory.file()?, Arc::<AtomicU64>::default());
+        let (file, received) = (Place::Disk.file()?, Arc::<AtomicU64>::default());
         let (target, count) = (file.try_clone()?, Arc::clone(&received));
         let thread = thread::Builder::new().name(name.into()).spawn(move || receive(&source, &target, &count))?;
         Ok(Self { file, received, thread })

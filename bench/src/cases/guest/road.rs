@@ -1,7 +1,7 @@
 //! The three roads out of the guest, seen from the host.
 //!
 //! In:    sockets and FIFOs in a folder
-//! Out:   bytes in files in memory, counted
+//! Out:   bytes in files on this machine's disk, counted; ours past the page cache, as a recording writes them
 //! Runs:  a device and a drain for ours; a thread for each stock port, named after it
 //! Trust: QEMU: it closes what it opened
 
@@ -16,7 +16,14 @@ use vtrace_common::{
     ids::Cpu,
     wire::client::{Area, LaneEnd},
 };
-use vtrace_dp::drain::Drain;
+use vtrace_dp::{
+    drain::{
+        Drain,
+        direct::DirectSink,
+        sink::{FileSink, Sink},
+    },
+    sys::direct::reopen,
+};
 
 use super::{below, receiver::Receiver, wait_until};
 use crate::{
@@ -49,7 +56,9 @@ impl Road {
     /// CPU time of those threads of ours that take its bytes.
     pub(super) fn receiver_cpu(self) -> Result<Duration> {
         match self {
-            Self::VhostUser => Ok(measure::threads("drain-guest")? + measure::threads("device guest")?),
+            Self::VhostUser => {
+                Ok(measure::threads("drain-guest")? + measure::threads("device guest")? + measure::io_workers()?)
+            }
             Self::Fifo => measure::threads("receive-fifo"),
             Self::Socket => measure::threads("receive-socket"),
         }
@@ -98,6 +107,9 @@ pub(super) struct Open {
     socket: Receiver,
 }
 
+/// More than is sent over a road.
+const FILE_BYTES: u64 = 4 << 30;
+
 /// What is to come over one road.
 pub(super) enum Receipt<'a> {
     Drain(&'a Drain),
@@ -110,7 +122,14 @@ impl Open {
         let receiver = match road {
             Road::VhostUser => {
                 let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40, begins_again: false };
-                self.backend.drain.attach(Place::Memory.file()?, PAGE, vec![area])?;
+                let file = Place::Disk.file()?;
+                // As a recording's: its end is behind everything that will be written.
+                file.set_len(FILE_BYTES)?;
+                let sink: Box<dyn Sink> = match reopen(&file) {
+                    Ok(direct) => Box::new(DirectSink::new(file, direct)?),
+                    Err(_) => Box::new(FileSink::new(file)?),
+                };
+                self.backend.drain.attach_sink(sink, PAGE, vec![area])?;
                 return Ok(Receipt::Drain(&self.backend.drain));
             }
             Road::Fifo => &self.fifo,
