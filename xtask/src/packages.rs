@@ -11,8 +11,9 @@ use std::process::Command;
 pub const COMPILERS: [&str; 3] = ["gcc", "g++", "libc6-dev"];
 
 /// Stock tools that read what vtrace writes: trace-cmd, and the library behind KernelShark with what a C++ program
-/// needs to open a file as KernelShark does.
-pub const JUDGES: [&str; 5] = ["trace-cmd", "libkshark-dev", "gcc", "g++", "libc6-dev"];
+/// needs to open a file as KernelShark does; what reads man pages and units; and what makes the disks that fill up.
+pub const JUDGES: [&str; 9] =
+    ["trace-cmd", "libkshark-dev", "gcc", "g++", "libc6-dev", "man-db", "systemd", "e2fsprogs", "mount"];
 
 /// trace-cmd of the next Debian, which reads files by newer code.
 const TRACE_CMD_NEWEST: Set =
