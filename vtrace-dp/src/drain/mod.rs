@@ -11,7 +11,7 @@
 //! takes a ring or the memory away (a VMM that stops, resets or migrates its machine, or ends in order) waits until the
 //! writes are over that read the guest's memory: before, that memory may not be used for anything else. Nothing in here
 //! bounds a write; what does is the disk: the kernel's time-outs, or none on a file system that waits for ever (hard NFS,
-//! a frozen one). After [`SLOW_WAIT`] it is said in the log. Other guests, the control queue until then, `vtrace list` and
+//! a frozen one). After [`handle::SLOW_WAIT`] it is said in the log. Other guests, the control queue until then, `vtrace list` and
 //! clients are not held up. QEMU itself waits like this for the writes of its own disks.
 //!
 //! Host memory, all of it taken before pages flow: a lane has one batch (1024 vectors of 16 bytes, a page for headers of
@@ -26,9 +26,11 @@
 //! | [`lane`] | byte stream ─► pages ─► batches |
 //! | [`sink`] | batches ─► file |
 //! | [`direct`] | the same past the page cache, several writes at a time |
+//! | [`handle`] | messages to the thread, and its answers |
 //! | [`ledger`] | counts |
 
 pub mod direct;
+pub(crate) mod handle;
 pub mod lane;
 pub mod ledger;
 mod road;
@@ -39,15 +41,12 @@ use std::{
     fs::File,
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use crossbeam::channel::{RecvTimeoutError, Sender, bounded, unbounded};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use vtrace_common::{
     ids::{Cpu, GuestId},
     limits::{DEVICE_LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
@@ -56,6 +55,7 @@ use vtrace_common::{
 
 use self::{
     direct::DirectSink,
+    handle::Handle,
     lane::Lane,
     ledger::Counters,
     sink::{FileSink, Sink},
@@ -63,53 +63,49 @@ use self::{
 };
 use crate::device::{memory::Memory, ring::Ring};
 
-/// From then on a wait for the worker is told.
-const SLOW_WAIT: Duration = Duration::from_secs(5);
-
 /// Handle of a device's drain worker. Every call is a message to its thread; those that answer wait for it. When it is
 /// dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub struct Drain {
-    name: String,
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-    counters: Mutex<Vec<Arc<Counters>>>,
+    handle: Handle<Command>,
     discarded_bytes: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Drain {
     /// Starts the thread.
     pub fn spawn(guest: GuestId, name: &str) -> io::Result<Self> {
-        let (commands, receiver) = unbounded();
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let discarded_bytes = Arc::default();
-        let worker = Worker::new(guest, receiver, Arc::clone(&wake), Arc::clone(&discarded_bytes))?;
-        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(move || worker.run())?;
-        let (name, counters) = (name.to_owned(), Mutex::default());
-        Ok(Self { name, commands, wake, counters, discarded_bytes, thread: Some(thread) })
+        let handle = Handle::spawn(
+            name,
+            || Command::Stop,
+            |commands, wake| {
+                let worker = Worker::new(guest, commands, wake, Arc::clone(&discarded_bytes))?;
+                Ok(move || worker.run())
+            },
+        )?;
+        Ok(Self { handle, discarded_bytes })
     }
 
     /// A lane's ring runs from now on. One that ran before is stopped.
     pub fn ring_started(&self, cpu: Cpu, ring: Ring) {
-        self.tell(Command::RingStarted(cpu, Box::new(ring)));
+        self.handle.tell(Command::RingStarted(cpu, Box::new(ring)));
     }
 
     /// Finishes writes in flight, publishes, gives the ring up: the answer to GET_VRING_BASE. The lane stays and goes on
     /// with the next ring. None if there is no such ring. Waits.
     pub fn ring_stopped(&self, cpu: Cpu) -> Option<u16> {
-        self.ask(|answer| Command::RingStopped(cpu, answer)).flatten()
+        self.handle.ask(|answer| Command::RingStopped(cpu, answer)).flatten()
     }
 
     /// The memory table changed: writes in flight are finished, then the rings are remapped. Waits: afterwards the old
     /// mapping is not used any more.
     pub fn remap(&self, memory: Arc<Memory>) {
-        self.ask(|answer| Command::Remap(memory, answer));
+        self.handle.ask(|answer| Command::Remap(memory, answer));
     }
 
     /// QEMU gave another call eventfd for a running ring.
     pub fn call_changed(&self, cpu: Cpu, call: Option<std::os::fd::OwnedFd>) {
-        self.tell(Command::CallChanged(cpu, call));
+        self.handle.tell(Command::CallChanged(cpu, call));
     }
 
     /// Pages are written to these areas of `file` from now on. Without lanes, what comes is discarded. Rings may start
@@ -134,70 +130,30 @@ impl Drain {
         let lane = |(area, counters): (Area, &Arc<_>)| (area.cpu, Lane::new(area, page_bytes, Arc::clone(counters)));
         let lanes = areas.into_iter().zip(&counters).map(lane).collect();
         let attachment = Attachment { sink, lanes, counters: counters.clone() };
-        // Held until the answer is there: two clients at a time must not see each other's counts.
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.ask(|answer| Command::Attach(attachment, answer)) {
-            Some(true) => *known = counters,
-            Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
-            None => return Err(io::ErrorKind::BrokenPipe.into()),
-        }
-        Ok(())
+        self.handle.attach(counters, |answer| Command::Attach(attachment, answer))
     }
 
     /// Waits until each lane has received what its agent sent (or `wait_ms_max` has passed, or the rings are gone),
     /// writes everything, closes the lanes. The answer comes to `done` from the worker's thread, which must not call
     /// back into this handle; without lanes it is empty. Lanes without an end are not waited for.
     pub fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
-        self.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+        self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
     }
 
     /// Forgets the lanes at once, after writing what they hold; what comes is discarded. Waits: afterwards the file is
     /// closed.
     pub fn detach(&self) {
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ask(Command::Detach);
-        known.clear();
+        self.handle.detach(Command::Detach);
     }
 
     /// What has come so far; after the lanes are closed, what has come at all, until they are detached.
     pub fn ledger(&self) -> Vec<LaneLedger> {
-        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.iter().map(|counters| counters.read()).collect()
+        self.handle.ledger()
     }
 
     /// Bytes that came while nobody wanted them.
     pub fn discarded_bytes(&self) -> u64 {
         self.discarded_bytes.load(Ordering::Relaxed)
-    }
-
-    fn tell(&self, command: Command) {
-        // The worker outlives this handle; were it gone, there would be nobody left to do it.
-        if self.commands.send(command).is_ok() {
-            let _ = self.wake.write(1);
-        }
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
-        let (answer, answered) = bounded(1);
-        self.tell(command(answer));
-        let slow = match answered.recv_timeout(SLOW_WAIT) {
-            Err(RecvTimeoutError::Timeout) => Instant::now(),
-            answer => return answer.ok(),
-        };
-        let Self { name, .. } = self;
-        log::warn!("{name}: a write has not ended for {SLOW_WAIT:?}; its virtual machine or its client waits for it");
-        let answer = answered.recv().ok();
-        log::info!("{name}: the write has ended after {:?}", SLOW_WAIT + slow.elapsed());
-        answer
-    }
-}
-
-impl Drop for Drain {
-    fn drop(&mut self) {
-        self.tell(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }
 

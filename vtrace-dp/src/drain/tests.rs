@@ -2,7 +2,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
 
-use std::{os::unix::fs::FileExt, sync::mpsc, time::Instant};
+use std::{os::unix::fs::FileExt, sync::mpsc, thread, time::Instant};
 
 use vtrace_common::limits::MEMORY_REGIONS_MAX;
 
@@ -358,15 +358,15 @@ fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
             thread::yield_now();
         }
     }
-    bench.drain.tell(Command::Panic(None));
-    bench.drain.tell(Command::Panic(Some(Cpu(0))));
+    bench.drain.handle.tell(Command::Panic(None));
+    bench.drain.handle.tell(Command::Panic(Some(Cpu(0))));
     bench.send(1, &page(1, 1));
     let ledgers = bench.finish(vec![end(0, 1 << 20), end(1, 2 * u64::from(PAGE))], 600_000);
     assert_eq!((ledgers[0].pages_in, ledgers[0].pages_out), (1, 1));
     assert_eq!((ledgers[1].pages_in, ledgers[1].pages_out), (2, 2));
     assert!(bench.drain.ring_stopped(Cpu(0)).is_some());
     // Too many of them: commands are all that is left.
-    (0..20).for_each(|_| bench.drain.tell(Command::Panic(None)));
+    (0..20).for_each(|_| bench.drain.handle.tell(Command::Panic(None)));
     assert!(bench.drain.ring_stopped(Cpu(1)).is_some());
     assert!(bench.finish(vec![end(1, 1)], 600_000).is_empty());
 }

@@ -186,7 +186,7 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
     let again = (files.0.try_clone().unwrap(), files.1.try_clone().unwrap());
     let mut bench = Bench::new(files, 63 << 20);
     bench.send(&pages(1500));
-    bench.drain.tell(crate::drain::Command::Panic(Some(Cpu(0))));
+    bench.drain.handle.tell(crate::drain::Command::Panic(Some(Cpu(0))));
     let base = bench.drain.ring_stopped(Cpu(0)).expect("its base is still known");
     let ledger = bench.finish(0);
     assert_eq!(ledger.pages_in, ledger.pages_out + ledger.pages_refused);

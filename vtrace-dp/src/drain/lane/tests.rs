@@ -57,6 +57,19 @@ impl Bench {
     }
 
     /// Bytes come, in memory of their own, never next to those before.
+    /// Comes in pieces of so many bytes, then the rest; after some of them what is there is written.
+    fn come_cut(&mut self, mut stream: &[u8], cuts: Vec<(usize, bool)>) {
+        for (bytes, write) in cuts {
+            let (piece, rest) = stream.split_at(bytes.min(stream.len()));
+            self.come(piece);
+            if write {
+                self.write();
+            }
+            stream = rest;
+        }
+        self.come(stream);
+    }
+
     fn come(&mut self, bytes: &[u8]) {
         let span = Span { gpa: self.next, bytes: bytes.len() as u32 };
         self.memory.copy_in(span, bytes).unwrap();
@@ -240,16 +253,7 @@ proptest! {
         let bytes_max = (area_pages * PAGE) as u64;
         let area = Area { cpu: Cpu(3), offset: START, bytes_max, begins_again: true };
         let mut bench = Bench::in_area(memory_file(0).unwrap(), area);
-        let mut rest = &stream[..];
-        for (bytes, write) in cuts {
-            let (piece, after) = rest.split_at(bytes.min(rest.len()));
-            bench.come(piece);
-            if write {
-                bench.write();
-            }
-            rest = after;
-        }
-        bench.come(rest);
+        bench.come_cut(&stream, cuts);
         let (ledger, area) = bench.close(None);
         let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page).collect();
         prop_assert_eq!((ledger.pages_out, ledger.pages_refused), (kept.len() as u64, (pages.len() - kept.len()) as u64));
@@ -292,16 +296,7 @@ proptest! {
         stream.extend(&page(99, true)[..torn]);
         let mut bench = Bench::new(memory_file(0).unwrap(), pages_max);
         let any_write = cuts.iter().any(|(_, write)| *write);
-        let mut rest = &stream[..];
-        for (bytes, write) in cuts {
-            let (piece, after) = rest.split_at(bytes.min(rest.len()));
-            bench.come(piece);
-            if write {
-                bench.write();
-            }
-            rest = after;
-        }
-        bench.come(rest);
+        bench.come_cut(&stream, cuts);
         let (ledger, area) = bench.close(Some(stream.len() as u64 + 5));
         let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page.clone())
             .take(pages_max as usize).collect();

@@ -14,18 +14,13 @@ use std::{
     io,
     os::fd::AsFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
-    thread::{self, JoinHandle},
     time::Duration,
 };
 
-use crossbeam::channel::{Sender, bounded, unbounded};
-use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
-    sys::eventfd::{EfdFlags, EventFd},
-};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vtrace_common::{
     ids::Cpu,
     wire::client::{Area, LaneEnd, LaneLedger},
@@ -37,7 +32,7 @@ use super::{
     worker::{Attachment, Command, Worker},
 };
 use crate::{
-    drain::{check, ledger::Counters},
+    drain::{check, handle::Handle, ledger::Counters},
     server::{
         devices::Portless,
         drains::{Done, Station},
@@ -60,35 +55,23 @@ pub(super) struct LanePort {
 /// Handle of the worker. When it is dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub(super) struct StreamDrain {
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-    counters: Mutex<Vec<Arc<Counters>>>,
+    handle: Handle<Command>,
     there: Vec<(Cpu, String, Arc<AtomicBool>)>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl StreamDrain {
     /// Starts the thread for these ports.
     pub(super) fn spawn(name: &str, ports: Vec<LanePort>, peers: Peers) -> io::Result<Self> {
-        let (commands, receiver) = unbounded();
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let there = ports.iter().map(|port| (port.cpu, port.path.clone(), Arc::clone(&port.is_there))).collect();
-        let worker = Worker::new(name, ports, peers, receiver, Arc::clone(&wake))?;
-        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(move || worker.run())?;
-        Ok(Self { commands, wake, counters: Mutex::default(), there, thread: Some(thread) })
-    }
-
-    fn tell(&self, command: Command) {
-        // The worker outlives this handle; were it gone, there would be nobody left to do it.
-        if self.commands.send(command).is_ok() {
-            let _ = self.wake.write(1);
-        }
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
-        let (answer, answered) = bounded(1);
-        self.tell(command(answer));
-        answered.recv().ok()
+        let handle = Handle::spawn(
+            name,
+            || Command::Stop,
+            |commands, wake| {
+                let worker = Worker::new(name, ports, peers, commands, wake)?;
+                Ok(move || worker.run())
+            },
+        )?;
+        Ok(Self { handle, there })
     }
 }
 
@@ -114,29 +97,19 @@ impl Station for StreamDrain {
         let lane = |(area, counters): (&Area, &Arc<_>)| (area.cpu, Lane::new(*area, page_bytes, Arc::clone(counters)));
         let lanes = areas.iter().zip(&counters).map(lane).collect();
         let attachment = Attachment { file: file.try_clone()?, lanes, counters: counters.clone() };
-        // Held until the answer is there: two clients at a time must not see each other's counts.
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.ask(|answer| Command::Attach(attachment, answer)) {
-            Some(true) => *known = counters,
-            Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
-            None => return Err(io::ErrorKind::BrokenPipe.into()),
-        }
-        Ok(())
+        self.handle.attach(counters, |answer| Command::Attach(attachment, answer))
     }
 
     fn ledger(&self) -> Vec<LaneLedger> {
-        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.iter().map(|counters| counters.read()).collect()
+        self.handle.ledger()
     }
 
     fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
-        self.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+        self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
     }
 
     fn detach(&self) {
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ask(Command::Detach);
-        known.clear();
+        self.handle.detach(Command::Detach);
     }
 
     fn portless(&self, cpu: Cpu) -> Option<Portless> {
@@ -144,15 +117,6 @@ impl Station for StreamDrain {
             Some((_, _, is_there)) if is_there.load(Ordering::Relaxed) => None,
             Some((_, path, _)) => Some(Portless::NoStream(path.clone())),
             None => Some(Portless::NotSetUp(self.there.len())),
-        }
-    }
-}
-
-impl Drop for StreamDrain {
-    fn drop(&mut self) {
-        self.tell(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

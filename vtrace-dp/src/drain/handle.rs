@@ -1,0 +1,119 @@
+//! What the handle of a drain has in common with others: a thread of its own, messages to it, its lanes' counts.
+//!
+//! In:    commands
+//! Out:   answers; ledgers
+//! Runs:  on any thread; the worker on `drain-NAME`, until the handle is dropped
+//! Full:  who asks waits for the answer; a wait longer than [`SLOW_WAIT`] is said in the log, and when it is over
+//! Trust: its own worker
+
+use std::{
+    fmt, io,
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vtrace_common::wire::client::LaneLedger;
+
+use super::ledger::Counters;
+
+/// From then on a wait for the worker is told.
+pub(super) const SLOW_WAIT: Duration = Duration::from_secs(5);
+
+/// A worker that takes commands `C`. When it is dropped the worker is told to stop and waited for.
+pub(crate) struct Handle<C> {
+    name: String,
+    commands: Sender<C>,
+    wake: Arc<EventFd>,
+    counters: Mutex<Vec<Arc<Counters>>>,
+    stop: fn() -> C,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<C> fmt::Debug for Handle<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("name", &self.name).field("counters", &self.counters).finish_non_exhaustive()
+    }
+}
+
+impl<C: Send + 'static> Handle<C> {
+    /// Starts the thread. `worker` makes what runs there of where its commands come and what wakes it; `stop` is its
+    /// last command.
+    pub(crate) fn spawn<Run: FnOnce() + Send + 'static>(
+        name: &str,
+        stop: fn() -> C,
+        worker: impl FnOnce(Receiver<C>, Arc<EventFd>) -> io::Result<Run>,
+    ) -> io::Result<Self> {
+        let (commands, receiver) = unbounded();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let run = worker(receiver, Arc::clone(&wake))?;
+        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(run)?;
+        Ok(Self { name: name.into(), commands, wake, counters: Mutex::default(), stop, thread: Some(thread) })
+    }
+}
+
+impl<C> Handle<C> {
+    pub(crate) fn tell(&self, command: C) {
+        // The worker outlives this handle; were it gone, there would be nobody left to do it.
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Waits for the answer. None if nobody will give one.
+    pub(crate) fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> C) -> Option<T> {
+        let (answer, answered) = bounded(1);
+        self.tell(command(answer));
+        let slow = match answered.recv_timeout(SLOW_WAIT) {
+            Err(RecvTimeoutError::Timeout) => Instant::now(),
+            answer => return answer.ok(),
+        };
+        let Self { name, .. } = self;
+        log::warn!("{name}: a write has not ended for {SLOW_WAIT:?}; its virtual machine or its client waits for it");
+        let answer = answered.recv().ok();
+        log::info!("{name}: the write has ended after {:?}", SLOW_WAIT + slow.elapsed());
+        answer
+    }
+
+    /// Asks for lanes with these counts.
+    ///
+    /// Errors: `ResourceBusy` if there are lanes.
+    pub(crate) fn attach(
+        &self,
+        counters: Vec<Arc<Counters>>,
+        command: impl FnOnce(Sender<bool>) -> C,
+    ) -> io::Result<()> {
+        // Held until the answer is there: two clients at a time must not see each other's counts.
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.ask(command) {
+            Some(true) => *known = counters,
+            Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
+            None => return Err(io::ErrorKind::BrokenPipe.into()),
+        }
+        Ok(())
+    }
+
+    /// Asks for the lanes to be forgotten, and forgets their counts.
+    pub(crate) fn detach(&self, command: impl FnOnce(Sender<()>) -> C) {
+        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ask(command);
+        known.clear();
+    }
+
+    /// What each lane has counted.
+    pub(crate) fn ledger(&self) -> Vec<LaneLedger> {
+        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.iter().map(|counters| counters.read()).collect()
+    }
+}
+
+impl<C> Drop for Handle<C> {
+    fn drop(&mut self) {
+        self.tell((self.stop)());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
