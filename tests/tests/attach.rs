@@ -46,6 +46,13 @@ impl Bench {
         Machine::builder(&self.turn, Kernel::V6_12).arguments(&["-qmp", &qmp])
     }
 
+    /// A guest with slots for devices, and a server that waits for it.
+    fn busy_guest_without_a_device(&self) -> Result<(Machine, Server)> {
+        let machine = self.machine().hot_plug().boot()?;
+        machine.shell(LOAD)?.ok()?;
+        Ok((machine, Server::start(&[GUEST])?))
+    }
+
     /// `vtrace VERB guest1 --qmp SOCKET --dir DIR WORDS`
     fn vtrace(&self, verb: &str, server: &Path, words: &[&str]) -> Result<Output> {
         let mut command = Command::new(xtask::build::vtrace()?);
@@ -154,11 +161,8 @@ fn nothing_is_left(machine: &Machine) -> Result<()> {
 
 #[test]
 fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Result<()> {
-    let bench = Bench::new()?;
-    let folder = tempfile::tempdir()?;
-    let machine = bench.machine().hot_plug().boot()?;
-    machine.shell(LOAD)?.ok()?;
-    let mut server = Server::start(&[GUEST])?;
+    let (bench, folder) = (Bench::new()?, tempfile::tempdir()?);
+    let (machine, mut server) = bench.busy_guest_without_a_device()?;
     let dir = server.dir().to_path_buf();
 
     // The server comes after the guest.
@@ -202,11 +206,8 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
 
 #[test]
 fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_guest() -> Result<()> {
-    let bench = Bench::new()?;
-    let folder = tempfile::tempdir()?;
-    let machine = bench.machine().hot_plug().boot()?;
-    machine.shell(LOAD)?.ok()?;
-    let mut server = Server::start(&[GUEST])?;
+    let (bench, folder) = (Bench::new()?, tempfile::tempdir()?);
+    let (machine, mut server) = bench.busy_guest_without_a_device()?;
     let dir = server.dir().to_path_buf();
     machine.qmp("stop", &json!(null))?;
     ensure!(bench.works("attach", &dir, &[])?.contains("the guest is paused"), "it says why no driver runs");

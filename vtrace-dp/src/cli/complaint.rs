@@ -21,7 +21,7 @@ use crate::{
         files::{FileError, chain},
         guests::GuestsError,
         run::RecordError,
-        session::Trouble,
+        session::{Trouble, held_by},
     },
     server::{ServerError, link::LinkError},
 };
@@ -280,16 +280,12 @@ pub(super) fn refused(refusal: &Refusal) -> Complaint {
             ),
             "copy this vtrace into the guest and start its agent again",
         ),
-        Refusal::Held { guest, holder_pid: 0, holder_uid } => Complaint::new(
-            cannot(guest),
-            format!("user {holder_uid} is recording it"),
-            "wait for that user, or ask root to stop it",
-        ),
-        Refusal::Held { guest, holder_pid, holder_uid } => Complaint::new(
-            cannot(guest),
-            format!("process {holder_pid} of user {holder_uid} is recording it"),
-            "wait for it, or stop it",
-        ),
+        Refusal::Held { guest, holder_pid: 0, holder_uid } => {
+            Complaint::new(cannot(guest), held_by(0, *holder_uid), "wait for that user, or ask root to stop it")
+        }
+        Refusal::Held { guest, holder_pid, holder_uid } => {
+            Complaint::new(cannot(guest), held_by(*holder_pid, *holder_uid), "wait for it, or stop it")
+        }
         Refusal::State { guest, detail } => Complaint::new(cannot(guest), detail, ""),
         Refusal::Request { detail } => Complaint::new("the server refused", detail, ""),
         Refusal::Full => Complaint::new("the server refused", "it serves as many clients as it can", "wait for one"),

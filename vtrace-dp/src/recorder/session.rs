@@ -385,6 +385,14 @@ impl GuestSession {
 }
 
 /// A refusal in few words.
+/// Who holds a guest. Of another user's processes there is no pid, 0.
+pub fn held_by(pid: u32, uid: u32) -> String {
+    match pid {
+        0 => format!("user {uid} is recording it"),
+        pid => format!("process {pid} of user {uid} is recording it"),
+    }
+}
+
 fn reason(refusal: &Refusal) -> String {
     match refusal {
         Refusal::NoSuchGuest { .. } => "it knows no guest of this name".into(),
@@ -394,9 +402,7 @@ fn reason(refusal: &Refusal) -> String {
         Refusal::AgentVersion { hello, .. } => {
             format!("the agent is of another version ({})", printable(&hello.software))
         }
-        Refusal::Held { holder_pid, holder_uid, .. } => {
-            format!("process {holder_pid} of user {holder_uid} is recording it")
-        }
+        Refusal::Held { holder_pid, holder_uid, .. } => held_by(*holder_pid, *holder_uid),
         Refusal::State { detail, .. } | Refusal::Request { detail } => detail.clone(),
         Refusal::Full => "it serves as many clients as it can".into(),
     }
