@@ -265,7 +265,7 @@ fn serve_in(run: &Path, root: &Path) -> Result<Serving> {
     let mut command = Command::new(xtask::build::vtrace()?);
     command.args(["server", "--dom", GUEST, "--dir"]).arg(run).arg("--root").arg(root);
     let serving = Serving(command.stderr(std::process::Stdio::null()).spawn()?);
-    for _ in 0..100 {
+    for _ in 0..600 {
         if run.join(format!("{GUEST}@3.sock")).exists() {
             return Ok(serving);
         }
