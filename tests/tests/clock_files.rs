@@ -335,9 +335,11 @@ fn child_gives_host_times_until_it_is_killed() -> Result<()> {
 #[test]
 fn recording_killed_while_it_gives_host_times_is_restored_to_the_same_bytes() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let undisturbed = folder.path().join("undisturbed.dat");
+    let (raw, undisturbed) = (folder.path().join("raw.dat"), folder.path().join("undisturbed.dat"));
+    let Recorded { mut writer, filled, .. } = record(&raw, &moved(), MANY[0], MANY[1])?;
+    writer.finish(&filled, CMDLINES, &options(), "{}")?;
+    let own = pages(&raw)?;
     let Recorded { mut writer, mut filled, table, stories } = record(&undisturbed, &moved(), MANY[0], MANY[1])?;
-    let own = pages(&undisturbed)?;
     let begun = Instant::now();
     let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options())?;
     let took = begun.elapsed();
