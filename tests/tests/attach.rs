@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vtrace_tests::{
+    guest::is_clear,
     judge::{lines, trace_cmd},
     recording::Recorder,
     server::Server,
@@ -153,12 +154,6 @@ fn guest_works(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-fn nothing_is_left(machine: &Machine) -> Result<()> {
-    let left = machine.shell("ls /sys/kernel/tracing/instances")?.text();
-    ensure!(left.is_empty(), "instances in the guest: {left}\n{}", machine.console());
-    Ok(())
-}
-
 #[test]
 fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Result<()> {
     let (bench, folder) = (Bench::new()?, tempfile::tempdir()?);
@@ -201,7 +196,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     bench.works("attach", &dir, &[])?;
     record(&server, folder.path())?;
     guest_works(&machine)?;
-    nothing_is_left(&machine)
+    is_clear(&machine)
 }
 
 #[test]
@@ -225,7 +220,7 @@ fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_gues
     server.await_agent(GUEST)?;
     record(&server, folder.path())?;
     guest_works(&machine)?;
-    nothing_is_left(&machine)
+    is_clear(&machine)
 }
 
 #[test]

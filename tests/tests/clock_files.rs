@@ -336,7 +336,7 @@ fn child_gives_host_times_until_it_is_killed() -> Result<()> {
 fn recording_killed_while_it_gives_host_times_is_restored_to_the_same_bytes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (raw, undisturbed) = (folder.path().join("raw.dat"), folder.path().join("undisturbed.dat"));
-    let Recorded { mut writer, filled, .. } = record(&raw, &moved(), MANY[0], MANY[1])?;
+    let Recorded { writer, filled, .. } = record(&raw, &moved(), MANY[0], MANY[1])?;
     writer.finish(&filled, CMDLINES, &options(), "{}")?;
     let own = pages(&raw)?;
     let Recorded { mut writer, mut filled, table, stories } = record(&undisturbed, &moved(), MANY[0], MANY[1])?;

@@ -1,12 +1,8 @@
 //! The oldest kernel that is recorded: bullseye's 5.10.
 
-use std::{
-    thread::sleep,
-    time::{Duration, Instant},
-};
-
 use anyhow::{Result, ensure};
 use vtrace_tests::{
+    guest::is_clear,
     judge::{lines, trace_cmd},
     recording::Recorder,
     server::Server,
@@ -38,12 +34,5 @@ fn guest_of_5_10_is_recorded_whole_and_what_it_lacks_is_said() -> Result<()> {
     ensure!(refused.status == 1 && refused.said.contains("sub"), "{}", refused.said);
     let functions = recorder.run(&format!("--dom {GUEST} -p function -l vfs_* -- sleep 1"))?.ok()?;
     ensure!(functions.sum(GUEST, "events")? > 0, "{:#}", functions.summary);
-    // It takes back every function's hook first.
-    let left = || Ok::<_, anyhow::Error>(machine.shell("ls /sys/kernel/tracing/instances")?.text());
-    let begun = Instant::now();
-    while !left()?.is_empty() && begun.elapsed() < Duration::from_secs(20) {
-        sleep(Duration::from_millis(200));
-    }
-    ensure!(left()?.is_empty(), "an instance stays: {}\n{}", left()?, machine.console());
-    Ok(())
+    is_clear(&machine)
 }

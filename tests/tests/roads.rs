@@ -15,6 +15,7 @@ use nix::{
     unistd::Pid,
 };
 use vtrace_tests::{
+    guest::is_clear,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
     road,
@@ -124,16 +125,15 @@ fn holds(server: &Server) -> Result<(usize, usize)> {
 /// What a session would leave if it left something: none of it is there. `before` is from when one had just ended, and
 /// something of it may have been there.
 fn nothing_is_left(machine: &Machine, server: &Server, before: (usize, usize)) -> Result<()> {
-    let left = "ls /sys/kernel/tracing/instances";
-    // A client's thread ends after its answer; the agent clears up after a recording's end.
+    is_clear(machine)?;
+    // A client's thread ends after its answer.
     for _ in 0..50 {
         let now = holds(server)?;
-        if now.0 <= before.0 && now.1 <= before.1 && machine.shell(left)?.text().is_empty() {
+        if now.0 <= before.0 && now.1 <= before.1 {
             return Ok(());
         }
         sleep(Duration::from_millis(100));
     }
-    assert_eq!(machine.shell(left)?.text(), "");
     bail!("threads and descriptors of the server: {:?}, were {before:?}", holds(server)?)
 }
 

@@ -6,14 +6,13 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread::sleep,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tempfile::TempDir;
 use vtrace_tests::{
+    guest::is_clear,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
     server::Server,
@@ -75,8 +74,7 @@ fn what_the_guests_owner_forbids_is_refused_with_the_rule() -> Result<()> {
     guest_that_floods_is_bounded(&recorder)?;
     other_users_see_that_it_is_held(&server, &recorder)?;
     server_has_no_rights(&server)?;
-    ensure!(machine.shell("ls /sys/kernel/tracing/instances")?.text().is_empty(), "an instance stays");
-    Ok(())
+    is_clear(&machine)
 }
 
 /// Quotes, slashes and control characters in every name that crosses a border.
@@ -192,7 +190,5 @@ fn guest_that_has_had_its_share_is_stopped_and_the_others_go_on() -> Result<()> 
     let ((loud_events, loud_span), (_, quiet_span)) = (last(GUEST)?, last("guest2")?);
     ensure!(loud_events > 100 && loud_span < quiet_span, "{loud_events} events, {loud_span} against {quiet_span}");
     ensure!(recording.said.contains("stopped: it has recorded as much as it may"), "{}", recording.said);
-    sleep(Duration::from_millis(200));
-    assert_eq!(loud.shell("ls /sys/kernel/tracing/instances")?.text(), "");
-    Ok(())
+    is_clear(&loud)
 }

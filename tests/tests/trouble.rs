@@ -11,6 +11,7 @@ use nix::{
 use serde_json::json;
 use vtrace_tests::{
     disk::Disk,
+    guest::is_clear,
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
     server::Server,
@@ -104,7 +105,7 @@ fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
     child.wait()?;
     server.await_state("is free", |state| state["holder_pid"].is_null())?;
     next_session_works(&recorder)?;
-    assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
+    is_clear(&machine)?;
     ensure!(!fs::exists(format!("/sys/kernel/tracing/instances/vtrace-{}", child.id()))?, "the next run removes it");
     Ok(())
 }
