@@ -33,7 +33,7 @@ use vtrace_dp::{
         rewrite::Rewritten,
         segments::{Segments, Shown},
         walk::Events,
-        writer::Writer,
+        writer::{Bounds, Writer},
     },
 };
 use vtrace_tests::judge::{lines, shark_entries, trace_cmd, trace_cmd_newest};
@@ -99,9 +99,9 @@ fn options() -> Vec<TraceOption> {
     ]
 }
 
-/// Writes the guest's pages as a recording would. `gap_max`: cycles between two events at most; `rest`: of the host behind
-/// the last change.
-fn record(path: &Path, pairs: &[Pair], gap_max: u64, rest: u64) -> Result<Recorded> {
+/// What the guest did on both CPUs, and what is known of its clock. `gap_max`: cycles between two events at most; `rest`:
+/// of the host behind the last change.
+fn live(pairs: &[Pair], gap_max: u64, rest: u64) -> Result<(Table, Vec<Story>)> {
     let lives = LANES.map(|cpu| {
         let changes = pairs.iter().map(|pair| Change { after: 17_000_000, pair: *pair }).collect();
         let mut life = Life { cpu, rest: 500_000_000, ..Life::new(u64::from(cpu.0) * 7919 + 3, changes) };
@@ -114,7 +114,12 @@ fn record(path: &Path, pairs: &[Pair], gap_max: u64, rest: u64) -> Result<Record
     let seen = stories.iter().flat_map(|story| story.seen.iter().copied());
     let mut table = Table::build(HostTsc(lives[0].since), Isa::Vmx, seen, &LANES)?;
     LANES.iter().zip(&stories).for_each(|(cpu, story)| table.learn(*cpu, story.runs.clone()));
+    Ok((table, stories))
+}
 
+/// Writes the guest's pages as a recording would.
+fn record(path: &Path, pairs: &[Pair], gap_max: u64, rest: u64) -> Result<Recorded> {
+    let (table, stories) = live(pairs, gap_max, rest)?;
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
     let writer = Writer::create(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES)?;
     let mut filled = Vec::new();
@@ -256,6 +261,46 @@ fn scaled_clocks_are_shown_as_host_times() -> Result<()> {
         added += guest.rewritten.iter().map(|done| done.pages_added).sum::<u64>();
     }
     println!("{added} pages were added");
+    Ok(())
+}
+
+#[test]
+fn lanes_that_keep_their_newest_pages_only_and_have_begun_again_are_shown_as_host_times() -> Result<()> {
+    let (folder, newest_bytes, in_front) = (tempfile::tempdir()?, 4 << 20, 2 << 20);
+    let path = folder.path().join("newest.dat");
+    let (table, stories) = live(&moved(), MANY[0], MANY[1])?;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    let bounds = Bounds { lane_bytes_max: Some(1), newest_bytes: Some(newest_bytes) };
+    let mut writer = Writer::create_bounded(file, &metadata(), "local [x86-tsc]", PAGE_BYTES, &LANES, bounds)?;
+    let (mut filled, mut kept) = (Vec::new(), Vec::new());
+    for (area, story) in writer.areas().iter().zip(&stories) {
+        // As if older pages had filled the area up to here: the last ones lie at its start.
+        let (older, newer) = story.pages.split_at(story.pages.len() - in_front);
+        writer.file().write_all_at(older, area.offset + area.bytes_max - u64::try_from(older.len())?)?;
+        writer.file().write_all_at(newer, area.offset)?;
+        let written = area.bytes_max + u64::try_from(in_front)?;
+        filled.push((area.cpu, written));
+        let left = story.pages.len() - usize::try_from(writer.kept_bytes(area, written))?;
+        let events = |pages: &[u8]| pages.chunks(4096).flat_map(|page| Events::new(page).expect("a page")).count();
+        kept.extend(story.truth[events(&story.pages[..left])..].iter().map(|truth| (area.cpu, ns(*truth))));
+    }
+    let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options())?;
+    hosted.fault.map_or(Ok(()), Err)?;
+    writer.finish(&filled, CMDLINES, &options(), "{}")?;
+    kept.sort_unstable();
+    assert_eq!(hosted.doubts.len(), 0);
+    for report in [trace_cmd(&["report", "-t"], &[&path])?, trace_cmd_newest(&["report", "-t"], &[&path])?] {
+        let mut found: Vec<(Cpu, u64)> = lines(&report).iter().map(|line| (line.cpu, line.time)).collect();
+        found.sort_unstable();
+        let is_near = |((cpu, time), truth): (&(Cpu, u64), &(Cpu, u64))| *cpu == truth.0 && time.abs_diff(truth.1) <= 1;
+        assert!(
+            found.len() == kept.len() && found.iter().zip(&kept).all(is_near),
+            "{} and {}",
+            found.len(),
+            kept.len()
+        );
+    }
+    assert!(std::fs::metadata(&path)?.len() < 4 * newest_bytes, "what is too old is gone");
     Ok(())
 }
 

@@ -241,7 +241,9 @@ fn finish_instances(
         options.extend(cpu_stats(&machine, &report.lanes));
         let path = file.output.path().to_owned();
         let handle = file.output.file.try_clone();
-        write(file, &filled_by(&report), &instance.host.metadata.cmdlines, &options, &mut machine);
+        let filled = filled_by(&report);
+        note_old_pages(&file, &filled, &mut machine);
+        write(file, &filled, &instance.host.metadata.cmdlines, &options, &mut machine);
         match handle {
             Ok(file) if machine.bytes > 0 => parts.push(PartFile { name: instance.name.clone(), path, file }),
             Ok(_) => {}
@@ -285,7 +287,9 @@ fn finish_host(
     options.extend(cpu_stats(&machine, &report.lanes));
     options.extend(links);
     let again = Again::of(&file, recording.plan.form, parts);
-    write(file, &filled_by(report), &recording.host.metadata.cmdlines, &options, &mut machine);
+    let filled = filled_by(report);
+    note_old_pages(&file, &filled, &mut machine);
+    write(file, &filled, &recording.host.metadata.cmdlines, &options, &mut machine);
     again.reform(&mut machine);
     machine
 }
@@ -366,6 +370,7 @@ fn finish_guest(
     }
     let start_skew_ns = start_skew_ns(recording, common, session, &clock);
     let mut filled: Vec<(Cpu, u64)> = filled(&ledgers, armed.page_bytes);
+    let written = filled.clone();
     let mut options = machine_options(common, &armed.clock, guest_uname(session), file.trace_id);
     let known = (&session.metadata.cmdlines[..], &options[..]);
     let times = clock.convert(&mut file.writer, &mut filled, &known, common);
@@ -390,6 +395,7 @@ fn finish_guest(
     if recording.plan.raw_clock {
         options.retain(|option| !matches!(option, TraceOption::Date(_))); // it is the host's clock's
     }
+    note_old_pages(&file, &written, &mut machine);
     let again = Again::of(&file, recording.plan.form, Vec::new());
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     again.reform(&mut machine);
@@ -539,7 +545,6 @@ fn write(
     options: &[TraceOption],
     machine: &mut MachineSummary,
 ) {
-    note_old_pages(&file, filled, machine);
     let note = serde_json::to_string(machine).expect("a summary is plain data");
     let path = file.output.path();
     match file.writer.finish(filled, cmdlines, options, &note) {

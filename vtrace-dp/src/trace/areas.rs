@@ -59,6 +59,23 @@ pub struct LaneArea {
     pub is_hosted: bool,
 }
 
+impl LaneArea {
+    /// Of its pages.
+    pub fn bytes(&self) -> u64 {
+        self.moved.bytes.saturating_add(self.rest.bytes)
+    }
+
+    /// Where the first byte of any page is.
+    pub fn offset(&self) -> u64 {
+        if self.moved.bytes > 0 { self.moved.offset.min(self.rest.offset) } else { self.rest.offset }
+    }
+
+    /// Where the last byte of any page ends.
+    pub fn end(&self) -> u64 {
+        self.moved.end().max(self.rest.end())
+    }
+}
+
 /// Where all pages of a file are.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Areas {

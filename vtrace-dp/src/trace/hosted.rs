@@ -18,7 +18,7 @@ use std::fs::File;
 use vtrace_common::ids::Cpu;
 
 use super::{
-    areas::{Areas, Extent},
+    areas::{Areas, Extent, LaneArea},
     collapse::punch,
     doubt::{Doubt, FILE_DOUBTS_MAX},
     rewrite::{RewriteFault, Rewritten, rewrite, room_bytes},
@@ -38,9 +38,6 @@ pub enum HostingFault {
     /// Its new place could not be said.
     #[error(transparent)]
     Write(#[from] WriteFault),
-    /// Under `-m` it has begun again at its area's start; only whole lanes are written anew.
-    #[error("{0} has more than 1 TiB behind it and lies in two parts")]
-    TwoParts(Cpu),
 }
 
 /// What was done.
@@ -65,23 +62,19 @@ pub(super) fn host_lanes(
     let mut hosted = Hosted { lanes: Vec::new(), doubts: Vec::new(), fault: None };
     for index in (0..areas.lanes.len()).rev() {
         let lane = areas.lanes[index];
-        let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.rest.bytes > 0) else { continue };
-        if lane.moved.bytes > 0 {
-            hosted.fault = Some(HostingFault::TwoParts(lane.cpu));
-            return hosted;
-        }
+        let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.bytes() > 0) else { continue };
         let to = place(areas, index, unit);
-        match rewrite(file, lane.rest, to, areas.page_bytes, way) {
+        match rewrite(file, [lane.moved, lane.rest], to, areas.page_bytes, way) {
             Ok((done, doubts)) => {
-                areas.lanes[index].rest = Extent { offset: to, bytes: done.bytes };
-                areas.lanes[index].is_hosted = true;
+                let rest = Extent { offset: to, bytes: done.bytes };
+                areas.lanes[index] = LaneArea { moved: Extent::default(), rest, is_hosted: true, ..lane };
                 hosted.lanes.push((lane.cpu, done));
                 let room = FILE_DOUBTS_MAX - hosted.doubts.len();
                 hosted.doubts.extend(doubts.into_iter().take(room));
             }
             Err(fault) => {
                 // Room that the rest of the file may need; best effort.
-                let _ = punch(file, Extent { offset: to, bytes: room_bytes(lane.rest.bytes, areas.page_bytes) });
+                let _ = punch(file, Extent { offset: to, bytes: room_bytes(lane.bytes(), areas.page_bytes) });
                 hosted.fault = Some(fault.into());
                 return hosted;
             }
@@ -92,7 +85,9 @@ pub(super) fn host_lanes(
             return hosted;
         }
         // What stays goes with the hole that it is in.
-        let _ = punch(file, Extent { bytes: lane.rest.bytes.next_multiple_of(unit), ..lane.rest });
+        for part in [lane.moved, lane.rest].into_iter().filter(|part| part.bytes > 0) {
+            let _ = punch(file, Extent { bytes: part.bytes.next_multiple_of(unit), ..part });
+        }
     }
     hosted
 }
@@ -100,12 +95,12 @@ pub(super) fn host_lanes(
 /// Where the pages of a lane go: right behind those that it has, if all lanes up to it can do so; else so far behind that
 /// the lanes in front find room too.
 fn place(areas: &Areas, index: usize, unit: u64) -> u64 {
-    let behind = |at: usize| areas.lanes[at].rest.end().next_multiple_of(unit);
+    let behind = |at: usize| areas.lanes[at].end().next_multiple_of(unit);
     let room = |at: usize| match areas.lanes[at].is_hosted {
         true => 0,
-        false => room_bytes(areas.lanes[at].rest.bytes, areas.page_bytes).next_multiple_of(unit),
+        false => room_bytes(areas.lanes[at].bytes(), areas.page_bytes).next_multiple_of(unit),
     };
-    let fits = |at: usize| areas.lanes.get(at + 1).is_none_or(|next| behind(at) + room(at) <= next.rest.offset);
+    let fits = |at: usize| areas.lanes.get(at + 1).is_none_or(|next| behind(at) + room(at) <= next.offset());
     let pushed: u64 = if (0..=index).all(fits) { 0 } else { (0..index).map(room).sum() };
     behind(index) + pushed
 }

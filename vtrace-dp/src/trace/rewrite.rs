@@ -113,24 +113,24 @@ impl Rewritten {
 /// Bytes that the pages of a lane of `bytes` bytes take at most, once they are rewritten.
 pub fn room_bytes(bytes: u64, page_bytes: u32) -> u64 {
     // Every page can need a second one.
-    2 * bytes + LEAPS_MAX * u64::from(page_bytes)
+    bytes.saturating_mul(2).saturating_add(LEAPS_MAX * u64::from(page_bytes))
 }
 
-/// Writes the pages of `from` with host times to `to`, where [`room_bytes`] are free. Gives what was done, and which times
-/// are not exact.
+/// Writes the pages of `from`, first those of its first part, with host times to `to`, where [`room_bytes`] are free. Gives
+/// what was done, and which times are not exact.
 ///
 /// # Errors
 /// See [`RewriteFault`]: what is at `to` is of no use then, `from` is as it was.
 pub fn rewrite(
     file: &File,
-    from: Extent,
+    from: [Extent; 2],
     to: u64,
     page_bytes: u32,
     lane: Lane<'_>,
 ) -> Result<(Rewritten, Vec<Doubt>), RewriteFault> {
-    let pages = from.bytes / u64::from(page_bytes);
+    let place = LanePlace { file, parts: from, page_bytes };
+    let pages = place.pages();
     let done = Rewritten { pages, ..Rewritten::default() };
-    let place = LanePlace { file, begin: from.offset, page_bytes };
     let mut lane = lane;
     if lane.is_moved() {
         place.look_ahead(pages, &mut lane)?;
@@ -145,7 +145,7 @@ pub fn rewrite(
 /// Where a lane lies.
 struct LanePlace<'a> {
     file: &'a File,
-    begin: u64,
+    parts: [Extent; 2],
     page_bytes: u32,
 }
 
@@ -204,6 +204,10 @@ impl Pass<'_> {
 }
 
 impl LanePlace<'_> {
+    fn pages(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes / u64::from(self.page_bytes)).sum()
+    }
+
     /// Shows the lane's way the first times of all its pages.
     fn look_ahead(&self, pages: u64, lane: &mut Lane<'_>) -> Result<(), RewriteFault> {
         let mut failed = Ok(());
@@ -225,10 +229,20 @@ impl LanePlace<'_> {
         failed
     }
 
+    /// Reads from the start of `page` on, over the end of the first part too.
     fn read(&self, buffer: &mut [u8], page: u64) -> Result<(), RewriteFault> {
-        let offset = self.begin + page * u64::from(self.page_bytes);
-        let read = self.file.read_exact_at(buffer, offset);
-        read.map_err(|source| RewriteFault { action: "read", offset, source })
+        let page_bytes = u64::from(self.page_bytes);
+        let [first, second] = self.parts.map(|part| part.bytes / page_bytes);
+        let in_first = first.saturating_sub(page).min(second + first);
+        let bytes = usize::try_from(in_first * page_bytes).map_or(buffer.len(), |bytes| bytes.min(buffer.len()));
+        let (front, behind) = buffer.split_at_mut(bytes);
+        let at = [(front, self.parts[0], page), (behind, self.parts[1], page.saturating_sub(first))];
+        for (buffer, part, page) in at.into_iter().filter(|(buffer, ..)| !buffer.is_empty()) {
+            let offset = part.offset + page * page_bytes;
+            let read = self.file.read_exact_at(buffer, offset);
+            read.map_err(|source| RewriteFault { action: "read", offset, source })?;
+        }
+        Ok(())
     }
 }
 

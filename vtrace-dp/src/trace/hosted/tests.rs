@@ -76,13 +76,29 @@ fn undisturbed() -> Vec<Vec<Vec<u8>>> {
     contents(&file).0
 }
 
+/// Lays the pages of every lane as they lie when it has begun again at its area's start: the older ones up to the end.
+fn begin_again(file: &File, writer: &Writer, areas: &mut Areas) {
+    for (lane, area) in areas.lanes.iter_mut().zip(writer.areas()) {
+        let mut pages = vec![0; usize::try_from(lane.rest.bytes).unwrap()];
+        file.read_exact_at(&mut pages, lane.rest.offset).unwrap();
+        let (older, newer) = pages.split_at(pages.len() / 4096 / 3 * 4096);
+        lane.moved = Extent { offset: area.offset + area.bytes_max - older.len() as u64, bytes: older.len() as u64 };
+        lane.rest = Extent { offset: area.offset, bytes: newer.len() as u64 };
+        file.write_all_at(older, lane.moved.offset).unwrap();
+        file.write_all_at(newer, lane.rest.offset).unwrap();
+    }
+}
+
 /// Leaves the file when the areas were to be written for the `steps`th time.
-fn left_after(steps: usize, recorded: &Recorded) -> Areas {
+fn left_after(steps: usize, recorded: &Recorded, in_parts: bool) -> Areas {
     let Recorded { file, writer, filled, table } = recorded;
     let mut areas = writer.begin_hosting(filled, table, b"", &options()).unwrap();
     let mut left = steps;
-    let about = areas.encode();
-    let areas_at = find(file, &about);
+    let areas_at = find(file, &areas.encode());
+    if in_parts {
+        begin_again(file, writer, &mut areas);
+        file.write_all_at(&areas.encode(), areas_at).unwrap();
+    }
     let mut save = |areas: &Areas| {
         left = left.checked_sub(1).ok_or(WriteFault::PageSize(0))?;
         file.write_all_at(&areas.encode(), areas_at).unwrap();
@@ -102,10 +118,11 @@ fn find(file: &File, wanted: &[u8]) -> u64 {
 #[test]
 fn file_that_is_left_at_any_step_is_restored_to_what_it_would_have_been() {
     let expected = undisturbed();
-    for bounds in [Bounds::default(), Bounds { lane_bytes_max: Some(1), newest_bytes: None }] {
+    let narrow = Bounds { lane_bytes_max: Some(1), newest_bytes: None };
+    for (bounds, in_parts) in [(Bounds::default(), false), (narrow, false), (Bounds::default(), true), (narrow, true)] {
         for steps in 0..=CPUS.len() {
             let recorded = recorded(bounds);
-            left_after(steps, &recorded);
+            left_after(steps, &recorded, in_parts);
             let Recorded { file, writer, .. } = recorded;
             drop(writer);
             let restored = restore(file.try_clone().unwrap()).unwrap();

@@ -23,23 +23,28 @@ fn table(life: &Life, story: &Story) -> Table {
     table
 }
 
-/// Rewrites these pages in a file; gives what is there then.
+/// Rewrites these pages, the first third of them at the end of their area, in a file; gives what is there then.
 fn through_a_file(pages: &[u8], page_bytes: usize, table: &Table) -> (Rewritten, Vec<u8>) {
     let file = tempfile::tempfile().unwrap();
-    let from = Extent { offset: 1 << 20, bytes: u64::try_from(pages.len()).unwrap() };
-    file.write_all_at(pages, from.offset).unwrap();
-    let (to, page_bytes) = (from.end(), u32::try_from(page_bytes).unwrap());
+    let (older, newer) = pages.split_at(pages.len() / page_bytes / 3 * page_bytes);
+    let at = |offset, part: &[u8]| Extent { offset, bytes: u64::try_from(part.len()).unwrap() };
+    let newer_at = at(1 << 20, newer);
+    let from = [at(newer_at.end() + (1 << 20), older), newer_at];
+    let read = |part: &Extent| {
+        let mut out = vec![0; usize::try_from(part.bytes).unwrap()];
+        file.read_exact_at(&mut out, part.offset).unwrap();
+        out
+    };
+    file.write_all_at(older, from[0].offset).unwrap();
+    file.write_all_at(newer, from[1].offset).unwrap();
+    let (to, page_bytes) = (from[0].end(), u32::try_from(page_bytes).unwrap());
     let (done, doubts) = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
     let doubted: u64 = doubts.iter().map(|doubt| doubt.events).sum();
     assert_eq!(doubted, done.unsure + done.trapped);
     assert!(doubts.iter().all(|doubt| doubt.error <= done.error_max && doubt.first <= doubt.last));
-    assert!(done.bytes <= room_bytes(from.bytes, page_bytes));
-    let mut out = vec![0; usize::try_from(done.bytes).unwrap()];
-    file.read_exact_at(&mut out, to).unwrap();
-    let mut before = vec![0; pages.len()];
-    file.read_exact_at(&mut before, from.offset).unwrap();
-    assert!(before == pages, "they are only read");
-    (done, out)
+    assert!(done.bytes <= room_bytes(u64::try_from(pages.len()).unwrap(), page_bytes));
+    assert!(from.iter().map(read).collect::<Vec<_>>().concat() == pages, "they are only read");
+    (done, read(&Extent { offset: to, bytes: done.bytes }))
 }
 
 fn events(pages: &[u8], page_bytes: usize) -> Vec<(u64, Vec<u8>)> {
@@ -136,7 +141,8 @@ fn file_that_takes_no_more_is_an_error_and_keeps_its_pages() {
     let path = folder.path().join("lane");
     std::fs::write(&path, &story.pages).unwrap();
     let from = Extent { offset: 0, bytes: story.pages.len() as u64 };
-    let refused = rewrite(&File::open(&path).unwrap(), from, from.bytes, 4096, table.lane(CPU).unwrap());
+    let parts = [Extent::default(), from];
+    let refused = rewrite(&File::open(&path).unwrap(), parts, from.bytes, 4096, table.lane(CPU).unwrap());
     assert!(matches!(refused, Err(RewriteFault { action: "write", .. })), "{refused:?}");
     assert!(std::fs::read(&path).unwrap() == story.pages);
 }
