@@ -190,7 +190,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     let pid = start(&dir, folder.path())?;
     let (status, said) = ask(&["list", "--dom", GUEST, "--dir"], &dir)?;
     ensure!(status == Some(1) && said.contains(&format!("process {pid} of user 0 is recording it")), "{said}");
-    bench.complains("detach", &dir, &format!("process {pid} is recording it"), "--force")?;
+    bench.complains("detach", &dir, &format!("process {pid} of user 0 is recording it"), "--force")?;
     bench.works("detach", &dir, &["--force"])?;
     ended_with_what_came("went away", &dir, folder.path())?;
     bench.works("attach", &dir, &[])?;

@@ -96,7 +96,6 @@ fn options_of_trace_cmd_that_are_left_out_are_answered_with_what_there_is() -> R
     let files = tempfile::tempdir()?;
     let recorder = Recorder { server: files.path(), folder: files.path() };
     for (words, instead) in [
-        ("-e sched -s 1000", "pages move when a buffer is 10 % full"),
         ("-r 5 -e sched", "--rt=PRIO"),
         ("-e sched --tsync-interval 10", "every change of a guest's TSC is recorded"),
         ("-e sched -N host:1234", "vtrace server and vtrace agent"),

@@ -101,6 +101,17 @@ fn quiet_says_nothing_and_a_terminal_gets_one_line_that_goes_away() -> Result<()
 }
 
 #[test]
+fn interval_of_trace_cmds_scripts_is_taken_and_said_to_do_nothing() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let recording = recorder(folder.path()).run("-s 1000 -e sched -- sleep 0.1")?.ok()?;
+    let remarks: Vec<&str> = recording.said.lines().filter(|line| line.contains("-s has no effect")).collect();
+    ensure!(remarks.len() == 1 && events_of(&recording, "host")? > 0, "{}", recording.said);
+    let quiet = recorder(folder.path()).command("-q -s 1000 -s 5 -e sched -- true")?.output()?;
+    ensure!(quiet.status.success() && quiet.stderr.is_empty(), "{quiet:?}");
+    Ok(())
+}
+
+#[test]
 fn help_is_grouped_by_need() -> Result<()> {
     let said = Command::new(xtask::build::vtrace()?).args(["record", "--help"]).output()?;
     let text = String::from_utf8(said.stdout)?;

@@ -139,7 +139,7 @@ fn other_users_see_that_it_is_held(server: &Server, recorder: &Recorder) -> Resu
     let outside = list_as(&program, server, "65534")?;
     ensure!(outside.contains("is not for this user") && outside.contains("member of group vtrace"), "{outside}");
     let inside = list_as(&program, server, "0")?;
-    ensure!(inside.contains("recorded by user 0") && !inside.contains(&child.id().to_string()), "{inside}");
+    ensure!(inside.contains("user 0 is recording it") && !inside.contains(&child.id().to_string()), "{inside}");
     ensure!(server.log().contains("uid 65534"), "the client's user is logged");
     recorder.finish(child)?.ok()?;
     Ok(())

@@ -110,6 +110,9 @@ pub struct RecordArgs {
     /// Keep only the newest pages of each CPU, at least this many KiB
     #[arg(short = 'm', long = "newest", value_name = "KB", value_parser = clap::value_parser!(u32).range(1..), help_heading = FILES)]
     pub newest_kb: Option<u32>,
+    /// Without effect, for scripts that give it to trace-cmd: nothing here wakes up at an interval
+    #[arg(short = 's', value_name = "USEC", help_heading = FILES)]
+    pub interval: Vec<u64>,
     /// Stop before a file grows beyond SIZE bytes (K, M, G and T are taken)
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = FILES)]
     pub max_file: Option<u64>,

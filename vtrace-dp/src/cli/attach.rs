@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     hotplug::{self, HotplugError, Wanted, qmp::Qmp, qmp::QmpError, vmm::Obstacle},
+    recorder::session::holder,
     server::{
         check_name,
         link::{Link, LinkError},
@@ -102,9 +103,8 @@ pub(super) fn detach(args: &DetachArgs) -> Result<u8, Complaint> {
     let socket = match Link::connect(&args.dir) {
         Ok(mut link) => {
             let state = at_rest(&mut link, &args.guest, &cannot)?;
-            if let Some(pid) = state.holder_pid.filter(|_| !args.force) {
-                let remedy = "wait for it, stop it, or --force";
-                return Err(Complaint::new(cannot, format!("process {pid} is recording it"), remedy));
+            if let Some(who) = holder(&state).filter(|_| !args.force) {
+                return Err(Complaint::new(cannot, who, "wait for it, stop it, or --force"));
             }
             PathBuf::from(state.socket)
         }

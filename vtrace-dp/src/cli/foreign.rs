@@ -5,8 +5,7 @@
 //! Runs:  on the way out
 
 /// The option, and what to do instead.
-const FOREIGN: [(&str, &str); 25] = [
-    ("-s", "nothing: pages move when a buffer is 10 % full, however long that takes; -b KB for a smaller one"),
+const FOREIGN: [(&str, &str); 24] = [
     ("--poll", "nothing: recorders sleep until a buffer is 10 % full"),
     ("-r", "--rt=PRIO"),
     ("-a", "-o FILE: a recording is a file of its own"),

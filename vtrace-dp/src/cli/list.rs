@@ -11,7 +11,7 @@ use super::{
     offers::{self, Offers},
     put,
 };
-use crate::server::link::Link;
+use crate::{recorder::session::holder, server::link::Link};
 
 /// An answer of the server's own takes no longer than this.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -86,7 +86,11 @@ fn lines(guest: &GuestState) -> Vec<String> {
 }
 
 fn device(vmm_pid: Option<u32>, driver: &DriverState) -> String {
-    let vmm = vmm_pid.map_or("no virtual machine".into(), |pid| format!("pid {pid}"));
+    let vmm = match vmm_pid {
+        None => "no virtual machine".into(),
+        Some(0) => "a virtual machine whose process is not seen".into(),
+        Some(pid) => format!("pid {pid}"),
+    };
     let driver = match driver {
         DriverState::Absent => "no driver".into(),
         DriverState::Running => "driver running".into(),
@@ -105,11 +109,7 @@ fn line(guest: &GuestState) -> String {
             Some(machine) => format!("agent ready, {} CPUs, {}", machine.cpus.len(), machine.uname),
         },
     };
-    let held = match (guest.holder_pid, guest.holder_uid) {
-        (None, _) => String::new(),
-        (Some(0), Some(uid)) => format!(", recorded by user {uid}"),
-        (Some(pid), _) => format!(", recorded by pid {pid}"),
-    };
+    let held = holder(guest).map(|who| format!(", {who}")).unwrap_or_default();
     format!("{}: {device}, {agent}{held} ({})", guest.name, guest.socket)
 }
 
@@ -135,5 +135,9 @@ mod tests {
             "guest1@2: no virtual machine, no driver",
         ];
         assert_eq!(lines(&guest), expected);
+        let held = GuestState { vmm_pid: Some(0), holder_pid: Some(0), holder_uid: Some(7), ..guest };
+        let expected = "guest1: a virtual machine whose process is not seen, driver running, no agent, user 7 is \
+                        recording it (/run/vtrace/guest1.sock)";
+        assert_eq!(line(&held), expected);
     }
 }

@@ -11,11 +11,18 @@ use crate::{
     sys::{random, signal::Signals},
 };
 
+/// What `-s` is answered with.
+const INTERVAL: &str = "-s has no effect: there is no interval, pages move as soon as a buffer is 10 % full (-b KB for a \
+                        smaller one)";
+
 /// Records and prints the closing table, here or in the background.
 pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) -> Result<u8, Complaint> {
     let plan = Plan::new(args, matches, random())?;
     if !nix::unistd::geteuid().is_root() {
         return Err(Complaint::not_root());
+    }
+    if !args.interval.is_empty() && !plan.quiet {
+        say(INTERVAL);
     }
     if in_background {
         return background::start(&plan, args.background.session.as_deref());

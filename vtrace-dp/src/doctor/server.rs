@@ -17,6 +17,8 @@ use vtrace_common::wire::client::{DriverState, GuestState};
 use super::{Finding, Place, text};
 use crate::{
     SOFTWARE,
+    device::place::CONTROL_PORT_NAME,
+    recorder::session::holder,
     server::{
         CONTROL_GROUP, CONTROL_SOCKET,
         link::{Link, LinkError},
@@ -72,6 +74,22 @@ pub fn control_socket(place: &Place, dir: &Path) -> Finding {
             )
         }
         Some(_) => Finding::ok("control", format!("{}, group {CONTROL_GROUP}", finding.found)),
+    }
+}
+
+/// What QEMU writes the control port to.
+fn fifo(check: &str, path: &Path) -> Finding {
+    let place = path.display();
+    match fs::symlink_metadata(path) {
+        Err(error) => Finding::fail(check, format!("{place}: {error}"), "vtrace setup once more"),
+        Ok(about) if !about.file_type().is_fifo() => {
+            Finding::fail(check, format!("{place} is no FIFO"), format!("remove {place}, vtrace setup once more"))
+        }
+        Ok(about) if about.mode() & OTHERS != 0 => {
+            let found = format!("{place} has mode {:04o}: anybody may be its guest", about.mode() & 0o7777);
+            Finding::fail(check, found, format!("chmod 0660 {place}"))
+        }
+        Ok(about) => Finding::ok(check, format!("{place}, mode {:04o}", about.mode() & 0o7777)),
     }
 }
 
@@ -134,33 +152,81 @@ fn guest(state: &GuestState) -> Vec<Finding> {
     let name = &state.name;
     let mut findings = Vec::new();
     let path = Path::new(&state.socket);
+    let road = Road::of(path);
     if path.is_absolute() {
-        findings.push(socket(name, path));
+        findings.push(if road == Road::Fifos { fifo(name, path) } else { socket(name, path) });
     }
     let Some(pid) = state.vmm_pid else {
-        let remedy = format!("start QEMU with a device at {}, or vtrace attach {name} --qmp SOCKET", state.socket);
-        findings.push(Finding::warn(name, "no virtual machine is connected", remedy));
+        findings.push(Finding::warn(name, "no virtual machine is connected", road.without_vmm(state)));
         return findings;
     };
-    findings.push(driver(name, pid, state));
+    findings.push(driver(name, pid, state, road));
     let unready = state.further.iter().filter(|device| device.driver != DriverState::Running).count();
     if unready > 0 {
         let found = format!("{unready} of its {} devices have no driver", state.further.len() + 1);
         findings.push(Finding::warn(name, found, "give QEMU all of them, where its CPUs need them"));
     }
     if state.driver == DriverState::Running {
-        findings.push(agent(state));
+        findings.push(agent(state, road));
     }
-    if let Some(pid) = state.holder_pid {
-        findings.push(Finding::warn(name, format!("pid {pid} records it now"), "wait for it, or stop it"));
+    if let Some(who) = holder(state) {
+        findings.push(Finding::warn(name, who, "wait for it, or stop it"));
     }
     findings
 }
 
-fn driver(name: &str, pid: u32, state: &GuestState) -> Finding {
-    let vmm = format!("virtual machine of pid {pid}");
+/// How a guest's ports come to the server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Road {
+    /// A device of the server's.
+    Device,
+    /// QEMU's own device, over sockets.
+    Sockets,
+    /// The same over FIFOs.
+    Fifos,
+}
+
+impl Road {
+    /// As the name of what the guest's control port comes over says it.
+    fn of(path: &Path) -> Self {
+        let is_stream = path.file_stem().is_some_and(|stem| stem == CONTROL_PORT_NAME);
+        match path.extension() {
+            Some(end) if is_stream && end == "sock" => Self::Sockets,
+            Some(end) if is_stream && end == "out" => Self::Fifos,
+            _ => Self::Device,
+        }
+    }
+
+    /// What to do where no QEMU is there.
+    fn without_vmm(self, state: &GuestState) -> String {
+        let GuestState { name, socket, .. } = state;
+        match self {
+            Self::Device => format!("start QEMU with a device at {socket}, or vtrace attach {name} --qmp SOCKET"),
+            Self::Sockets => format!("start QEMU with what vtrace setup --dom {name} --transport socket prints"),
+            Self::Fifos => format!("start QEMU with what vtrace setup --dom {name} --transport pipe prints"),
+        }
+    }
+
+    /// What to do where a CPU has no port.
+    fn without_port(self) -> &'static str {
+        match self {
+            Self::Device => "give its device 2 × (CPUs + 2) rings, num_vqs=…; beyond 126 CPUs several devices",
+            Self::Sockets | Self::Fifos => "vtrace setup with --cpus N, all that may be plugged in; then a new QEMU",
+        }
+    }
+}
+
+fn driver(name: &str, pid: u32, state: &GuestState, road: Road) -> Finding {
+    let vmm = match pid {
+        0 => "a virtual machine, whose process is not seen".into(),
+        pid => format!("virtual machine of pid {pid}"),
+    };
     match &state.driver {
-        DriverState::Running => Finding::ok(name, format!("{vmm}, memory shared, driver running")),
+        DriverState::Running => match road {
+            Road::Device => Finding::ok(name, format!("{vmm}, memory shared, driver running")),
+            Road::Sockets => Finding::ok(name, format!("{vmm}, QEMU's own device, connected")),
+            Road::Fifos => Finding::ok(name, format!("{vmm}, QEMU's own device, FIFOs open")),
+        },
         DriverState::Absent => Finding::warn(
             name,
             format!("{vmm}, no driver"),
@@ -176,7 +242,7 @@ fn driver(name: &str, pid: u32, state: &GuestState) -> Finding {
     }
 }
 
-fn agent(state: &GuestState) -> Finding {
+fn agent(state: &GuestState, road: Road) -> Finding {
     let name = &state.name;
     let Some(agent) = &state.agent else {
         return Finding::warn(name, "no agent", "run vtrace agent in the guest");
@@ -187,11 +253,7 @@ fn agent(state: &GuestState) -> Finding {
     };
     if let Some(cpu) = machine.cpus.iter().find(|cpu| !machine.lanes.contains(cpu)) {
         let found = format!("its {cpu} has no port");
-        return Finding::warn(
-            name,
-            found,
-            "give its device 2 × (CPUs + 2) rings, num_vqs=…; beyond 126 CPUs several devices",
-        );
+        return Finding::warn(name, found, road.without_port());
     }
     let found = format!("agent {}, {} CPUs, {}", agent.hello.software, machine.cpus.len(), machine.uname);
     same_software(name, found, &agent.hello.software)
@@ -310,6 +372,34 @@ mod tests {
         let mut state = healthy();
         state.further = vec![absent];
         assert_eq!(worst(state), Warn);
+    }
+
+    #[test]
+    fn guest_of_qemus_own_device_is_told_of_no_shared_memory_and_of_no_rings() {
+        let folder = tempfile::tempdir().unwrap();
+        let [socket, fifo] = ["sock", "out"].map(|end| folder.path().join(CONTROL_PORT_NAME).with_extension(end));
+        let _listener = UnixListener::bind(&socket).unwrap();
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        chmod(&socket, 0o660);
+        for (path, pid, expected) in [
+            (&socket, 77, "virtual machine of pid 77, QEMU's own device, connected"),
+            (&fifo, 77, "virtual machine of pid 77, QEMU's own device, FIFOs open"),
+            (&fifo, 0, "a virtual machine, whose process is not seen, QEMU's own device, FIFOs open"),
+        ] {
+            let state = GuestState { socket: path.display().to_string(), vmm_pid: Some(pid), ..healthy() };
+            let findings = guest(&state);
+            assert!(findings.iter().all(|finding| finding.verdict == Fine), "{findings:?}");
+            assert_eq!((findings.len(), findings[1].found.as_str()), (3, expected));
+            let gone = guest(&GuestState { vmm_pid: None, ..state.clone() });
+            assert!(gone[1].remedy.contains("vtrace setup --dom guest1 --transport"), "{gone:?}");
+            let mut few = state;
+            few.agent.as_mut().unwrap().machine.as_mut().unwrap().lanes.truncate(1);
+            assert!(guest(&few)[2].remedy.contains("--cpus N"));
+        }
+        chmod(&fifo, 0o666);
+        assert_eq!(super::fifo("guest1", &fifo).verdict, Fail);
+        assert_eq!(super::fifo("guest1", &socket).verdict, Fail);
+        assert_eq!(super::fifo("guest1", &folder.path().join("missing")).verdict, Fail);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use vtrace_common::{
     time::GuestTsc,
     wire::{
         agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
-        client::{Area, Claimed, FromServer, Gone, LaneEnd, LaneLedger, Lanes, Refusal, ToServer},
+        client::{Area, Claimed, FromServer, Gone, GuestState, LaneEnd, LaneLedger, Lanes, Refusal, ToServer},
     },
 };
 
@@ -384,7 +384,6 @@ impl GuestSession {
     }
 }
 
-/// A refusal in few words.
 /// Who holds a guest. Of another user's processes there is no pid, 0.
 pub fn held_by(pid: u32, uid: u32) -> String {
     match pid {
@@ -393,6 +392,12 @@ pub fn held_by(pid: u32, uid: u32) -> String {
     }
 }
 
+/// Who records a guest, if anybody does.
+pub fn holder(guest: &GuestState) -> Option<String> {
+    Some(held_by(guest.holder_pid?, guest.holder_uid.unwrap_or(0)))
+}
+
+/// A refusal in few words.
 fn reason(refusal: &Refusal) -> String {
     match refusal {
         Refusal::NoSuchGuest { .. } => "it knows no guest of this name".into(),
