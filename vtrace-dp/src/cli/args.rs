@@ -34,7 +34,7 @@ pub enum Verb {
     Start(Box<RecordArgs>),
     /// End a recording in the background, show its closing table
     Stop(StopArgs),
-    /// Show what is recorded in the background, as counters
+    /// Show what is recorded now, as counters: in the background, and what a terminal waits for
     Status(StatusArgs),
     /// Serve guests: the backend of their virtio-serial device (on the host, one for all guests)
     Server(ServerArgs),

@@ -1,7 +1,8 @@
-//! `vtrace start`, `stop` and `status`: recordings in the background.
+//! `vtrace start`, `stop` and `status`: recordings in the background, and what is seen of all.
 
 use std::{
     io::{self, IsTerminal, Write},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     recorder::{
-        background::{self, Background, BackgroundFault, Found, Outcome, State},
+        background::{self, Background, BackgroundFault, Found, Outcome, Shown, State},
         run::{News, Progress},
         summary::Summary,
     },
@@ -43,11 +44,53 @@ fn state(plan: &Plan, name: Option<&str>) -> State {
     State { name, guests, files: files.collect(), ..State::default() }
 }
 
+/// A recording in the foreground, as `status` shows it.
+pub(super) struct Foreground {
+    state: State,
+    dir: PathBuf,
+    shown: Option<Shown>,
+    lines: Lines,
+}
+
+impl Foreground {
+    pub(super) fn new(plan: &Plan, name: Option<&str>) -> Result<Self, Complaint> {
+        check_session(name)?;
+        Ok(Self { state: state(plan, name), dir: plan.dir.clone(), shown: None, lines: Lines::default() })
+    }
+
+    /// Shown once it has begun. A run directory that takes no file is no reason not to record.
+    pub(super) fn hear(&mut self, news: &News) {
+        match news {
+            News::Begun => {
+                let shown = Shown::in_foreground(&self.dir, std::mem::take(&mut self.state));
+                let shown = shown.inspect_err(|fault| log::debug!("status does not show this: {fault}"));
+                self.shown = shown.ok();
+                self.publish(&Progress { elapsed: Duration::ZERO, machines: Vec::new() });
+            }
+            News::Progress(progress) => self.publish(progress),
+            News::LeftOut { .. } | News::Output { .. } => {}
+        }
+    }
+
+    fn publish(&mut self, progress: &Progress) {
+        let Some(shown) = &mut self.shown else { return };
+        shown.publish(self.lines.next(progress), json(progress));
+    }
+}
+
+fn json(progress: &Progress) -> Value {
+    serde_json::to_value(progress).expect("progress is plain data")
+}
+
+/// What a name may be.
+fn check_session(name: Option<&str>) -> Result<(), Complaint> {
+    let Some(name) = name else { return Ok(()) };
+    check_name(name).map_err(|fault| Complaint::usage("cannot record", fault, "--session first"))
+}
+
 /// Records in another process; this one returns when that has begun, or with what went wrong.
 pub(super) fn start(plan: &Plan, name: Option<&str>) -> Result<u8, Complaint> {
-    if let Some(name) = name {
-        check_name(name).map_err(|fault| Complaint::usage("cannot record", fault, "--session first"))?;
-    }
+    check_session(name)?;
     let state = state(plan, name);
     let name = state.name.clone();
     match split().map_err(|error| Complaint::system("fork", error))? {
@@ -115,15 +158,14 @@ impl Recorder {
     }
 
     fn publish(&mut self, progress: &Progress) {
-        let json = serde_json::to_value(progress).expect("progress is plain data");
-        self.background.publish(self.lines.next(progress), json);
+        self.background.publish(self.lines.next(progress), json(progress));
     }
 }
 
 /// Ends a recording in order, prints its closing table, exits as `record` would have.
 pub(super) fn stop(args: &StopArgs) -> Result<u8, Complaint> {
     let failed = |fault| complaint("cannot stop", &fault);
-    let Found { state, is_running } = background::choose(&args.dir, args.session.as_deref()).map_err(failed)?;
+    let Found { state, is_running, .. } = background::choose(&args.dir, args.session.as_deref()).map_err(failed)?;
     if is_running {
         ask(&state)?;
     } else if state.outcome.is_some() {
@@ -152,7 +194,7 @@ fn ask(state: &State) -> Result<(), Complaint> {
 pub(super) fn status(args: &StatusArgs) -> Result<u8, Complaint> {
     loop {
         let found = background::list(&args.dir);
-        let over = !args.watch || found.iter().all(|found| !found.is_running);
+        let over = !args.watch || found.iter().all(|found| !found.is_running || found.is_hidden);
         if args.json {
             put(&serde_json::to_string(&found).expect("a state is plain data"))?;
         } else if args.watch && !over && io::stdout().is_terminal() {
@@ -161,7 +203,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<u8, Complaint> {
             // A terminal that has gone is seen at the next write.
             let _ = write!(stdout, "\r\x1b[K{text}").and_then(|()| stdout.flush());
         } else if found.is_empty() {
-            put("nothing is recorded in the background")?;
+            put("nothing is recorded")?;
         } else {
             put(&found.iter().map(text).collect::<Vec<_>>().join("\n"))?;
         }
@@ -173,13 +215,21 @@ pub(super) fn status(args: &StatusArgs) -> Result<u8, Complaint> {
 }
 
 fn text(found: &Found) -> String {
-    let Found { state, is_running } = found;
+    let Found { state, is_running, is_hidden } = found;
+    let State { name, pid, uid, .. } = state;
+    if *is_hidden {
+        let name = if name.is_empty() { "another recording" } else { name };
+        return format!("{name}: user {uid}'s, and shown to nobody else");
+    }
+    let place = if state.is_foreground { ", in the foreground" } else { "" };
     match &state.outcome {
         Some(outcome) => {
             format!("{}: ended with status {}: vtrace stop {} shows its table", state.name, outcome.status, state.name)
         }
-        None if *is_running && state.line.is_empty() => format!("{}: about to begin (pid {})", state.name, state.pid),
-        None if *is_running => format!("{}: {} (pid {})", state.name, state.line, state.pid),
+        None if *is_running && state.line.is_empty() => {
+            format!("{name}: about to begin (pid {pid} of user {uid}{place})")
+        }
+        None if *is_running => format!("{name}: {} (pid {pid} of user {uid}{place})", state.line),
         None => format!("{}: killed (pid {}): vtrace restore {}", state.name, state.pid, paths(state)),
     }
 }
@@ -201,6 +251,10 @@ fn complaint(cannot: &str, fault: &BackgroundFault) -> Complaint {
         BackgroundFault::NoSuch { known } | BackgroundFault::Several(known) => {
             Complaint::new(cannot, fault, format!("vtrace stop NAME: {}", known.join(", ")))
         }
+        BackgroundFault::Foreground(state) => {
+            let remedy = format!("Ctrl-C where it runs, or kill -INT {}", state.pid);
+            Complaint::new(cannot, fault, remedy)
+        }
         BackgroundFault::Killed(state) => {
             let remedy = format!("vtrace restore {}", paths(state));
             Complaint::new(format!("{cannot} {}", state.name), fault, remedy)
@@ -217,24 +271,34 @@ mod tests {
 
     fn found(is_running: bool, line: &str, outcome: Option<Outcome>) -> Found {
         let files = vec!["/t/trace.dat".into(), "/t/trace-guest1.dat".into()];
-        let state = State { name: "guest1".into(), pid: 77, files, line: line.into(), outcome, ..State::default() };
-        Found { state, is_running }
+        let state =
+            State { name: "guest1".into(), pid: 77, uid: 5, files, line: line.into(), outcome, ..State::default() };
+        Found { state, is_running, is_hidden: false }
     }
 
     #[test]
     fn each_way_to_be_found_has_its_line() {
         let ended = Outcome { status: 3, ..Outcome::default() };
+        let in_foreground = found(true, "recording 4 s", None);
+        let state = State { is_foreground: true, ..in_foreground.state.clone() };
+        let in_foreground = Found { state, ..in_foreground };
         let texts = [
             text(&found(true, "", None)),
             text(&found(true, "recording 3 s  host 12 pages", None)),
             text(&found(false, "x", None)),
             text(&found(false, "x", Some(ended))),
+            text(&in_foreground),
+            text(&Found { is_hidden: true, ..in_foreground.clone() }),
+            text(&Found { state: State { uid: 5, ..State::default() }, is_running: true, is_hidden: true }),
         ];
         let expected = [
-            "guest1: about to begin (pid 77)",
-            "guest1: recording 3 s  host 12 pages (pid 77)",
+            "guest1: about to begin (pid 77 of user 5)",
+            "guest1: recording 3 s  host 12 pages (pid 77 of user 5)",
             "guest1: killed (pid 77): vtrace restore /t/trace.dat /t/trace-guest1.dat",
             "guest1: ended with status 3: vtrace stop guest1 shows its table",
+            "guest1: recording 4 s (pid 77 of user 5, in the foreground)",
+            "guest1: user 5's, and shown to nobody else",
+            "another recording: user 5's, and shown to nobody else",
         ];
         assert_eq!(texts, expected);
     }

@@ -87,7 +87,7 @@ pub struct BackgroundArgs {
     /// Go on in the background once the recording has begun (`vtrace start` does); `vtrace stop` ends it
     #[arg(long, help_heading = SESSION)]
     pub daemonize: bool,
-    /// What it is called in the background, where that is not its first guest's name, or `host`
+    /// What `status` and `stop` call it, where that is not its first guest's name, or `host`
     #[arg(long, value_name = "NAME", help_heading = SESSION)]
     pub session: Option<String>,
 }

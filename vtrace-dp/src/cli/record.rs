@@ -28,7 +28,11 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) 
         return background::start(&plan, args.background.session.as_deref());
     }
     let mut status = Status::new(plan.quiet);
-    let recorded = record(&plan, &mut |news| tell(&mut status, plan.json, news));
+    let mut foreground = background::Foreground::new(&plan, args.background.session.as_deref())?;
+    let recorded = record(&plan, &mut |news| {
+        foreground.hear(news);
+        tell(&mut status, plan.json, news);
+    });
     status.clear();
     let (summary, exit_status) = recorded?;
     print(&plan, &summary)?;

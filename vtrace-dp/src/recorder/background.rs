@@ -1,11 +1,13 @@
-//! Recordings in the background, as other processes see them: who runs, how far it is, how it ended.
+//! Recordings as other processes see them: who runs, how far it is, and of those in the background how it ended.
 //!
 //! In:    a name; what the recording says of itself
-//! Out:   in the run directory, `record-NAME.pid` (a process id, locked while it runs), `record-NAME.state` (JSON) and
-//!        `record-NAME.log` (what it would have shown)
+//! Out:   in the run directory, of one in the background, `record-NAME.pid` (a process id, locked while it runs),
+//!        `record-NAME.state` (JSON) and `record-NAME.log` (what it would have shown); of one that a terminal waits for
+//!        `foreground-PID.pid` and `foreground-PID.state`, which go with it
 //! Runs:  the recording on its own thread, once a second; readers whenever they like
 //! Full:  a state is replaced as a whole; a run directory that takes no file ends nothing but what can be seen
-//! Trust: whoever may write to the run directory: root. What is read there is bounded and need not be JSON
+//! Trust: whoever may write to the run directory: root. What is read there is bounded and need not be JSON. Only the user
+//!        who records can read the files: others see whose they are
 //!
 //! The lock says whether it runs: it goes with the process however that ends. A process id alone says nothing, another
 //! process may have it by now.
@@ -18,10 +20,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-const PREFIX: &str = "record-";
+/// Recordings in the background have files that begin so, then comes their name.
+const BACKGROUND: &str = "record-";
+/// The others; then comes their process.
+const FOREGROUND: &str = "foreground-";
+/// Nobody else is to read of files and guests, nor to hold the lock.
+const MODE: u32 = 0o600;
 /// A state that is longer is none of ours.
 const STATE_BYTES_MAX: u64 = 4 << 20;
 /// Someone who only looks holds the lock for less.
@@ -42,6 +50,9 @@ pub enum BackgroundFault {
     /// Several, and none was named.
     #[error("{} recordings are in the background", .0.len())]
     Several(Vec<String>),
+    /// It is in the foreground.
+    #[error("{} is recorded in the foreground, by process {} of user {}", .0.name, .0.pid, .0.uid)]
+    Foreground(Box<State>),
     /// It was killed.
     #[error("the recording of pid {} was killed before it ended", .0.pid)]
     Killed(Box<State>),
@@ -63,6 +74,10 @@ pub struct State {
     pub name: String,
     /// Its process.
     pub pid: u32,
+    /// Who runs it.
+    pub uid: u32,
+    /// A terminal waits for it.
+    pub is_foreground: bool,
     /// The guests that it records.
     pub guests: Vec<String>,
     /// Where to, the host's first.
@@ -92,8 +107,10 @@ pub struct Outcome {
 pub struct Found {
     /// What it said last.
     pub state: State,
-    /// Whether its process is there.
+    /// Whether its process is there, or nobody but its user can tell.
     pub is_running: bool,
+    /// It is another user's: no more is known than whose, and its name.
+    pub is_hidden: bool,
 }
 
 /// The files of one name.
@@ -106,7 +123,12 @@ struct Paths {
 
 impl Paths {
     fn new(dir: &Path, name: &str) -> Self {
-        let path = |suffix: &str| dir.join(format!("{PREFIX}{name}.{suffix}"));
+        Self::of(dir, &format!("{BACKGROUND}{name}"))
+    }
+
+    /// `stem`: what all of them begin with.
+    fn of(dir: &Path, stem: &str) -> Self {
+        let path = |suffix: &str| dir.join(format!("{stem}.{suffix}"));
         Self { pid: path("pid"), state: path("state"), log: path("log") }
     }
 
@@ -118,49 +140,50 @@ impl Paths {
     }
 }
 
+/// What a recording shows of itself. Dropped it leaves nothing.
+#[derive(Debug)]
+pub struct Shown {
+    paths: Paths,
+    /// Its lock is held as long as this is open.
+    lock: File,
+    state: State,
+    stays: bool,
+}
+
 /// A recording in the background, for itself. Dropped before it has begun it leaves nothing; later it stays for
 /// whoever asks how it ended.
 #[derive(Debug)]
 pub struct Background {
-    paths: Paths,
-    /// Its lock is held as long as this is open.
-    lock: File,
+    shown: Shown,
     log: File,
-    state: State,
-    begun: bool,
 }
 
-impl Background {
-    /// Takes the name. What one that ended or was killed has left is replaced.
+impl Shown {
+    /// A recording in the foreground. What others that were killed have left is removed.
     ///
     /// # Errors
-    /// [`BackgroundFault::Running`], [`BackgroundFault::File`]
-    pub fn take(dir: &Path, mut state: State) -> Result<Self, BackgroundFault> {
-        let paths = Paths::new(dir, &state.name);
-        let failed = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| BackgroundFault::File { path, source }
-        };
+    /// [`BackgroundFault::File`]
+    pub fn in_foreground(dir: &Path, state: State) -> Result<Self, BackgroundFault> {
+        for stem in stems(dir, FOREGROUND) {
+            let paths = Paths::of(dir, &stem);
+            // Whoever takes this name now sees that the file it has locked is gone, and takes it once more.
+            if let Ok(Some(_lock)) = lock(&paths.pid) {
+                paths.remove();
+            }
+        }
+        let paths = Paths::of(dir, &format!("{FOREGROUND}{}", std::process::id()));
+        Self::take(dir, paths, State { is_foreground: true, ..state })
+    }
+
+    fn take(dir: &Path, paths: Paths, mut state: State) -> Result<Self, BackgroundFault> {
         fs::create_dir_all(dir).map_err(failed(dir))?;
         let lock = lock(&paths.pid).map_err(failed(&paths.pid))?;
         let Some(mut lock) = lock else { return Err(BackgroundFault::Running(Box::new(read(&paths)))) };
-        state.pid = std::process::id();
+        (state.pid, state.uid) = (std::process::id(), geteuid().as_raw());
         lock.set_len(0).and_then(|()| writeln!(lock, "{}", state.pid)).map_err(failed(&paths.pid))?;
-        let log = options().append(true).create(true).open(&paths.log).map_err(failed(&paths.log))?;
-        log.set_len(0).map_err(failed(&paths.log))?;
-        let background = Self { paths, lock, log, state, begun: false };
-        background.write().map_err(failed(&background.paths.state))?;
-        Ok(background)
-    }
-
-    /// Where what is said goes.
-    pub fn log(&self) -> &File {
-        &self.log
-    }
-
-    /// The recording has begun: from now on it leaves word of how it ended.
-    pub fn begin(&mut self) {
-        self.begun = true;
+        let shown = Self { paths, lock, state, stays: false };
+        shown.write().map_err(failed(&shown.paths.state))?;
+        Ok(shown)
     }
 
     /// How far it is.
@@ -169,15 +192,9 @@ impl Background {
         self.try_write();
     }
 
-    /// It has ended.
-    pub fn end(mut self, outcome: Outcome) {
-        self.state.outcome = Some(outcome);
-        self.try_write();
-    }
-
     fn try_write(&self) {
         if let Err(error) = self.write() {
-            log::warn!("{}: {error}", self.paths.state.display());
+            log::debug!("{}: {error}", self.paths.state.display());
         }
     }
 
@@ -191,9 +208,9 @@ impl Background {
     }
 }
 
-impl Drop for Background {
+impl Drop for Shown {
     fn drop(&mut self) {
-        if !self.begun {
+        if !self.stays {
             self.paths.remove();
         } else if self.state.outcome.is_some() {
             // Its number means nothing from now on.
@@ -203,10 +220,50 @@ impl Drop for Background {
     }
 }
 
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> BackgroundFault {
+    let path = path.to_path_buf();
+    move |source| BackgroundFault::File { path, source }
+}
+
+impl Background {
+    /// Takes the name. What one that ended or was killed has left is replaced.
+    ///
+    /// # Errors
+    /// [`BackgroundFault::Running`], [`BackgroundFault::File`]
+    pub fn take(dir: &Path, state: State) -> Result<Self, BackgroundFault> {
+        let shown = Shown::take(dir, Paths::new(dir, &state.name), state)?;
+        let path = &shown.paths.log;
+        let log = options().append(true).create(true).open(path).map_err(failed(path))?;
+        log.set_len(0).map_err(failed(path))?;
+        Ok(Self { shown, log })
+    }
+
+    /// Where what is said goes.
+    pub fn log(&self) -> &File {
+        &self.log
+    }
+
+    /// The recording has begun: from now on it leaves word of how it ended.
+    pub fn begin(&mut self) {
+        self.shown.stays = true;
+    }
+
+    /// How far it is.
+    pub fn publish(&mut self, line: String, progress: Value) {
+        self.shown.publish(line, progress);
+    }
+
+    /// It has ended.
+    pub fn end(mut self, outcome: Outcome) {
+        self.shown.state.outcome = Some(outcome);
+        self.shown.try_write();
+    }
+}
+
 /// Links are not followed: they could lead out of the run directory.
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.write(true).mode(0o644).custom_flags(nix::libc::O_NOFOLLOW);
+    options.write(true).mode(MODE).custom_flags(nix::libc::O_NOFOLLOW);
     options
 }
 
@@ -228,10 +285,15 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Whether a process holds the lock.
-fn is_running(path: &Path) -> bool {
-    let Ok(file) = OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) else { return false };
-    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
+/// Whether a process holds the lock, or whose it is if we may not know.
+fn is_running(path: &Path) -> Result<bool, u32> {
+    match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) {
+        Ok(file) => Ok(matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            fs::symlink_metadata(path).map_or(Ok(false), |about| Err(about.uid()))
+        }
+        Err(_) => Ok(false),
+    }
 }
 
 /// What is known of a name: its state; where there is none, the number in its pid file.
@@ -247,32 +309,55 @@ fn read(paths: &Paths) -> State {
     state.unwrap_or_else(|| State { pid: pid().unwrap_or(0), ..State::default() })
 }
 
-/// All recordings in the background, by name: those that run, and those that have left word.
+/// All recordings: those that run, and those in the background that have left word; by their files' names.
 pub fn list(dir: &Path) -> Vec<Found> {
+    let background = stems(dir, BACKGROUND).into_iter().map(|stem| look(dir, &stem));
+    let foreground = stems(dir, FOREGROUND).into_iter().map(|stem| look(dir, &stem));
+    background.chain(foreground.filter(|found| found.is_running)).collect()
+}
+
+/// What the files of one recording each begin with.
+fn stems(dir: &Path, prefix: &str) -> Vec<String> {
     let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| {
-        let name = entry.file_name().into_string().ok()?;
-        let name = name.strip_prefix(PREFIX)?;
+        let name = entry.file_name().into_string().ok().filter(|name| name.starts_with(prefix))?;
         name.strip_suffix(".pid").or_else(|| name.strip_suffix(".state")).map(str::to_owned)
     });
     let mut names: Vec<String> = names.collect();
     names.sort_unstable();
     names.dedup();
-    names.into_iter().map(|name| look(dir, &name)).collect()
+    names
 }
 
-fn look(dir: &Path, name: &str) -> Found {
-    let paths = Paths::new(dir, name);
+fn look(dir: &Path, stem: &str) -> Found {
+    let paths = Paths::of(dir, stem);
+    let name = stem.strip_prefix(BACKGROUND);
     // In this order: one that ends in between has left its last word.
-    let is_running = is_running(&paths.pid);
-    Found { state: State { name: name.into(), ..read(&paths) }, is_running }
+    match is_running(&paths.pid) {
+        Ok(is_running) => {
+            let state = read(&paths);
+            let name = name.map_or_else(|| state.name.clone(), str::to_owned);
+            Found { state: State { name, ..state }, is_running, is_hidden: false }
+        }
+        Err(uid) => {
+            let name = name.unwrap_or_default().to_owned();
+            let state = State { name, uid, is_foreground: !stem.starts_with(BACKGROUND), ..State::default() };
+            Found { state, is_running: true, is_hidden: true }
+        }
+    }
 }
 
-/// The recording of this name, or the only one there is. One that runs is chosen before one that has ended.
+/// The recording of this name in the background, or the only one there is. One that runs is chosen before one that has
+/// ended.
 ///
 /// # Errors
-/// [`BackgroundFault::NoSuch`], [`BackgroundFault::Several`]
+/// [`BackgroundFault::NoSuch`], [`BackgroundFault::Several`], [`BackgroundFault::Foreground`]
 pub fn choose(dir: &Path, name: Option<&str>) -> Result<Found, BackgroundFault> {
-    let mut all = list(dir);
+    let (foreground, mut all): (Vec<_>, Vec<_>) = list(dir).into_iter().partition(|found| found.state.is_foreground);
+    let mut others = foreground.into_iter().filter(|found| !found.is_hidden).map(|found| found.state);
+    let other = others.find(|state| name.is_none_or(|name| name == state.name));
+    if let Some(state) = other.filter(|_| all.iter().all(|found| name.is_some_and(|name| name != found.state.name))) {
+        return Err(BackgroundFault::Foreground(Box::new(state)));
+    }
     let known = |all: &[Found]| all.iter().map(|found| found.state.name.clone()).collect::<Vec<_>>();
     if let Some(name) = name {
         let names = known(&all);
@@ -293,10 +378,10 @@ pub fn choose(dir: &Path, name: Option<&str>) -> Result<Found, BackgroundFault> 
 /// # Errors
 /// [`BackgroundFault::Killed`]
 pub fn await_end(dir: &Path, name: &str) -> Result<Outcome, BackgroundFault> {
-    while is_running(&Paths::new(dir, name).pid) {
+    while is_running(&Paths::new(dir, name).pid) == Ok(true) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let Found { mut state, .. } = look(dir, name);
+    let Found { mut state, .. } = look(dir, &format!("{BACKGROUND}{name}"));
     let outcome = state.outcome.take();
     Paths::new(dir, name).remove();
     outcome.ok_or_else(|| BackgroundFault::Killed(Box::new(state)))
@@ -350,7 +435,7 @@ mod tests {
         killed.begin();
         killed.publish("recording 1 s".into(), Value::Null);
         // As a kill does: the lock goes, the files stay.
-        killed.lock.unlock().unwrap();
+        killed.shown.lock.unlock().unwrap();
         std::mem::forget(killed);
         assert_eq!(names(folder.path()), [("host".into(), false)]);
         let Err(BackgroundFault::Killed(found)) = await_end(folder.path(), "host") else { panic!("it did not end") };
@@ -369,6 +454,42 @@ mod tests {
         assert_eq!(found[1].state, state_of_nothing("b"));
         std::os::unix::fs::symlink("/etc/passwd", folder.path().join("record-c.pid")).unwrap();
         assert!(matches!(Background::take(folder.path(), state("c")), Err(BackgroundFault::File { .. })));
+    }
+
+    #[test]
+    fn recording_in_the_foreground_is_seen_while_it_is_there_and_takes_no_name() {
+        let folder = tempfile::tempdir().unwrap();
+        // One that was killed: nobody holds its lock.
+        let killed = Paths::of(folder.path(), "foreground-7");
+        fs::write(&killed.pid, "7\n").unwrap();
+        fs::write(&killed.state, serde_json::to_vec(&state("guest1")).unwrap()).unwrap();
+        assert!(list(folder.path()).is_empty(), "one that is gone is not shown");
+        let shown = Shown::in_foreground(folder.path(), state("guest1")).unwrap();
+        assert!(!killed.pid.exists() && !killed.state.exists(), "the next one clears up");
+        let [found] = &list(folder.path())[..] else { panic!("one recording") };
+        let expected = ("guest1", std::process::id(), true, true);
+        assert_eq!((&*found.state.name, found.state.pid, found.state.is_foreground, found.is_running), expected);
+        let refused = choose(folder.path(), None).unwrap_err();
+        let (pid, uid) = (std::process::id(), geteuid());
+        let text = format!("guest1 is recorded in the foreground, by process {pid} of user {uid}");
+        assert_eq!(refused.to_string(), text);
+        assert!(matches!(choose(folder.path(), Some("host")), Err(BackgroundFault::NoSuch { .. })));
+        let background = Background::take(folder.path(), state("guest1")).unwrap();
+        assert!(!choose(folder.path(), Some("guest1")).unwrap().state.is_foreground);
+        drop((shown, background));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_of_a_recording_are_its_users_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let _background = Background::take(folder.path(), state("host")).unwrap();
+        let _shown = Shown::in_foreground(folder.path(), state("host")).unwrap();
+        let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap()).collect();
+        assert_eq!(files.len(), 5);
+        for file in files {
+            assert_eq!(file.metadata().unwrap().mode() & 0o777, MODE, "{:?}", file.file_name());
+        }
     }
 
     fn state_of_nothing(name: &str) -> State {

@@ -86,10 +86,6 @@ impl Station for StreamDrain {
                 "pages of a stream are looked at in the file: open it for reading too",
             ));
         }
-        if areas.iter().any(|area| area.begins_again) {
-            let why = "lanes of a stream cannot keep their newest pages only";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        }
         if direct.is_some() {
             log::debug!("streams go through the page cache");
         }

@@ -3,12 +3,16 @@
 //! In:    how many bytes were spliced behind the lane's last page, or thrown away; the file
 //! Out:   where the next bytes belong and how many; counts
 //! Runs:  on the worker's thread; reads 16 bytes of each page back, writes only what has to be changed
-//! Full:  pages behind the end of the area, and all pages after a write that failed, are refused and counted
+//! Full:  pages behind the end of the area (unless it begins again there), and all pages after a write that failed, are
+//!        refused and counted
 //! Trust: the guest with nothing: pages are framed by their size alone, and one whose header is none is overwritten by
 //!        what comes behind it. Its bytes are the guest's, and nobody has changed them since they were looked at
 //!
 //! The bytes never pass through this process, so they are looked at where they are: in the file's cached pages. A page
 //! counts as kept when its header has been read; a crash before that leaves a page that readers check again.
+//!
+//! Nothing is put across the end of an area that begins again, so what is not looked at yet lies in one piece. What it
+//! goes over there is far too old: such an area has tens of MiB more than the pages that are to stay.
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -31,11 +35,11 @@ pub(super) struct Lane {
     page_bytes: u64,
     counters: Arc<Counters>,
     ledger: Ledger,
-    /// Bytes of the pages that are kept, from the beginning of the area.
+    /// Bytes of the pages that were kept, from the lane's first on.
     kept: u64,
     /// Bytes behind them: the beginning of the current page, or of its refusal.
     have: u64,
-    /// End of what was ever written to the area.
+    /// End of what was ever written, counted as they are.
     written_end: u64,
     /// Pages were refused since the last one that was kept: the next one says so.
     gap: bool,
@@ -55,12 +59,17 @@ impl Lane {
 
     /// Where in the file the next bytes belong. Hot.
     pub(super) fn offset(&self) -> u64 {
-        self.area.offset + self.kept + self.have
+        self.area.place(self.kept + self.have)
     }
 
     /// How many bytes may be put there: none if the rest has to be thrown away. Hot.
     pub(super) fn room(&self) -> u64 {
-        if self.refuses { 0 } else { self.whole_pages(self.area.bytes_max) - self.kept - self.have }
+        let filled = self.kept + self.have;
+        match self.area.begins_again {
+            _ if self.refuses => 0,
+            true => self.area.room(filled),
+            false => self.whole_pages(self.area.bytes_max) - filled,
+        }
     }
 
     /// Bytes that have come.
@@ -127,7 +136,7 @@ impl Lane {
             log::warn!("{}: {surplus} bytes more came than its agent says it sent", self.counters.cpu());
         }
         // If it fails, readers find the end by the count of pages.
-        let _ = erase(file, self.area.offset + self.kept, self.written_end.saturating_sub(self.kept));
+        let _ = erase(file, self.area.place(self.kept), self.written_end.saturating_sub(self.kept));
         assert!(self.ledger.balanced(), "a page is in the file or refused: {:?}", self.ledger);
         self.publish();
         self.ledger
@@ -135,7 +144,7 @@ impl Lane {
 
     /// Keeps the page behind the last one, or lets what is behind it take its place.
     fn look(&mut self, file: &File) -> io::Result<()> {
-        let at = self.area.offset + self.kept;
+        let at = self.area.place(self.kept);
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, at)?;
         let size = usize::try_from(self.page_bytes).expect("PAGE_BYTES_MAX fits");
@@ -204,6 +213,12 @@ mod tests {
         (Lane::new(area, 4096, Arc::clone(&counters)), tempfile::tempfile().unwrap(), counters)
     }
 
+    /// A lane that begins again after so many pages.
+    fn lane_again(pages: u64) -> (Lane, File) {
+        let area = Area { cpu: Cpu(3), offset: AT, bytes_max: pages * PAGE, begins_again: true };
+        (Lane::new(area, 4096, Arc::new(Counters::new(Cpu(3)))), tempfile::tempfile().unwrap())
+    }
+
     /// A page whose header says `commit`.
     fn page(time: u64, commit: u64) -> Vec<u8> {
         let mut page = vec![u8::try_from(time).unwrap(); 4096];
@@ -270,6 +285,23 @@ mod tests {
     }
 
     #[test]
+    fn lane_that_begins_again_goes_over_its_oldest_pages_and_nothing_behind_its_area() {
+        let (mut lane, file) = lane_again(3);
+        let none = page(3, u64::from(u32::MAX));
+        let bytes = [page(1, 1), page(2, 2), none, page(4, 4), page(5, 5), page(6, 6), page(7, 7)].concat();
+        for piece in bytes.chunks(2 * 4096 + 900) {
+            feed(&mut lane, &file, piece);
+        }
+        feed(&mut lane, &file, &page(8, 8)[..70]);
+        let ledger = lane.close(&file, None);
+        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused, ledger.bytes_torn), (7, 6, 1, 70));
+        let kept = content(&file);
+        let times: Vec<u64> = kept.chunks(4096).map(|page| Header::parse(page, 4096).unwrap().time).collect();
+        assert_eq!(times, [0, 6, 7], "1, 2 and 4 went, 5 is where the torn one began");
+        assert_eq!(kept[4096..8192], page(6, 6), "no page is in two pieces");
+    }
+
+    #[test]
     fn write_that_fails_mid_page_refuses_that_page_and_all_behind() {
         let (mut lane, file, _) = lane(8);
         feed(&mut lane, &file, &[page(1, 1), page(2, 2)].concat()[..5000]);
@@ -322,6 +354,35 @@ mod tests {
             };
             let good: Vec<u64> = pages.iter().filter(|(_, good)| *good).map(|(time, _)| (*time).into()).collect();
             prop_assert!(good.starts_with(&kept) && (kept.len() == good.len() || kept.len() <= 6), "{kept:?} of {good:?}");
+        }
+
+        #[test]
+        fn lane_that_begins_again_has_its_last_pages_whatever_came_before(
+            pages in proptest::collection::vec((0u8..=200, prop::bool::weighted(0.8)), 0..40),
+            cuts in proptest::collection::vec(1usize..20_000, 1..40),
+        ) {
+            let (mut lane, file) = lane_again(8);
+            let commit = |good: bool| if good { 64 } else { 1 << 40 };
+            let bytes: Vec<u8> = pages.iter().flat_map(|(time, good)| page((*time).into(), commit(*good))).collect();
+            let (mut rest, mut cuts) = (&bytes[..], cuts.iter().cycle());
+            while !rest.is_empty() {
+                let step = rest.len().min(*cuts.next().unwrap());
+                feed(&mut lane, &file, &rest[..step]);
+                rest = &rest[step..];
+            }
+            let area = lane.area;
+            let ledger = lane.close(&file, None);
+            prop_assert!(ledger.balanced());
+            prop_assert!(file.metadata().unwrap().len() <= AT + 8 * PAGE, "nothing behind the area");
+            let good: Vec<u64> = pages.iter().filter(|(_, good)| *good).map(|(time, _)| (*time).into()).collect();
+            prop_assert_eq!(ledger.pages_out, u64::try_from(good.len()).unwrap());
+            // As many as no step of 20 000 bytes can have gone over.
+            let last = good.len().saturating_sub(2);
+            for (at, time) in good.iter().enumerate().skip(last) {
+                let mut header = [0; HEADER_BYTES];
+                file.read_exact_at(&mut header, area.place(u64::try_from(at).unwrap() * PAGE)).unwrap();
+                prop_assert_eq!(Header::parse(&header, 4096).unwrap().time, *time);
+            }
         }
     }
 }
