@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output, Stdio},
     thread::sleep,
@@ -90,7 +91,7 @@ fn is_read(file: &Path) -> Result<()> {
 fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
     let place = Place::new()?;
     place.complains("stop", "", "nothing is recorded in the background", "vtrace start")?;
-    ensure!(place.works("status", "")?.contains("nothing is recorded in the background"), "said");
+    ensure!(place.works("status", "")?.contains("nothing is recorded"), "said");
     let said = place.works("start", "-o one.dat -e sched")?;
     let pid = place.pid("host")?;
     ensure!(
@@ -119,6 +120,55 @@ fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
             || fs::read_to_string(format!("/proc/{pid}/stat"))?.contains(" Z ")
     );
     Ok(())
+}
+
+#[test]
+fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_elsewhere() -> Result<()> {
+    let place = Place::new()?;
+    let mut command = Command::new(xtask::build::vtrace()?);
+    command.args(["record", "-q", "-e", "sched", "--dir"]).arg(place.run.path()).args(["--", "sleep", "4"]);
+    let mut child = command.current_dir(place.files.path()).spawn()?;
+    await_that("counters are shown", || {
+        Ok(place.status()?[0]["state"]["line"].as_str().is_some_and(|line| line.contains(" pages")))
+    })?;
+    let pid = child.id();
+    let seen = &place.status()?[0];
+    let state = &seen["state"];
+    ensure!(seen["is_running"] == true && state["pid"] == pid && state["uid"] == 0, "{seen}");
+    ensure!(state["is_foreground"] == true && state["progress"]["machines"][0]["name"] == "host", "{seen}");
+    let said = place.works("status", "")?;
+    ensure!(
+        said.contains("host: recording ") && said.contains(&format!("(pid {pid} of user 0, in the foreg")),
+        "{said}"
+    );
+    let why = format!("host is recorded in the foreground, by process {pid} of user 0");
+    place.complains("stop", "", &why, &format!("kill -INT {pid}"))?;
+    place.complains("stop", "host", &why, "Ctrl-C where it runs")?;
+
+    // Its name is free in the background; another user sees whose both are.
+    place.works("start", "-o other.dat -e irq")?;
+    let said = as_nobody(&place)?;
+    ensure!(said.contains("host: user 0's, and shown to nobody else"), "{said}");
+    ensure!(said.contains("another recording: user 0's") && said.lines().count() == 2, "{said}");
+    ensure!(!said.contains("pages") && !said.contains(&pid.to_string()), "{said}");
+    place.works("stop", "")?;
+    ensure!(child.wait()?.success());
+    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
+    is_read(&place.files.path().join("trace.dat"))
+}
+
+/// What `vtrace status` tells a user who is not root.
+fn as_nobody(place: &Place) -> Result<String> {
+    let folder = tempfile::tempdir()?;
+    let program = folder.path().join("vtrace");
+    fs::copy(xtask::build::vtrace()?, &program)?;
+    for path in [folder.path(), &program, place.run.path()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program).args(["status", "--dir"]);
+    let output = command.arg(place.run.path()).output()?;
+    Ok(String::from_utf8(output.stdout)? + &String::from_utf8_lossy(&output.stderr))
 }
 
 #[test]

@@ -1,7 +1,13 @@
 //! What happens to a recording when a part of it dies, sleeps or is told to stop: what came is kept, what did not is
 //! said, and the next session works.
 
-use std::{fs, path::Path, process::Child, thread::sleep, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Child,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -127,6 +133,36 @@ fn server_that_is_killed_mid_trace_leaves_what_it_wrote() -> Result<()> {
 }
 
 #[test]
+fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes_on() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    let machine = boot(&turn, &server, GUEST, 2)?;
+    let child = recorder.start(&format!("--dom {GUEST} -b 64 -e sched -- sleep 1000"))?;
+    await_recording(&server)?;
+    let pid = Pid::from_raw(i32::try_from(server.pid())?);
+    kill(pid, Signal::SIGSTOP)?;
+    let stopped = Instant::now();
+    let recording = recorder.finish(child)?;
+    ensure!(stopped.elapsed() < Duration::from_secs(42), "{:?}", stopped.elapsed());
+    assert_eq!(recording.status, 1, "{}", recording.said);
+    let why = format!("the server (pid {pid}) took no notice for 30 s: it is stopped, or hangs");
+    ensure!(remarks(&recording)?.contains(&why), "{:#}", recording.summary);
+    file_is_whole(&recording)?;
+    let before = fs::read(recording.file(GUEST))?;
+
+    // Pages have waited for it in the guest's rings, and it has the file that was recorded to.
+    kill(pid, Signal::SIGCONT)?;
+    server.await_state("is free", |state| state["holder_pid"].is_null())?;
+    assert_eq!(machine.shell("echo alive")?.text().trim(), "alive");
+    ensure!(fs::read(recording.file(GUEST))? == before, "the file is as it was");
+    server.await_agent(GUEST)?;
+    next_session_works(&recorder)?;
+    assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
+    Ok(())
+}
+
+#[test]
 fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() -> Result<()> {
     let (turn, folder) = (turn()?, tempfile::tempdir()?);
     let server = Server::start(&[GUEST])?;
@@ -193,6 +229,36 @@ fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
         let file = file.file_name().context("a file has a name")?.to_string_lossy().into_owned();
         let shown = report.iter().filter(|line| line.file.as_deref() == Some(&file)).count();
         assert_eq!(u64::try_from(shown)?, recording.sum(name, "events")?, "{name}");
+    }
+    two_sessions_at_once(&server)
+}
+
+/// Each guest has one of its own; a third on one of them is told who has it, and changes nothing.
+fn two_sessions_at_once(server: &Server) -> Result<()> {
+    let folders = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
+    let [first, second, third] =
+        [0, 1, 2].map(|at: usize| Recorder { server: server.dir(), folder: folders[at].path() });
+    let words = |guest| format!("-e sched --dom {guest} -e sched -- sleep 4");
+    let held = |guest: &str, pid: u32| {
+        server.await_state("is held", |state| state["name"] == guest && state["holder_pid"] == pid)
+    };
+    let of_first = first.start(&words(GUEST))?;
+    held(GUEST, of_first.id())?;
+    let of_second = second.start(&words("guest2"))?;
+    held("guest2", of_second.id())?;
+    for (guest, holder) in [(GUEST, &of_first), ("guest2", &of_second)] {
+        let refused = third.run(&words(guest))?;
+        let who = format!("process {} of user 0 is recording it", holder.id());
+        ensure!(refused.status == 1 && refused.said.contains(&who), "{}", refused.said);
+    }
+    ensure!(fs::read_dir(third.folder)?.next().is_none(), "one that is refused leaves nothing");
+    for (recorder, child, guest) in [(first, of_first, GUEST), (second, of_second, "guest2")] {
+        let recording = recorder.finish(child)?.ok()?;
+        for machine in ["host", guest] {
+            let shown = lines(&trace_cmd(&["report"], &[&recording.file(machine)])?).len();
+            assert_eq!(u64::try_from(shown)?, recording.sum(machine, "events")?, "{machine}");
+            assert_eq!(recording.sum(machine, "pages_lost")?, 0);
+        }
     }
     Ok(())
 }

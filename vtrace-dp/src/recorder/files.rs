@@ -311,20 +311,22 @@ struct Again {
     file: io::Result<File>,
     form: Form,
     parts: Vec<PartFile>,
+    /// In any case.
+    anew: bool,
 }
 
 impl Again {
     fn of(file: &MachineFile, form: Form, parts: Vec<PartFile>) -> Self {
-        Self { path: file.output.path().into(), file: file.output.file.try_clone(), form, parts }
+        Self { path: file.output.path().into(), file: file.output.file.try_clone(), form, parts, anew: false }
     }
 
     /// Once the file is finished.
     fn reform(self, machine: &mut MachineSummary) {
-        let Self { path, file, form, parts } = self;
+        let Self { path, file, form, parts, anew } = self;
         if machine.bytes == 0 {
             return; // it could not be finished, and that is said
         }
-        let reformed = file.map_err(|error| error.to_string()).and_then(|file| reform(&path, &file, parts, form));
+        let reformed = file.map_err(|error| error.to_string()).and_then(|file| reform(&path, &file, parts, form, anew));
         match reformed {
             Ok(bytes) => machine.bytes = bytes.unwrap_or(machine.bytes),
             Err(why) => {
@@ -396,7 +398,7 @@ fn finish_guest(
         options.retain(|option| !matches!(option, TraceOption::Date(_))); // it is the host's clock's
     }
     note_old_pages(&file, &written, &mut machine);
-    let again = Again::of(&file, recording.plan.form, Vec::new());
+    let again = Again { anew: session.may_be_written(), ..Again::of(&file, recording.plan.form, Vec::new()) };
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     again.reform(&mut machine);
     (machine, link)

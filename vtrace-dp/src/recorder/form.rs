@@ -1,4 +1,5 @@
-//! A finished file gets the form that was asked for: another version, compressed, with the host's instances in it.
+//! A finished file gets the form that was asked for: another version, compressed, with the host's instances in it; or it
+//! is written anew because somebody may still write to it as it is.
 //!
 //! In:    a finished file, finished files of instances
 //! Out:   one file of the same name; the parts are gone
@@ -31,12 +32,19 @@ fn is_plain(form: Form) -> bool {
     form.version == Version::V7 && form.compression == Compression::None
 }
 
-/// Gives the file at `path` its form, and says how large it is then; nothing if it has it already.
+/// Gives the file at `path` its form, and says how large it is then; nothing if it has it already. `anew`: it is written to
+/// another inode all the same, and whoever has this one open reaches it no more.
 ///
 /// # Errors
 /// Why it stays as it is, in words.
-pub(super) fn reform(path: &Path, file: &File, parts: Vec<PartFile>, form: Form) -> Result<Option<u64>, String> {
-    if is_plain(form) && parts.is_empty() {
+pub(super) fn reform(
+    path: &Path,
+    file: &File,
+    parts: Vec<PartFile>,
+    form: Form,
+    anew: bool,
+) -> Result<Option<u64>, String> {
+    if is_plain(form) && parts.is_empty() && !anew {
         return Ok(None);
     }
     let new = new_path(path);
@@ -59,7 +67,8 @@ pub(super) fn reform(path: &Path, file: &File, parts: Vec<PartFile>, form: Form)
             let kept: Vec<String> = parts.iter().map(|part| part.path.display().to_string()).collect();
             let kept =
                 if kept.is_empty() { String::new() } else { format!("; its instances are in {}", kept.join(", ")) };
-            Err(format!("{} stays version 7, not compressed: {why}{kept}", path.display()))
+            let stays = if is_plain(form) { "stays as it is" } else { "stays version 7, not compressed" };
+            Err(format!("{} {stays}: {why}{kept}", path.display()))
         }
     }
 }
@@ -90,8 +99,8 @@ mod tests {
         let part = folder.path().join("trace.dat.irqs.part");
         fs::write(&part, "none").unwrap();
         let parts = vec![PartFile { name: "irqs".into(), path: part.clone(), file: File::open(&part).unwrap() }];
-        let said = reform(&path, &File::open(&path).unwrap(), parts, Form::default()).unwrap_err();
-        assert!(said.contains("stays version 7, not compressed: not a trace.dat"), "{said}");
+        let said = reform(&path, &File::open(&path).unwrap(), parts, Form::default(), false).unwrap_err();
+        assert!(said.contains("stays as it is: not a trace.dat"), "{said}");
         assert!(said.ends_with("trace.dat.irqs.part"), "{said}");
         assert_eq!(fs::read(&path).unwrap(), b"no trace");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");

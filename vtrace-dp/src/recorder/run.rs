@@ -575,7 +575,8 @@ impl Recording<'_> {
         match part(self) {
             Err(RecordError::Guests(GuestsError::Link(error))) => {
                 log::warn!("{error}");
-                self.guests.iter_mut().flat_map(|guests| &mut guests.sessions).for_each(GuestSession::server_gone);
+                let sessions = self.guests.iter_mut().flat_map(|guests| &mut guests.sessions);
+                sessions.for_each(|session| session.server_gone(&error));
                 Ok(())
             }
             result => result,

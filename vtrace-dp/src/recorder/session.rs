@@ -26,6 +26,7 @@ use super::outputs::Outputs;
 use crate::{
     clock::sync::Round,
     printable::printable,
+    server::link::LinkError,
     trace::metadata::{Metadata, MetadataFault},
 };
 
@@ -72,6 +73,14 @@ pub enum Trouble {
     /// The server went away, and what it knew with it.
     #[error("the server went away")]
     Server,
+    /// The server took no notice any more, and may go on one day.
+    #[error("the server (pid {pid}) took no notice for {seconds} s: it is stopped, or hangs")]
+    ServerStalled {
+        /// Its process.
+        pid: u32,
+        /// How long that was waited for.
+        seconds: u64,
+    },
     /// Its description is not acceptable.
     #[error("its description was refused: {0}")]
     Metadata(#[from] MetadataFault),
@@ -336,9 +345,17 @@ impl GuestSession {
     }
 
     /// The link to the server is lost: nobody is left to ask.
-    pub fn server_gone(&mut self) {
-        self.trouble.get_or_insert(Trouble::Server);
+    pub fn server_gone(&mut self, error: &LinkError) {
+        self.trouble.get_or_insert(match error {
+            LinkError::Stalled { pid, waited } => Trouble::ServerStalled { pid: *pid, seconds: waited.as_secs() },
+            _ => Trouble::Server,
+        });
         self.phase = Phase::Closed;
+    }
+
+    /// A server that has not said that it is done may still write pages to the file it was given, when it goes on.
+    pub fn may_be_written(&self) -> bool {
+        !self.is_finished() && self.trouble != Some(Trouble::Server)
     }
 
     fn fail(&mut self, trouble: Trouble) -> Vec<ToServer> {
