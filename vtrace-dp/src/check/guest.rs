@@ -21,7 +21,7 @@ use crate::trace::{
     input::Source,
     merge::{Merge, Merged},
     option::TraceOption,
-    reader::Reader,
+    reader::{Buffer, Reader},
     segments::Shown,
     stamp::Stamps,
 };
@@ -72,7 +72,7 @@ pub(super) fn check_guest<S: Source>(
         counts: BTreeMap::new(),
         strays: Vec::new(),
     };
-    let buffers: Vec<_> = reader.top().map(|top| (top, stamps)).into_iter().collect();
+    let buffers: Vec<_> = recorded(reader).map(|buffer| (buffer, stamps)).into_iter().collect();
     let mut merge = Merge::new(reader, &buffers)?;
     while let Some(event) = merge.next_event()? {
         check.take(&event);
@@ -183,6 +183,12 @@ impl Stated {
         let of = spans.filter(|span| (span.first..=span.last).contains(&time));
         of.map(|span| span.bound).max().unwrap_or(0).max(self.resolution)
     }
+}
+
+/// The top instance, or the first one where that is empty: what `-B` behind a `--dom` makes.
+fn recorded<S: Source>(reader: &Reader<S>) -> Option<&Buffer> {
+    let has_pages = |buffer: &&Buffer| buffer.lanes.iter().any(|lane| lane.bytes > 0);
+    reader.top().filter(has_pages).or_else(|| reader.buffers().iter().find(has_pages)).or_else(|| reader.top())
 }
 
 /// What the times of this file are.

@@ -75,7 +75,7 @@ const SAYS: &str = "What is said";
 #[derive(ClapArgs, Debug)]
 #[command(
     override_usage = "vtrace record [OPTIONS] [-e EVENT]... [-B NAME -e EVENT...]... [--dom GUEST -e EVENT... [--exec COMMAND... \\;]]... [--] [COMMAND]...",
-    after_help = "Options after --dom belong to that guest, those after -B to that instance of the host.\n\n\
+    after_help = "Options after --dom belong to that guest, those after -B to that instance.\n\n\
                   Recording ends with COMMAND, else with the last --exec, at --timeout, or with Ctrl-C;\n\
                   a second Ctrl-C stops at once and keeps what is there.\n\n\
                   Files: FILE for the host, FILE-GUEST.dat for each guest. Open them together:\n  \
@@ -91,7 +91,7 @@ pub struct RecordArgs {
     #[arg(short = 'A', long = "dom", value_name = "GUEST", help_heading = MACHINES)]
     pub dom: Vec<String>,
     /// Record into an instance of this name too, on the host; what follows is for it. It becomes a part of the host's
-    /// file
+    /// file. Behind --dom: what that guest records has this name in its file; one for each guest
     #[arg(short = 'B', long = "instance", value_name = "NAME", help_heading = MACHINES)]
     pub instance: Vec<String>,
     /// The host's file; a guest's has the guest's name before the suffix

@@ -117,9 +117,8 @@ impl From<PlanFault> for Complaint {
             PlanFault::InstanceName(_) => "-B irqs -e irq",
             PlanFault::InstanceTwice(_) => "give it once, with all its options behind it",
             PlanFault::InstanceWithoutEvents(_) => "give it events behind its name: -B NAME -e irq",
-            PlanFault::InstanceOfGuest { .. } => {
-                "-B NAME -e EVENT before the first --dom, or -e EVENT alone for the guest"
-            }
+            PlanFault::InstanceSecond { .. } => "one -B for each guest, with all its -e behind it",
+            PlanFault::InstanceBeside { .. } => "--dom GUEST -B NAME -e EVENT, everything behind -B; or leave -B out",
             PlanFault::InstanceClock { .. } => "-C before the first -B, for all of the host",
             PlanFault::InstancePages(_) => "the same --subbuf-size for both, or --file-version 7",
             PlanFault::CompressedVersion6 => "--file-version 7, or leave --compression out",

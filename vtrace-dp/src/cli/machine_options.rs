@@ -1,7 +1,8 @@
 //! Options of each machine, in the order they were typed, and the [`Arm`]s they make.
 //!
 //! In:    clap's matches of the verb
-//! Out:   one [`Arm`] for the host, one for each `-B` and one for each `--dom`, or the first thing that is wrong
+//! Out:   one [`Arm`] for the host, one for each `-B` before the first `--dom` and one for each `--dom`, or the first
+//!        thing that is wrong. A `-B` behind a `--dom` names that guest's one buffer
 //! Trust: nothing typed
 //!
 //! What trace-cmd's parser does with them holds here too: `-f` and `-R` belong to the `-e` before, `-v` to the `-e`
@@ -57,10 +58,16 @@ struct Machine<'a> {
 pub(super) struct Arms {
     /// The host's top buffer.
     pub(super) host: Arm,
-    /// The host's instances.
-    pub(super) instances: Vec<Arm>,
-    /// The guests.
-    pub(super) guests: Vec<Arm>,
+    /// The host's instances, by name.
+    pub(super) instances: Vec<(String, Arm)>,
+    /// The guests, and what each calls its one buffer.
+    pub(super) guests: Vec<(Arm, Option<String>)>,
+}
+
+/// A `-B` behind a `--dom`.
+struct Named<'a> {
+    instance: &'a str,
+    index: usize,
 }
 
 /// The requests of the host, of its `instances` and of the `guests`. `common` is what all of them begin with.
@@ -71,25 +78,40 @@ pub(super) fn read(
     common: &Arm,
 ) -> Result<Arms, PlanFault> {
     let begins = |option| matches.indices_of(option).into_iter().flatten().collect::<Vec<usize>>();
-    let (named, doms) = (begins("instance"), begins("dom"));
-    for (at, instance) in named.iter().zip(instances) {
-        if let Some((_, guest)) = doms.iter().zip(guests).rev().find(|(dom, _)| *dom < at) {
-            return Err(PlanFault::InstanceOfGuest { instance: instance.clone(), guest: guest.clone() });
+    let doms = begins("dom");
+    let (mut of_host, mut of_guests) = (Vec::new(), Vec::new());
+    of_guests.resize_with(guests.len(), || None);
+    for (index, instance) in begins("instance").into_iter().zip(instances) {
+        let Some(guest) = doms.iter().rposition(|dom| *dom < index) else {
+            of_host.push((index, instance));
+            continue;
+        };
+        if of_guests[guest].replace(Named { instance, index }).is_some() {
+            return Err(PlanFault::InstanceSecond { instance: instance.clone(), guest: guests[guest].clone() });
         }
     }
-    let names: Vec<String> = instances.iter().map(|name| format!("-B {name}")).chain(guests.iter().cloned()).collect();
+    let names: Vec<String> =
+        of_host.iter().map(|(_, name)| format!("-B {name}")).chain(guests.iter().cloned()).collect();
     let machine = |name| Machine { name, arm: common.clone(), excludes: false };
     let mut machines: Vec<_> =
         std::iter::once("the host").chain(names.iter().map(String::as_str)).map(machine).collect();
+    let begins: Vec<usize> = of_host.iter().map(|(index, _)| *index).chain(doms).collect();
     for typed in typed(matches) {
-        // No instance is behind a guest.
-        let owner = named.iter().chain(&doms).filter(|begin| **begin < typed.index).count();
+        // The host's instances are before all guests.
+        let owner = begins.iter().filter(|begin| **begin < typed.index).count();
+        let guest = owner.checked_sub(1 + of_host.len());
+        let named = guest.and_then(|guest| of_guests[guest].as_ref()).filter(|named| typed.index < named.index);
+        if let Some(named) = named.filter(|_| typed.option != "exec") {
+            let (instance, guest) = (named.instance.into(), machines[owner].name.into());
+            return Err(PlanFault::InstanceBeside { instance, guest });
+        }
         machines[owner].take(typed.option, typed.values)?;
     }
     let mut arms = machines.into_iter().map(|machine| machine.arm);
     let host = arms.next().expect("the host is the first");
-    let instances = arms.by_ref().take(instances.len()).collect();
-    Ok(Arms { host, instances, guests: arms.collect() })
+    let instances = of_host.iter().map(|(_, name)| (*name).clone()).zip(arms.by_ref()).collect();
+    let of_guests = of_guests.iter().map(|named| named.as_ref().map(|named| named.instance.to_owned()));
+    Ok(Arms { host, instances, guests: arms.zip(of_guests).collect() })
 }
 
 fn typed(matches: &ArgMatches) -> Vec<Typed> {

@@ -95,6 +95,8 @@ pub struct GuestPlan {
     pub name: String,
     /// What and where to.
     pub machine: MachinePlan,
+    /// What its buffer is called in its file; without a name it is the top one.
+    pub instance: Option<String>,
 }
 
 /// Why a request cannot be a plan.
@@ -155,12 +157,20 @@ pub enum PlanFault {
     /// An instance without an event.
     #[error("no event (-e) and no tracer (-p) after -B {0}")]
     InstanceWithoutEvents(String),
-    /// An instance behind a guest.
-    #[error("-B {instance} stands after --dom {guest}, but only the host has instances")]
-    InstanceOfGuest {
+    /// A second instance of a guest.
+    #[error("-B {instance} is the second of {guest}: a port carries one buffer of a CPU, so a guest has one instance")]
+    InstanceSecond {
         /// Its name.
         instance: String,
         /// Whose it would be.
+        guest: String,
+    },
+    /// What a guest's top buffer is to record, and an instance too.
+    #[error("options between --dom {guest} and -B {instance}: a port carries one buffer of a CPU, and -B names that")]
+    InstanceBeside {
+        /// Its name.
+        instance: String,
+        /// Whose it is.
         guest: String,
     },
     /// One file has one clock.
@@ -203,11 +213,16 @@ impl Plan {
         }
         check_host(&host_arm, args)?;
         let form = form(args)?;
-        let instances = args.instance.iter().zip(instances).zip(1..);
+        if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
+            return Err(PlanFault::InstanceTwice(name.clone()));
+        }
+        let instances = instances.into_iter().zip(1..);
         let instances = instances
             .map(|((name, arm), at)| instance(args, name, Arm { session: session.wrapping_add(at), ..arm }, &host_arm));
         let instances = instances.collect::<Result<_, _>>()?;
-        let guests = args.dom.iter().zip(guests).map(|(name, arm)| guest(args, name, arm)).collect::<Result<_, _>>()?;
+        let guests = args.dom.iter().zip(guests);
+        let guests = guests.map(|(name, (arm, instance))| guest(args, name, arm, instance));
+        let guests = guests.collect::<Result<_, _>>()?;
         Ok(Self {
             host: MachinePlan { arm: host_arm, output: args.output.clone() },
             instances,
@@ -285,15 +300,22 @@ fn form(args: &RecordArgs) -> Result<Form, PlanFault> {
     if is_impossible { Err(PlanFault::CompressedVersion6) } else { Ok(form) }
 }
 
-fn instance(args: &RecordArgs, name: &str, arm: Arm, host: &Arm) -> Result<InstancePlan, PlanFault> {
-    if check_name(name).is_err() {
-        return Err(PlanFault::InstanceName(name.into()));
+/// The first that is there once more.
+fn twice<T: PartialEq>(mut all: impl Iterator<Item = T> + Clone) -> Option<T> {
+    while let Some(one) = all.next() {
+        if all.clone().any(|other| other == one) {
+            return Some(one);
+        }
     }
-    if args.instance.iter().filter(|other| *other == name).count() > 1 {
-        return Err(PlanFault::InstanceTwice(name.into()));
+    None
+}
+
+fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<InstancePlan, PlanFault> {
+    if check_name(&name).is_err() {
+        return Err(PlanFault::InstanceName(name));
     }
     if !records(&arm) {
-        return Err(PlanFault::InstanceWithoutEvents(name.into()));
+        return Err(PlanFault::InstanceWithoutEvents(name));
     }
     if !arm.commands.is_empty() {
         return Err(PlanFault::ExecOnHost);
@@ -301,13 +323,13 @@ fn instance(args: &RecordArgs, name: &str, arm: Arm, host: &Arm) -> Result<Insta
     // Where nothing is said, all of a file is recorded by one clock.
     let clock = if arm.clock == CLOCK { host.clock.clone() } else { arm.clock.clone() };
     if clock != host.clock {
-        return Err(PlanFault::InstanceClock { instance: name.into(), clock, host: host.clock.clone() });
+        return Err(PlanFault::InstanceClock { instance: name, clock, host: host.clock.clone() });
     }
     if args.file_version == Version::V6 && arm.subbuf_kb.max(4) != host.subbuf_kb.max(4) {
-        return Err(PlanFault::InstancePages(name.into()));
+        return Err(PlanFault::InstancePages(name));
     }
     check_processes(&format!("-B {name}"), &arm, !args.command.is_empty())?;
-    Ok(InstancePlan { name: name.into(), arm: Arm { clock, ..arm } })
+    Ok(InstancePlan { name, arm: Arm { clock, ..arm } })
 }
 
 fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), PlanFault> {
@@ -320,12 +342,15 @@ fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), Pl
     Ok(())
 }
 
-fn guest(args: &RecordArgs, name: &str, arm: Arm) -> Result<GuestPlan, PlanFault> {
+fn guest(args: &RecordArgs, name: &str, arm: Arm, instance: Option<String>) -> Result<GuestPlan, PlanFault> {
     if check_name(name).is_err() {
         return Err(PlanFault::GuestName(name.into()));
     }
     if args.dom.iter().filter(|other| *other == name).count() > 1 {
         return Err(PlanFault::GuestTwice(name.into()));
+    }
+    if let Some(instance) = &instance {
+        check_name(instance).map_err(|_| PlanFault::InstanceName(instance.clone()))?;
     }
     if !records(&arm) {
         return Err(PlanFault::GuestWithoutEvents(name.into()));
@@ -334,7 +359,7 @@ fn guest(args: &RecordArgs, name: &str, arm: Arm) -> Result<GuestPlan, PlanFault
         return Err(PlanFault::Clock(arm.clock));
     }
     check_processes(name, &arm, !arm.commands.is_empty())?;
-    Ok(GuestPlan { name: name.into(), machine: MachinePlan { arm, output: guest_output(args, name) } })
+    Ok(GuestPlan { name: name.into(), machine: MachinePlan { arm, output: guest_output(args, name) }, instance })
 }
 
 /// `trace.dat` and `guest1` make `trace-guest1.dat`, as trace-cmd names it. KernelShark wants the suffix.
@@ -450,7 +475,19 @@ mod tests {
                 "vtrace record -B a/b -e a",
                 "-B \"a/b\": letters, digits, '.', '_' and '-' only, 64 at most, no leading '.'",
             ),
-            ("vtrace record --dom g -e a -B i -e b", "-B i stands after --dom g, but only the host has instances"),
+            (
+                "vtrace record --dom g -e a -B i -e b",
+                "options between --dom g and -B i: a port carries one buffer of a CPU, and -B names that",
+            ),
+            (
+                "vtrace record --dom g -B i -e a -B j -e b",
+                "-B j is the second of g: a port carries one buffer of a CPU, so a guest has one instance",
+            ),
+            ("vtrace record --dom g -B i", "no event (-e) and no tracer (-p) after --dom g"),
+            (
+                "vtrace record --dom g -B .i -e a",
+                "-B \".i\": letters, digits, '.', '_' and '-' only, 64 at most, no leading '.'",
+            ),
             (
                 "vtrace record -e a -B i -e b -C mono",
                 "-C mono for -B i, which is in one file with what is recorded by x86-tsc",
@@ -487,6 +524,17 @@ mod tests {
         assert!(two.arm.session != one.arm.session && one.arm.session != plan.host.arm.session);
         let plan = self::plan("vtrace record -B one -e irq --dom g -e sched").unwrap();
         assert_eq!((patterns(&plan.host).len(), patterns(&plan.guests[0].machine)), (0, vec!["sched"]));
+    }
+
+    #[test]
+    fn instance_behind_a_guest_is_what_that_guest_records_and_may_have_the_name_of_one_of_the_hosts() {
+        let line = "vtrace record -B i -e irq --dom g --exec a ; -B i -e sched -b 64 --dom h -e all";
+        let plan = plan(line).unwrap();
+        assert_eq!((plan.instances.len(), plan.guests.len()), (1, 2));
+        let [g, h] = &plan.guests[..] else { panic!("two guests") };
+        assert_eq!((g.instance.as_deref(), patterns(&g.machine)), (Some("i"), vec!["sched"]));
+        assert_eq!((g.machine.arm.buffer_kb, g.machine.arm.commands[0].words.len()), (64, 1));
+        assert_eq!((h.instance.as_deref(), patterns(&h.machine)), (None, vec!["all"]));
     }
 
     #[test]

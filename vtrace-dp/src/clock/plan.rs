@@ -18,7 +18,10 @@ use vtrace_common::{
 
 use super::{
     Offset,
+    math::{HostRange, Pair},
+    segment::{History, Segment},
     sync::{Interval, Measurement},
+    table::Table,
 };
 use crate::trace::option::{ShiftSample, TimeShift};
 
@@ -105,6 +108,26 @@ impl ClockPlan {
             _ => Offset(0),
         };
         offset.to_host(guest)
+    }
+}
+
+impl ClockPlan {
+    /// For pages that are given the host's times: one offset for each CPU, the middle where it moved; and how far that can
+    /// be from what [`ClockPlan::to_host`] says, beside its own bound. None if there are too many CPUs.
+    pub fn table(&self, since: HostTsc) -> Option<(Table, u64)> {
+        let mut further = 0;
+        let history = |(cpu, samples): (u32, &Vec<ShiftSample>)| {
+            let offset =
+                |sample: Option<&ShiftSample>| Offset(sample.map_or(0, |sample| sample.offset).cast_unsigned());
+            let (first, last) = (offset(samples.first()), offset(samples.last()));
+            let apart = if self.time_shift.interpolate { last.minus(first) } else { 0 };
+            further = further.max(apart.unsigned_abs().div_ceil(2));
+            let middle = Offset(first.0.wrapping_add_signed(apart / 2));
+            let pair = Pair { offset: middle.0.wrapping_neg(), ratio: None };
+            History::of(Cpu(cpu), vec![Segment { from: HostRange::at(HostTsc(0)), pair }])
+        };
+        let histories = (0..).zip(&self.time_shift.cpus).map(history).collect::<Option<Vec<_>>>()?;
+        Some((Table::of(since, histories)?, further))
     }
 }
 

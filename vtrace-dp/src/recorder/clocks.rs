@@ -49,6 +49,9 @@ pub(super) struct GuestClock {
     lanes: Vec<Cpu>,
     /// The file keeps the guest's own times.
     is_raw: bool,
+    /// Pages are going to be a named instance's, which stock readers apply no time shift to.
+    is_instance: bool,
+    since: HostTsc,
     remarks: Vec<String>,
 }
 
@@ -88,14 +91,22 @@ impl GuestClock {
         let clocks = &recording.clocks[index];
         let isa = Isa::of_this_machine().unwrap_or(Isa::None);
         let lanes = session.armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
-        let mut clock =
-            Self { kvm: Vec::new(), word: Word::Nobodys, lanes, is_raw: recording.plan.raw_clock, remarks: Vec::new() };
+        let mut clock = Self {
+            kvm: Vec::new(),
+            word: Word::Nobodys,
+            lanes,
+            is_raw: recording.plan.raw_clock,
+            is_instance: recording.instance_of(session).is_some(),
+            since: recording.since,
+            remarks: Vec::new(),
+        };
         let why = match by_kvm(recording, clocks, session, isa) {
             Ok(kvm) => {
                 clock.kvm = kvm;
                 match clock.table(recording.since, isa, host) {
                     Ok(table) => {
-                        let shape = shape(&table, &clock.lanes, common.host_id);
+                        let by_option = || shape(&table, &clock.lanes, common.host_id);
+                        let shape = if clock.is_instance { Shape::Rewrite } else { by_option() };
                         clock.word = Word::Kvm(table, shape);
                         return clock;
                     }
@@ -187,7 +198,7 @@ impl GuestClock {
         known: &Known<'_>,
         common: &Common,
     ) -> Converted {
-        let Self { kvm, word, lanes, is_raw, remarks } = self;
+        let Self { kvm, word, lanes, is_raw, is_instance, since, remarks } = self;
         let mut done = Converted { remarks, ..Converted::default() };
         let mut said = ClockSummary { segments: segments(&kvm), kvm, steady: true, ..ClockSummary::default() };
         match word {
@@ -199,7 +210,11 @@ impl GuestClock {
             Word::Measured { plan, why } => {
                 (said.source, said.vcpus, said.steady) = (MEASURED.into(), plan.vcpus, plan.steady);
                 (said.bound_ns, said.why_measured) = (common.scale.ns(plan.bound_cycles), Some(why));
-                done.options.extend((!is_raw).then_some(TraceOption::TimeShift(plan.time_shift)));
+                match (is_raw, is_instance) {
+                    (true, _) => {}
+                    (false, true) => done.by_plan(&plan, since, (file, filled, known), &mut said, common),
+                    (false, false) => done.options.push(TraceOption::TimeShift(plan.time_shift)),
+                }
             }
             Word::Kvm(table, shape) => {
                 (said.source, said.vcpus, said.steady) = (KVM.into(), lanes.len(), said.segments <= 1);
@@ -243,16 +258,40 @@ impl Converted {
                     self.note(&total);
                     Shown::Rewritten
                 }
-                Err(why) => {
-                    self.failed = true;
-                    let is_touched = !self.added.is_empty();
-                    let whose = if is_touched { "of some CPUs the host's and of some its own" } else { "its own" };
-                    self.remarks.push(format!("its times are {whose}: {why}"));
-                    if is_touched { Shown::Mixed } else { Shown::Raw }
-                }
+                Err(why) => self.not_rewritten(&why),
             },
         };
         self.options.push(TraceOption::Segments(Segments { shown, table, doubts: std::mem::take(&mut self.doubts) }));
+    }
+
+    /// Gives the pages the times that a time shift would give them.
+    fn by_plan(
+        &mut self,
+        plan: &ClockPlan,
+        since: HostTsc,
+        place: Place<'_>,
+        said: &mut ClockSummary,
+        common: &Common,
+    ) {
+        let rewritten =
+            plan.table(since).ok_or_else(|| "it has too many CPUs".to_owned()).and_then(|(table, further)| {
+                said.bound_ns = common.scale.ns(plan.bound_cycles.saturating_add(further));
+                self.rewrite(&table, place)
+            });
+        match rewritten {
+            Ok(total) => self.note(&total),
+            Err(why) => drop(self.not_rewritten(&why)),
+        }
+        self.doubts.clear();
+    }
+
+    /// Some pages or all have the guest's own times.
+    fn not_rewritten(&mut self, why: &str) -> Shown {
+        self.failed = true;
+        let is_touched = !self.added.is_empty();
+        let whose = if is_touched { "of some CPUs the host's and of some its own" } else { "its own" };
+        self.remarks.push(format!("its times are {whose}: {why}"));
+        if is_touched { Shown::Mixed } else { Shown::Raw }
     }
 
     /// Gives the pages of all lanes host times.

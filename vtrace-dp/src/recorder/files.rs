@@ -19,7 +19,7 @@ use super::{
     behind::Behind,
     clocks::GuestClock,
     date,
-    form::{PartFile, reform},
+    form::{PartFile, Wanted, reform},
     guest::vcpu_threads,
     host::{HostReport, lane::End},
     instances,
@@ -39,7 +39,6 @@ use crate::{
         found::whole_at,
         metadata::Metadata,
         option::TraceOption,
-        pack::Form,
         writer::{Bounds, Writer},
     },
     tracefs::online_cpus,
@@ -286,7 +285,7 @@ fn finish_host(
     let mut options = machine_options(common, &recording.host.armed.clock, &uname(), common.host_id);
     options.extend(cpu_stats(&machine, &report.lanes));
     options.extend(links);
-    let again = Again::of(&file, recording.plan.form, parts);
+    let again = Again::of(&file, Wanted { form: recording.plan.form, ..Wanted::default() }, parts);
     let filled = filled_by(report);
     note_old_pages(&file, &filled, &mut machine);
     write(file, &filled, &recording.host.metadata.cmdlines, &options, &mut machine);
@@ -306,27 +305,25 @@ fn missing_lanes(online: &[Cpu], lanes: &[Cpu]) -> Option<String> {
 }
 
 /// A file that may get another form when it is finished.
-struct Again {
+struct Again<'a> {
     path: PathBuf,
     file: io::Result<File>,
-    form: Form,
+    wanted: Wanted<'a>,
     parts: Vec<PartFile>,
-    /// In any case.
-    anew: bool,
 }
 
-impl Again {
-    fn of(file: &MachineFile, form: Form, parts: Vec<PartFile>) -> Self {
-        Self { path: file.output.path().into(), file: file.output.file.try_clone(), form, parts, anew: false }
+impl<'a> Again<'a> {
+    fn of(file: &MachineFile, wanted: Wanted<'a>, parts: Vec<PartFile>) -> Self {
+        Self { path: file.output.path().into(), file: file.output.file.try_clone(), wanted, parts }
     }
 
     /// Once the file is finished.
     fn reform(self, machine: &mut MachineSummary) {
-        let Self { path, file, form, parts, anew } = self;
+        let Self { path, file, wanted, parts } = self;
         if machine.bytes == 0 {
             return; // it could not be finished, and that is said
         }
-        let reformed = file.map_err(|error| error.to_string()).and_then(|file| reform(&path, &file, parts, form, anew));
+        let reformed = file.map_err(|error| error.to_string()).and_then(|file| reform(&path, &file, parts, wanted));
         match reformed {
             Ok(bytes) => machine.bytes = bytes.unwrap_or(machine.bytes),
             Err(why) => {
@@ -398,7 +395,8 @@ fn finish_guest(
         options.retain(|option| !matches!(option, TraceOption::Date(_))); // it is the host's clock's
     }
     note_old_pages(&file, &written, &mut machine);
-    let again = Again { anew: session.may_be_written(), ..Again::of(&file, recording.plan.form, Vec::new()) };
+    let (form, instance) = (recording.plan.form, recording.instance_of(session));
+    let again = Again::of(&file, Wanted { form, instance, anew: session.may_be_written() }, Vec::new());
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     again.reform(&mut machine);
     (machine, link)

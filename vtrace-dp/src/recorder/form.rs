@@ -16,7 +16,7 @@ use std::{
 use super::{files::chain, naming::new_path};
 use crate::trace::{
     compressed::Compression,
-    pack::{Form, Version, pack},
+    pack::{Form, Version, pack, pack_instance},
 };
 
 /// A finished file of an instance.
@@ -27,13 +27,22 @@ pub(super) struct PartFile {
     pub(super) file: File,
 }
 
+/// What a finished file is to become.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Wanted<'a> {
+    pub(super) form: Form,
+    /// Its pages are those of an instance of this name; the top one is empty.
+    pub(super) instance: Option<&'a str>,
+    /// It is written to another inode in any case: whoever has this one open reaches it no more.
+    pub(super) anew: bool,
+}
+
 /// Whether a file has this form when it is finished.
 fn is_plain(form: Form) -> bool {
     form.version == Version::V7 && form.compression == Compression::None
 }
 
-/// Gives the file at `path` its form, and says how large it is then; nothing if it has it already. `anew`: it is written to
-/// another inode all the same, and whoever has this one open reaches it no more.
+/// Makes the file at `path` what is wanted, and says how large it is then; nothing if it is that already.
 ///
 /// # Errors
 /// Why it stays as it is, in words.
@@ -41,14 +50,14 @@ pub(super) fn reform(
     path: &Path,
     file: &File,
     parts: Vec<PartFile>,
-    form: Form,
-    anew: bool,
+    wanted: Wanted<'_>,
 ) -> Result<Option<u64>, String> {
-    if is_plain(form) && parts.is_empty() && !anew {
+    let Wanted { form, instance, anew } = wanted;
+    if is_plain(form) && parts.is_empty() && instance.is_none() && !anew {
         return Ok(None);
     }
     let new = new_path(path);
-    let packed = write_new(&new, file, &parts, form).and_then(|bytes| {
+    let packed = write_new(&new, file, &parts, wanted).and_then(|bytes| {
         fs::rename(&new, path).map_err(|error| error.to_string())?;
         Ok(bytes)
     });
@@ -73,10 +82,14 @@ pub(super) fn reform(
     }
 }
 
-fn write_new(new: &Path, file: &File, parts: &[PartFile], form: Form) -> Result<u64, String> {
+fn write_new(new: &Path, file: &File, parts: &[PartFile], wanted: Wanted<'_>) -> Result<u64, String> {
     let text = |error: io::Error| error.to_string();
     let out = File::options().read(true).write(true).create(true).truncate(true).open(new).map_err(text)?;
     out.set_permissions(file.metadata().map_err(text)?.permissions()).map_err(text)?;
+    if let Some(name) = wanted.instance {
+        let file = file.try_clone().map_err(text)?;
+        return pack_instance(file, name, wanted.form, &out).map_err(|fault| chain(&fault));
+    }
     let clone = |part: &PartFile| Ok::<_, io::Error>((part.name.clone(), part.file.try_clone()?));
     let clones = parts.iter().map(clone).collect::<io::Result<Vec<_>>>().map_err(text)?;
     let named: Vec<(&str, File)> = clones
@@ -84,7 +97,7 @@ fn write_new(new: &Path, file: &File, parts: &[PartFile], form: Form) -> Result<
         .map(|(name, file)| Ok((name.as_str(), file.try_clone()?)))
         .collect::<io::Result<_>>()
         .map_err(text)?;
-    pack(file.try_clone().map_err(text)?, &named, form, &out).map_err(|fault| chain(&fault))
+    pack(file.try_clone().map_err(text)?, &named, wanted.form, &out).map_err(|fault| chain(&fault))
 }
 
 #[cfg(test)]
@@ -99,7 +112,7 @@ mod tests {
         let part = folder.path().join("trace.dat.irqs.part");
         fs::write(&part, "none").unwrap();
         let parts = vec![PartFile { name: "irqs".into(), path: part.clone(), file: File::open(&part).unwrap() }];
-        let said = reform(&path, &File::open(&path).unwrap(), parts, Form::default(), false).unwrap_err();
+        let said = reform(&path, &File::open(&path).unwrap(), parts, Wanted::default()).unwrap_err();
         assert!(said.contains("stays as it is: not a trace.dat"), "{said}");
         assert!(said.ends_with("trace.dat.irqs.part"), "{said}");
         assert_eq!(fs::read(&path).unwrap(), b"no trace");

@@ -119,6 +119,32 @@ pub fn pack(top: File, named: &[(&str, File)], form: Form, out: &File) -> Result
     }
 }
 
+/// Writes a file whose top instance is empty, and whose instance `name` is what was the top one of `file`, into `out`,
+/// which is empty. Its size comes back.
+///
+/// # Errors
+/// See [`PackFault`]; what is in `out` then is of no use.
+pub fn pack_instance(file: File, name: &str, form: Form, out: &File) -> Result<u64, PackFault> {
+    let reader = Reader::open(FileSource::new(file).map_err(failed("ask for the size"))?)?;
+    let buffer = lanes_of(&reader);
+    let mut options = options([("", &reader), (name, &reader)].into_iter())?;
+    // The statistics are those of the instance.
+    options.retain(|(option, text)| *option != id::CPUSTAT || text.starts_with(INSTANCE.as_bytes()));
+    let page_bytes = buffer.page_bytes;
+    let empty = Buffer { lanes: Vec::new(), ..buffer.clone() };
+    let part = |name, buffer| Part { name, reader: &reader, buffer, placed: Vec::new() };
+    let parts = vec![part("", empty), part(name, buffer)];
+    let metadata = reader.metadata().clone();
+    let mut packer = Packer { out, at: 0, form, metadata, options, parts, page_bytes };
+    match form.version {
+        Version::V7 => packer.write_7(&reader),
+        Version::V6 => packer.write_6(),
+    }
+}
+
+/// What the statistics of a named instance begin with.
+const INSTANCE: &str = "Instance: ";
+
 /// The lanes of a file's top instance that have pages.
 fn lanes_of(reader: &Reader<FileSource>) -> Buffer {
     let mut buffer = reader.top().cloned().unwrap_or_default();
@@ -155,7 +181,7 @@ fn options<'a>(all: impl Iterator<Item = (&'a str, &'a Reader<FileSource>)>) -> 
             match option {
                 TraceOption::CpuCount(count) => cpus = cpus.max(*count),
                 TraceOption::CpuStat(text) if at > 0 => {
-                    raw.push((id::CPUSTAT, TraceOption::CpuStat(format!("Instance: {name}\n{text}")).encode()?));
+                    raw.push((id::CPUSTAT, TraceOption::CpuStat(format!("{INSTANCE}{name}\n{text}")).encode()?));
                 }
                 option if at == 0 => raw.push((option.id(), option.encode()?)),
                 _ => {}
