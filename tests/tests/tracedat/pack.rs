@@ -6,7 +6,7 @@ use anyhow::Result;
 use vtrace_dp::trace::{
     compressed::Compression,
     option::TraceOption,
-    pack::{Form, Version, pack},
+    pack::{Form, Version, pack, pack_instance},
 };
 use vtrace_tests::judge::{Line, convert_packed, lines, shark_entries, trace_cmd, trace_cmd_newest};
 
@@ -69,6 +69,26 @@ fn stock_tools_see_every_event_of_every_instance_in_every_form() -> Result<()> {
         assert!(reader.options().contains(&TraceOption::TraceId(7)));
         // The first stream is the top instance; others are streams of their own.
         assert_eq!(shark_entries(&path)?.len(), events(&top)?.len(), "KernelShark's library");
+    }
+    Ok(())
+}
+
+#[test]
+fn file_whose_pages_are_an_instances_has_an_empty_top_in_every_form() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (recording, plain) = (record("pack-instance", 4)?, folder.path().join("plain.dat"));
+    recording.write(&plain, &options(&recording), "{\"kept\":1}")?;
+    let expected = shown(&lines(&trace_cmd(&["report", "-t"], &[&plain])?));
+    for (at, form) in FORMS.into_iter().enumerate() {
+        let path = folder.path().join(format!("packed{at}.dat"));
+        let bytes = pack_instance(File::open(&plain)?, "more", form, &File::create_new(&path)?)?;
+        assert_eq!(bytes, std::fs::metadata(&path)?.len());
+        assert!(trace_cmd(&["dump", "--validate"], &[&path])?.contains("is a valid trace-cmd file"));
+        for report in [trace_cmd(&["report", "-t"], &[&path])?, trace_cmd_newest(&["report", "-t"], &[&path])?] {
+            assert_same(&shown(&of_instance(&report, "more")), &expected, &format!("{form:?}"));
+            assert!(lines(&report).iter().all(|line| line.file.as_deref() == Some("more")), "nothing else");
+        }
+        assert!(open(&path)?.options().contains(&TraceOption::TraceId(7)));
     }
     Ok(())
 }

@@ -299,6 +299,27 @@ mod tests {
     }
 
     #[test]
+    fn table_says_what_the_shift_says_and_the_middle_where_an_offset_moved() {
+        let start = [one(0, 5000, 1_000_000), one(1, 90_000, 1_000_000)];
+        let steady = plan(&start, &[], &cpus(2), 7).unwrap();
+        let (table, further) = steady.table(HostTsc(1)).unwrap();
+        assert_eq!(further, 0);
+        for (cpu, guest) in [(0, 7), (1, 7), (0, 1 << 40), (1, 1 << 62)] {
+            let said = table.to_host(Cpu(cpu), GuestTsc(guest), HostTsc(guest)).unwrap();
+            assert_eq!(said.at, steady.to_host(Cpu(cpu), GuestTsc(guest)), "{cpu} {guest}");
+        }
+        let moved = plan(&[one(0, 5000, 1_000_000)], &[one(0, 6000, 9_000_000)], &cpus(1), 7).unwrap();
+        assert!(moved.time_shift.interpolate);
+        let (table, further) = moved.table(HostTsc(1)).unwrap();
+        assert_eq!(further, 500);
+        for guest in [1_000_000, 5_000_000, 8_990_000] {
+            let said = table.to_host(Cpu(0), GuestTsc(guest), HostTsc(guest)).unwrap().at;
+            assert_eq!(said, HostTsc(guest + 5500));
+            assert!(said.0.abs_diff(moved.to_host(Cpu(0), GuestTsc(guest)).0) <= further + 1);
+        }
+    }
+
+    #[test]
     fn cpus_with_offsets_of_their_own_keep_them() {
         let start = [one(0, 5000, 1_000_000), one(1, 90_000, 1_000_000)];
         let plan = plan(&start, &[], &cpus(2), 7).unwrap();

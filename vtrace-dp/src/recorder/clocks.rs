@@ -14,6 +14,7 @@ use vtrace_common::{
 
 use super::{
     files::{Common, chain},
+    instances,
     run::{Clocks, Recording},
     runs::{HostLanes, around},
     session::GuestSession,
@@ -96,7 +97,7 @@ impl GuestClock {
             word: Word::Nobodys,
             lanes,
             is_raw: recording.plan.raw_clock,
-            is_instance: recording.instance_of(session).is_some(),
+            is_instance: instances::of_guest(recording.plan, session).is_some(),
             since: recording.since,
             remarks: Vec::new(),
         };

@@ -395,7 +395,7 @@ fn finish_guest(
         options.retain(|option| !matches!(option, TraceOption::Date(_))); // it is the host's clock's
     }
     note_old_pages(&file, &written, &mut machine);
-    let (form, instance) = (recording.plan.form, recording.instance_of(session));
+    let (form, instance) = (recording.plan.form, instances::of_guest(recording.plan, session));
     let again = Again::of(&file, Wanted { form, instance, anew: session.may_be_written() }, Vec::new());
     write(file, &filled, &session.metadata.cmdlines, &options, &mut machine);
     again.reform(&mut machine);

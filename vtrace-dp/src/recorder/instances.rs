@@ -15,6 +15,7 @@ use super::{
     host::HostReport,
     naming::Output,
     run::{Host, RecordError},
+    session::GuestSession,
 };
 use crate::cli::plan::Plan;
 
@@ -48,6 +49,11 @@ pub(super) fn arm(plan: &Plan) -> Result<Vec<Instance>, RecordError> {
         Ok(Instance { name: instance.name.clone(), host, output: Some(output), file: None, report: None })
     };
     plan.instances.iter().map(arm).collect()
+}
+
+/// What a guest's one buffer is called in its file, if it has a name.
+pub(super) fn of_guest<'a>(plan: &'a Plan, session: &GuestSession) -> Option<&'a str> {
+    plan.guests.iter().find(|guest| guest.name == session.name)?.instance.as_deref()
 }
 
 /// Where an instance is until it is in the host's file.

@@ -284,11 +284,6 @@ impl Recording<'_> {
         self.guests.iter().flat_map(|guests| &guests.sessions)
     }
 
-    /// What a guest's one buffer is called in its file, if it has a name.
-    pub(super) fn instance_of(&self, session: &GuestSession) -> Option<&str> {
-        self.plan.guests.iter().find(|guest| guest.name == session.name)?.instance.as_deref()
-    }
-
     fn go(&mut self, signals: &Signals, mut outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
         self.leave_out(&mut outputs, tell)?;
