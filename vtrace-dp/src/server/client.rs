@@ -105,6 +105,12 @@ pub(super) struct Client {
     held: HashMap<String, Held>,
 }
 
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.outbox.close();
+    }
+}
+
 impl Client {
     pub(super) fn new(socket: UnixStream, guests: Registry, stop: Arc<Bell>) -> std::io::Result<Self> {
         let peer = Peer::of(&socket)?;

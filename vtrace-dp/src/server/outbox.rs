@@ -12,7 +12,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
@@ -50,10 +50,14 @@ impl AsFd for Bell {
     }
 }
 
+/// A message, and the claim it belongs to.
+type Waiting = (Option<Arc<Session>>, FromServer);
+
 /// The messages for one client.
 #[derive(Debug)]
 pub struct Outbox {
-    queue: Mutex<VecDeque<(Option<Arc<Session>>, FromServer)>>,
+    /// `None` when the client is gone: each message may hold a session, and each session holds this.
+    queue: Mutex<Option<VecDeque<Waiting>>>,
     bell: Bell,
 }
 
@@ -72,7 +76,7 @@ pub struct Session {
 impl Outbox {
     /// An empty one.
     pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { queue: Mutex::new(VecDeque::new()), bell: Bell::new()? }))
+        Ok(Arc::new(Self { queue: Mutex::new(Some(VecDeque::new())), bell: Bell::new()? }))
     }
 
     /// Rings when there is something to take.
@@ -87,7 +91,7 @@ impl Outbox {
 
     /// Messages that wait.
     pub fn len(&self) -> usize {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.queue().as_ref().map_or(0, VecDeque::len)
     }
 
     /// Whether nothing waits.
@@ -97,7 +101,7 @@ impl Outbox {
 
     /// Takes the oldest message.
     pub fn take(&self) -> Option<(Option<Arc<Session>>, FromServer)> {
-        let (session, message) = self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()?;
+        let (session, message) = self.queue().as_mut()?.pop_front()?;
         if let Some(session) = &session {
             session.taken();
         }
@@ -105,8 +109,20 @@ impl Outbox {
     }
 
     fn push(&self, session: Option<Arc<Session>>, message: FromServer) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back((session, message));
+        if let Some(queue) = self.queue().as_mut() {
+            queue.push_back((session, message));
+        }
         self.bell.ring();
+    }
+
+    /// Nobody takes anything any more: what waits goes, and what comes later goes at once.
+    pub fn close(&self) {
+        let unread = self.queue().take();
+        drop(unread);
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Option<VecDeque<Waiting>>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -183,6 +199,19 @@ mod tests {
         let session = Session::new(Arc::clone(&outbox), Arc::clone(&device));
         session.post(message());
         assert!(outbox.take().is_some() && !rings(&device));
+    }
+
+    #[test]
+    fn client_that_leaves_without_reading_takes_everything_along() {
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let session = Session::new(Arc::clone(&outbox), device);
+        session.post(message());
+        outbox.close();
+        session.post(message());
+        assert!(outbox.is_empty() && outbox.take().is_none());
+        let seen = Arc::downgrade(&outbox);
+        drop((outbox, session));
+        assert!(seen.upgrade().is_none(), "a message held its claim, and the claim its outbox");
     }
 
     #[test]
