@@ -15,6 +15,14 @@ const MAGIC: u16 = 0xeb9f;
 const TYPE_BYTES: usize = 12;
 /// Typedefs, qualifiers and anonymous members followed in one go.
 const DEPTH_MAX: usize = 32;
+/// Members looked at for one name. The structures looked into have some hundred; one that holds itself twice has no end.
+const MEMBERS_MAX: usize = 1 << 16;
+
+/// How far the search for a member has come.
+struct Looks {
+    deep: usize,
+    members: usize,
+}
 
 /// `BTF_KIND_*`.
 mod kind {
@@ -108,7 +116,9 @@ impl<'a> Btf<'a> {
         let mut inside = Some(outer);
         for name in path.split('.') {
             let Some(holder) = inside else { return Ok(None) };
-            let Some((at, member)) = self.member(holder, name, 0)? else { return Ok(None) };
+            let Some((at, member)) = self.member(holder, name, &mut Looks { deep: 0, members: 0 })? else {
+                return Ok(None);
+            };
             bits = bits.checked_add(at).ok_or(BtfError::Malformed { what: "member offset", at: 0 })?;
             inside = self.plain(member);
         }
@@ -133,8 +143,8 @@ impl<'a> Btf<'a> {
     }
 
     /// Bit offset and type of a member, looked for in anonymous members too.
-    fn member(&self, holder: Type<'a>, name: &str, depth: usize) -> Result<Option<(u32, u32)>, BtfError> {
-        if depth > DEPTH_MAX || !matches!(holder.kind(), kind::STRUCT | kind::UNION) {
+    fn member(&self, holder: Type<'a>, name: &str, looks: &mut Looks) -> Result<Option<(u32, u32)>, BtfError> {
+        if looks.deep > DEPTH_MAX || !matches!(holder.kind(), kind::STRUCT | kind::UNION) {
             return Ok(None);
         }
         let has_bit_fields = holder.info >> 31 == 1;
@@ -144,13 +154,21 @@ impl<'a> Btf<'a> {
                 return Err(BtfError::Malformed { what: "member", at: index });
             };
             let bits = if has_bit_fields { offset & 0x00ff_ffff } else { offset };
+            looks.members += 1;
+            if looks.members > MEMBERS_MAX {
+                return Err(BtfError::Malformed { what: "structure without end", at: index });
+            }
             if self.says(member_name, name) {
                 return Ok(Some((bits, member)));
             }
-            if member_name == 0
-                && let Some(inside) = self.plain(member)
-                && let Some((inner, found)) = self.member(inside, name, depth + 1)?
-            {
+            if member_name != 0 {
+                continue;
+            }
+            let Some(inside) = self.plain(member) else { continue };
+            looks.deep += 1;
+            let found = self.member(inside, name, looks)?;
+            looks.deep -= 1;
+            if let Some((inner, found)) = found {
                 let bits = bits.checked_add(inner).ok_or(BtfError::Malformed { what: "member offset", at: index })?;
                 return Ok(Some((bits, found)));
             }
