@@ -3,7 +3,8 @@
 //! In:    commands; bytes of whoever listens on the socket
 //! Out:   what commands return, events, or a [`QmpError`]
 //! Runs:  on the caller's thread; no call takes longer than the time it was given
-//! Full:  a line longer than [`LINE_BYTES_MAX`] is a fault; of events only the newest [`EVENTS_MAX`] are kept
+//! Full:  a line longer than [`LINE_BYTES_MAX`] is a fault; of events only the newest [`EVENTS_MAX`] are kept, and of one
+//!        in a line longer than [`EVENT_BYTES_MAX`] only its name
 //! Trust: nothing: lines are bounded before they are parsed, texts are cleaned before they are shown
 //!
 //! Of QMP's thousands of types eight commands are used here, so what they return is read where it is used.
@@ -19,10 +20,14 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::sys::socket::dial;
+
 /// Longest line taken. QEMU's longest answers (query-pci of a full machine) have some hundred KiB.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
 /// Events kept while nobody asks for them.
 pub const EVENTS_MAX: usize = 256;
+/// Of an event in a longer line only the name is kept. QEMU's have some hundred bytes.
+pub const EVENT_BYTES_MAX: usize = 16 << 10;
 /// How long an answer may take.
 pub const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// What is shown of a text of QEMU's.
@@ -146,11 +151,16 @@ impl Message {
     /// [`QmpError::Foreign`]
     pub fn parse(line: &[u8]) -> Result<Self, QmpError> {
         let foreign = || QmpError::Foreign(shown(&String::from_utf8_lossy(&line[..line.len().min(SHOWN_BYTES_MAX)])));
+        let bytes = line.len();
         let line: Line = serde_json::from_slice(line).map_err(|_| foreign())?;
         Ok(match line {
             Line { greeting: Some(greeting), .. } => Self::Greeting(greeting.version.qemu),
             Line { returned: Some(value), id, .. } => Self::Return(id, value),
             Line { error: Some(failure), id, .. } => Self::Error(id, shown(&failure.desc)),
+            // The room of those that are kept: nothing that long is waited for.
+            Line { event: Some(name), .. } if bytes > EVENT_BYTES_MAX => {
+                Self::Event(Event { name: shown(&name), data: Value::Null })
+            }
             Line { event: Some(name), data, .. } => Self::Event(Event { name: shown(&name), data }),
             _ => return Err(foreign()),
         })
@@ -198,6 +208,14 @@ impl Lines {
     }
 }
 
+/// Connects. A QMP that serves another client lets one more wait, and lets those behind not even connect.
+fn reach(path: &Path, wait_max: Duration) -> Result<UnixStream, QmpError> {
+    dial(path, wait_max).map_err(|source| match source.kind() {
+        ErrorKind::WouldBlock => QmpError::Silent { what: "the connection".into(), waited: wait_max },
+        _ => QmpError::NoSocket { path: path.into(), source },
+    })
+}
+
 /// A connection that has greeted.
 #[derive(Debug)]
 pub struct Qmp {
@@ -215,11 +233,14 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]
     pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        let socket = UnixStream::connect(path).map_err(|source| QmpError::NoSocket { path: path.into(), source })?;
-        Self::greet(socket, ANSWER_MAX)
+        Self::over(reach(path, ANSWER_MAX)?, ANSWER_MAX)
     }
 
-    fn greet(socket: UnixStream, wait_max: Duration) -> Result<Self, QmpError> {
+    /// The same over a socket that is connected.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub fn over(socket: UnixStream, wait_max: Duration) -> Result<Self, QmpError> {
         let version = Version { major: 0, minor: 0, micro: 0 };
         let mut qmp = Self { socket, lines: Lines::default(), events: VecDeque::new(), number: 0, version };
         match qmp.message("the connection", Instant::now(), wait_max)? {
@@ -312,6 +333,7 @@ impl Qmp {
 mod tests {
     use std::{
         io::{BufRead, BufReader},
+        os::unix::net::UnixListener,
         thread::{JoinHandle, spawn},
     };
 
@@ -346,7 +368,7 @@ mod tests {
             format!("{{\"return\": \"late\", \"id\": 1}}\n{event}\n{{\"return\": [7], \"id\": 2}}\n"),
             "{\"id\": 3, \"error\": {\"class\": \"GenericError\", \"desc\": \"no\\u001b[2Jway\"}}\n".into(),
         ]);
-        let mut qmp = Qmp::greet(socket, ANSWER_MAX).unwrap();
+        let mut qmp = Qmp::over(socket, ANSWER_MAX).unwrap();
         assert_eq!(qmp.version, Version { major: 11, minor: 1, micro: 3 });
         assert_eq!(qmp.execute("query-x", json!({ "a": 1 })).unwrap(), json!([7]));
         let refused = qmp.execute("device_add", Value::Null).unwrap_err();
@@ -360,17 +382,41 @@ mod tests {
     #[test]
     fn socket_that_another_client_holds_is_silent_and_not_waited_for_for_ever() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let error = Qmp::greet(ours, Duration::from_millis(20)).unwrap_err();
+        let error = Qmp::over(ours, Duration::from_millis(20)).unwrap_err();
         assert!(matches!(&error, QmpError::Silent { what, .. } if what == "the connection"), "{error}");
+    }
+
+    #[test]
+    fn socket_with_no_room_for_one_more_is_silent_and_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        let _first = UnixStream::connect(&path).unwrap();
+        let begun = Instant::now();
+        let error = reach(&path, Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, QmpError::Silent { .. }) && begun.elapsed() < Duration::from_secs(5), "{error}");
+        drop(listener);
+        assert!(matches!(reach(&path, ANSWER_MAX), Err(QmpError::NoSocket { .. })));
+    }
+
+    #[test]
+    fn long_event_is_kept_by_its_name_only() {
+        let data = "x".repeat(EVENT_BYTES_MAX);
+        let line = format!("{{\"event\": \"BIG\", \"data\": {{\"path\": {data:?}}}}}");
+        assert_eq!(
+            Message::parse(line.as_bytes()).unwrap(),
+            Message::Event(Event { name: "BIG".into(), data: Value::Null })
+        );
     }
 
     #[test]
     fn qemu_that_ends_has_closed_and_what_is_no_qmp_is_named() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        assert!(matches!(Qmp::greet(ours, ANSWER_MAX), Err(QmpError::Closed)));
+        assert!(matches!(Qmp::over(ours, ANSWER_MAX), Err(QmpError::Closed)));
         let (ours, thread) = qemu(vec!["SSH-2.0-OpenSSH\x07\n".into()]);
-        let error = Qmp::greet(ours, ANSWER_MAX).unwrap_err();
+        let error = Qmp::over(ours, ANSWER_MAX).unwrap_err();
         assert_eq!(error.to_string(), "this is no QMP: SSH-2.0-OpenSSH");
         thread.join().unwrap();
     }
@@ -379,7 +425,7 @@ mod tests {
     fn event_that_does_not_come_is_none_and_old_ones_make_room() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(format!("{GREETING}\n{{\"return\": {{}}, \"id\": 1}}\n").as_bytes()).unwrap();
-        let mut qmp = Qmp::greet(ours, ANSWER_MAX).unwrap();
+        let mut qmp = Qmp::over(ours, ANSWER_MAX).unwrap();
         for number in 0..=EVENTS_MAX {
             theirs.write_all(format!("{{\"event\": \"E{number}\"}}\n").as_bytes()).unwrap();
         }

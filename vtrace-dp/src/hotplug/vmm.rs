@@ -9,7 +9,10 @@
 //! Slots are found in QEMU's own object tree (qom-list), not by query-pci: that one says what the guest has set up, and
 //! a guest that is booting has set up nothing.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -242,7 +245,7 @@ pub(super) fn plugged(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Vec<Plugged>
 }
 
 /// Names in use for devices and for chardevs.
-pub(super) fn names(qmp: &mut Qmp) -> Result<Vec<String>, QmpError> {
+pub(super) fn names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
     let devices = list(qmp, DEVICES[0])?.into_iter().map(|entry| entry.name);
     let chardevs: Vec<Chardev> = ask(qmp, "query-chardev", Value::Null)?;
     Ok(devices.chain(chardevs.into_iter().map(|chardev| chardev.label)).collect())

@@ -8,9 +8,11 @@
 #![expect(unsafe_code, reason = "descriptors that the kernel hands out as numbers become owned ones")]
 
 use std::{
-    io::{IoSlice, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
 };
 
 use nix::{
@@ -18,9 +20,11 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
-        ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recv, recvmsg, send, sendmsg,
-        sockopt::{AcceptConn, PeerCredentials},
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
+        getsockopt, recv, recvmsg, send, sendmsg, setsockopt, socket,
+        sockopt::{AcceptConn, PeerCredentials, SendTimeout},
     },
+    sys::time::TimeVal,
 };
 
 use super::SysError;
@@ -49,6 +53,19 @@ impl Peer {
         // 0 is what the kernel gives for a process of another pid namespace.
         Ok(Self { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
     }
+}
+
+/// Connects to a socket. Who listens there and accepts nobody is waited for so long and no longer: then it is `WouldBlock`.
+pub fn dial(path: &Path, wait_max: Duration) -> io::Result<UnixStream> {
+    let descriptor = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // unix(7): connect waits for room in the backlog as long as a send would.
+    setsockopt(
+        &descriptor,
+        SendTimeout,
+        &TimeVal::new(wait_max.as_secs().try_into().unwrap_or(i64::MAX), wait_max.subsec_micros().into()),
+    )?;
+    connect(descriptor.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(descriptor.into())
 }
 
 /// Whether `socket` accepts connections (SO_ACCEPTCONN).
