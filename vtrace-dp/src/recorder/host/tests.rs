@@ -1,6 +1,7 @@
 //! Against this machine's kernel. Without privilege or tracefs they say so and test nothing.
 
 use std::{
+    collections::BTreeSet,
     os::unix::fs::FileExt,
     sync::{Mutex, MutexGuard},
     thread::{sleep, spawn, yield_now},
@@ -15,6 +16,9 @@ use crate::tracefs::stats::Stats;
 
 /// One recording at a time: descriptors of this process are counted.
 static ALONE: Mutex<()> = Mutex::new(());
+
+/// Rounds of load, of a tenth of a second each, after which there are some hundred KiB of events on any machine.
+const ROUNDS_MAX: u32 = 600;
 
 const WAY: Way = Way { page_bytes: 4096, batch_pages: 0, priority: None };
 
@@ -93,11 +97,24 @@ fn walk(file: &File, area: Area, report: &LaneReport, page_bytes: usize) -> (u64
     (events, gaps)
 }
 
-fn open_descriptors() -> Vec<String> {
-    let target = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).ok();
+/// Numbers and targets of this process's descriptors: a recording's, and those of other tests that run just now.
+fn open_descriptors() -> BTreeSet<(String, String)> {
+    let number = |entry: &std::fs::DirEntry| entry.file_name().display().to_string();
+    let target = |entry: std::fs::DirEntry| Some((number(&entry), std::fs::read_link(entry.path()).ok()?));
     let targets = std::fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(target);
-    let ours = targets.map(|path| path.display().to_string());
-    ours.filter(|path| path.contains("trac") || path.contains("pipe") || path.contains("eventfd")).collect()
+    targets.map(|(number, path)| (number, path.display().to_string())).collect()
+}
+
+/// What was left open stays open; what others have opened meanwhile comes and goes.
+fn assert_none_left_open(before: &BTreeSet<(String, String)>) {
+    let mut left: BTreeSet<_> = open_descriptors().difference(before).cloned().collect();
+    let begun = Instant::now();
+    while !left.is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "left open: {left:?}");
+        sleep(Duration::from_millis(20));
+        let now = open_descriptors();
+        left.retain(|descriptor| now.contains(descriptor));
+    }
 }
 
 #[test]
@@ -111,11 +128,14 @@ fn lanes_that_begin_again_have_their_newest_pages_by_either_road() {
         let file = tempfile::tempfile_in(folder).unwrap();
         recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
         recorder.start("vtrace start").unwrap();
-        load(Duration::from_secs(1));
+        let pages = bytes_max / 4096;
+        // However little of the machine is left for us: until every lane has begun again twice.
+        let has_room = |recorder: &HostRecorder| recorder.ledger().iter().any(|lane| lane.pages_in <= 2 * pages);
+        let rounds = (0..ROUNDS_MAX).take_while(|_| has_room(&recorder));
+        rounds.for_each(|_| load(Duration::from_millis(100)));
         let report = recorder.stop().unwrap();
         recorder.close().unwrap();
         for (area, lane) in areas.iter().zip(&report.lanes) {
-            let pages = bytes_max / 4096;
             assert!(lane.pages_sent > 2 * pages && lane.pages_lost == 0, "{}: {} pages", lane.cpu, lane.pages_sent);
             let (mut page, mut last) = ([0; 4096], 0);
             for number in lane.pages_sent - pages..lane.pages_sent {
@@ -138,7 +158,10 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 30));
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (tsc_before, tsc_after) = recorder.start("vtrace start").unwrap();
+    // However little of the machine is left for us.
+    let is_little = |recorder: &HostRecorder| recorder.ledger().iter().map(|lane| lane.pages_in).sum::<u64>() < 400;
     load(Duration::from_secs(1));
+    (0..ROUNDS_MAX).take_while(|_| is_little(&recorder)).for_each(|_| load(Duration::from_millis(100)));
     let report = recorder.stop().unwrap();
     assert!(tsc_before < tsc_after && tsc_after < report.stopped);
     let page_bytes = usize::try_from(recorder.armed().page_bytes).unwrap();
@@ -159,11 +182,8 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     assert!(lines.contains("vtrace"));
     recorder.close().unwrap();
     assert!(!path.exists());
-    assert_eq!(open_descriptors(), before);
+    assert_none_left_open(&before);
 }
-
-/// Rounds of load after which a buffer of 64 KiB has been overwritten on any machine.
-const ROUNDS_MAX: u32 = 600;
 
 /// The tap is left alone until the kernel has overwritten what nobody read; then everything is moved.
 #[test]
@@ -377,7 +397,7 @@ fn dropped_recorder_leaves_nothing_even_while_tracing() {
     recorder.start("start").unwrap();
     drop(recorder);
     assert!(!path.exists());
-    assert_eq!(open_descriptors(), before);
+    assert_none_left_open(&before);
 }
 
 #[test]
