@@ -5,6 +5,7 @@
 //! | [`crash`] | an instant that nobody chose, and what a disk has at it |
 //! | [`disk`] | a file system that is small, or hangs |
 //! | [`guest`] | what a session has left in a guest |
+//! | [`heap`] | what is alive of all that a process has allocated |
 //! | [`server`] | a real `vtrace server` in a folder of its own |
 //! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
 //! | [`road`] | a guest as `vtrace setup` makes it |
@@ -15,6 +16,7 @@
 pub mod crash;
 pub mod disk;
 pub mod guest;
+pub mod heap;
 pub mod judge;
 pub mod recording;
 pub mod road;
