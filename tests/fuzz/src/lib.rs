@@ -7,11 +7,18 @@
 //!
 //! | target | feeds | promises |
 //! |---|---|---|
+//! | [`btf`] | `vtrace_dp::clock::btf` | an answer, whatever the kernel's types say |
 //! | [`canary`] | a lock of eight bytes | is found and reported: coverage feedback and crash reports work |
+//! | [`client`] | a whole `vtrace_dp::server`, over its control socket | frames in answer, and the next client is served |
+//! | [`console`] | `vtrace_dp::device::console` | one message of a kind waits for a port; names are those of its place |
 //! | [`lane`] | `vtrace_dp::drain::lane` | pages balance, sound ones are written, nothing outside the area |
 //! | [`page`] | `vtrace_common::page` | an accepted header fits its page and says its own commit word |
+//! | [`qmp`] | `vtrace_dp::hotplug` | an end, the same messages however cut, nothing that moves a cursor |
+//! | [`restore`] | `vtrace_dp::trace::restore` | what was restored is finished; what a recording left can be read |
 //! | [`ring`] | `vtrace_dp::device::ring` | ends, and every span lies inside guest memory |
-//! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}` | an answer, in bounded memory; no more events than words |
+//! | [`stream`] | `vtrace_dp::server::stream` | who goes on speaking is heard; whole pages, inside the area, all counted |
+//! | [`texts`] | rules, setups, versions, tracefs' texts | an answer within its bounds |
+//! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}`, `check` | an answer, in bounded memory; no more events than words |
 //! | [`wire`] | `vtrace_common::wire` | the same frames however the stream is cut; what opens can be sent again |
 //!
 //! A target is three things of one name:
@@ -23,10 +30,17 @@
 //!
 //! An input that once broke a target is kept in `regressions/TARGET/`; tests and fuzzer start from there.
 
+pub mod btf;
 pub mod canary;
+pub mod client;
+pub mod console;
 pub mod lane;
 pub mod page;
+pub mod qmp;
+pub mod restore;
 pub mod ring;
+pub mod stream;
+pub mod texts;
 pub mod tracedat;
 pub mod wire;
 
@@ -43,9 +57,16 @@ pub struct Target {
 
 /// All targets but the canary.
 pub const TARGETS: &[Target] = &[
+    Target { name: "btf", run: btf::run, seeds: btf::seeds },
+    Target { name: "client", run: client::run, seeds: client::seeds },
+    Target { name: "console", run: console::run, seeds: console::seeds },
     Target { name: "lane", run: lane::run, seeds: lane::seeds },
     Target { name: "page", run: page::run, seeds: page::seeds },
+    Target { name: "qmp", run: qmp::run, seeds: qmp::seeds },
+    Target { name: "restore", run: restore::run, seeds: restore::seeds },
     Target { name: "ring", run: ring::run, seeds: ring::seeds },
+    Target { name: "stream", run: stream::run, seeds: stream::seeds },
+    Target { name: "texts", run: texts::run, seeds: texts::seeds },
     Target { name: "tracedat", run: tracedat::run, seeds: tracedat::seeds },
     Target { name: "wire", run: wire::run, seeds: wire::seeds },
 ];

@@ -5,16 +5,19 @@
 use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::OnceLock};
 
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{
-    compressed::Compression,
-    fields::Formats,
-    merge::Merge,
-    metadata::Metadata,
-    option::{ShiftSample, TimeShift, TraceOption},
-    reader::Reader,
-    restore,
-    stamp::Stamps,
-    writer::Writer,
+use vtrace_dp::{
+    check::{self, GuestFile},
+    trace::{
+        compressed::Compression,
+        fields::Formats,
+        merge::Merge,
+        metadata::Metadata,
+        option::{ShiftSample, TimeShift, TraceOption},
+        reader::Reader,
+        restore,
+        stamp::Stamps,
+        writer::Writer,
+    },
 };
 
 /// Events that are looked at: a small file can hold many, packed.
@@ -27,8 +30,11 @@ pub fn run(bytes: &[u8]) {
         assert!(pages <= bytes.len() as u64 / 4096, "{pages} pages in {} bytes", bytes.len());
     }
     let Ok(reader) = Reader::open(bytes) else { return };
-    let _ = (reader.notes(), reader.areas());
+    let _ = (reader.notes(), reader.areas(), reader.segments());
     decode(&reader);
+    // As host and as guest of itself.
+    let _ = check::check(&reader, &[GuestFile { file: "guest.dat".into(), reader: &reader }])
+        .map(|report| report.text(true));
     if reader.compression() != Compression::None {
         return;
     }

@@ -116,7 +116,7 @@ impl Policy {
         Ok(policy)
     }
 
-    fn parse(text: &str, path: PathBuf) -> Result<Self, PolicyFault> {
+    pub(super) fn parse(text: &str, path: PathBuf) -> Result<Self, PolicyFault> {
         let written: Written = match toml::from_str(text) {
             Ok(written) => written,
             Err(error) => return Err(PolicyFault::Parse { path, detail: error.to_string() }),

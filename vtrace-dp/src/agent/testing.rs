@@ -1,7 +1,7 @@
-//! The pump alone, without a session around it: for benchmarks.
+//! The pump alone, without a session around it, for benchmarks; the owner's rules alone, for fuzz targets.
 //!
-//! In:    taps and ports
-//! Out:   the pages in the ports
+//! In:    taps and ports; a text of rules
+//! Out:   the pages in the ports; the programs that may be run
 //! Runs:  as [`Pump`] does
 //! Full:  as [`Pump`] does
 //! Trust: its caller
@@ -10,7 +10,11 @@ use std::{io, os::fd::OwnedFd};
 
 use vtrace_common::{ids::Cpu, wire::agent::Failure};
 
-use super::{port::Ports, pump::Pump};
+use super::{
+    policy::{Exec, Policy, PolicyFault},
+    port::Ports,
+    pump::Pump,
+};
 use crate::tracefs::Tap;
 
 /// A pump that runs.
@@ -44,4 +48,12 @@ impl Pumping {
 pub fn open_port(prefix: &str, cpu: Cpu) -> Result<OwnedFd, Failure> {
     let (class, nodes) = ("/sys/class/virtio-ports".into(), "/dev".into());
     Ports { class, nodes, control: String::new(), lane_prefix: prefix.into() }.lanes().open(cpu, false)
+}
+
+/// What the rules of `text` allow to be run.
+///
+/// # Errors
+/// Rules that are none.
+pub fn exec(text: &str) -> Result<Exec, PolicyFault> {
+    Policy::parse(text, "agent.toml".into()).map(|policy| policy.exec)
 }

@@ -69,6 +69,16 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// As `text`, which stands in the file `path`, says.
+    ///
+    /// # Errors
+    /// [`SetupFault::Parse`], [`SetupFault::Cpus`]
+    pub fn parse(text: &str, path: PathBuf) -> Result<Self, SetupFault> {
+        let parsed: Result<Self, _> = toml::from_str(text);
+        let setup = parsed.map_err(|error| SetupFault::Parse { path, detail: error.to_string() })?;
+        check_cpus(setup.cpus).map(|()| setup)
+    }
+
     /// Devices of the vhost-user kind that the CPUs need.
     pub fn devices(self) -> usize {
         self.cpus.div_ceil(DEVICE_LANES_MAX)
@@ -161,9 +171,7 @@ impl Folder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(SetupFault::File { path, call: "read", source }),
         };
-        let parsed: Result<Setup, _> = toml::from_str(&text);
-        let setup = parsed.map_err(|error| SetupFault::Parse { path, detail: error.to_string() })?;
-        check_cpus(setup.cpus).map(|()| Some(setup))
+        Setup::parse(&text, path).map(Some)
     }
 
     /// Makes the folder and all in it that `setup` needs, for QEMU's `group` (or as it is), and removes FIFOs that it

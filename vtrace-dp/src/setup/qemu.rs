@@ -61,9 +61,13 @@ impl Version {
     pub fn of(program: impl AsRef<OsStr>) -> io::Result<Self> {
         let output = Command::new(program.as_ref()).arg("--version").output()?;
         let said = String::from_utf8_lossy(&output.stdout);
-        let word = said.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
-        let parsed = word.unwrap_or_default().parse();
-        parsed.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("it says {:?}", said.trim())))
+        Self::said(&said)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("it says {:?}", said.trim())))
+    }
+
+    /// The version in what a QEMU says of itself.
+    pub fn said(text: &str) -> Option<Self> {
+        text.split_once("version ")?.1.split_whitespace().next()?.parse().ok()
     }
 
     /// Of the first of [`PROGRAMS`] that is there.

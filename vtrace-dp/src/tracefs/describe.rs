@@ -60,7 +60,7 @@ fn absent_is_empty(error: io::Error) -> io::Result<Vec<u8>> {
 }
 
 /// Lines of `pid comm`; a command may hold blanks, and stands as the kernel wrote it.
-fn parse_commands(text: &str) -> BTreeMap<u32, String> {
+pub(super) fn parse_commands(text: &str) -> BTreeMap<u32, String> {
     let parse = |line: &str| {
         let (task, command) = line.trim_start().split_once(' ')?;
         Some((task.parse().ok()?, command.to_owned()))

@@ -340,7 +340,7 @@ pub(super) fn remove_directory(path: &Path) -> io::Result<()> {
 }
 
 /// Bytes of one page: where its data begins plus how much fits (`field: char data; offset:16; size:4080; …`).
-fn page_bytes(header_page: &str) -> Result<u32, Failure> {
+pub(super) fn page_bytes(header_page: &str) -> Result<u32, Failure> {
     let number = |line: &str, key: &str| line.split_once(key)?.1.split(';').next()?.trim().parse::<u32>().ok();
     let data = header_page.lines().find(|line| line.contains("char data;"));
     let sum = data.and_then(|line| number(line, "offset:")?.checked_add(number(line, "size:")?));

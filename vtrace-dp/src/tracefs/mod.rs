@@ -17,6 +17,8 @@ mod pattern;
 mod settings;
 pub mod stats;
 mod symbols;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod top;
 
 use std::{

@@ -30,8 +30,8 @@ use launch::{Limit, Outcome};
 const CANARY: &str = "canary";
 /// Seconds after which a silent canary is dead; it sings within one or two.
 const CANARY_SECONDS_MAX: u64 = 60;
-/// Seconds of each target when all are run.
-pub const SECONDS_DEFAULT: u64 = 60;
+/// Seconds of each target when all are run: with twelve of them, two at a time, as long as it takes to build them.
+pub const SECONDS_DEFAULT: u64 = 15;
 
 /// Targets that run at a time.
 const JOBS_DEFAULT: usize = 2;
@@ -41,7 +41,7 @@ const JOBS_DEFAULT: usize = 2;
 pub struct Arguments {
     /// Targets to run; all if none is named.
     pub targets: Vec<String>,
-    /// Seconds for each target [default: 60 for all, no limit for named ones].
+    /// Seconds for each target [default: 15 for all, no limit for named ones].
     #[arg(long)]
     pub seconds: Option<u64>,
     /// Targets that run at a time.
@@ -157,9 +157,9 @@ mod tests {
     }
 
     #[test]
-    fn all_targets_are_all_but_the_canary_for_a_minute_each() {
+    fn all_targets_are_all_but_the_canary_for_some_seconds_each() {
         assert_eq!(chosen(&named(&[]), &known()).unwrap(), ["page", "wire"]);
-        assert_eq!(limit(&named(&[])), Limit::Seconds(60));
+        assert_eq!(limit(&named(&[])), Limit::Seconds(SECONDS_DEFAULT));
     }
 
     #[test]

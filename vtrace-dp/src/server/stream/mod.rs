@@ -21,6 +21,8 @@ pub(super) mod drain;
 mod lane;
 mod port;
 mod source;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod worker;

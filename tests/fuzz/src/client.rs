@@ -1,0 +1,109 @@
+//! What a client says over the control socket, to a whole server with one guest that is not there.
+//!
+//! Input: u8 (bit 0: our hello is said first), then what is said; the client closes its sending side behind it.
+
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::OnceLock,
+    time::Duration,
+};
+
+use vtrace_common::{
+    ids::Cpu,
+    wire::{
+        Decoder, Family, Hello,
+        agent::ToAgent,
+        client::{Area, FromServer, LaneEnd, Lanes, ToServer},
+        encode,
+    },
+};
+use vtrace_dp::server::{CONTROL_SOCKET, GuestConfig, GuestSocket, Server, ServerConfig};
+
+const GUEST: &str = "guest1";
+/// A socket takes so much at once; the server may have closed its end by then.
+const BYTES_MAX: usize = 64 << 10;
+/// An answer that has not come by then never will.
+const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// The server of all inputs. It ends with the process.
+static SERVER: OnceLock<(Server, PathBuf)> = OnceLock::new();
+
+fn socket() -> UnixStream {
+    let (_, path) = SERVER.get_or_init(|| {
+        let directory = std::env::temp_dir().join(format!("vtrace-fuzz-{}", std::process::id()));
+        let guests = vec![GuestConfig::new(GUEST, GuestSocket::InDirectory)];
+        let config = ServerConfig { directory: directory.clone(), guests, ..ServerConfig::default() };
+        let server = Server::start(&config).expect("a server");
+        (server, directory.join(CONTROL_SOCKET))
+    });
+    let socket = UnixStream::connect(path).expect("a server that lives");
+    socket.set_read_timeout(Some(WAIT_MAX)).expect("a time");
+    socket
+}
+
+/// Says something, reads all answers; then somebody else is served.
+pub fn run(bytes: &[u8]) {
+    let Some((&setup, said)) = bytes.split_first() else { return };
+    let hello = encode(&Hello::ours("seed")).expect("a hello is within its bounds");
+    let hello = if setup & 1 == 1 { hello } else { Vec::new() };
+    answers(&[&hello[..], &said[..said.len().min(BYTES_MAX)]].concat());
+    let listed = answers(
+        &[&encode(&Hello::ours("judge")).expect("bounds"), &encode(&ToServer::List).expect("bounds")[..]].concat(),
+    );
+    assert!(matches!(&listed[..], [FromServer::Guests(guests)] if guests.len() == 1), "{listed:?}");
+}
+
+/// What the server answers until it closes its end; its hello is left out.
+fn answers(said: &[u8]) -> Vec<FromServer> {
+    let mut socket = socket();
+    // Who speaks no sense is hung up on in the middle of it.
+    let _ = socket.write_all(said).and_then(|()| socket.shutdown(Shutdown::Write));
+    let (mut decoder, mut piece, mut found) = (Decoder::default(), vec![0; 64 << 10], Vec::new());
+    loop {
+        match socket.read(&mut piece) {
+            Ok(0) => return found,
+            Ok(count) => decoder.push(&piece[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return found,
+            Err(error) => panic!("no answer and no end: {error}"),
+        }
+        while let Some(frame) = decoder.next_frame().expect("the server sends frames") {
+            if frame.family != Family::Hello {
+                found.push(frame.open().expect("the server sends messages of its own"));
+            }
+        }
+    }
+}
+
+/// Sessions as a recorder has them, requests out of order, and requests for nobody.
+pub fn seeds() -> Vec<Vec<u8>> {
+    let guest = || GUEST.to_owned();
+    let areas = vec![Area { cpu: Cpu(0), offset: 8192, bytes_max: 1 << 20, begins_again: false }];
+    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 4096 }];
+    let session = [
+        ToServer::List,
+        ToServer::Claim { guest: guest() },
+        ToServer::Agent { guest: guest(), request: ToAgent::Ping { id: 3 } },
+        ToServer::Lanes(Lanes { guest: guest(), page_bytes: 4096, areas }),
+        ToServer::Ledger { guest: guest() },
+        ToServer::Finish { guest: guest(), ends, wait_ms_max: 1 },
+        ToServer::Release { guest: guest() },
+    ];
+    let sent = |messages: &[ToServer]| {
+        let frames = messages.iter().map(|message| encode(message).expect("seeds keep to the bounds"));
+        [vec![1], frames.collect::<Vec<_>>().concat()].concat()
+    };
+    let mut reversed = session.clone();
+    reversed.reverse();
+    let stranger = ToServer::Claim { guest: "../guest1".into() };
+    let hello = encode(&Hello { version_min: 2, version_max: 9, software: String::new() }).expect("bounds");
+    vec![
+        sent(&session),
+        sent(&reversed),
+        sent(&[stranger]),
+        [&[0], &hello[..]].concat(),
+        b"\x00GET / HTTP/1.1\r\n".to_vec(),
+    ]
+}
