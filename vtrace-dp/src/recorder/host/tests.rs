@@ -97,12 +97,13 @@ fn walk(file: &File, area: Area, report: &LaneReport, page_bytes: usize) -> (u64
     (events, gaps)
 }
 
-/// Numbers and targets of this process's descriptors: a recording's, and those of other tests that run just now.
+/// Numbers and targets of descriptors as a recording has them, those of other tests that run just now included.
 fn open_descriptors() -> BTreeSet<(String, String)> {
     let number = |entry: &std::fs::DirEntry| entry.file_name().display().to_string();
     let target = |entry: std::fs::DirEntry| Some((number(&entry), std::fs::read_link(entry.path()).ok()?));
     let targets = std::fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(target);
-    targets.map(|(number, path)| (number, path.display().to_string())).collect()
+    let targets = targets.map(|(number, path)| (number, path.display().to_string()));
+    targets.filter(|(_, path)| ["trac", "pipe", "eventfd"].iter().any(|kind| path.contains(kind))).collect()
 }
 
 /// What was left open stays open; what others have opened meanwhile comes and goes.
