@@ -15,7 +15,7 @@ use vtrace_dp::{
     server::{CONTROL_SOCKET, GuestConfig, GuestSocket, Server, ServerConfig},
     tracefs::{INSTANCE_PREFIX, Tracefs},
 };
-use vtrace_tests::{heap, recording::Recorder};
+use vtrace_tests::{guest, heap, recording::Recorder};
 use xtask::{
     kernel::Kernel,
     machine::{Machine, turn},
@@ -162,7 +162,7 @@ fn sessions_leave_nothing_behind() -> Result<()> {
     let (server_before, agent_before) = before.context("there was a warm-up")?;
     ensure_not_more("server", server_before, SERVER_SLACK, Holdings::of_server)?;
     ensure_not_more("agent", agent_before, AGENT_SLACK, || Holdings::of_agent(&machine))?;
-    assert_eq!(machine.shell("ls /sys/kernel/tracing/instances")?.text(), "");
+    guest::is_clear(&machine)?;
     let left: Vec<String> = instances()?.difference(&instances_before).cloned().collect();
     ensure!(left.is_empty(), "instances on the host: {left:?}");
     drop(machine);

@@ -31,7 +31,7 @@ const CANARY: &str = "canary";
 /// Seconds after which a silent canary is dead; it sings within one or two.
 const CANARY_SECONDS_MAX: u64 = 60;
 /// Seconds of each target when all are run: with twelve of them, two at a time, as long as it takes to build them.
-pub const SECONDS_DEFAULT: u64 = 15;
+pub const SECONDS_DEFAULT: u64 = 12;
 
 /// Targets that run at a time.
 const JOBS_DEFAULT: usize = 2;
@@ -41,7 +41,7 @@ const JOBS_DEFAULT: usize = 2;
 pub struct Arguments {
     /// Targets to run; all if none is named.
     pub targets: Vec<String>,
-    /// Seconds for each target [default: 15 for all, no limit for named ones].
+    /// Seconds for each target [default: 12 for all, no limit for named ones].
     #[arg(long)]
     pub seconds: Option<u64>,
     /// Targets that run at a time.
