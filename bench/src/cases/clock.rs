@@ -5,7 +5,10 @@
 //!        of a CPU at 100 000 exits/s. Where KVM does not call kvm_entry no exits can be counted: the kernel runs the
 //!        program itself (BPF_PROG_TEST_RUN), with a real vCPU and from the cache; the dispatch of the tracepoint, which any
 //!        listener costs, is not in it. ns a conversion beside one at the host's rate; GB/s of rewriting beside copying the same pages, through the same calls
+//!        For the same at a tracepoint that is called, under load: [`load`]
 //! Runs:  on this thread; as root, with /dev/kvm
+
+pub(super) mod load;
 
 use std::{fs::File, hint::black_box, os::unix::fs::FileExt, time::Instant};
 
@@ -31,10 +34,13 @@ use vtrace_dp::{
 
 use super::alternately;
 use crate::row::Row;
+use load::Amount;
 
 /// Runs of the program at kvm_entry.
 const HITS: u32 = 200_000;
 const EXITS_PER_S: f64 = 100_000.0;
+/// Of the guest under load: nine seconds a round.
+const LOAD: Amount = Amount { slices: 6, exits: 200_000, ticks: 50 };
 const CONVERSIONS: u32 = 20_000_000;
 const PAGE: u32 = 4096;
 const BYTES: u64 = 64 << 20;
@@ -42,7 +48,8 @@ const BYTES: u64 = 64 << 20;
 /// Measures `rounds` pairs.
 pub(super) fn run(rounds: u32) -> Result<Vec<Row>> {
     let hits = (0..rounds).map(|round| hits(round, HITS)).collect::<Result<Vec<_>>>()?;
-    Ok([hits.concat(), measure(rounds, CONVERSIONS, BYTES)?].concat())
+    let loads = (0..rounds).map(|round| load::measure(round, LOAD)).collect::<Result<Vec<_>>>()?;
+    Ok([hits.concat(), loads.concat(), measure(rounds, CONVERSIONS, BYTES)?].concat())
 }
 
 /// The same with so many conversions, and pages of so many bytes.
@@ -113,7 +120,7 @@ fn speeds(round: u32, life: &Life, story: &Story, bytes: u64) -> Result<[f64; 2]
     let to = |from: Extent| from.offset + (1 << 31);
     let rewritten = |file: &File, from: Extent| {
         let lane = table.lane(Cpu(0)).context("a lane that is known")?;
-        rewrite(file, from, to(from), PAGE, lane)?;
+        rewrite(file, [Extent { bytes: 0, ..from }, from], to(from), PAGE, lane)?;
         Ok(())
     };
     let copied = |file: &File, from: Extent| copy(file, from.offset, to(from), story.pages.len());

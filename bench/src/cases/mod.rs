@@ -133,6 +133,8 @@ mod tests {
             return println!("skipped: no /dev/kvm");
         }
         sane("clock", &clock::hits(0, 10_000).unwrap(), 2);
+        let little = clock::load::Amount { slices: 1, exits: 10_000, ticks: 2 };
+        sane("clock", &clock::load::measure(0, little).unwrap(), 6);
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub mod cpuid;
 pub mod daemon;
 pub mod direct;
 pub mod limit;
+#[cfg(any(test, feature = "testing"))]
+pub mod page_guest;
 pub mod perf;
 pub mod program;
 pub mod realtime;
