@@ -77,7 +77,7 @@ impl Host {
         loop {
             match self.next()? {
                 FromAgent::Describe(piece) => *described.entry(piece.part).or_default() += piece.bytes.len(),
-                FromAgent::Pong { id: STILL_HERE } => {}
+                FromAgent::Pong { id: STILL_HERE } | FromAgent::Arming { .. } => {}
                 other => return Ok(other),
             }
         }

@@ -211,7 +211,7 @@ fn arm(link: &mut Link) -> Result<u32> {
     loop {
         match next(link)? {
             FromServer::Agent { answer: FromAgent::Armed(armed), .. } => return Ok(armed.page_bytes),
-            FromServer::Agent { answer: FromAgent::Describe(_), .. } => {}
+            FromServer::Agent { answer: FromAgent::Describe(_) | FromAgent::Arming { .. }, .. } => {}
             other => anyhow::bail!("not armed: {other:?}"),
         }
     }

@@ -181,6 +181,7 @@ fn answers() -> Vec<FromAgent> {
         FromAgent::Closed,
         FromAgent::Offer(OfferPiece { offered: Offered::Events, bytes: b"sched:sched_switch\n".to_vec(), last: true }),
         FromAgent::Failed(failure()),
+        FromAgent::Arming { events: 700 },
     ]
 }
 

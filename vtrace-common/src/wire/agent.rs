@@ -104,6 +104,11 @@ pub enum FromAgent {
     Failed(Failure),
     /// A piece of what could be traced. [`Offered::Events`] come last.
     Offer(OfferPiece),
+    /// The session is being made ready, which can take a slow machine minutes; said about once a second.
+    Arming {
+        /// So many events are on.
+        events: u32,
+    },
 }
 
 /// What a machine offers. Each kind's text is the file of that name in tracefs.
@@ -334,7 +339,7 @@ impl Message for FromAgent {
                 text(&failure.detail)
             }
             Self::Started { .. } | Self::Echo(_) | Self::Marked { .. } => Ok(()),
-            Self::Pong { .. } | Self::Stopped | Self::Closed => Ok(()),
+            Self::Pong { .. } | Self::Arming { .. } | Self::Stopped | Self::Closed => Ok(()),
         }
     }
 }

@@ -8,7 +8,11 @@
 //!
 //! Order of the end: pump (it holds the taps), then instance: an instance with an open tap cannot be removed.
 
-use std::{os::fd::BorrowedFd, path::Path};
+use std::{
+    os::fd::BorrowedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use vtrace_common::{
     ids::Cpu,
@@ -27,6 +31,9 @@ use crate::{
     sys::{account::Account, tsc},
     tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs},
 };
+
+/// How often the host hears that a session is still being made: it waits for half a minute of silence.
+const ARMING_EVERY: Duration = Duration::from_secs(1);
 
 /// Why something was not done.
 #[derive(Debug)]
@@ -76,7 +83,7 @@ impl Work {
         tell: Tell<'_>,
     ) -> Result<Self, Refused> {
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
-        let instance = Tracefs::find_or_mount()?.arm(&name, arm)?;
+        let instance = instance(&name, arm, tell)?;
         let (mut lanes, found) = (Vec::new(), ports.lanes());
         for cpu in instance.cpus() {
             lanes.push((instance.tap(*cpu)?, found.open(*cpu, without_indirect)?));
@@ -182,6 +189,19 @@ impl Work {
             log::error!("{} stays: {}", failure.object, failure.detail);
         }
     }
+}
+
+/// Makes the instance, and says now and then how far it is.
+fn instance(name: &str, arm: &Arm, tell: Tell<'_>) -> Result<Instance, Refused> {
+    let (mut said, mut told) = (Instant::now(), Ok(()));
+    let made = Tracefs::find_or_mount()?.arm_telling(name, arm, &mut |events| {
+        if said.elapsed() >= ARMING_EVERY && told.is_ok() {
+            said = Instant::now();
+            told = tell(&FromAgent::Arming { events: u32::try_from(events).unwrap_or(u32::MAX) });
+        }
+    })?;
+    told?;
+    Ok(made)
 }
 
 fn start_pump(lanes: Vec<(Tap, std::os::fd::OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Pump, Failure> {

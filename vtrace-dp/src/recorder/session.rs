@@ -247,6 +247,10 @@ impl GuestSession {
                 Ok(()) => vec![],
                 Err(fault) => self.fail(fault.into()),
             },
+            (Phase::Arming, FromAgent::Arming { events }) => {
+                log::info!("{}: {events} events are on, more follow", self.name);
+                vec![]
+            }
             (Phase::Arming, FromAgent::Armed(armed)) if is_possible(&armed) => {
                 self.armed = Some(Armed { clock: printable(&armed.clock), ..armed });
                 self.step(Phase::Armed)

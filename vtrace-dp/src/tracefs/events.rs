@@ -1,7 +1,7 @@
 //! The events of a kernel: which there are, which are meant, which files switch them on.
 //!
 //! In:    `available_events` or `set_event` (lines `system:event`), requests
-//! Out:   the files to write 1 to, as few as will do; or a [`Failure`] with names that exist
+//! Out:   the files to write 1 to, one for a whole system; or a [`Failure`] with names that exist
 //! Runs:  on the caller's thread
 //! Trust: the kernel for names; nothing for requests
 
@@ -91,17 +91,16 @@ impl Events {
         Failure { near, ..failure(FailureKind::NoSuchEvent, pattern, &detail) }
     }
 
-    /// The `enable` files under `events/` that switch on `chosen` and nothing else.
-    fn switches(&self, chosen: &Self) -> Vec<PathBuf> {
-        if chosen == self {
-            return vec!["enable".into()];
-        }
+    /// The `enable` files under `events/` that switch on `chosen` and nothing else, and how many events each does. There
+    /// is one for everything too; but the kernel patches its code for each event, and would be at it for half a minute
+    /// or more on a slow machine, without a word.
+    fn switches(&self, chosen: &Self) -> Vec<(PathBuf, usize)> {
         let mut switches = Vec::new();
         for (system, events) in &chosen.systems {
             if self.systems.get(system) == Some(events) {
-                switches.push(Path::new(system).join("enable"));
+                switches.push((Path::new(system).join("enable"), events.len()));
             } else {
-                switches.extend(events.iter().map(|event| Path::new(system).join(event).join("enable")));
+                switches.extend(events.iter().map(|event| (Path::new(system).join(event).join("enable"), 1)));
             }
         }
         switches
@@ -137,22 +136,32 @@ fn is_name(part: &str) -> bool {
     !part.is_empty() && !part.contains([':', '/', ' ']) && part != "." && part != ".."
 }
 
-/// Switches on in `instance` what `requests` mean, out of what `available` lists. Returns the events that are on.
+/// Switches on in `instance` what `requests` mean, out of what `available` lists. Returns the events that are on; `each`
+/// hears after each step but the last how many are.
 ///
-/// A whole system (or all) whose file is refused may still be on in part: the kernel tries every event and reports the
+/// A whole system whose file is refused may still be on in part: the kernel tries every event and reports the
 /// first error. So what is on is read back; an event asked for by its full name has to be among it.
 ///
 /// # Errors
 /// `NoSuchEvent` when a request means nothing; `Kernel` when an event asked for by its full name, or every event,
 /// was refused.
-pub(super) fn switch_on(instance: &Path, available: &Events, requests: &[EventRequest]) -> Result<Events, Failure> {
+pub(super) fn switch_on(
+    instance: &Path,
+    available: &Events,
+    requests: &[EventRequest],
+    each: &mut dyn FnMut(usize),
+) -> Result<Events, Failure> {
     let chosen = available.choose(requests)?;
     let directory = instance.join("events");
-    let mut refusals = Vec::new();
-    for switch in available.switches(&chosen) {
+    let (mut refusals, mut count) = (Vec::new(), 0);
+    for (switch, events) in available.switches(&chosen) {
         if let Err(refusal) = write(&directory.join(&switch), "1") {
             log::warn!("{}: {}", refusal.object, refusal.detail);
             refusals.push((switch, refusal));
+        }
+        count += events;
+        if count < chosen.count() {
+            each(count);
         }
     }
     let on = Events::parse(&read(&instance.join("set_event"))?);
@@ -193,7 +202,9 @@ mod tests {
     fn switches(patterns: &[&str]) -> Vec<String> {
         let available = Events::parse(AVAILABLE);
         let chosen = available.choose(&requests(patterns)).unwrap();
-        available.switches(&chosen).iter().map(|path| path.to_str().unwrap().into()).collect()
+        let switches = available.switches(&chosen);
+        assert_eq!(switches.iter().map(|(_, events)| events).sum::<usize>(), chosen.count());
+        switches.iter().map(|(path, _)| path.to_str().unwrap().into()).collect()
     }
 
     #[test]
@@ -204,9 +215,9 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_one_write() {
-        assert_eq!(switches(&["all"]), ["enable"]);
-        assert_eq!(switches(&["kvm", "irq", "sched"]), ["enable"]);
+    fn everything_is_a_write_for_each_system() {
+        assert_eq!(switches(&["all"]), ["irq/enable", "kvm/enable", "sched/enable"]);
+        assert_eq!(switches(&["kvm", "irq", "sched"]), switches(&["all"]));
     }
 
     #[test]
@@ -283,7 +294,7 @@ mod tests {
             let chosen = available.choose(&requests(&patterns)).unwrap();
             let switches = available.switches(&chosen);
             for (system, event) in available.each() {
-                let is_on = switches.iter().filter(|switch| covers(switch, system, event)).count();
+                let is_on = switches.iter().filter(|(switch, _)| covers(switch, system, event)).count();
                 prop_assert_eq!(is_on, usize::from(chosen.contains(system, event)));
             }
         }

@@ -67,10 +67,18 @@ impl Tracefs {
     /// Makes the instance `name` and prepares everything `arm` asks for; tracing stays off.
     ///
     /// # Errors
+    /// As [`Tracefs::arm_telling`].
+    pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
+        self.arm_telling(name, arm, &mut |_| {})
+    }
+
+    /// The same; `each` hears how many events are on, again and again. On a slow machine it can take minutes.
+    ///
+    /// # Errors
     /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `NoSuchPageSize`, `Expression`,
     /// `Memory` (the ring buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else
     /// `Kernel`. Nothing stays behind.
-    pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
+    pub fn arm_telling(&self, name: &str, arm: &Arm, each: &mut dyn FnMut(usize)) -> Result<Instance, Failure> {
         let mut instance = self.make_instance(name)?;
         if top::is_needed(self.root(), &instance.path, arm) {
             drop(instance);
@@ -96,7 +104,7 @@ impl Tracefs {
             borrowed.undo = undo;
         }
         applied?;
-        instance.on = switch_on(&instance.path, &available, &arm.events)?;
+        instance.on = switch_on(&instance.path, &available, &arm.events, each)?;
         Ok(instance)
     }
 

@@ -43,6 +43,16 @@ fn armed_instance_is_as_asked_and_gone_when_dropped() {
 }
 
 #[test]
+fn arming_tells_after_each_system_but_the_last_how_many_events_are_on() {
+    let Some(tracefs) = tracefs() else { return };
+    let mut told = Vec::new();
+    let instance =
+        tracefs.arm_telling(&name("telling"), &arm(&["sched", "irq", "timer"]), &mut |events| told.push(events));
+    let all = usize::try_from(instance.unwrap().events()).unwrap();
+    assert!(told.len() == 2 && 0 < told[0] && told[0] < told[1] && told[1] < all, "{told:?} of {all}");
+}
+
+#[test]
 fn tap_that_is_open_keeps_the_instance_and_is_reported() {
     let Some(tracefs) = tracefs() else { return };
     let instance = tracefs.arm(&name("busy"), &arm(&[])).unwrap();

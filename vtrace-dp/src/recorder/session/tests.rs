@@ -53,6 +53,20 @@ fn whole_session_goes_from_claim_to_release() {
 }
 
 #[test]
+fn slow_guest_says_that_it_is_still_arming_and_is_not_disturbed() {
+    let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+    session.on(claimed());
+    for events in [40, 900] {
+        assert_eq!(session.on(agent(FromAgent::Arming { events })), []);
+        assert_eq!((session.phase(), &session.trouble), (Phase::Arming, &None));
+    }
+    session.on(armed());
+    assert_eq!(session.phase(), Phase::Armed);
+    session.on(agent(FromAgent::Arming { events: 1 }));
+    assert!(matches!(session.trouble, Some(Trouble::OutOfOrder { .. })), "it had said that it was ready");
+}
+
+#[test]
 fn guest_that_cannot_be_claimed_is_let_go_without_a_release() {
     let (mut session, _) = GuestSession::new(GUEST, Arm::default());
     assert!(session.on(FromServer::Refused(Refusal::NoAgent { guest: GUEST.into() })).is_empty());
