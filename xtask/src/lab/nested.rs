@@ -2,7 +2,8 @@
 //!
 //! In:    kernels for host and guest, the newest QEMU, `vtrace`. Out: trace files, and what stock trace-cmd makes of them.
 //! Runs:  three machines in each other: this one, a Debian host under QEMU's TCG with SVM and kvm-amd, and in that a
-//!        Debian guest under QEMU's KVM with our agent.
+//!        Debian guest under QEMU's KVM with our agent; over the vhost-user device, but on 6.14 to 6.19 over QEMU's own
+//!        (start.sh says why).
 //! Full:  does not apply. Trust: both guests are ours; the judge is stock trace-cmd,
 //!        and vtrace's own check has to agree.
 
@@ -92,7 +93,7 @@ pub fn run(kernel: Kernel) -> Result<()> {
     let status = Command::new("tar").arg("-xf").arg(&disk).arg("-C").arg(&folder).status()?;
     ensure!(status.success(), "what came out of the host is no archive");
     fs::remove_file(&disk)?;
-    result?;
+    result.with_context(|| fs::read_to_string(folder.join("qemu.log")).unwrap_or_default())?;
     println!("files under {}, {:.0?}", folder.display(), begun.elapsed());
     RECORDINGS.iter().try_for_each(|recording| {
         println!("\n{}:", recording.name);
