@@ -29,17 +29,19 @@ const SILENT: &str = "kvm_entry: 0 hits";
 /// # Errors
 /// When one fails, or kvm_entry does not fire.
 pub fn svm(kernels: &[Kernel]) -> Result<()> {
-    let tests = clock_tests()?;
+    let tests = build::for_guest("clock-tests", &build::unit_tests("vtrace_dp")?)?;
     for &kernel in kernels {
         let turn = turn()?;
-        let machine = Machine::builder(&turn, kernel)
+        let mut builder = Machine::builder(&turn, kernel)
             .memory_mb(1024)
             .without_agent()
             // A slow host makes Linux mistrust the TSC, and KVM then writes a new offset at every entry.
             .append("tsc=reliable")
-            .module("kvm_amd")
-            .file("/bin/clock-tests", &tests)
-            .boot()?;
+            .module("kvm_amd");
+        for (inside, outside) in &tests {
+            builder = builder.file(inside, outside);
+        }
+        let machine = builder.boot()?;
         let script = "mount -t tracefs tracefs /sys/kernel/tracing; uname -r; \
              RUST_BACKTRACE=0 clock-tests clock::feed recorder::kvm running_kernel --include-ignored --skip hit_costs \
              --test-threads=1 --nocapture"; // nanoseconds mean nothing under TCG
@@ -51,7 +53,7 @@ pub fn svm(kernels: &[Kernel]) -> Result<()> {
     Ok(())
 }
 
-/// The unit tests of vtrace-dp as a static program.
+/// The unit tests of vtrace-dp as a static program, for machines slower than TCG's.
 fn clock_tests() -> Result<PathBuf> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args([
@@ -75,10 +77,5 @@ fn clock_tests() -> Result<PathBuf> {
         .output()
         .context("cannot run cargo")?;
     ensure!(output.status.success(), "the tests of vtrace-dp do not build");
-    let messages = String::from_utf8(output.stdout)?;
-    let mut programs = messages.lines().filter_map(|line| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        message.get("executable")?.as_str().map(PathBuf::from)
-    });
-    programs.next_back().context("cargo named no test program")
+    build::test_program(&String::from_utf8(output.stdout)?, "vtrace_dp")
 }

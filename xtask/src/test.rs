@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::kernel::Kernel;
-use crate::{cache, ebpf, fuzz, image, lab, packages, tidy};
+use crate::{build, cache, ebpf, fuzz, image, lab, packages, tidy};
 
 /// The package whose tests boot guests.
 const GUEST_TESTS: &str = "vtrace-tests";
@@ -32,7 +32,7 @@ const STEPS: [Step; 9] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", tidy::run),
     ("clippy", clippy),
-    ("unit", || cargo(&["test", "--locked", "--no-fail-fast", "--workspace", "--exclude", GUEST_TESTS])),
+    ("unit", || cargo(&[&["test", "--no-fail-fast"][..], &build::UNIT_TESTS].concat())),
     ("ebpf", || ebpf::run(true)),
     ("image", make_guests),
     ("guest", guests),
@@ -163,8 +163,10 @@ impl Failed {
 /// with everything else, in one recording of a guest whose TSC is moved. The other kernels and `lab vmx` are run by hand.
 fn labs() -> Result<()> {
     if Path::new("/dev/kvm").exists() {
-        let only = ["clock::feed", "recorder::kvm", "--ignored", "--test-threads=1"];
-        cargo(&[&["test", "--locked", "--package", "vtrace-dp", "--lib", "--"][..], &only].concat())?;
+        let tests = build::unit_tests("vtrace_dp")?;
+        let status =
+            Command::new(&tests).args(["clock::feed", "recorder::kvm", "--ignored", "--test-threads=1"]).status();
+        ensure!(status.context("cannot run the clock's tests")?.success(), "the clock's tests failed on this machine");
     } else {
         println!("no /dev/kvm: the clock's live tests run in the labs only");
     }
