@@ -39,8 +39,8 @@ use load::Amount;
 /// Runs of the program at kvm_entry.
 const HITS: u32 = 200_000;
 const EXITS_PER_S: f64 = 100_000.0;
-/// Of the guest under load: nine seconds a round.
-const LOAD: Amount = Amount { slices: 6, exits: 200_000, ticks: 50 };
+/// Of the guest under load: ten seconds a round.
+const LOAD: Amount = Amount { slices: 10, exits: 200_000, ticks: 30 };
 const CONVERSIONS: u32 = 20_000_000;
 const PAGE: u32 = 4096;
 const BYTES: u64 = 64 << 20;

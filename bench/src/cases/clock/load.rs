@@ -26,7 +26,7 @@ use vtrace_dp::{
 };
 
 use crate::{
-    measure::{self, median, real},
+    measure::{self, real},
     row::Row,
 };
 
@@ -43,7 +43,7 @@ const WARM_TURNS: u32 = 20;
 /// How much is run.
 #[derive(Clone, Copy)]
 pub(crate) struct Amount {
-    /// Slices of each listener in a round; the middle one counts.
+    /// Slices of each listener in a round; the cheapest one counts.
     pub(crate) slices: u32,
     /// Exits of a slice as fast as it goes.
     pub(crate) exits: u32,
@@ -171,11 +171,12 @@ impl Slices {
         Ok(Self(taken))
     }
 
-    /// The middle figure of each listener.
+    /// What the cheapest slice of each listener says: other programs make slices dearer, and none cheaper.
     fn of(&self, listeners: [Listener; 2], figure: fn(&Slice) -> f64) -> [f64; 2] {
         listeners.map(|wanted| {
-            let figures = self.0.iter().filter(|(listener, _)| *listener == wanted).map(|(_, slice)| figure(slice));
-            median(&figures.collect::<Vec<_>>())
+            let slices = self.0.iter().filter(|(listener, _)| *listener == wanted).map(|(_, slice)| slice);
+            let cheapest = slices.min_by(|one, other| one.cpu_ns_each().total_cmp(&other.cpu_ns_each()));
+            cheapest.map_or(f64::NAN, figure)
         })
     }
 }
