@@ -33,7 +33,7 @@ use vtrace_common::{
 
 use super::{
     command::{Running, STREAMS, Stream},
-    link::{Gone, HOST_SILENCE, Heard, Link},
+    link::{Gone, HOST_SILENCE, Heard, LAST_SILENCE, Link},
     machine,
     place::Place,
     policy::Policy,
@@ -102,6 +102,8 @@ pub(super) struct Control<'a> {
     state: State,
     work: Option<Work>,
     heard: Instant,
+    /// Its silence was noticed then.
+    doubted: Option<Instant>,
     served: bool,
     affinity: CpuSet,
     pinned: Option<Cpu>,
@@ -132,6 +134,7 @@ impl<'a> Control<'a> {
             state: State::default(),
             work: None,
             heard: Instant::now(),
+            doubted: None,
             served: false,
             affinity,
             pinned: None,
@@ -155,7 +158,7 @@ impl<'a> Control<'a> {
                     log::warn!("{reason}");
                     return Ok(End::Unplugged);
                 }
-                Some(Gone::Absent) => self.host_has_hung_up(),
+                Some(Gone::Absent) => gone = self.host_is_absent(),
                 Some(reason @ (Gone::Stalled | Gone::Replaced)) => self.drop_session(reason),
                 Some(Gone::Silent) => gone = self.give_up(),
                 None => {}
@@ -194,17 +197,33 @@ impl<'a> Control<'a> {
         if result.is_ok() && happened(PUMP) {
             result = self.pump_has_ended();
         }
-        if result.is_ok() && self.work.is_some() && self.heard.elapsed() >= HOST_SILENCE {
-            result = Err(Gone::Silent);
+        if result.is_ok() && self.work.is_some() {
+            result = self.watch_silence();
         }
         Ok(result)
+    }
+
+    /// A machine that was stopped, and whose clock went on, finds a long silence behind it that was none: the end of it has
+    /// to pass while we look.
+    fn watch_silence(&mut self) -> Result<(), Gone> {
+        let first = HOST_SILENCE - LAST_SILENCE;
+        match self.heard.elapsed() {
+            silent if silent < first => {}
+            _ if self.doubted.is_none() => self.doubted = Some(Instant::now()),
+            _ if self.doubted.is_some_and(|since| since.elapsed() >= LAST_SILENCE) => return Err(Gone::Silent),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn patience(&self) -> EpollTimeout {
         if self.work.is_none() {
             return EpollTimeout::NONE;
         }
-        let left = HOST_SILENCE.saturating_sub(self.heard.elapsed()) + Duration::from_millis(1);
+        let left = match self.doubted {
+            Some(since) => LAST_SILENCE.saturating_sub(since.elapsed()),
+            None => (HOST_SILENCE - LAST_SILENCE).saturating_sub(self.heard.elapsed()),
+        } + Duration::from_millis(1);
         EpollTimeout::try_from(left).expect("ten seconds are milliseconds")
     }
 
@@ -223,8 +242,12 @@ impl<'a> Control<'a> {
             let Heard::Bytes(stamp) = heard else { return Ok(()) };
             self.take_frames(stamp)?;
             // Arming and reporting can take longer than a host may be silent: that is not its silence.
-            self.heard = Instant::now();
+            self.has_heard();
         }
+    }
+
+    fn has_heard(&mut self) {
+        (self.heard, self.doubted) = (Instant::now(), None);
     }
 
     fn take_frames(&mut self, stamp: GuestTsc) -> Result<(), Gone> {
@@ -411,7 +434,7 @@ impl<'a> Control<'a> {
             return Ok(()); // in trouble, which is logged; the report comes with the stop
         }
         let reported = self.report();
-        self.heard = Instant::now();
+        self.has_heard();
         match reported {
             Ok(()) => Ok(()),
             Err(Refused::Gone(gone)) => Err(gone),
@@ -423,10 +446,23 @@ impl<'a> Control<'a> {
         self.work.as_ref().expect("State::on allows this only while a session exists")
     }
 
-    fn host_has_hung_up(&mut self) {
+    /// A host that hangs up on a session is waited for a little: in a machine that slept, it was never gone. Should it be
+    /// another, it says hello.
+    fn host_is_absent(&mut self) -> Option<Gone> {
+        if self.work.is_some() {
+            match self.link.returns(self.quit) {
+                Ok(true) => match self.hear_all() {
+                    Err(Gone::Absent) => {}
+                    heard => return heard.err(),
+                },
+                Ok(false) => {}
+                Err(gone) => return Some(gone),
+            }
+        }
         self.drop_session(Gone::Absent);
         self.link.reset();
         self.greeting = Greeting::Absent;
+        None
     }
 
     fn drop_session(&mut self, reason: Gone) {

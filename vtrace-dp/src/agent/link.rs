@@ -13,7 +13,7 @@ use std::{
     cell::RefCell,
     io::Read,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -30,6 +30,13 @@ use crate::sys::tsc;
 
 /// A host that says nothing, or takes nothing, for so long is gone: it pings every second.
 pub(super) const HOST_SILENCE: Duration = Duration::from_secs(10);
+
+/// Of that, so much passes after it was noticed: a machine that was stopped may find all of it gone at once.
+pub(super) const LAST_SILENCE: Duration = Duration::from_secs(2);
+/// A machine that slept finds its ports closed until its host has been told of them: so long it is waited for.
+const RETURN_MAX: Duration = Duration::from_secs(1);
+/// How often is looked whether it has come back.
+const RETURN_LOOK: Duration = Duration::from_millis(10);
 
 /// Why nothing can be said to the host any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -84,6 +91,22 @@ impl Link {
         let mut fds = [PollFd::new(self.port.as_fd(), PollFlags::empty())];
         let polled = poll(&mut fds, PollTimeout::ZERO).is_ok();
         polled && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+
+    /// Waits a little for a host that has hung up; whether it is there again.
+    pub(super) fn returns(&self, quit: BorrowedFd<'_>) -> Result<bool, Gone> {
+        let begun = Instant::now();
+        while self.is_hung_up() {
+            if begun.elapsed() >= RETURN_MAX {
+                return Ok(false);
+            }
+            let mut fds = [PollFd::new(quit, PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(RETURN_LOOK).expect("ten milliseconds");
+            if poll(&mut fds, timeout) == Ok(1) {
+                return Err(Gone::Asked);
+            }
+        }
+        Ok(true)
     }
 
     /// Reads once.
@@ -160,7 +183,7 @@ impl Link {
             return Err(Gone::Asked);
         }
         let hung_up = said(&fds[0], PollFlags::POLLHUP) && !said(&fds[0], PollFlags::POLLOUT);
-        if hung_up { Err(Gone::Absent) } else { Ok(()) }
+        if !hung_up || self.returns(quit)? { Ok(()) } else { Err(Gone::Absent) }
     }
 }
 

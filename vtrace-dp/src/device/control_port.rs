@@ -35,7 +35,7 @@ const PIECE_BYTES: usize = 4096;
 pub enum AgentEvent {
     /// A process in the guest opened the port; it has said nothing yet.
     Opened,
-    /// The first thing it says.
+    /// The first thing it says. Said again, it begins anew: what it was asked before is forgotten.
     Hello(Hello),
     /// Anything else but an echo.
     Says(FromAgent),
@@ -78,6 +78,13 @@ struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
     probe: Option<u32>,
+    is_ping: bool,
+}
+
+impl Outgoing {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, sent: 0, probe: None, is_ping: false }
+    }
 }
 
 /// The control port of one device.
@@ -115,11 +122,15 @@ impl ControlPort {
         self.listening != Listening::Closed
     }
 
+    /// Whether the agent has said hello, and speaks our language.
+    pub fn has_met(&self) -> bool {
+        self.listening == Listening::Agent
+    }
+
     /// A process opened the port: nothing that was said before concerns it. It is greeted.
     pub fn opened(&mut self) {
         *self = Self { listening: Listening::Greeting, ..Self::new() };
-        let hello = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
-        self.outgoing.push_back(Outgoing { bytes: hello, sent: 0, probe: None });
+        self.greet();
     }
 
     /// A process has said hello on a stream, where nobody sees it open the port: nothing that was said before concerns
@@ -163,12 +174,16 @@ impl ControlPort {
 
     /// Queues a request. A `Close` always finds room: it is what ends a session.
     pub fn send(&mut self, request: &ToAgent) -> Result<(), Full> {
+        let is_ping = matches!(request, ToAgent::Ping { .. });
+        if is_ping && self.outgoing.back().is_some_and(|last| last.is_ping) {
+            return Ok(()); // of a guest that sleeps, one question is enough
+        }
         if self.outgoing.len() >= FRAMES_WAITING_MAX && *request != ToAgent::Close {
             return Err(Full);
         }
         let probe = if let ToAgent::Probe { id, .. } = request { Some(*id) } else { None };
         let bytes = encode(request).expect("requests are checked when they come from a client");
-        self.outgoing.push_back(Outgoing { bytes, sent: 0, probe });
+        self.outgoing.push_back(Outgoing { probe, is_ping, ..Outgoing::new(bytes) });
         Ok(())
     }
 
@@ -215,17 +230,30 @@ impl ControlPort {
 
     fn understand(&mut self, frame: &Frame) -> Result<Option<AgentEvent>, Fault> {
         if self.listening == Listening::Greeting {
-            let hello: Hello = frame.open()?;
-            self.listening = if hello.speaks_ours() { Listening::Agent } else { Listening::Deaf };
-            return Ok(Some(AgentEvent::Hello(hello)));
+            return self.meet(frame).map(Some);
         }
         if frame.family == Family::Hello {
-            return Err(Fault::Family(Family::Hello as u16));
+            // It took us for gone, as one whose machine slept may: it begins anew, and has forgotten all it was asked.
+            self.probes.clear();
+            self.outgoing.retain(|frame| frame.sent > 0);
+            self.greet();
+            return self.meet(frame).map(Some);
         }
         match frame.open()? {
             FromAgent::Echo(echo) => Ok(self.stamped(echo)),
             answer => Ok(Some(AgentEvent::Says(answer))),
         }
+    }
+
+    fn meet(&mut self, frame: &Frame) -> Result<AgentEvent, Fault> {
+        let hello: Hello = frame.open()?;
+        self.listening = if hello.speaks_ours() { Listening::Agent } else { Listening::Deaf };
+        Ok(AgentEvent::Hello(hello))
+    }
+
+    fn greet(&mut self) {
+        let hello = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
+        self.outgoing.push_back(Outgoing::new(hello));
     }
 
     /// An echo of a probe that was not sent, or was forgotten, means nothing.

@@ -211,7 +211,10 @@ impl Front {
         }
         let base = match self.lane(index) {
             Some(cpu) => self.drain.ring_stopped(cpu),
-            None => Some(self.served.stop(index).unwrap_or_else(|| self.served.base(index))),
+            None => Some({
+                self.served.settle(index);
+                self.served.stop(index).unwrap_or_else(|| self.served.base(index))
+            }),
         };
         let slot = &mut self.slots[index];
         slot.base = base.unwrap_or(slot.base);

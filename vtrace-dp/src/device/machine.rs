@@ -426,6 +426,17 @@ impl Machine {
         ports.map(|port| self.add_port(port)).collect()
     }
 
+    /// A driver that was asleep has the port again; its name.
+    pub(crate) fn wakes(&mut self, port: u32) -> String {
+        self.add_port(port)
+    }
+
+    /// What has come over port 0, if anything has.
+    pub(crate) fn read_nothing(&mut self) -> Option<Vec<u8>> {
+        self.vmm.settle();
+        self.port_in.next()
+    }
+
     fn add_port(&mut self, port: u32) -> String {
         self.say(port, PORT_READY, 1);
         let name = self.told().unwrap();

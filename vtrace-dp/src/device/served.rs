@@ -48,6 +48,8 @@ pub(super) struct Served {
     console: Console,
     port: ControlPort,
     pub(super) owner: Box<dyn Owner>,
+    /// A driver began anew while an agent was there, and has not said which: another driver, or the same after a sleep.
+    asleep: bool,
     epoll: Arc<Epoll>,
     kick_token: u64,
     spans: Vec<Span>,
@@ -65,6 +67,7 @@ impl Served {
             console: Console::new(place, 0),
             port: ControlPort::new(),
             owner,
+            asleep: false,
             epoll,
             kick_token,
             spans: Vec::new(),
@@ -72,11 +75,15 @@ impl Served {
         }
     }
 
-    /// A driver that nobody has heard of: it has `ports` ports, and nothing is open.
+    /// A driver begins: it has `ports` ports, and nothing is open. Whether the agent is gone shows what the driver says
+    /// first: DEVICE_READY if it is a new one; if it was only asleep, PORT_READY and PORT_OPEN of what was open before
+    /// (Linux drivers/char/virtio_console.c, virtcons_freeze() and virtcons_restore()).
     pub(super) fn start_over(&mut self, ports: usize) {
-        self.agent_gone();
-        self.forget();
-        self.console = Console::new(self.place, ports);
+        self.forget_ports(ports);
+        self.asleep = self.port.has_met();
+        if !self.asleep {
+            self.agent_gone();
+        }
         if ports > self.place.lanes() + 1 {
             let lanes = self.place.lanes();
             self.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
@@ -85,11 +92,16 @@ impl Served {
 
     /// The VMM is gone, as the owner is about to be told: ports and agent are, too.
     pub(super) fn forget(&mut self) {
+        self.forget_ports(0);
+        self.port.closed();
+        self.asleep = false;
+    }
+
+    fn forget_ports(&mut self, ports: usize) {
         if self.console.ignored() > 0 {
             log::info!("{}: ignored {} control messages that meant nothing", self.name, self.console.ignored());
         }
-        self.console = Console::new(self.place, 0);
-        self.port.closed();
+        self.console = Console::new(self.place, ports);
         self.warnings = 0;
     }
 
@@ -101,6 +113,19 @@ impl Served {
             log::error!("{}: ring {index}: its kicks cannot be watched: {error}", self.name);
         }
         self.rings[index] = Some(ring);
+    }
+
+    /// Takes what waits in ring `index`, which is about to stop: a driver that falls asleep frees what was not taken.
+    pub(super) fn settle(&mut self, index: usize) {
+        let settled = match index {
+            // The guest waits for each before it sends the next.
+            CONTROL_OUT => self.guarded(|served| _ = served.serve_control_out()),
+            PORT_OUT => self.guarded(Self::drain_agent),
+            _ => Some(()),
+        };
+        if settled.is_none() {
+            self.agent_panicked();
+        }
     }
 
     /// Gives ring `index` up; the answer to GET_VRING_BASE if it ran since it was last asked.
@@ -141,6 +166,7 @@ impl Served {
 
     /// The agent, if there was one, is no more.
     pub(super) fn agent_gone(&mut self) {
+        self.asleep = false;
         if self.port.is_open() {
             self.port.closed();
             self.tell(AgentEvent::Gone);
@@ -217,6 +243,9 @@ impl Served {
     fn control(&mut self, bytes: &[u8]) {
         match self.console.receive(bytes) {
             Some(PortEvent::DriverReady) => self.agent_gone(),
+            Some(PortEvent::Opened(0)) if std::mem::take(&mut self.asleep) => {
+                log::info!("{}: the guest was asleep; its agent goes on", self.name);
+            }
             Some(PortEvent::Opened(0)) => {
                 self.drain_agent();
                 self.agent_gone();
@@ -276,6 +305,9 @@ impl Served {
 
     fn serve_agent(&mut self) -> bool {
         let more = self.hear_agent();
+        if self.asleep {
+            return more; // what it is sent before its port is open again, it takes for a host that went away
+        }
         let Some(ring) = self.rings[PORT_IN].as_mut() else { return more };
         match self.port.give(ring, &mut self.spans) {
             Ok(unsent) => more || unsent,

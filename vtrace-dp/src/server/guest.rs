@@ -397,6 +397,9 @@ impl Owner for Guest {
         match event {
             AgentEvent::Opened => {}
             AgentEvent::Hello(hello) => {
+                if self.slot.lock().agent.is_some() {
+                    self.agent_gone(Gone::Agent); // the one before
+                }
                 self.note(format_args!(
                     "{:?}, wire versions {} to {}",
                     hello.software, hello.version_min, hello.version_max

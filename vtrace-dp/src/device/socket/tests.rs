@@ -326,10 +326,49 @@ fn stopped_and_continued_guest_goes_on_in_mid_sentence() {
 fn rebooted_guest_has_no_agent_and_finds_its_ports_again() {
     let (bench, machine) = talking(2);
     let mut machine = machine.reboot();
-    assert_eq!(bench.agent(), AgentEvent::Gone);
     assert_eq!(machine.probe().len(), 2);
+    assert_eq!(bench.agent(), AgentEvent::Gone);
     machine.start_agent();
     assert_eq!(bench.agent(), AgentEvent::Opened);
+}
+
+#[test]
+fn agent_of_a_guest_that_slept_goes_on_and_is_spoken_to_when_its_port_is_open_again() {
+    let (bench, machine) = talking(2);
+    bench.send(ToAgent::Mark { text: "before".into() });
+    let mut machine = machine;
+    assert_eq!(machine.read::<ToAgent>(), ToAgent::Mark { text: "before".into() });
+    // Linux resets the device, sets it up again, and never says that it is ready.
+    let mut machine = machine.reboot();
+    for id in 1..=3 {
+        bench.send(ToAgent::Ping { id });
+    }
+    bench.send(ToAgent::Mark { text: "after".into() });
+    for port in [0, 1] {
+        assert!(machine.wakes(port).starts_with(if port == 0 { "agent" } else { "trace" }));
+    }
+    assert_eq!(machine.read_nothing(), None, "its port is not open");
+    machine.say(0, PORT_OPEN, 1);
+    machine.answer(&pong(1));
+    assert_eq!(bench.agent(), AgentEvent::Says(pong(1)), "neither gone nor opened");
+    assert_eq!(machine.read::<ToAgent>(), ToAgent::Ping { id: 1 }, "one of many");
+    assert_eq!(machine.read::<ToAgent>(), ToAgent::Mark { text: "after".into() });
+}
+
+#[test]
+fn agent_that_took_a_sleep_for_our_end_is_greeted_again() {
+    let (bench, machine) = talking(2);
+    let mut machine = machine.reboot();
+    machine.wakes(0);
+    machine.say(0, PORT_OPEN, 1);
+    bench.send(ToAgent::Stop);
+    assert_eq!(machine.read::<ToAgent>(), ToAgent::Stop);
+    let hello = Hello::ours("agent of a test");
+    machine.write(&encode(&hello).unwrap());
+    assert_eq!(bench.agent(), AgentEvent::Hello(hello));
+    assert_eq!(machine.read::<Hello>(), Hello::ours(crate::SOFTWARE));
+    machine.answer(&pong(2));
+    assert_eq!(bench.agent(), AgentEvent::Says(pong(2)));
 }
 
 #[test]
