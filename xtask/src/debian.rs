@@ -50,6 +50,36 @@ pub fn unpack(set: &Set) -> Result<PathBuf> {
     Ok(dir.join("root"))
 }
 
+/// The folder with the upstream source of a package; downloads it if the cache does not have it.
+///
+/// # Errors
+/// When no Debian mirror is known, or the network, a hash or tar fails.
+pub fn source(package: &str, suite: &'static str) -> Result<PathBuf> {
+    let dir = cache::dir("sources")?.join(format!("{package}-{suite}"));
+    let _turn = cache::lock(&cache::dir("packages")?.join(".lock"), "another download", PATIENCE)?;
+    if dir.exists() {
+        return Ok(dir);
+    }
+    eprintln!("fetching the source of {package} from Debian {suite}");
+    let root = Root::open_sources(suite)?;
+    root.update()?;
+    let fresh = tempfile::tempdir_in(cache::dir("sources")?)?;
+    // Of what a source package is made of, the archives: hashes stand in the signed lists.
+    let mut fetch = root.apt("apt-get");
+    fetch.args(["-q", "--download-only", "--tar-only", "source", package]).current_dir(fresh.path());
+    run(&mut fetch).with_context(|| format!("cannot fetch the source of {package}"))?;
+    let unpacked = fresh.path().join("source");
+    fs::create_dir(&unpacked)?;
+    for entry in fs::read_dir(fresh.path())? {
+        let path = entry?.path();
+        if path.is_file() {
+            run(Command::new("tar").arg("-xf").arg(&path).args(["--strip-components=1", "-C"]).arg(&unpacked))?;
+        }
+    }
+    fs::rename(&unpacked, &dir)?;
+    Ok(dir)
+}
+
 /// A program of an unpacked set, run with the loader and the libraries of its own release beside this machine's.
 ///
 /// # Errors
@@ -159,14 +189,24 @@ struct Root {
 
 impl Root {
     fn open(suites: &'static [&'static str]) -> Result<Self> {
-        let dir = cache::dir(&format!("apt/{}", suites.join("+")))?;
+        let target = suites.last().context("a set names at least one suite")?;
+        Self::open_in(&suites.join("+"), target, &mirror::of_this_machine()?.sources("deb", suites))
+    }
+
+    /// For sources of programs instead of programs.
+    fn open_sources(suite: &'static str) -> Result<Self> {
+        Self::open_in(&format!("{suite}-sources"), suite, &mirror::of_this_machine()?.sources("deb-src", &[suite]))
+    }
+
+    fn open_in(name: &str, target: &'static str, sources: &str) -> Result<Self> {
+        let dir = cache::dir(&format!("apt/{name}"))?;
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(dir.join(part))?;
         }
         fs::write(dir.join("status"), "")?;
-        fs::write(dir.join("debian.sources"), mirror::of_this_machine()?.sources(suites))?;
+        fs::write(dir.join("debian.sources"), sources)?;
         fs::write(dir.join("apt.conf"), configuration(&dir))?;
-        Ok(Self { target: suites.last().context("a set names at least one suite")?, dir })
+        Ok(Self { dir, target })
     }
 
     fn apt(&self, program: &str) -> Command {

@@ -25,10 +25,10 @@ pub(super) struct Mirror {
 }
 
 impl Mirror {
-    /// The deb822 text for the given suites.
-    pub(super) fn sources(&self, suites: &[&str]) -> String {
+    /// The deb822 text for the given suites; `kind`: `deb` or `deb-src`.
+    pub(super) fn sources(&self, kind: &str, suites: &[&str]) -> String {
         let signed_by = self.signed_by.as_ref().map_or_else(String::new, |keys| format!("Signed-By: {keys}\n"));
-        format!("Types: deb\nURIs: {}\nSuites: {}\nComponents: main\n{signed_by}", self.address, suites.join(" "))
+        format!("Types: {kind}\nURIs: {}\nSuites: {}\nComponents: main\n{signed_by}", self.address, suites.join(" "))
     }
 }
 
@@ -180,6 +180,6 @@ mod tests {
         let mirror = Mirror { address: "http://m.example/debian".to_owned(), signed_by: Some("/k.gpg".to_owned()) };
         let expected = "Types: deb\nURIs: http://m.example/debian\nSuites: trixie trixie-backports\n\
             Components: main\nSigned-By: /k.gpg\n";
-        assert_eq!(mirror.sources(&["trixie", "trixie-backports"]), expected);
+        assert_eq!(mirror.sources("deb", &["trixie", "trixie-backports"]), expected);
     }
 }

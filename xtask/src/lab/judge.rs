@@ -13,7 +13,7 @@
 mod history;
 mod report;
 
-use self::history::{Offsets, Runs};
+use self::history::{Offsets, Pairs, Runs};
 use self::report::{Event, Reports, Scale};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -49,6 +49,8 @@ pub struct Verdict {
     pub steps: Vec<i64>,
     /// The offsets are a reference.
     pub by_offsets: bool,
+    /// How many ratios the guest's TSC was scaled by, where that was asked for.
+    pub ratios: usize,
     /// As vtrace wrote the file and stock trace-cmd reads it.
     pub written: Tally,
     /// With one offset for all: the one at the start.
@@ -91,7 +93,8 @@ enum Reference {
     None,
 }
 
-/// The same by runs alone, for guests whose TSC is scaled: offsets alone are no reference there.
+/// The same by runs alone, for guests whose TSC is scaled: offsets alone are no reference there. What one offset would
+/// have given is computed from offset and ratio as they stand in the host's trace.
 ///
 /// # Errors
 /// As [`judge`].
@@ -122,6 +125,7 @@ fn judge_by(host: &Path, guest: &Path, reference: Reference) -> Result<Verdict> 
         shown: history::runs(&shown),
         raw: history::runs(&raw),
         offsets: if by_offsets { offsets } else { BTreeMap::new() },
+        pairs: if by_offsets { BTreeMap::new() } else { history::pairs(&raw) },
         by_offsets,
     };
     ensure!(!court.shown.is_empty(), "no kvm_entry in {}", host.display());
@@ -132,6 +136,7 @@ fn judge_by(host: &Path, guest: &Path, reference: Reference) -> Result<Verdict> 
         step_back_ns: court.scale.ns(back.unwrap_or(0)),
         steps,
         by_offsets: court.by_offsets,
+        ratios: court.pairs.values().map(Pairs::ratios).max().unwrap_or(0),
         ..Verdict::default()
     };
     let shown = by_cpu(&reports.shown_guest);
@@ -161,6 +166,7 @@ struct Court {
     /// In cycles.
     raw: BTreeMap<u32, Runs>,
     offsets: BTreeMap<u32, Offsets>,
+    pairs: BTreeMap<u32, Pairs>,
     by_offsets: bool,
 }
 
@@ -170,10 +176,7 @@ impl Court {
             bail!("cpu{cpu} of the guest wrote events and has no runs");
         };
         let Some(offsets) = self.offsets.get(&cpu) else {
-            let (known, beyond): (Vec<u64>, Vec<u64>) = shown_ns.iter().partition(|time| **time <= self.shown_end);
-            verdict.beyond += beyond.len();
-            verdict.events += known.len();
-            known.into_iter().for_each(|time| verdict.written.count(time, runs.distance(time), time));
+            self.judge_by_runs(cpu, shown_ns, raw, verdict);
             return Ok(());
         };
         // A file whose pages hold host times already: the guest's own are what KVM made of them.
@@ -198,6 +201,22 @@ impl Court {
             }
         }
         Ok(())
+    }
+
+    /// What is written must lie in runs; the pages hold the host's TSC.
+    fn judge_by_runs(&self, cpu: u32, shown_ns: &[u64], raw: &[u64], verdict: &mut Verdict) {
+        for (&shown_ns, &host) in shown_ns.iter().zip(raw) {
+            if shown_ns > self.shown_end {
+                verdict.beyond += 1;
+                continue;
+            }
+            verdict.events += 1;
+            verdict.written.count(shown_ns, self.shown[&cpu].distance(shown_ns), shown_ns);
+            if let Some(pairs) = self.pairs.get(&cpu) {
+                let one = pairs.one_offset(host);
+                verdict.one_offset.count(self.scale.ns(one), self.scale.ns(self.raw[&cpu].distance(one)), shown_ns);
+            }
+        }
     }
 }
 
@@ -265,6 +284,8 @@ impl Verdict {
     /// When one is, or there was nothing to judge.
     pub fn ensure_inside(&self, stated_ns: u64) -> Result<()> {
         ensure!(!self.steps.is_empty(), "the TSC was not moved");
+        ensure!(self.ratios > 1, "the ratio did not change");
+        ensure!(self.one_offset.outside > 0, "one offset would have done as well: this run proves nothing");
         self.ensure_within(stated_ns)
     }
 }
@@ -277,6 +298,9 @@ impl fmt::Display for Verdict {
         writeln!(out, "its TSC was moved {} times: {:?} cycles", self.steps.len(), self.steps)?;
         writeln!(out, "{:30} {:>10} {:>16} {:>12}", "events", "outside", "farthest (ns)", "elsewhere")?;
         let mut tallies = vec![("as written, by stock trace-cmd", self.written)];
+        if self.ratios > 0 {
+            tallies.push(("with one offset, as trace-cmd's", self.one_offset));
+        }
         if self.by_offsets && !self.steps.is_empty() {
             tallies.push(("with one offset for all", self.one_offset));
             tallies.push(("with KVM's offsets", self.reference));

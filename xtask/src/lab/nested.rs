@@ -185,7 +185,7 @@ fn qemu() -> Result<Vec<(String, PathBuf)>> {
 }
 
 /// A script as a file, for an image.
-fn written(name: &str, text: &str) -> Result<PathBuf> {
+pub(super) fn written(name: &str, text: &str) -> Result<PathBuf> {
     let folder = cache::target().join("lab-nested");
     fs::create_dir_all(&folder)?;
     let path = folder.join(name);

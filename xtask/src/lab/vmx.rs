@@ -2,8 +2,8 @@
 //!
 //! In:    a kernel, Bochs, the clock's tests, `vtrace`, QEMU. Out: what the tests and the judge say.
 //! Runs:  Bochs with a Debian host and kvm-intel.ko: first the clock's tests with a guest of twenty instructions at three
-//!        ratios; then the whole product, with a Debian guest under QEMU's KVM at three ratios whose TSC is moved while
-//!        it is recorded.
+//!        ratios; then the whole product, with a Debian guest under QEMU's KVM at three ratios, each of which is moved
+//!        and put to another ratio while it is recorded.
 //! Full:  does not apply. Trust: the machines are ours; the judge is stock trace-cmd, and vtrace's own check.
 
 use super::{clock_tests, judge, nested};
@@ -13,10 +13,15 @@ use crate::kernel::Kernel;
 use crate::{cache, packages};
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const CONVERSIONS: &str = include_str!("vmx/conversions.sh");
 const RECORD: &str = include_str!("vmx/record.sh");
+const DURING: &str = include_str!("vmx/during.sh");
+/// QEMU cannot change the rate of a guest that runs.
+const SET_RATE: &str = "xtask/src/lab/vmx/set_rate.c";
 /// Thousandths of the host's rate that the guests' TSCs run at.
 const RATES: [u32; 3] = [353, 571, 1870];
 /// How long the machine may take: it interprets.
@@ -45,7 +50,7 @@ fn conversions(kernel: Kernel) -> Result<()> {
     let job = Job {
         image: &recipe.make()?,
         files: vec![("/bin/clock-tests".into(), tests)],
-        append: "tsc=reliable",
+        append: "",
         folder: &folder,
         out_bytes: 1 << 20,
         wait_max: TESTS_WAIT_MAX,
@@ -65,12 +70,16 @@ fn recordings(kernel: Kernel) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let mut recipe = Recipe::new(kernel);
     ["kvm_intel"].into_iter().chain(bochs::DISK_MODULES).for_each(|name| recipe.module(name));
-    let rates = RATES.map(|rate| rate.to_string()).join(" ");
-    recipe.run_script(&format!("rates='{rates}'\n{RECORD}"));
+    let later = RATES.iter().cycle().skip(1);
+    let rates: Vec<String> = RATES.iter().zip(later).map(|(rate, later)| format!("{rate}:{later}")).collect();
+    recipe.run_script(&format!("rates='{}'\n{RECORD}", rates.join(" ")));
+    let mut files = nested::host_files(kernel)?;
+    files.push(("/bin/during".into(), nested::written("during", DURING)?));
+    files.push(("/qemu/set_rate.so".into(), set_rate(&folder)?));
     let job = Job {
         image: &recipe.make()?,
-        files: nested::host_files(kernel)?,
-        append: "tsc=reliable",
+        files,
+        append: "",
         folder: &folder,
         out_bytes: OUT_BYTES,
         wait_max: RECORD_WAIT_MAX,
@@ -88,4 +97,14 @@ fn recordings(kernel: Kernel) -> Result<()> {
         judge::ensure_in_order(&guest)?;
     }
     Ok(())
+}
+
+/// The library that changes a guest's rate from inside QEMU.
+fn set_rate(folder: &Path) -> Result<PathBuf> {
+    let library = folder.join("set_rate.so");
+    let mut cc = Command::new("cc");
+    cc.args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"]).arg(&library);
+    let status = cc.arg(cache::repository().join(SET_RATE)).status().context("cannot run cc")?;
+    ensure!(status.success(), "{SET_RATE} does not compile");
+    Ok(library)
 }

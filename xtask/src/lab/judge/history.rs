@@ -4,7 +4,10 @@
 //! Full:  does not apply. Trust: the host's kernel.
 
 use super::report::Event;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Of a ratio: arch/x86/kvm/vmx/vmx.c `hardware_setup`.
+const VMX_FRACTION_BITS: u32 = 48;
 
 /// When a vCPU was in its guest: from kvm_entry to kvm_exit, in order and apart from each other.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -124,6 +127,49 @@ fn offset_of(text: &str) -> Option<[u64; 3]> {
     Some([value("vcpu")?, value("prev")?, value("next")?])
 }
 
+/// Offset and ratio of one vCPU: which held from when.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Pairs {
+    /// Since when, offset, ratio.
+    parts: Vec<(u64, u64, u64)>,
+}
+
+impl Pairs {
+    /// What the guest's TSC was when the host's was `host`, and what the offset alone that held at the start makes of it:
+    /// trace-cmd's rule of one sample.
+    pub(super) fn one_offset(&self, host: u64) -> u64 {
+        let part = self.parts.partition_point(|(from, ..)| *from <= host).max(1) - 1;
+        let (_, offset, ratio) = self.parts[part];
+        let scaled = (u128::from(host) * u128::from(ratio)) >> VMX_FRACTION_BITS;
+        let guest = offset.wrapping_add(u64::try_from(scaled & u128::from(u64::MAX)).expect("it is 64 bits"));
+        guest.wrapping_sub(self.parts[0].1)
+    }
+
+    /// How many ratios there were.
+    pub(super) fn ratios(&self) -> usize {
+        self.parts.iter().map(|(.., ratio)| ratio).collect::<BTreeSet<_>>().len()
+    }
+}
+
+/// Offset and ratio of every vCPU, where they stand in the host's trace.
+pub(super) fn pairs(events: &[Event]) -> BTreeMap<u32, Pairs> {
+    let mut all: BTreeMap<u32, Pairs> = BTreeMap::new();
+    for event in events.iter().filter(|event| event.name == "bpf_trace_printk") {
+        if let Some((vcpu, offset, ratio)) = pair_of(event.text) {
+            all.entry(vcpu).or_default().parts.push((event.time, offset, ratio));
+        }
+    }
+    all
+}
+
+/// `vtrace tsc: vcpu 0 offset -1 ratio 1000000000000`, the ratio in hexadecimal.
+fn pair_of(text: &str) -> Option<(u32, u64, u64)> {
+    let mut words = text.strip_prefix("vtrace tsc: ")?.split_whitespace();
+    let mut value = |name: &str| words.next().filter(|word| *word == name).and_then(|_| words.next());
+    let (vcpu, offset) = (value("vcpu")?.parse().ok()?, value("offset")?.parse::<i64>().ok()?);
+    Some((vcpu, offset.cast_unsigned(), u64::from_str_radix(value("ratio")?, 16).ok()?))
+}
+
 /// Where an event belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
@@ -192,6 +238,20 @@ mod tests {
         let runs = runs(&events);
         assert_eq!(runs[&0], Runs { runs: vec![(0, 5), (10, 20)], unpaired: 1 });
         assert_eq!(runs[&1], Runs { runs: vec![(26, u64::MAX)], unpaired: 1 });
+    }
+
+    #[test]
+    fn one_offset_makes_of_a_scaled_guest_what_it_should_not() {
+        let events = [
+            event(1, 1000, "bpf_trace_printk", "vtrace tsc: vcpu 0 offset -100 ratio 800000000000"),
+            event(1, 1500, "bpf_trace_printk", "of someone else"),
+            event(1, 2000, "bpf_trace_printk", "vtrace tsc: vcpu 0 offset 50 ratio 2000000000000"),
+        ];
+        let pairs = &pairs(&events)[&0];
+        assert_eq!(pairs.parts, [(1000, 100_u64.wrapping_neg(), 1 << 47), (2000, 50, 1 << 49)]);
+        // Half of 1500; twice 3000, and the offset moved by 150.
+        assert_eq!([900, 1500, 3000].map(|host| pairs.one_offset(host)), [450, 750, 6150]);
+        assert_eq!(pairs.ratios(), 2);
     }
 
     #[test]

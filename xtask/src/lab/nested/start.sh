@@ -1,5 +1,5 @@
 # In the host under test: the server, then QEMU with KVM and the guest, then wait until its agent is there.
-# $1: how long to wait, in seconds; $2: QEMU's -cpu; $3: how many CPUs.
+# $1: how long to wait, in seconds; $2: QEMU's -cpu; $3: how many CPUs. $PRELOAD: a library that QEMU is to load first.
 mkdir -p /run/vtrace /tmp/out
 [ -p /tmp/guest.in ] || mkfifo /tmp/guest.in /tmp/guest.out
 
@@ -22,7 +22,7 @@ until [ -S /run/vtrace/control.sock ]; do sleep 0.1; done
 eval "set -- $1 $2 $3 $words"
 wait_s=$1 cpu=$2 cpus=$3
 shift 3
-/qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib /qemu/qemu-system-x86_64 -L /qemu/share \
+/qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib ${PRELOAD:+--preload "$PRELOAD"} /qemu/qemu-system-x86_64 -L /qemu/share \
     -nodefaults -no-user-config -display none -no-reboot \
     -accel kvm -cpu "$cpu" -M q35,memory-backend=memory -smp "$cpus" -m 384M \
     -object memory-backend-memfd,id=memory,size=384M,share=on \
