@@ -5,7 +5,8 @@
 //! Runs:  on the caller's thread; sleeps only if asked before [`SPAN_MIN`] has passed
 //! Trust: the kernel's clock
 //!
-//! Stock readers compute `tsc × mult >> shift` with a 32-bit mult and a shift of at most 32 (`mul_u64_u32_shr`).
+//! Stock readers compute `tsc × mult >> shift` with a shift of at most 32 (`mul_u64_u32_shr`) and a mult of 31 bits: they keep
+//! it in an `int`, and times of a larger one are nonsense. perf gives a larger one below 1 GHz.
 
 use std::{
     thread::sleep,
@@ -21,12 +22,13 @@ pub const SPAN_MIN: Duration = Duration::from_millis(100);
 
 const READINGS: usize = 64;
 const SHIFT_MAX: u32 = 32;
+const MULT_MAX: u32 = i32::MAX.cast_unsigned();
 const NS_PER_S: u128 = 1_000_000_000;
 
 /// nanoseconds = cycles × mult >> shift
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Scale {
-    /// See above.
+    /// See above: 31 bits.
     pub mult: u32,
     /// At most 32.
     pub shift: u32,
@@ -119,7 +121,10 @@ impl Span {
     #[expect(clippy::cast_precision_loss, reason = "a ratio for people: 53 bits are plenty")]
     fn scale(self, perf: Option<(u32, u16)>, cpuid_hz: Option<u64>) -> Scale {
         let (mult, shift, source) = match perf {
-            Some((mult, shift)) => (mult, u32::from(shift), Source::Perf),
+            Some((mult, shift)) => {
+                let (mult, shift) = as_stock_readers_take_it(mult, u32::from(shift));
+                (mult, shift, Source::Perf)
+            }
             None => {
                 let (mult, shift) = mult_shift(self.cycles, self.ns);
                 (mult, shift, Source::Measured)
@@ -134,13 +139,19 @@ impl Span {
     }
 }
 
-/// The largest shift whose mult fits 32 bits, and that mult, rounded: the best a stock reader can be told.
+/// The same factor with a mult of 31 bits.
+fn as_stock_readers_take_it(mult: u32, shift: u32) -> (u32, u32) {
+    let excess = u32::from(mult > MULT_MAX && shift > 0);
+    (mult >> excess, shift - excess)
+}
+
+/// The largest shift whose mult fits 31 bits, and that mult, rounded: the best a stock reader can be told.
 fn mult_shift(cycles: u64, ns: u64) -> (u32, u32) {
     let mult = |shift: u32| {
         let scaled = ((u128::from(ns) << shift) + u128::from(cycles) / 2) / u128::from(cycles.max(1));
-        u32::try_from(scaled).ok().map(|mult| (mult, shift))
+        u32::try_from(scaled).ok().filter(|mult| *mult <= MULT_MAX).map(|mult| (mult, shift))
     };
-    (0..=SHIFT_MAX).rev().find_map(mult).unwrap_or((u32::MAX, 0)) // no TSC is that slow, a broken one may seem so
+    (0..=SHIFT_MAX).rev().find_map(mult).unwrap_or((MULT_MAX, 0)) // no TSC is that slow, a broken one may seem so
 }
 
 impl Scale {
@@ -188,6 +199,13 @@ mod tests {
         assert!((scale.error_ppm - 22_090.0).abs() < 100.0 && scale.cpuid_ppm.is_some_and(|ppm| ppm < -20_000.0));
     }
 
+    #[test]
+    fn factor_that_stock_readers_take_for_negative_is_halved() {
+        let span = Span { cycles: 500_000_000, ns: 1_000_000_000, cycles_error: 0 };
+        let scale = span.scale(Some((1 << 31, 30)), None);
+        assert_eq!((scale.mult, scale.shift, scale.hz()), (1 << 30, 29, 500_000_000));
+    }
+
     proptest! {
         #[test]
         fn rate_is_within_a_billionth_of_what_was_measured(hz in 600_000_000u64..8_000_000_000, ms in 100u64..100_000) {
@@ -195,7 +213,7 @@ mod tests {
             let (mult, shift) = mult_shift(cycles, ns);
             let (ours, exact) = (u128::from(mult) * u128::from(cycles), u128::from(ns) << shift);
             prop_assert!(ours.abs_diff(exact) * NS_PER_S <= exact);
-            prop_assert!(shift <= SHIFT_MAX);
+            prop_assert!(shift <= SHIFT_MAX && mult <= MULT_MAX);
         }
 
         #[test]
