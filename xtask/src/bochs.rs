@@ -50,9 +50,9 @@ const OPTIONS: [&str; 15] = [
 const BUILD_WAIT_MAX: Duration = Duration::from_secs(1800);
 /// What the machine's own kernel needs to read its disks.
 pub const DISK_MODULES: [&str; 2] = ["ata_piix", "sd_mod"];
-/// What the kernel is told of the TSC, which counts instructions. It would read 3.5 GHz from CPUID, and seven times as many
+/// What the kernel is told of the TSC, which counts instructions. It would read 3.5 GHz from CPUID, and three times as many
 /// instructions would pass in each of its seconds.
-const TSC_KHZ: u32 = 500_000;
+const TSC_KHZ: u32 = 1_250_000;
 /// A disk's size is a multiple of heads × sectors × 512.
 const CYLINDER_BYTES: u64 = 16 * 63 * 512;
 const LOOK_EVERY: Duration = Duration::from_millis(200);

@@ -38,6 +38,9 @@ enum Task {
         host: std::path::PathBuf,
         /// Of the guest
         guest: std::path::PathBuf,
+        /// Its TSC was scaled: it is judged by its runs alone, and by `vtrace check`
+        #[arg(long)]
+        scaled: bool,
     },
     /// Run the clock's live tests on a KVM that this machine does not have
     Lab {
@@ -68,7 +71,8 @@ fn main() -> anyhow::Result<()> {
         Task::Test(arguments) => xtask::test::run(&arguments),
         Task::Tidy => xtask::tidy::run(),
         Task::Ebpf { check } => xtask::ebpf::run(check),
-        Task::Judge { host, guest } => {
+        Task::Judge { host, guest, scaled: true } => xtask::lab::vmx::judge_scaled(&host, &guest),
+        Task::Judge { host, guest, scaled: false } => {
             let verdict = xtask::lab::judge::judge(&host, &guest)?;
             println!("{verdict}");
             verdict.ensure_right(1, None)

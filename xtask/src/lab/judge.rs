@@ -278,15 +278,27 @@ impl Verdict {
         Ok(())
     }
 
-    /// Judged by runs alone: no event is farther from its run than the file says that its times can be off.
+    /// Judged by runs alone: no event is outside, but those of which the file says so, and they by no more than it says.
     ///
     /// # Errors
-    /// When one is, or there was nothing to judge.
-    pub fn ensure_inside(&self, stated_ns: u64) -> Result<()> {
+    /// When another is, the guest was not moved and scaled, or one offset would have done as well.
+    pub fn ensure_inside(&self, stated_ns: u64, marked: u64) -> Result<()> {
         ensure!(!self.steps.is_empty(), "the TSC was not moved");
         ensure!(self.ratios > 1, "the ratio did not change");
         ensure!(self.one_offset.outside > 0, "one offset would have done as well: this run proves nothing");
+        let Tally { outside, .. } = self.written;
+        ensure!(u64::try_from(outside)? <= marked, "{outside} events are outside, and {marked} of them may be");
         self.ensure_within(stated_ns)
+    }
+
+    /// Ours against trace-cmd's rule, in one line.
+    pub fn summary(&self, marked: u64) -> String {
+        let Self { events, written, one_offset, .. } = self;
+        format!(
+            "ours outside: {} of {events} ({marked} marked as uncertain); stock trace-cmd's one-offset rule outside: \
+             {} of {events}",
+            written.outside, one_offset.outside
+        )
     }
 }
 
@@ -336,6 +348,11 @@ mod tests {
         right.ensure_right(3, None).unwrap();
         assert!(right.ensure_right(3, Some(1)).is_err());
         assert!(right.ensure_right(4, None).is_err());
+        let scaled = Verdict { ratios: 2, written: tally(2, 9, 0), ..right.clone() };
+        scaled.ensure_inside(9, 2).unwrap();
+        assert!(scaled.ensure_inside(9, 1).is_err() && scaled.ensure_inside(8, 2).is_err());
+        assert!(Verdict { ratios: 1, ..scaled.clone() }.ensure_inside(9, 2).is_err());
+        assert!(Verdict { one_offset: tally(0, 0, 0), ..scaled }.ensure_inside(9, 2).is_err());
         for wrong in [
             Verdict { events: 0, ..right.clone() },
             Verdict { written: tally(1, 1, 1), ..right.clone() },

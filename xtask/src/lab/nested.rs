@@ -110,7 +110,7 @@ impl Recording {
         match self.kind {
             Kind::Kvm => {
                 let steps_min = if self.in_guest == "moves" { STEPS_MIN } else { 0 };
-                verdict.ensure_right(steps_min, Some(check(&host, &guest)?))
+                verdict.ensure_right(steps_min, Some(check(&host, &guest)?.bound_ns))
             }
             Kind::Raw => verdict.ensure_raw(STEPS_MIN),
             Kind::Measured => {
@@ -118,21 +118,34 @@ impl Recording {
                 let is_there = |words: &str| said.windows(words.len()).any(|window| window == words.as_bytes());
                 let stands = is_there(&format!("vtrace clock: {MEASURED}")) && is_there(WHY_MEASURED);
                 ensure!(stands, "the file does not say that its clock was measured, and why");
-                verdict.ensure_within(check(&host, &guest)?)
+                verdict.ensure_within(check(&host, &guest)?.bound_ns)
             }
         }
     }
 }
 
-/// `vtrace check` on both files: prints what it says, and gives how far off the file says that its times can be.
-pub(super) fn check(host: &Path, guest: &Path) -> Result<u64> {
+/// What `vtrace check` finds in a guest's file.
+pub(super) struct Checked {
+    /// How far off the file says that its times can be.
+    pub(super) bound_ns: u64,
+    /// Events outside, but by no more than the file says of each of them.
+    pub(super) within_bound: u64,
+}
+
+/// `vtrace check` on both files; prints what it says.
+///
+/// # Errors
+/// When it finds an event outside by more than the file says of it.
+pub(super) fn check(host: &Path, guest: &Path) -> Result<Checked> {
     let vtrace = build::vtrace()?;
     let run = |more: &[&str]| Command::new(&vtrace).arg("check").args(more).arg(host).arg(guest).output();
     let said = run(&["--verbose"])?;
     print!("vtrace check: {}", String::from_utf8_lossy(&said.stdout));
     ensure!(said.status.success(), "vtrace check is not content: {}", String::from_utf8_lossy(&said.stderr));
     let json: serde_json::Value = serde_json::from_slice(&run(&["--json"])?.stdout)?;
-    json["guests"][0]["bound_ns"].as_u64().context("the file states no bound")
+    let number = |name: &str| json["guests"][0][name].as_u64();
+    let bound_ns = number("bound_ns").context("the file states no bound")?;
+    Ok(Checked { bound_ns, within_bound: number("within_bound").context("vtrace check does not count")? })
 }
 
 /// The host under test: KVM as a module, QEMU, and an image of the guest.

@@ -90,13 +90,22 @@ fn recordings(kernel: Kernel) -> Result<()> {
     for rate in RATES {
         println!("\n{rate} thousandths of the host's rate:");
         let [host, guest] = ["", "-guest1"].map(|machine| folder.join(format!("rate{rate}{machine}.dat")));
-        let verdict = judge::judge_runs(&host, &guest).with_context(|| console.clone())?;
-        println!("{verdict}");
-        let stated_ns = nested::check(&host, &guest)?;
-        verdict.ensure_inside(stated_ns).with_context(|| format!("{rate} thousandths"))?;
-        judge::ensure_in_order(&guest)?;
+        judge_scaled(&host, &guest).with_context(|| format!("{rate} thousandths; the console:\n{console}"))?;
     }
     Ok(())
+}
+
+/// Judges two files of one recording whose guest was scaled: stock trace-cmd and `vtrace check`.
+///
+/// # Errors
+/// When an event is outside that may not be, or times go back.
+pub fn judge_scaled(host: &Path, guest: &Path) -> Result<()> {
+    let verdict = judge::judge_runs(host, guest)?;
+    println!("{verdict}");
+    let checked = nested::check(host, guest)?;
+    println!("{}", verdict.summary(checked.within_bound));
+    verdict.ensure_inside(checked.bound_ns, checked.within_bound)?;
+    judge::ensure_in_order(guest)
 }
 
 /// The library that changes a guest's rate from inside QEMU.

@@ -8,6 +8,8 @@ rmmod kvm_intel
 insmod /lib/modules/kvm_intel.ko enable_apicv=0
 khz=$(dmesg | sed -n 's/.*tsc: Detected \([0-9]*\)\.\([0-9]*\) MHz.*/\1\2/p' | tail -n 1)
 export PRELOAD=/qemu/set_rate.so SET_RATE=/tmp/rate
+: >/tmp/out/said
+tail -f /tmp/out/said >/dev/console &
 {
     echo "host: TSC at $khz kHz"
     for pair in $rates; do
@@ -21,7 +23,7 @@ export PRELOAD=/qemu/set_rate.so SET_RATE=/tmp/rate
         sleep 2
     done
     echo "done, $(cut -d ' ' -f 1 /proc/uptime) s"
-} 2>&1 | tee /tmp/out/said >/dev/console
+} >/tmp/out/said 2>&1
 tar -c -C /tmp/out . >/dev/sdb
 sync
 poweroff -f
