@@ -3,6 +3,7 @@
 use std::{process::Child, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use vtrace_common::ids::Cpu;
 use vtrace_tests::{
     judge::{lines, trace_cmd},
@@ -84,6 +85,60 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     let refused = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?;
     ensure!(refused.status == 1 && refused.said.contains("trace-path-cpu2 has no data port"), "{}", refused.said);
     online(&machine, 2, 0)?;
+    recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
+    Ok(())
+}
+
+/// Plugs in a CPU as a person does over QMP, and waits until the guest has it.
+fn plug_in(machine: &Machine) -> Result<()> {
+    let slots = machine.qmp("query-hotpluggable-cpus", &json!({}))?;
+    let mut slots = slots.as_array().context("a list of slots")?.iter();
+    let free = slots.find(|slot| slot["qom-path"].is_null()).context("no slot is free")?;
+    let mut about = free["props"].clone();
+    (about["driver"], about["id"]) = (free["type"].clone(), json!("late"));
+    machine.qmp("device_add", &about)?;
+    machine.shell("until [ -e /sys/devices/system/cpu/cpu2/online ]; do sleep 0.1; done")?.ok()?;
+    online(machine, 2, 1)
+}
+
+fn load_on(machine: &Machine, cpu: u32) -> Result<()> {
+    let mask = 1 << cpu;
+    machine.shell(&format!("for i in 1 2 3 4 5 6 7 8; do taskset {mask} sleep 0.05; done; sleep 1"))?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn cpu_that_is_plugged_in_is_counted_then_recorded_and_may_be_pulled_out_meanwhile() -> Result<()> {
+    let (turn, folder) = (turn()?, tempfile::tempdir()?);
+    let server = Server::start(&[GUEST])?;
+    let recorder = Recorder { server: server.dir(), folder: folder.path() };
+    // Newer kernels take CPUs late from a hypervisor only, and an emulated machine has none.
+    let builder = Machine::builder(&turn, Kernel::V6_1).cpus(3).arguments(&["-smp", "2,maxcpus=3"]);
+    let machine = builder.vhost_user(&server.socket(GUEST)).boot()?;
+    server.await_agent(GUEST)?;
+
+    let child = start(&server, &recorder)?;
+    plug_in(&machine)?;
+    load_on(&machine, 2)?;
+    let recording = stop(&recorder, child)?.ok()?;
+    let remarks = recording.machine(GUEST)?["remarks"].to_string();
+    ensure!(remarks.contains("cpu2 came online after the start: its "), "{remarks}\n{:#}", recording.summary);
+    ensure!(recording.sum(GUEST, "events_lost")? > 0, "{:#}", recording.summary);
+
+    // Its port was there all the time.
+    let child = start(&server, &recorder)?;
+    load_on(&machine, 2)?;
+    let recording = stop(&recorder, child)?.ok()?;
+    ensure!(events_of(&recording, 2)?.len() > 16, "{:#}", recording.summary);
+    assert_eq!(recording.sum(GUEST, "pages_lost")? + recording.sum(GUEST, "events_lost")?, 0);
+
+    let child = start(&server, &recorder)?;
+    load_on(&machine, 2)?;
+    machine.qmp("device_del", &json!({ "id": "late" }))?;
+    machine.shell("while [ -e /sys/devices/system/cpu/cpu2/online ]; do sleep 0.1; done")?.ok()?;
+    let recording = stop(&recorder, child)?.ok()?;
+    ensure!(events_of(&recording, 2)?.len() > 16, "what came before: {:#}", recording.summary);
+    assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
     recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
     Ok(())
 }

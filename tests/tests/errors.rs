@@ -80,7 +80,8 @@ fn options_that_exclude_each_other_are_told_apart() -> Result<()> {
         ("-e sched -B i", "no event (-e) and no tracer (-p) after -B i", "-B NAME -e"),
         ("-B ../i -e sched", "-B \"../i\": letters, digits", "-B irqs -e irq"),
         ("-B i -e sched -B i -e irq", "-B i is given twice", "give it once"),
-        ("--dom g -e sched -B i -e irq", "only the host has instances", "before the first --dom"),
+        ("--dom g -e sched -B i -e irq", "options between --dom g and -B i: a port carries one buffer", "behind -B"),
+        ("--dom g -B i -e irq -B j -e sched", "-B j is the second of g: a port carries one buffer", "one -B for each"),
         ("-e sched -B i -e irq -C mono", "-C mono for -B i", "-C before the first -B"),
         ("-e sched -B i -e irq --subbuf-size 64 --file-version 6", "one page size for all", "--file-version 7"),
     ];

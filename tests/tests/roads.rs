@@ -89,11 +89,12 @@ impl<'a> Trial<'a> {
 
     /// Only the newest pages of each lane are kept; stock trace-cmd finds their events, in order.
     fn newest_pages_are_kept(&self, machine: &Machine, server: &Server) -> Result<()> {
-        let words = format!("-m 512 --dom {GUEST} -b 8192 -e sched -e raw_syscalls -- sleep 5");
+        let words = format!("-m 512 --dom {GUEST} -b 8192 -e sched -e raw_syscalls -- sleep 1000");
         let child = self.recorder(server).start(&words)?;
         server.await_state("is held", |state| !state["holder_pid"].is_null())?;
         sleep(Duration::from_secs(1));
         machine.shell("dd if=/dev/zero of=/dev/null bs=1 count=40000")?.ok()?;
+        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
         let recording = self.recorder(server).finish(child)?.ok()?;
         let [events, old, lost] = ["events", "pages_old", "pages_lost"].map(|name| recording.sum(GUEST, name));
         ensure!(old? > 0 && lost? == 0, "{:#}", recording.summary);
