@@ -181,7 +181,8 @@ fn write_cd(root: &Path, job: &Job<'_>) -> Result<PathBuf> {
     Ok(cd)
 }
 
-/// bochsrc.
+/// bochsrc. Nothing but a panic is logged: Bochs logs its speed from a signal handler once a second, and stands still for
+/// good where that finds the log's lock taken by a line being written.
 fn settings(root: &Path, folder: &Path, cd: &Path, disks: &[PathBuf; 2]) -> Result<String> {
     let share = root.join("usr/share");
     let disk = |place: &str, path: &Path| -> Result<String> {
@@ -198,7 +199,8 @@ fn settings(root: &Path, folder: &Path, cd: &Path, disks: &[PathBuf; 2]) -> Resu
          cpu: model=corei7_skylake_x, count=1, ips=50000000, reset_on_triple_fault=0\nboot: cdrom\n\
          ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\nata1: enabled=1, ioaddr1=0x170, ioaddr2=0x370, irq=15\n\
          {}{}ata1-master: type=cdrom, path=\"{}\", status=inserted\n\
-         com1: enabled=1, mode=file, dev=\"{}\"\nlog: \"{}\"\nclock: sync=none, time0=local\npanic: action=fatal\n",
+         com1: enabled=1, mode=file, dev=\"{}\"\nlog: \"{}\"\nclock: sync=none, time0=local\npanic: action=fatal\n\
+         info: action=ignore\nerror: action=ignore\n",
         bios.display(),
         vga.display(),
         disk("ata0-master", &disks[0])?,
