@@ -7,6 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 /// A folder to record in, and the words that are the same every time.
@@ -54,6 +58,12 @@ impl Recorder<'_> {
     /// What became of a started one.
     pub fn finish(&self, child: Child) -> Result<Recording> {
         Recording::new(child.wait_with_output()?, self.folder)
+    }
+
+    /// Ends a started one as Ctrl-C does.
+    pub fn interrupt(&self, child: Child) -> Result<Recording> {
+        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
+        self.finish(child)
     }
 }
 

@@ -25,12 +25,6 @@ fn start(server: &Server, recorder: &Recorder) -> Result<Child> {
     Ok(child)
 }
 
-fn stop(recorder: &Recorder, child: Child) -> Result<Recording> {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)?;
-    recorder.finish(child)
-}
-
 fn online(machine: &Machine, cpu: u32, state: u8) -> Result<()> {
     machine.shell(&format!("echo {state} >/sys/devices/system/cpu/cpu{cpu}/online"))?.ok()?;
     Ok(())
@@ -57,7 +51,7 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     sleep(Duration::from_secs(1));
     online(&machine, 1, 1)?;
     sleep(Duration::from_secs(1));
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
     let times = events_of(&recording, 1)?;
     let gap = times.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().context("events")?;
@@ -66,7 +60,7 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     // One goes and stays away: what it had recorded is there, and the guest's part is a success.
     let child = start(&server, &recorder)?;
     online(&machine, 1, 0)?;
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     ensure!(events_of(&recording, 1)?.len() > 5, "what came before");
     assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
     online(&machine, 1, 1)?;
@@ -75,7 +69,7 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     let child = start(&server, &recorder)?;
     online(&machine, 2, 1)?;
     machine.shell("for i in 1 2 3 4 5 6 7 8; do taskset -c 2 true || taskset 4 true; done; sleep 1")?;
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     let remarks = recording.machine(GUEST)?["remarks"].to_string();
     ensure!(remarks.contains("cpu2 came online after the start: its "), "{remarks}\n{:#}", recording.summary);
     ensure!(recording.sum(GUEST, "events_lost")? > 0, "{:#}", recording.summary);
@@ -120,7 +114,7 @@ fn cpu_that_is_plugged_in_is_counted_then_recorded_and_may_be_pulled_out_meanwhi
     let child = start(&server, &recorder)?;
     plug_in(&machine)?;
     load_on(&machine, 2)?;
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     let remarks = recording.machine(GUEST)?["remarks"].to_string();
     ensure!(remarks.contains("cpu2 came online after the start: its "), "{remarks}\n{:#}", recording.summary);
     ensure!(recording.sum(GUEST, "events_lost")? > 0, "{:#}", recording.summary);
@@ -128,7 +122,7 @@ fn cpu_that_is_plugged_in_is_counted_then_recorded_and_may_be_pulled_out_meanwhi
     // Its port was there all the time.
     let child = start(&server, &recorder)?;
     load_on(&machine, 2)?;
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     ensure!(events_of(&recording, 2)?.len() > 16, "{:#}", recording.summary);
     assert_eq!(recording.sum(GUEST, "pages_lost")? + recording.sum(GUEST, "events_lost")?, 0);
 
@@ -136,7 +130,7 @@ fn cpu_that_is_plugged_in_is_counted_then_recorded_and_may_be_pulled_out_meanwhi
     load_on(&machine, 2)?;
     machine.qmp("device_del", &json!({ "id": "late" }))?;
     machine.shell("while [ -e /sys/devices/system/cpu/cpu2/online ]; do sleep 0.1; done")?.ok()?;
-    let recording = stop(&recorder, child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     ensure!(events_of(&recording, 2)?.len() > 16, "what came before: {:#}", recording.summary);
     assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
     recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;

@@ -99,8 +99,7 @@ impl<'a> Trial<'a> {
             sleep(Duration::from_millis(100));
         }
         machine.shell("kill $(cat /tmp/load)")?.ok()?;
-        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
-        let recording = self.recorder(server).finish(child)?.ok()?;
+        let recording = self.recorder(server).interrupt(child)?.ok()?;
         let [events, old, lost] = ["events", "pages_old", "pages_lost"].map(|name| recording.sum(GUEST, name));
         ensure!(old? > 0 && lost? == 0, "{:#}", recording.summary);
         let file = recording.file(GUEST);

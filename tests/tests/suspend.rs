@@ -3,10 +3,6 @@
 use std::{process::Child, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use serde_json::Value;
 use vtrace_tests::{
     judge::{lines, trace_cmd},
@@ -39,8 +35,7 @@ fn start(machine: &Machine, recorder: &Recorder) -> Result<Child> {
 
 fn stop(recorder: &Recorder, child: Child) -> Result<Recording> {
     sleep(AWAKE);
-    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
-    recorder.finish(child)?.ok()
+    recorder.interrupt(child)?.ok()
 }
 
 /// The guest suspends itself to RAM, its devices lose all they knew, and the host wakes it. It says so itself: what its
@@ -80,6 +75,15 @@ fn there_is_a_gap(times: &[u64]) -> Result<()> {
     Ok(())
 }
 
+/// A recording over a sleep: whole, with the sleep as a gap in it.
+fn sleeps_while_recorded(machine: &Machine, recorder: &Recorder) -> Result<Recording> {
+    let child = start(machine, recorder)?;
+    sleeps(machine)?;
+    let recording = stop(recorder, child)?;
+    there_is_a_gap(&whole(&recording)?)?;
+    Ok(recording)
+}
+
 fn next_recording_works(server: &Server, recorder: &Recorder) -> Result<()> {
     server.await_agent(GUEST)?;
     let recording = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
@@ -97,10 +101,7 @@ fn guest_that_sleeps_or_is_paused_while_it_is_recorded_goes_on_and_loses_nothing
     machine.shell(LOAD)?.ok()?;
 
     // The emulated TSC goes on while it sleeps: the times on both sides are right.
-    let child = start(&machine, &recorder)?;
-    sleeps(&machine)?;
-    let recording = stop(&recorder, child)?;
-    there_is_a_gap(&whole(&recording)?)?;
+    let recording = sleeps_while_recorded(&machine, &recorder)?;
     assert_eq!(recording.machine(GUEST)?["clock"]["steady"], true, "{:#}", recording.summary);
     ensure!(server.log().contains("the guest was asleep; its agent goes on"), "{}", server.log());
 
@@ -132,9 +133,6 @@ fn guest_that_sleeps_goes_on_over_qemus_own_ports_too() -> Result<()> {
     server.await_agent(GUEST)?;
     machine.shell(LOAD)?.ok()?;
 
-    let child = start(&machine, &recorder)?;
-    sleeps(&machine)?;
-    let recording = stop(&recorder, child)?;
-    there_is_a_gap(&whole(&recording)?)?;
+    sleeps_while_recorded(&machine, &recorder)?;
     next_recording_works(&server, &recorder)
 }

@@ -53,7 +53,7 @@ pub fn run_directory(dir: &Path) -> Finding {
 /// The clients' socket.
 pub fn control_socket(place: &Place, dir: &Path) -> Finding {
     let path = dir.join(CONTROL_SOCKET);
-    let finding = socket("control", &path);
+    let finding = way("control", &path, &SOCKET);
     if finding.verdict != super::Verdict::Ok {
         return finding;
     }
@@ -77,31 +77,45 @@ pub fn control_socket(place: &Place, dir: &Path) -> Finding {
     }
 }
 
-/// What QEMU writes the control port to.
-fn fifo(check: &str, path: &Path) -> Finding {
-    let place = path.display();
-    match fs::symlink_metadata(path) {
-        Err(error) => Finding::fail(check, format!("{place}: {error}"), "vtrace setup once more"),
-        Ok(about) if !about.file_type().is_fifo() => {
-            Finding::fail(check, format!("{place} is no FIFO"), format!("remove {place}, vtrace setup once more"))
-        }
-        Ok(about) if about.mode() & OTHERS != 0 => {
-            let found = format!("{place} has mode {:04o}: anybody may be its guest", about.mode() & 0o7777);
-            Finding::fail(check, found, format!("chmod 0660 {place}"))
-        }
-        Ok(about) => Finding::ok(check, format!("{place}, mode {:04o}", about.mode() & 0o7777)),
-    }
+/// Something in the file system that ports or commands come through.
+struct Way {
+    /// What it is to be.
+    kind: &'static str,
+    is_kind: fn(&fs::FileType) -> bool,
+    /// What makes it.
+    made_by: &'static str,
+    /// What makes it once more when something else is in its place.
+    made_again: &'static str,
+    /// What others can do where its mode lets them.
+    anybody: &'static str,
 }
 
-fn socket(check: &str, path: &Path) -> Finding {
+/// What QEMU writes the control port to.
+const FIFO: Way = Way {
+    kind: "FIFO",
+    is_kind: FileTypeExt::is_fifo,
+    made_by: "vtrace setup once more",
+    made_again: "vtrace setup once more",
+    anybody: "anybody may be its guest",
+};
+
+const SOCKET: Way = Way {
+    kind: "socket",
+    is_kind: FileTypeExt::is_socket,
+    made_by: "vtrace server --dom GUEST; or --dir DIR",
+    made_again: "start the server again",
+    anybody: "anybody may connect",
+};
+
+fn way(check: &str, path: &Path, way: &Way) -> Finding {
     let place = path.display();
     match fs::symlink_metadata(path) {
-        Err(error) => Finding::fail(check, format!("{place}: {error}"), "vtrace server --dom GUEST; or --dir DIR"),
-        Ok(about) if !about.file_type().is_socket() => {
-            Finding::fail(check, format!("{place} is no socket"), format!("remove {place}, start the server again"))
+        Err(error) => Finding::fail(check, format!("{place}: {error}"), way.made_by),
+        Ok(about) if !(way.is_kind)(&about.file_type()) => {
+            Finding::fail(check, format!("{place} is no {}", way.kind), format!("remove {place}, {}", way.made_again))
         }
         Ok(about) if about.mode() & OTHERS != 0 => {
-            let found = format!("{place} has mode {:04o}: anybody may connect", about.mode() & 0o7777);
+            let found = format!("{place} has mode {:04o}: {}", about.mode() & 0o7777, way.anybody);
             Finding::fail(check, found, format!("chmod 0660 {place}"))
         }
         Ok(about) => Finding::ok(check, format!("{place}, mode {:04o}", about.mode() & 0o7777)),
@@ -154,7 +168,7 @@ fn guest(state: &GuestState) -> Vec<Finding> {
     let path = Path::new(&state.socket);
     let road = Road::of(path);
     if path.is_absolute() {
-        findings.push(if road == Road::Fifos { fifo(name, path) } else { socket(name, path) });
+        findings.push(way(name, path, if road == Road::Fifos { &FIFO } else { &SOCKET }));
     }
     let Some(pid) = state.vmm_pid else {
         findings.push(Finding::warn(name, "no virtual machine is connected", road.without_vmm(state)));
@@ -397,9 +411,9 @@ mod tests {
             assert!(guest(&few)[2].remedy.contains("--cpus N"));
         }
         chmod(&fifo, 0o666);
-        assert_eq!(super::fifo("guest1", &fifo).verdict, Fail);
-        assert_eq!(super::fifo("guest1", &socket).verdict, Fail);
-        assert_eq!(super::fifo("guest1", &folder.path().join("missing")).verdict, Fail);
+        assert_eq!(way("guest1", &fifo, &FIFO).verdict, Fail);
+        assert_eq!(way("guest1", &socket, &FIFO).verdict, Fail);
+        assert_eq!(way("guest1", &folder.path().join("missing"), &FIFO).verdict, Fail);
     }
 
     #[test]
