@@ -1,6 +1,6 @@
 //! The virtual machines that other tests stand on: each kernel boots, obeys its shell, reboots, is killed.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::json;
 use std::io::Read;
 use std::os::unix::net::UnixListener;
@@ -69,6 +69,18 @@ fn machine_stops_resets_and_powers_off() -> Result<()> {
     assert!(machine.qmp("no-such-command", &json!({})).is_err());
     machine.qmp("quit", &json!(null))?;
     assert!(machine.await_end(Duration::from_secs(10))?.success());
+    Ok(())
+}
+
+#[test]
+fn guest_that_stands_still_says_where() -> Result<()> {
+    let turn = turn()?;
+    let machine = Machine::builder(&turn, Kernel::V6_1).cpus(2).boot()?;
+    machine.shell("sleep 1000 </dev/null >/dev/null 2>&1 &")?.ok()?;
+    let said = machine.inquest();
+    for word in ["RIP=", "CPU#1", "Kernel panic", "task:sleep", "NMI backtrace for cpu 1"] {
+        ensure!(said.contains(word), "{word}: {said}");
+    }
     Ok(())
 }
 

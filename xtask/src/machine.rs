@@ -6,6 +6,7 @@
 
 mod builder;
 mod channel;
+mod inquest;
 mod qmp;
 mod shell;
 mod turn;
@@ -25,10 +26,14 @@ use std::time::{Duration, Instant};
 
 /// How long a command in a guest, or an answer of QEMU, may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest that is no longer needed may take to say that it lives.
+const PULSE_WAIT_MAX: Duration = Duration::from_secs(20);
 /// How much of a console an error shows, in lines.
 const CONSOLE_LINES: usize = 20;
+/// As much of one that has a dead kernel's words, with the stacks of all its tasks.
+const LAST_WORDS_LINES: usize = 1500;
 
-/// A running guest. Dropping it kills QEMU.
+/// A running guest. Dropping it kills QEMU; one that then does not answer is asked why, on standard error.
 #[derive(Debug)]
 pub struct Machine {
     child: Mutex<Child>,
@@ -61,8 +66,13 @@ impl Machine {
 
     /// As [`shell`](Self::shell) with another time limit.
     pub fn shell_within(&self, script: &str, wait_max: Duration) -> Result<Output> {
+        let begun = Instant::now();
         let result = self.lock_shell().and_then(|mut shell| shell.run(script, wait_max));
-        self.explain(result.with_context(|| format!("in the guest: {script}")))
+        let result = result.with_context(|| format!("in the guest: {script}"));
+        if result.is_err() && begun.elapsed() >= PATIENCE {
+            return result.context(self.inquest());
+        }
+        self.explain(result)
     }
 
     /// Writes a file in the guest.
@@ -157,16 +167,44 @@ impl Machine {
         result.map_err(|error| {
             let ended = self.ended().ok().flatten().map_or_else(String::new, |status| format!("QEMU: {status}\n"));
             let qemu = fs::read_to_string(self.dir.path().join("qemu.log")).unwrap_or_default();
-            let console = self.console();
-            let lines: Vec<&str> = console.lines().collect();
-            let last = lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n");
-            error.context(format!("{ended}{qemu}console:\n{last}\n"))
+            error.context(format!("{ended}{qemu}console:\n{}\n", self.console_end(CONSOLE_LINES)))
         })
+    }
+
+    fn console_end(&self, lines_max: usize) -> String {
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        lines[lines.len().saturating_sub(lines_max)..].join("\n")
+    }
+
+    /// Ends a guest that does not answer, and says where its CPUs and tasks were; says nothing of one that has ended.
+    pub fn inquest(&self) -> String {
+        match (self.ended(), self.qmp.lock()) {
+            (Ok(None), Ok(mut qmp)) => {
+                let said = inquest::of(&mut qmp, &self.console_path());
+                format!("the guest stands still\n{said}console:\n{}\n", self.console_end(LAST_WORDS_LINES))
+            }
+            _ => String::new(),
+        }
+    }
+
+    /// Whether it runs and does not answer.
+    fn stands_still(&self) -> bool {
+        let runs = |status: &Value| status.get("status").and_then(Value::as_str) == Some("running");
+        let Ok(mut shell) = self.shell.lock() else { return false };
+        shell.has_greeted()
+            && self.ended().is_ok_and(|ended| ended.is_none())
+            && self.qmp("query-status", &Value::Null).is_ok_and(|status| runs(&status))
+            && shell.run("true", PULSE_WAIT_MAX).is_err()
+            && self.ended().is_ok_and(|ended| ended.is_none())
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if self.stands_still() {
+            eprintln!("{}", self.inquest());
+        }
         let child = self.child.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         // It may have ended by itself.
         let _ = child.kill();

@@ -42,18 +42,25 @@ impl Output {
 pub(super) struct Shell {
     channel: Channel,
     commands: u64,
+    has_greeted: bool,
 }
 
 impl Shell {
     pub(super) fn new(channel: Channel) -> Self {
-        Self { channel, commands: 0 }
+        Self { channel, commands: 0, has_greeted: false }
     }
 
     /// Waits for the line that init writes once it listens.
     pub(super) fn await_greeting(&mut self, wait_max: Duration) -> Result<()> {
         let end = Instant::now() + wait_max;
         while !contains(&self.channel.line(end)?, b"@@ready ") {}
+        self.has_greeted = true;
         Ok(())
+    }
+
+    /// Whether anybody ever listened.
+    pub(super) fn has_greeted(&self) -> bool {
+        self.has_greeted
     }
 
     pub(super) fn run(&mut self, script: &str, wait_max: Duration) -> Result<Output> {

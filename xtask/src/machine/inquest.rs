@@ -1,0 +1,56 @@
+//! Why a guest does not answer: where its CPUs stand, and what its kernel says of all its tasks when it is made to panic.
+//!
+//! In: QMP and the console of a guest that is given up. Out: text for an error. Runs: in the caller's thread, some ten
+//! seconds. Full: of each sample only the lines that name a place are kept. Trust: the guest is ours.
+
+use super::qmp::Qmp;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Kernel parameters that [`of`] needs: an NMI nobody asked for ends the kernel, which then says the stacks of all tasks
+/// (bit 0) and of all CPUs (bit 6; Documentation/admin-guide/kernel-parameters.txt).
+pub(super) const PARAMETERS: &str = "unknown_nmi_panic panic_print=0x41";
+
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+const SAMPLES: usize = 3;
+/// The kernel writes its last words over an emulated serial port.
+const WORDS_MAX: Duration = Duration::from_secs(20);
+
+/// Asks QEMU, then ends the guest.
+pub(super) fn of(qmp: &mut Qmp, console: &Path) -> String {
+    let mut said = format!("QEMU says: {:?}\n", qmp.execute("query-status", &Value::Null, ANSWER_MAX));
+    for _ in 0..SAMPLES {
+        let registers = json!({ "command-line": "info registers -a" });
+        match qmp.execute("human-monitor-command", &registers, ANSWER_MAX) {
+            Ok(registers) => said.extend(places(registers.as_str().unwrap_or_default())),
+            Err(error) => said += &format!("no registers: {error:#}\n"),
+        }
+        sleep(Duration::from_millis(300));
+    }
+    if let Err(error) = qmp.execute("inject-nmi", &Value::Null, ANSWER_MAX) {
+        said += &format!("no NMI: {error:#}\n");
+    }
+    await_silence(console);
+    said
+}
+
+/// The lines that say which CPU it is, where it is, and whether it waits for an interrupt.
+fn places(registers: &str) -> impl Iterator<Item = String> {
+    let names = |line: &&str| ["CPU#", "RIP=", "CR2="].iter().any(|name| line.starts_with(name));
+    registers.lines().filter(names).map(|line| format!("{}\n", line.trim_end()))
+}
+
+/// Waits until nothing has come to the console for two seconds.
+fn await_silence(console: &Path) {
+    let size = || fs::metadata(console).map_or(0, |metadata| metadata.len());
+    let (end, mut last, mut since) = (Instant::now() + WORDS_MAX, size(), Instant::now());
+    while Instant::now() < end && since.elapsed() < Duration::from_secs(2) {
+        sleep(Duration::from_millis(100));
+        if size() != last {
+            (last, since) = (size(), Instant::now());
+        }
+    }
+}
