@@ -179,9 +179,9 @@ impl Machine {
 
     /// Ends a guest that does not answer, and says where its CPUs and tasks were; says nothing of one that has ended.
     pub fn inquest(&self) -> String {
-        match (self.ended(), self.qmp.lock()) {
-            (Ok(None), Ok(mut qmp)) => {
-                let said = inquest::of(&mut qmp, &self.console_path());
+        match (self.ended(), self.pid(), self.qmp.lock()) {
+            (Ok(None), Ok(pid), Ok(mut qmp)) => {
+                let said = inquest::of(&mut qmp, pid, &self.console_path());
                 format!("the guest stands still\n{said}console:\n{}\n", self.console_end(LAST_WORDS_LINES))
             }
             _ => String::new(),

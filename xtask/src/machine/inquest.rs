@@ -1,4 +1,4 @@
-//! Why a guest does not answer: where its CPUs stand, and what its kernel says of all its tasks when it is made to panic.
+//! Why a guest does not answer: where QEMU's threads and its CPUs stand, and what its kernel says of all its tasks when it is made to panic.
 //!
 //! In: QMP and the console of a guest that is given up. Out: text for an error. Runs: in the caller's thread, some ten
 //! seconds. Full: of each sample only the lines that name a place are kept. Trust: the guest is ours.
@@ -19,9 +19,10 @@ const SAMPLES: usize = 3;
 /// The kernel writes its last words over an emulated serial port.
 const WORDS_MAX: Duration = Duration::from_secs(20);
 
-/// Asks QEMU, then ends the guest.
-pub(super) fn of(qmp: &mut Qmp, console: &Path) -> String {
-    let mut said = format!("QEMU says: {:?}\n", qmp.execute("query-status", &Value::Null, ANSWER_MAX));
+/// Asks QEMU, then ends the guest. `pid` is QEMU's process.
+pub(super) fn of(qmp: &mut Qmp, pid: u32, console: &Path) -> String {
+    let mut said = threads(pid);
+    said += &format!("QEMU says: {:?}\n", qmp.execute("query-status", &Value::Null, ANSWER_MAX));
     for _ in 0..SAMPLES {
         let registers = json!({ "command-line": "info registers -a" });
         match qmp.execute("human-monitor-command", &registers, ANSWER_MAX) {
@@ -35,6 +36,18 @@ pub(super) fn of(qmp: &mut Qmp, console: &Path) -> String {
     }
     await_silence(console);
     said
+}
+
+/// What each thread of a process is in (proc(5): stat, wchan, syscall).
+fn threads(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().filter_map(Result::ok);
+    let line = |task: fs::DirEntry| {
+        let word = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default().trim().to_owned();
+        let stat = word("stat");
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).unwrap_or('?');
+        format!("thread {}: {state}, in {}, system call {}\n", word("comm"), word("wchan"), word("syscall"))
+    };
+    tasks.map(line).collect()
 }
 
 /// The lines that say which CPU it is, where it is, and whether it waits for an interrupt.
