@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// How long a server, its guests and their agents may take for one step.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A server and its sockets.
 #[derive(Debug)]
 pub struct Server {
@@ -78,7 +81,7 @@ impl Server {
     pub fn await_state(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Result<()> {
         let begun = Instant::now();
         let mut last = String::new();
-        while begun.elapsed() < Duration::from_secs(60) {
+        while begun.elapsed() < PATIENCE {
             match self.list() {
                 Ok(Value::Array(guests)) if guests.iter().any(&is_so) => return Ok(()),
                 Ok(other) => last = other.to_string(),
@@ -87,6 +90,25 @@ impl Server {
             sleep(Duration::from_millis(50));
         }
         bail!("no guest {what}: {last}\n{}", self.log())
+    }
+
+    /// Waits until the recording under way has so many pages of the guest in its file, as `vtrace status` shows them.
+    pub fn await_pages(&self, guest: &str, pages: u64) -> Result<()> {
+        let begun = Instant::now();
+        while self.pages(guest)? < pages {
+            ensure!(begun.elapsed() < PATIENCE, "{guest} traces too little\n{}", self.log());
+            sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    fn pages(&self, guest: &str) -> Result<u64> {
+        let status =
+            Command::new(xtask::build::vtrace()?).args(["status", "--json", "--dir"]).arg(self.dir()).output()?;
+        let recordings: Value = serde_json::from_slice(&status.stdout)?;
+        let machines = |recording: &Value| recording["state"]["progress"]["machines"].as_array().cloned();
+        let machines = recordings.as_array().into_iter().flatten().filter_map(machines).flatten();
+        Ok(machines.filter(|machine| machine["name"] == guest).filter_map(|machine| machine["pages"].as_u64()).sum())
     }
 
     /// SIGKILL, as the kernel's OOM killer would.

@@ -6,7 +6,7 @@ use std::{
     path::Path,
     process::{Child, Command},
     thread::sleep,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -90,14 +90,11 @@ impl<'a> Trial<'a> {
     /// Only the newest pages of each lane are kept; stock trace-cmd finds their events, in order.
     fn newest_pages_are_kept(&self, machine: &Machine, server: &Server) -> Result<()> {
         let words = format!("-m 512 --dom {GUEST} -b 8192 -e sched -e raw_syscalls -- sleep 1000");
-        let (child, begun) = (self.recorder(server).start(&words)?, Instant::now());
+        let child = self.recorder(server).start(&words)?;
         let load = "(while :; do dd if=/dev/zero of=/dev/null bs=1 count=2000; done)";
         machine.shell(&format!("{load} </dev/null >/dev/null 2>&1 & echo $! >/tmp/load"))?.ok()?;
         // As many as both lanes may keep, and as many again.
-        while pages_so_far(server)? < 1600 {
-            ensure!(begun.elapsed() < Duration::from_secs(60), "the guest traces too little");
-            sleep(Duration::from_millis(100));
-        }
+        server.await_pages(GUEST, 1600)?;
         machine.shell("kill $(cat /tmp/load)")?.ok()?;
         let recording = self.recorder(server).interrupt(child)?.ok()?;
         let [events, old, lost] = ["events", "pages_old", "pages_lost"].map(|name| recording.sum(GUEST, name));
@@ -116,9 +113,7 @@ impl<'a> Trial<'a> {
     fn recording(&self, server: &Server) -> Result<Child> {
         // A small buffer: its pages come soon.
         let child = self.recorder(server).start(&format!("--dom {GUEST} -b 64 -e sched -- sleep 1000"))?;
-        server.await_state("is held", |state| !state["holder_pid"].is_null())?;
-        // Armed, started, and some pages on their way.
-        sleep(Duration::from_secs(5));
+        server.await_pages(GUEST, 1)?;
         Ok(child)
     }
 
@@ -139,14 +134,6 @@ fn file_is_whole(recording: &Recording) -> Result<usize> {
     let report = lines(&trace_cmd(&["report"], &[&recording.file(GUEST)])?);
     ensure!(report.len() > 10, "{} lines", report.len());
     Ok(report.len())
-}
-
-/// The guest's pages that are in the file of the recording under way, as `vtrace status` shows them.
-fn pages_so_far(server: &Server) -> Result<u64> {
-    let mut command = Command::new(xtask::build::vtrace()?);
-    let output = command.args(["status", "--json", "--dir"]).arg(server.dir()).output()?;
-    let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    Ok(status[0]["state"]["progress"]["machines"][1]["pages"].as_u64().unwrap_or(0))
 }
 
 /// Threads and descriptors of the server.

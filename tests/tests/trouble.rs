@@ -44,10 +44,7 @@ fn signal(child: &Child, signal: Signal) -> Result<()> {
 
 /// Waits until the server says that somebody records.
 fn await_recording(server: &Server) -> Result<()> {
-    server.await_state("is held", |state| !state["holder_pid"].is_null())?;
-    // Armed, started, and some pages on their way.
-    sleep(Duration::from_secs(4));
-    Ok(())
+    server.await_pages(GUEST, 1)
 }
 
 /// The guest's file has what the summary says, and stock trace-cmd reads it.

@@ -171,10 +171,13 @@ impl Machine {
         })
     }
 
+    /// The end of the console; where the kernel panicked, what it said of that first.
     fn console_end(&self, lines_max: usize) -> String {
         let console = self.console();
         let lines: Vec<&str> = console.lines().collect();
-        lines[lines.len().saturating_sub(lines_max)..].join("\n")
+        let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+        let start = panic.unwrap_or(lines.len()).min(lines.len().saturating_sub(lines_max));
+        lines[start..].iter().take(lines_max).copied().collect::<Vec<_>>().join("\n")
     }
 
     /// Ends a guest that does not answer, and says where its CPUs and tasks were; says nothing of one that has ended.
