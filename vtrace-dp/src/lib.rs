@@ -17,7 +17,7 @@
 //! | host | [`hotplug`] | `vtrace attach`, `detach`: devices into and out of a running QEMU |
 //! | host | [`doctor`] | `vtrace doctor`: what a machine has of what a recording needs |
 //! | host | [`cli`] | what a person types and reads |
-//! | host | [`printable`] | foreign text as it may be shown |
+//! | host | [`printable`] | foreign text, and errors, as they may be shown |
 //! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
 
 pub mod agent;

@@ -1,7 +1,7 @@
-//! Foreign text as it may be shown to people.
+//! What may be shown to people: foreign text, and errors with all their sources.
 //!
-//! In:    text of a guest: names, reasons, what its commands write
-//! Out:   the same without what moves a terminal's cursor, hides letters or turns their order round
+//! In:    text of a guest: names, reasons, what its commands write; errors of ours
+//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error
 //! Runs:  pure
 //! Full:  as long as the text, but for what [`cut`] leaves out
 //! Trust: nothing
@@ -23,6 +23,12 @@ pub fn printable_bytes(bytes: &[u8]) -> String {
 /// The first bytes of a text, at most so many, that are whole letters.
 pub fn cut(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
+}
+
+/// An error with all its sources, one behind the other.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn is_seen(letter: char) -> bool {

@@ -5,7 +5,7 @@ use std::{fs::File, path::Path};
 use super::{FAILED, USAGE, args::CheckArgs, complaint::Complaint, put};
 use crate::{
     check::{GuestFile, check, report::Verdict},
-    recorder::files::chain,
+    printable::chain,
     trace::{input::FileSource, reader::Reader},
 };
 

@@ -16,11 +16,13 @@ use super::{
 };
 use crate::{
     agent::AgentError,
+    printable::chain,
     recorder::{
         command::CommandError,
-        files::{FileError, chain},
+        error::RecordError,
         guests::GuestsError,
-        run::RecordError,
+        host::HostError,
+        naming::FileError,
         session::{Trouble, held_by},
     },
     server::{ServerError, link::LinkError},
@@ -83,10 +85,11 @@ impl Complaint {
     /// A recording that did not come about.
     pub(super) fn recording(error: RecordError, plan: &Plan) -> Self {
         match error {
-            RecordError::Host(failure) => failed("the host", &failure),
-            RecordError::HostMetadata(fault) => {
+            RecordError::Host(HostError::Refused(failure)) => failed("the host", &failure),
+            RecordError::Host(HostError::Metadata(fault)) => {
                 Self::new("cannot record the host", fault, "fewer events, or --no-kallsyms")
             }
+            RecordError::Host(HostError::Descriptor(source)) => Self::system("dup", source),
             RecordError::Guest { guest, trouble } => guest_trouble(&guest, &trouble),
             RecordError::Guests(GuestsError::Link(error)) => error.into(),
             RecordError::Guests(GuestsError::Refused(refusal)) => refused(&refusal),

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{FAILED, LOST, args::RestoreArgs, complaint::Complaint, put};
 use crate::{
-    recorder::files::chain,
+    printable::chain,
     trace::{
         layout::MAGIC,
         restore::{RestoreFault, Restored, Was, restore},

@@ -16,7 +16,7 @@ use crate::{
     cli::plan::CLOCK,
     clock::btf::{self, BtfError},
     hotplug::vmm::{DRIVER, VERSION_MIN},
-    recorder::files::chain,
+    printable::chain,
     sys::uring::Ring,
 };
 

@@ -13,9 +13,8 @@ use vtrace_common::{
 };
 
 use super::{
-    files::{Common, chain},
     instances,
-    run::{Clocks, Recording},
+    recording::{Clocks, Common, Recording},
     runs::{HostLanes, around},
     session::GuestSession,
     summary::{ClockSummary, KVM, MEASURED, RAW},
@@ -30,6 +29,7 @@ use crate::{
         table::Table,
         vcpus::{Told, Vcpu, of_guest, segments},
     },
+    printable::chain,
     trace::{
         doubt::Doubt,
         option::TraceOption,

@@ -18,62 +18,25 @@ use vtrace_common::{
 use super::{
     behind::Behind,
     clocks::GuestClock,
-    date,
+    file::MachineFile,
     form::{PartFile, Wanted, reform},
     guest::vcpu_threads,
     host::{HostReport, lane::End},
     instances,
-    naming::Output,
-    run::Recording,
+    naming::{FileError, Output},
+    recording::{Common, Recording},
     runs::HostLanes,
     session::{GuestSession, Trouble},
     sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
-    tsc::Scale,
 };
 use crate::{
     cli::plan::{CLOCK, Plan},
     clock::{plan::plan, vcpus::Vcpu},
-    sys::random,
-    trace::{
-        found::whole_at,
-        metadata::Metadata,
-        option::TraceOption,
-        writer::{Bounds, Writer},
-    },
+    printable::chain,
+    trace::{found::whole_at, option::TraceOption, writer::Writer},
     tracefs::online_cpus,
 };
-
-/// What was being done to a file.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {what}: {source}", .path.display())]
-pub struct FileError {
-    /// Which file.
-    pub path: PathBuf,
-    /// open, write, finish.
-    pub what: &'static str,
-    /// Why not.
-    pub source: io::Error,
-}
-
-/// A file that pages are being written to.
-#[derive(Debug)]
-pub(super) struct MachineFile {
-    output: Output,
-    trace_id: u64,
-    pub(super) writer: Writer,
-    /// A guest's file once more, past the page cache, if it is written so.
-    pub(super) direct: Option<File>,
-}
-
-impl MachineFile {
-    /// Gives the room of pages back that are too old, when so many bytes were written to each lane.
-    pub(super) fn drop_older(&mut self, written: &[(Cpu, u64)]) {
-        if let Err(error) = self.writer.drop_older(written) {
-            log::debug!("{}: old pages keep their room: {error}", self.output.path().display());
-        }
-    }
-}
 
 /// A marker's text: the same in all files of a session.
 pub(super) fn marker(plan: &Plan, word: &str) -> String {
@@ -95,7 +58,8 @@ pub(super) fn create(recording: &Recording, outputs: Vec<Output>) -> Result<Vec<
     let machines = std::iter::once((&host.metadata, &host.armed)).chain(armed);
     let bounds = std::iter::once(recording.plan.bounds()).chain(std::iter::repeat(recording.plan.guest_bounds()));
     let made = machines.zip(outputs).zip(bounds);
-    let created = made.map(|(((metadata, armed), output), bounds)| create_one(metadata, armed, output, bounds));
+    let created =
+        made.map(|(((metadata, armed), output), bounds)| MachineFile::create(metadata, armed, output, bounds));
     let mut files = created.collect::<Result<Vec<_>, _>>()?;
     for file in files.iter_mut().skip(1) {
         let direct = open_direct(recording.plan.sink, file.writer.file());
@@ -111,23 +75,10 @@ fn armed(session: &GuestSession) -> &Armed {
     session.armed.as_ref().expect("every guest is armed before its file is made")
 }
 
-pub(super) fn create_one(
-    metadata: &Metadata,
-    armed: &Armed,
-    output: Output,
-    bounds: Bounds,
-) -> Result<MachineFile, FileError> {
-    let failed = |source| FileError { path: output.path().into(), what: "write", source };
-    let file = output.file.try_clone().map_err(failed)?;
-    let writer = Writer::create_bounded(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes, bounds);
-    let writer = writer.map_err(|fault| failed(fault.into()))?;
-    Ok(MachineFile { output, trace_id: random() | 1, writer, direct: None })
-}
-
 /// Keeps in every file what is known now: again when clocks have been measured. A file that cannot keep it is no worse
 /// if its recording ends well.
 pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
-    let common = Common::of(recording, &files[0]);
+    let common = recording.common(&files[0]);
     let mut links = Vec::new();
     for ((session, file), clocks) in recording.sessions().zip(&mut files[1..]).zip(&recording.clocks) {
         let armed = armed(session);
@@ -135,25 +86,19 @@ pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
         let clock = plan(&clocks.start, &clocks.end, &armed.lanes, common.host_id);
         options.extend(clock.map(|clock| TraceOption::TimeShift(clock.time_shift)));
         links.push(link(session, file.trace_id, &[]).0);
-        keep_in(file, &options);
+        file.keep(&options);
     }
     let mut options = machine_options(&common, &recording.host.armed.clock, &uname(), common.host_id);
     options.extend(links);
-    keep_in(&mut files[0], &options);
+    files[0].keep(&options);
 }
 
 /// The same for a file of an instance.
 pub(super) fn keep_options_of(recording: &mut Recording, host: &MachineFile) {
-    let common = Common::of(recording, host);
+    let common = recording.common(host);
     for instance in &mut recording.instances {
         let Some(file) = &mut instance.file else { continue };
-        keep_in(file, &machine_options(&common, &instance.host.armed.clock, &uname(), file.trace_id));
-    }
-}
-
-fn keep_in(file: &mut MachineFile, options: &[TraceOption]) {
-    if let Err(fault) = file.writer.update_options(options) {
-        log::warn!("{}: {}", file.output.path().display(), chain(&fault));
+        file.keep(&machine_options(&common, &instance.host.armed.clock, &uname(), file.trace_id));
     }
 }
 
@@ -165,23 +110,6 @@ pub(super) fn write_behind<'a>(files: impl Iterator<Item = &'a MachineFile>) -> 
 /// The recording has begun: the files get their names and stay, whatever happens.
 pub(super) fn begin<'a>(files: impl Iterator<Item = &'a mut MachineFile>) {
     files.for_each(|file| file.output.begin());
-}
-
-/// What is the same in all files of a session.
-pub(super) struct Common {
-    pub(super) host_id: u64,
-    pub(super) scale: Scale,
-    /// What makes times of day of the host's clock.
-    date: Option<TraceOption>,
-}
-
-impl Common {
-    fn of(recording: &Recording, host: &MachineFile) -> Self {
-        let scale = recording.calibration.scale();
-        let clock = &recording.plan.host.arm.clock;
-        let date = recording.plan.date.then(|| date::option(clock, &scale)).flatten();
-        Self { host_id: host.trace_id, scale, date }
-    }
 }
 
 /// Finishes all files: the host's last, so that it can name its guests. A file that cannot be finished is a remark of
@@ -197,7 +125,7 @@ pub(super) fn finish(
     let recording = &*recording;
     let mut files = files.into_iter();
     let host = files.next().expect("the host has a file");
-    let common = Common::of(recording, &host);
+    let common = recording.common(&host);
     // Where only the newest pages are kept, they are in no order yet.
     let lanes = recording.plan.newest_bytes.is_none().then(|| HostLanes::of(&recording.host, &host, report));
     let lanes = lanes.transpose().inspect_err(|error| log::warn!("{}: {error}", host.output.path().display()));
@@ -530,12 +458,6 @@ fn uname() -> String {
     let Ok(names) = nix::sys::utsname::uname() else { return String::new() };
     let names = [names.sysname(), names.nodename(), names.release(), names.machine()];
     names.map(|name| name.to_string_lossy().into_owned()).join(" ")
-}
-
-/// An error with all its sources, one behind the other.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let sources = std::iter::successors(Some(error), |error| error.source());
-    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn write(

@@ -13,10 +13,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{files::chain, naming::new_path};
-use crate::trace::{
-    compressed::Compression,
-    pack::{Form, Version, pack, pack_instance},
+use super::naming::new_path;
+use crate::{
+    printable::chain,
+    trace::{
+        compressed::Compression,
+        pack::{Form, Version, pack, pack_instance},
+    },
 };
 
 /// A finished file of an instance.

@@ -30,6 +30,10 @@ use self::{
 };
 use crate::{
     sys::tsc,
+    trace::{
+        metadata::{Metadata, MetadataFault},
+        writer::Writer,
+    },
     tracefs::{INSTANCE_PREFIX, Instance, Tracefs},
 };
 
@@ -54,6 +58,20 @@ pub struct HostReport {
     pub stopped: HostTsc,
     /// What moving the pages cost.
     pub pump: PumpUse,
+}
+
+/// Why the host's part cannot be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The kernel, or what was asked of it.
+    #[error("{}: {}", .0.object, .0.detail)]
+    Refused(Failure),
+    /// Its description is too large.
+    #[error("the host: {0}")]
+    Metadata(#[from] MetadataFault),
+    /// No second descriptor of its file.
+    #[error("dup: {0}")]
+    Descriptor(#[source] std::io::Error),
 }
 
 impl HostRecorder {
@@ -196,6 +214,72 @@ impl HostRecorder {
 
     fn stats(&self) -> Vec<String> {
         self.cpus.iter().map(|cpu| self.instance.stats(*cpu)).collect()
+    }
+}
+
+/// One buffer of the host, and what an agent would have said of it.
+pub(super) struct Host {
+    pub(super) recorder: HostRecorder,
+    pub(super) metadata: Metadata,
+    pub(super) armed: Armed,
+    /// TSC around the switch.
+    pub(super) started: Option<(HostTsc, HostTsc)>,
+}
+
+impl Host {
+    /// Makes the buffer and describes the machine; tracing stays off.
+    pub(super) fn arm(arm: &Arm) -> Result<Self, HostError> {
+        let recorder = HostRecorder::arm(arm).map_err(HostError::Refused)?;
+        let mut metadata = Metadata::default();
+        let mut added = Ok(());
+        let describe = recorder.describe(arm.kallsyms, &mut |piece| {
+            if added.is_ok() {
+                added = metadata.add(piece);
+            }
+        });
+        describe.map_err(HostError::Refused)?;
+        added?;
+        let armed = recorder.armed();
+        Ok(Self { recorder, metadata, armed, started: None })
+    }
+
+    /// Pages go to the file from now on.
+    pub(super) fn attach(&mut self, writer: &Writer, priority: Option<u8>) -> Result<(), HostError> {
+        let file = writer.file().try_clone().map_err(HostError::Descriptor)?;
+        self.recorder.attach(file, writer.areas(), priority).map_err(HostError::Refused)
+    }
+
+    /// Switches tracing on.
+    pub(super) fn start(&mut self, marker: &str) -> Result<(), HostError> {
+        self.started = Some(self.recorder.start(marker).map_err(HostError::Refused)?);
+        Ok(())
+    }
+
+    /// Writes `text` into the trace; without it the trace is poorer, not useless.
+    pub(super) fn mark(&self, text: &str) {
+        if let Err(failure) = self.recorder.mark(text) {
+            log::warn!("{}: {}", failure.object, failure.detail);
+        }
+    }
+
+    /// Switches tracing off, takes what is left, and asks for what is known only now.
+    pub(super) fn stop(&mut self) -> Result<HostReport, HostError> {
+        let report = self.recorder.stop().map_err(HostError::Refused)?;
+        let metadata = &mut self.metadata;
+        let mut added = Ok(());
+        let describe = self.recorder.describe_end(&mut |piece| {
+            if added.is_ok() {
+                added = metadata.add(piece);
+            }
+        });
+        // Without command lines a file is poorer, not useless.
+        if let Err(failure) = describe {
+            log::warn!("{}: {}", failure.object, failure.detail);
+        }
+        if let Err(fault) = added {
+            log::warn!("the host: {fault}");
+        }
+        Ok(report)
     }
 }
 

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use vtrace_common::wire::client::LaneLedger;
 
 use super::{
-    files::{self, MachineFile},
-    host::HostReport,
+    error::RecordError,
+    file::MachineFile,
+    host::{Host, HostError, HostReport},
     naming::Output,
-    run::{Host, RecordError},
     session::GuestSession,
 };
 use crate::cli::plan::Plan;
@@ -68,15 +68,15 @@ pub(super) fn attach(plan: &Plan, instances: &mut [Instance]) -> Result<(), Reco
     for instance in instances {
         let output = instance.output.take().expect("a file is made once");
         let host = &mut instance.host;
-        let file = files::create_one(&host.metadata, &host.armed, output, plan.bounds())?;
-        host.attach(&file, plan.rt)?;
+        let file = MachineFile::create(&host.metadata, &host.armed, output, plan.bounds())?;
+        host.attach(&file.writer, plan.rt)?;
         instance.file = Some(file);
     }
     Ok(())
 }
 
 /// Switches all on.
-pub(super) fn start(instances: &mut [Instance], marker: &str) -> Result<(), RecordError> {
+pub(super) fn start(instances: &mut [Instance], marker: &str) -> Result<(), HostError> {
     instances.iter_mut().try_for_each(|instance| instance.host.start(marker))
 }
 
@@ -91,7 +91,7 @@ pub(super) fn take(instances: &mut [Instance]) -> Vec<(MachineFile, HostReport)>
 }
 
 /// Switches all off, and takes what is left.
-pub(super) fn stop(instances: &mut [Instance]) -> Result<(), RecordError> {
+pub(super) fn stop(instances: &mut [Instance]) -> Result<(), HostError> {
     for instance in instances {
         instance.report = Some(instance.host.stop()?);
     }
@@ -100,7 +100,7 @@ pub(super) fn stop(instances: &mut [Instance]) -> Result<(), RecordError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::files::FileError, *};
+    use super::{super::naming::FileError, *};
 
     #[test]
     fn part_of_a_file_stands_beside_it_and_is_no_guests() {

@@ -1,27 +1,34 @@
 //! `vtrace record`: host and guests armed, started together, stopped, each into its own file.
 //!
+//! From the top down; each module uses only what stands below it:
+//!
 //! | module | what |
 //! |---|---|
-//! | [`run`] | the order of things: carries out what the state machines decide |
-//! | [`session`] | one guest's part as a state machine without I/O |
-//! | [`guests`] | all guests over one link to the server |
-//! | [`outputs`] | what guests' commands write |
-//! | [`host`] | the host's part: instance, pump, ledger |
-//! | [`tsc`] | how the files turn TSC into nanoseconds |
-//! | [`guest`] | which host threads are a guest's vCPUs |
-//! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
-//! | [`clocks`] | whose word is taken for a guest's times |
-//! | [`command`] | what runs while we record |
-//! | [`files`] | opened first, finished last |
-//! | `form` | finished files once more: version 6, compressed, with the host's instances |
-//! | `instances` | the host's other buffers |
-//! | `date` | what makes times of day of its clock |
-//! | `progress` | how far all machines are |
-//! | `naming` | their names: what was there before stays until the recording has begun |
 //! | [`background`] | recordings as other processes see them |
+//! | [`run`] | the order of things: carries out what the state machines decide |
+//! | `files` | all files: opened first, finished last |
+//! | [`clocks`] | whose word is taken for a guest's times |
+//! | `recording` | what is known of a recording while it runs |
+//! | [`runs`] | when vCPUs ran, from the host's pages |
+//! | `instances` | the host's other buffers |
+//! | [`error`] | why there is no recording |
+//! | [`guests`] | all guests over one link to the server |
+//! | [`session`] | one guest's part as a state machine without I/O |
+//! | [`host`] | the host's part: instance, pump, ledger |
+//! | `form` | finished files once more: version 6, compressed, with the host's instances |
+//! | `file` | one machine's file while it is recorded |
+//! | [`naming`] | a file's name: what was there before stays until the recording has begun |
 //! | [`behind`] | written while we record, so that the end is near |
-//! | [`limit`] | when files end a recording |
+//! | [`sink`] | which way a guest's pages go to its file |
 //! | [`summary`] | the closing table |
+//! | [`outputs`] | what guests' commands write |
+//! | [`command`] | what runs while we record |
+//! | [`limit`] | when files end a recording |
+//! | [`progress`] | how far all machines are |
+//! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
+//! | [`guest`] | which host threads are a guest's vCPUs |
+//! | `date` | what makes times of day of the host's clock |
+//! | [`tsc`] | how the files turn TSC into nanoseconds |
 //!
 //! In:    a `Plan`; messages of the server
 //! Out:   one trace.dat per machine, a [`summary::Summary`]
@@ -33,7 +40,9 @@ pub mod behind;
 pub mod clocks;
 pub mod command;
 mod date;
-pub mod files;
+pub mod error;
+mod file;
+mod files;
 mod form;
 pub mod guest;
 pub mod guests;
@@ -41,9 +50,10 @@ pub mod host;
 mod instances;
 pub mod kvm;
 pub mod limit;
-mod naming;
+pub mod naming;
 pub mod outputs;
 pub mod progress;
+mod recording;
 pub mod run;
 pub mod runs;
 pub mod session;

@@ -22,10 +22,20 @@ use std::{
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use super::files::FileError;
-
 /// Behind the name of a file whose recording has not begun.
 const SUFFIX: &str = ".new";
+
+/// What was being done to a file.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {what}: {source}", .path.display())]
+pub struct FileError {
+    /// Which file.
+    pub path: PathBuf,
+    /// open, write, finish.
+    pub what: &'static str,
+    /// Why not.
+    pub source: io::Error,
+}
 
 /// A file that is open, locked and empty.
 #[derive(Debug)]

@@ -18,72 +18,33 @@ use std::{
 
 use vtrace_common::{
     time::HostTsc,
-    wire::{
-        agent::{Arm, Armed, EventRequest, Failure, ToAgent},
-        client::LaneLedger,
-    },
+    wire::{agent::ToAgent, client::LaneLedger},
 };
 
 use super::{
-    command::{Command, CommandError},
-    files::{self, FileError, MachineFile},
+    command::Command,
+    error::RecordError,
+    file::MachineFile,
+    files,
     guests::{Guests, GuestsError},
-    host::{HostRecorder, HostReport},
-    instances::{self, Instance},
-    kvm::{self, KvmFault, Watch},
-    limit::{Ended, FileState, Limit},
+    instances,
+    kvm::{KvmFault, Watch},
+    limit::FileState,
     naming::Output,
     outputs::Line,
-    progress::{MachineProgress, Meter},
+    progress::MachineProgress,
+    recording::{Clocks, Recording},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
-    tsc::Calibration,
 };
 use crate::{
     cli::plan::Plan,
-    clock::{sync::Measurement, vcpus::Told},
+    clock::sync::Measurement,
     sys::{signal::Signals, tsc},
-    trace::metadata::{Metadata, MetadataFault},
 };
 
 /// How often agents hear from us and the status line is renewed.
 const TICK: Duration = Duration::from_secs(1);
-
-/// Why there is no recording.
-#[derive(Debug, thiserror::Error)]
-pub enum RecordError {
-    /// The host could not be prepared.
-    #[error("{}: {}", .0.object, .0.detail)]
-    Host(Failure),
-    /// The host's description is too large.
-    #[error("the host: {0}")]
-    HostMetadata(#[from] MetadataFault),
-    /// A guest could not be prepared.
-    #[error("{guest}: {trouble}")]
-    Guest {
-        /// Its name.
-        guest: String,
-        /// Why.
-        trouble: Trouble,
-    },
-    /// No common ground with the server.
-    #[error(transparent)]
-    Guests(#[from] GuestsError),
-    /// A file.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The command.
-    #[error(transparent)]
-    Command(#[from] CommandError),
-    /// A system call of our own.
-    #[error("{call}: {source}")]
-    System {
-        /// Which.
-        call: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-}
 
 /// What a status line shows.
 #[derive(Clone, PartialEq, Debug, serde::Serialize)]
@@ -123,44 +84,6 @@ pub type Tell<'a> = &'a mut dyn FnMut(&News);
 /// Name, ledgers and bytes of a page of one machine.
 type Counted = (String, Vec<LaneLedger>, u32);
 
-/// Everything of a running session.
-pub(super) struct Recording<'a> {
-    pub(super) plan: &'a Plan,
-    pub(super) guests: Option<Guests>,
-    pub(super) host: Host,
-    /// The host's other buffers.
-    pub(super) instances: Vec<Instance>,
-    /// Guests that could not be armed.
-    pub(super) left_out: Vec<(String, Trouble)>,
-    pub(super) calibration: Calibration,
-    pub(super) clocks: Vec<Clocks>,
-    watch: Option<Watch>,
-    /// What KVM told of all guests' vCPUs, once the recording is over.
-    pub(super) kvm: Result<Vec<Told>, KvmFault>,
-    limit: Limit,
-    meter: Meter,
-    /// The files ended it.
-    pub(super) ended: Option<Ended>,
-    /// The host's TSC before anything was traced.
-    pub(super) since: HostTsc,
-}
-
-/// The host's part: what an agent would have said of it.
-pub(super) struct Host {
-    pub(super) recorder: HostRecorder,
-    pub(super) metadata: Metadata,
-    pub(super) armed: Armed,
-    /// TSC around the switch.
-    pub(super) started: Option<(HostTsc, HostTsc)>,
-}
-
-/// One guest's clock, measured before and after.
-#[derive(Default, Debug)]
-pub(super) struct Clocks {
-    pub(super) start: Vec<Measurement>,
-    pub(super) end: Vec<Measurement>,
-}
-
 /// Records.
 pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary, RecordError> {
     Command::check(&plan.command)?;
@@ -185,105 +108,13 @@ fn record_with(
     outputs: Vec<Output>,
     tell: Tell<'_>,
 ) -> Result<Summary, RecordError> {
-    let calibration = Calibration::begin();
-    let host = Host::arm(&top_arm(plan))?;
-    let instances = instances::arm(plan)?;
-    let clocks = plan.guests.iter().map(|_| Clocks::default()).collect();
-    let (watch, kvm, since) = (None, Err(KvmFault::Unwatched), HostTsc(tsc::read()));
-    let (limit, meter, ended) = (Limit::new(plan.file_bytes_max, plan.guest_bytes_max), Meter::default(), None);
-    let (guests_now, left_out) = (guests.take(), Vec::new());
-    let mut recording = Recording {
-        plan,
-        guests: guests_now,
-        host,
-        instances,
-        left_out,
-        calibration,
-        clocks,
-        watch,
-        kvm,
-        since,
-        limit,
-        meter,
-        ended,
-    };
+    let mut recording = Recording::arm(plan, guests)?;
     let result = recording.go(signals, outputs, tell);
     *guests = recording.guests.take();
     result
 }
 
-/// What the host's top buffer records: where there are guests, what our own eBPF program says too.
-fn top_arm(plan: &Plan) -> Arm {
-    let mut arm = plan.host.arm.clone();
-    if !plan.guests.is_empty() && kvm::can_announce() {
-        arm.events.push(EventRequest { pattern: kvm::ANNOUNCED.into(), ..EventRequest::default() });
-    }
-    arm
-}
-
-impl Host {
-    pub(super) fn arm(arm: &Arm) -> Result<Self, RecordError> {
-        let recorder = HostRecorder::arm(arm).map_err(RecordError::Host)?;
-        let mut metadata = Metadata::default();
-        let mut added = Ok(());
-        let describe = recorder.describe(arm.kallsyms, &mut |piece| {
-            if added.is_ok() {
-                added = metadata.add(piece);
-            }
-        });
-        describe.map_err(RecordError::Host)?;
-        added?;
-        let armed = recorder.armed();
-        Ok(Self { recorder, metadata, armed, started: None })
-    }
-
-    /// Pages go to the file from now on.
-    pub(super) fn attach(&mut self, file: &MachineFile, priority: Option<u8>) -> Result<(), RecordError> {
-        let writer = &file.writer;
-        let file = writer.file().try_clone().map_err(|source| RecordError::System { call: "dup", source })?;
-        self.recorder.attach(file, writer.areas(), priority).map_err(RecordError::Host)
-    }
-
-    /// Switches tracing on.
-    pub(super) fn start(&mut self, marker: &str) -> Result<(), RecordError> {
-        self.started = Some(self.recorder.start(marker).map_err(RecordError::Host)?);
-        Ok(())
-    }
-
-    fn mark(&self, text: &str) -> Result<(), RecordError> {
-        if let Err(failure) = self.recorder.mark(text) {
-            log::warn!("{}: {}", failure.object, failure.detail);
-        }
-        Ok(())
-    }
-
-    /// Switches tracing off, takes what is left, and asks for what is known only now.
-    pub(super) fn stop(&mut self) -> Result<HostReport, RecordError> {
-        let report = self.recorder.stop().map_err(RecordError::Host)?;
-        let metadata = &mut self.metadata;
-        let mut added = Ok(());
-        let describe = self.recorder.describe_end(&mut |piece| {
-            if added.is_ok() {
-                added = metadata.add(piece);
-            }
-        });
-        // Without command lines a file is poorer, not useless.
-        if let Err(failure) = describe {
-            log::warn!("{}: {}", failure.object, failure.detail);
-        }
-        if let Err(fault) = added {
-            log::warn!("the host: {fault}");
-        }
-        Ok(report)
-    }
-}
-
 impl Recording<'_> {
-    /// The guests' parts.
-    pub(super) fn sessions(&self) -> impl Iterator<Item = &GuestSession> {
-        self.guests.iter().flat_map(|guests| &guests.sessions)
-    }
-
     fn go(&mut self, signals: &Signals, mut outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
         self.leave_out(&mut outputs, tell)?;
@@ -407,7 +238,7 @@ impl Recording<'_> {
 
     fn start(&mut self, files: &[MachineFile], signals: &Signals) -> Result<(), RecordError> {
         let marker = files::marker(self.plan, "start");
-        self.host.attach(&files[0], self.plan.rt)?;
+        self.host.attach(&files[0].writer, self.plan.rt)?;
         self.since = HostTsc(tsc::read());
         self.host.start(&marker)?;
         instances::start(&mut self.instances, &marker)?;
@@ -422,9 +253,10 @@ impl Recording<'_> {
     /// Writes a marker in every guest between two on the host: their order in the merged files can be checked.
     fn mark_around(&mut self, word: &str) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        self.host.mark(&files::marker(self.plan, &format!("{word} before guests")))?;
+        self.host.mark(&files::marker(self.plan, &format!("{word} before guests")));
         guests.mark(files::marker(self.plan, word))?;
-        self.host.mark(&files::marker(self.plan, &format!("{word} after guests")))
+        self.host.mark(&files::marker(self.plan, &format!("{word} after guests")));
+        Ok(())
     }
 
     /// Runs the command, or waits for Ctrl-C, the time-out, or the end of all guests.

@@ -10,7 +10,10 @@ use std::{collections::HashMap, io};
 
 use vtrace_common::time::HostTsc;
 
-use super::{files::MachineFile, host::HostReport, run::Host};
+use super::{
+    file::MachineFile,
+    host::{Host, HostReport},
+};
 use crate::{
     check::{
         host::{BOUNDARIES_MAX, Decoders, Did},
