@@ -5,15 +5,15 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args as ClapArgs, Parser, Subcommand, builder::RangedU64ValueParser};
 use vtrace_common::limits::{DEVICE_LANES_MAX, DEVICES_MAX, LANES_MAX};
 
-use super::control_args::{AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, ListArgs, StatusArgs, StopArgs};
+use super::control_args::{
+    AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, ListArgs, SESSION, StatusArgs, StopArgs,
+};
 use crate::{
     recorder::sink::SinkChoice,
+    server::DIRECTORY,
     setup::{ROOT, Transport, qemu},
     trace::{compressed::Compression, pack::Version},
 };
-
-/// Where server and clients meet when nobody says otherwise.
-pub const RUN_DIR: &str = "/run/vtrace";
 
 /// Host and guests in one trace.
 #[derive(Parser, Debug)]
@@ -67,7 +67,6 @@ const WHAT: &str = "What to record (each for the machine or instance before it)"
 const WHOSE: &str = "Whose events (each for the machine or instance before it)";
 const RINGS: &str = "Ring buffers (each for the machine or instance before it)";
 const MACHINES: &str = "Machines";
-pub(super) const SESSION: &str = "Session";
 const FILES: &str = "Files";
 const SAYS: &str = "What is said";
 
@@ -154,7 +153,7 @@ pub struct RecordArgs {
     #[command(flatten)]
     pub background: BackgroundArgs,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR, help_heading = SESSION)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY, help_heading = SESSION)]
     pub dir: PathBuf,
     /// Command to run while recording
     #[arg(value_name = "COMMAND", trailing_var_arg = true)]
@@ -291,7 +290,7 @@ pub struct ServerArgs {
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=DEVICE_LANES_MAX as u64))]
     pub lanes_per_device: Vec<usize>,
     /// Where the sockets are made
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
     /// Socket of the one guest, instead of DIR/GUEST.sock
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
@@ -352,7 +351,7 @@ pub struct SetupArgs {
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     pub root: PathBuf,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
 }
 

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, builder::RangedU64ValueParser};
 use vtrace_common::limits::LANES_MAX;
 
-use super::args::{RUN_DIR, SESSION};
+use crate::server::DIRECTORY;
+
+/// The heading of options about the whole recording.
+pub(super) const SESSION: &str = "Session";
 
 /// `vtrace attach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
@@ -31,7 +34,7 @@ pub struct AttachArgs {
     #[arg(long, value_name = "BUS")]
     pub bus: Vec<String>,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
 }
 
@@ -52,7 +55,7 @@ pub struct DetachArgs {
     #[arg(long)]
     pub force: bool,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
 }
 
@@ -74,7 +77,7 @@ pub struct ListArgs {
     #[arg(short, long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
     pub events: Option<String>,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
     /// As JSON
     #[arg(long)]
@@ -100,7 +103,7 @@ pub struct StopArgs {
     #[arg(value_name = "SESSION")]
     pub session: Option<String>,
     /// Where the server's sockets and the pid files are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
     /// The closing table as JSON
     #[arg(long)]
@@ -114,7 +117,7 @@ pub struct StatusArgs {
     #[arg(short, long)]
     pub watch: bool,
     /// Where the server's sockets and the pid files are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
     /// As JSON; with --watch a line every second
     #[arg(long)]
@@ -139,7 +142,7 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
     /// Where the server's sockets are
-    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
     /// As JSON
     #[arg(long)]
