@@ -17,6 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+pub use types::Malformed;
 use types::{Btf, Type};
 use vtrace_common::kvm::{ABSENT, Layout, SPAN_BYTES_MAX};
 
@@ -35,13 +36,8 @@ pub enum BtfError {
         source: io::Error,
     },
     /// A file is not BTF, or is cut.
-    #[error("BTF: {what} at {at} is out of place")]
-    Malformed {
-        /// What was being read.
-        what: &'static str,
-        /// Where in its section.
-        at: usize,
-    },
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
     /// The kernel has no such struct.
     #[error("this kernel's BTF has no struct {structure}")]
     NoStruct {

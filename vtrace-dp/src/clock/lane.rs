@@ -20,7 +20,7 @@ use vtrace_common::{
 
 use super::{
     math::HostRange,
-    table::{Certainty, Conversion, Vcpu, distance},
+    table::{Certainty, Conversion, Table, Vcpu, distance},
     trap,
 };
 use crate::trace::walk::Stamp;
@@ -68,8 +68,15 @@ struct Candidate {
 /// An event's guest time, and how it was written.
 pub type Stamped = (GuestTsc, Stamp);
 
+impl Table {
+    /// Goes through a lane, from its first page on. `None`: nothing is known of its vCPU.
+    pub fn lane(&self, cpu: Cpu) -> Option<Lane<'_>> {
+        self.vcpu(cpu).map(|vcpu| Lane::new(vcpu, self.since()))
+    }
+}
+
 impl<'a> Lane<'a> {
-    pub(super) fn new(vcpu: &'a Vcpu, since: HostTsc) -> Self {
+    fn new(vcpu: &'a Vcpu, since: HostTsc) -> Self {
         let place = Place { segment: 0, low: since };
         let (candidates, begins, ahead) = (Vec::new(), Vec::new(), HashMap::new());
         Self { vcpu, place, shown: since, candidates, begins, number: 0, ahead }

@@ -17,7 +17,6 @@ use vtrace_common::{
 };
 
 use super::Offset;
-pub use super::plan::{ClockPlan, plan};
 
 /// One question and its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -20,7 +20,6 @@ use vtrace_common::{
 };
 
 use super::{
-    lane::Lane,
     math::HostRange,
     ratio::Isa,
     segment::{History, Refusal, Runs, SEGMENTS_MAX, Seen, Segment},
@@ -176,7 +175,7 @@ impl Table {
         self.vcpu(cpu)?.runs.as_ref()
     }
 
-    fn vcpu(&self, cpu: Cpu) -> Option<&Vcpu> {
+    pub(super) fn vcpu(&self, cpu: Cpu) -> Option<&Vcpu> {
         self.vcpus.iter().find(|vcpu| vcpu.history.cpu() == cpu)
     }
 
@@ -201,11 +200,6 @@ impl Table {
             Some(HostRange { low: HostTsc(low.0.saturating_sub(before)), high: HostTsc(high.0.saturating_add(behind)) })
         });
         wanted.collect()
-    }
-
-    /// Goes through a lane, from its first page on. `None`: nothing is known of its vCPU.
-    pub fn lane(&self, cpu: Cpu) -> Option<Lane<'_>> {
-        self.vcpu(cpu).map(|vcpu| Lane::new(vcpu, self.since))
     }
 
     /// A single time, without the events around it: of the segments that have it, the one in which it is nearest to `near`

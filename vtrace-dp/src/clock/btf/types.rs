@@ -9,7 +9,15 @@
 //! Format: Documentation/bpf/btf.rst, include/uapi/linux/btf.h. Of the published parsers those under a licence like ours
 //! read no split BTF or hide the members.
 
-use super::BtfError;
+/// A file is not BTF, or is cut.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("BTF: {what} at {at} is out of place")]
+pub struct Malformed {
+    /// What was being read.
+    pub what: &'static str,
+    /// Where in its section.
+    pub at: usize,
+}
 
 const MAGIC: u16 = 0xeb9f;
 const TYPE_BYTES: usize = 12;
@@ -81,23 +89,23 @@ impl Type<'_> {
 
 impl<'a> Btf<'a> {
     /// # Errors
-    /// [`BtfError::Malformed`] when the header or a type does not fit its file.
-    pub(super) fn parse(bytes: &'a [u8], base: Option<&'a Btf<'a>>) -> Result<Self, BtfError> {
+    /// [`Malformed`] when the header or a type does not fit its file.
+    pub(super) fn parse(bytes: &'a [u8], base: Option<&'a Btf<'a>>) -> Result<Self, Malformed> {
         let magic = bytes.first_chunk::<2>().map(|two| u16::from_le_bytes(*two));
         if magic != Some(MAGIC) {
-            return Err(BtfError::Malformed { what: "magic", at: 0 });
+            return Err(Malformed { what: "magic", at: 0 });
         }
         let section = |offset_at: usize, what: &'static str| {
             let start = word(bytes, 4)?.checked_add(word(bytes, offset_at)?)?;
             let end = start.checked_add(word(bytes, offset_at + 4)?)?;
             bytes.get(start..end).ok_or(what).ok()
         };
-        let types = section(8, "types").ok_or(BtfError::Malformed { what: "type section", at: 8 })?;
-        let strings = section(16, "strings").ok_or(BtfError::Malformed { what: "string section", at: 16 })?;
+        let types = section(8, "types").ok_or(Malformed { what: "type section", at: 8 })?;
+        let strings = section(16, "strings").ok_or(Malformed { what: "string section", at: 16 })?;
         let first_id = base.map_or(Some(1), |base| base.first_id.checked_add(u32::try_from(base.starts.len()).ok()?));
         let first_string = base.map_or(Some(0), |base| u32::try_from(base.strings.len()).ok());
         let (Some(first_id), Some(first_string)) = (first_id, first_string) else {
-            return Err(BtfError::Malformed { what: "base", at: 0 });
+            return Err(Malformed { what: "base", at: 0 });
         };
         Ok(Self { base, types, strings, starts: starts(types)?, first_id, first_string })
     }
@@ -110,8 +118,8 @@ impl<'a> Btf<'a> {
     /// Byte offset of `path` ("a.b.c") in `outer`; `Ok(None)` when there is no such member.
     ///
     /// # Errors
-    /// [`BtfError::Malformed`] for a member that does not start at a byte or a type that cannot be followed.
-    pub(super) fn offset(&self, outer: Type<'a>, path: &str) -> Result<Option<u32>, BtfError> {
+    /// [`Malformed`] for a member that does not start at a byte or a type that cannot be followed.
+    pub(super) fn offset(&self, outer: Type<'a>, path: &str) -> Result<Option<u32>, Malformed> {
         let mut bits = 0_u32;
         let mut inside = Some(outer);
         for name in path.split('.') {
@@ -119,11 +127,11 @@ impl<'a> Btf<'a> {
             let Some((at, member)) = self.member(holder, name, &mut Looks { deep: 0, members: 0 })? else {
                 return Ok(None);
             };
-            bits = bits.checked_add(at).ok_or(BtfError::Malformed { what: "member offset", at: 0 })?;
+            bits = bits.checked_add(at).ok_or(Malformed { what: "member offset", at: 0 })?;
             inside = self.plain(member);
         }
         if !bits.is_multiple_of(8) {
-            return Err(BtfError::Malformed { what: "member that starts inside a byte", at: 0 });
+            return Err(Malformed { what: "member that starts inside a byte", at: 0 });
         }
         Ok(Some(bits / 8))
     }
@@ -143,7 +151,7 @@ impl<'a> Btf<'a> {
     }
 
     /// Bit offset and type of a member, looked for in anonymous members too.
-    fn member(&self, holder: Type<'a>, name: &str, looks: &mut Looks) -> Result<Option<(u32, u32)>, BtfError> {
+    fn member(&self, holder: Type<'a>, name: &str, looks: &mut Looks) -> Result<Option<(u32, u32)>, Malformed> {
         if looks.deep > DEPTH_MAX || !matches!(holder.kind(), kind::STRUCT | kind::UNION) {
             return Ok(None);
         }
@@ -151,12 +159,12 @@ impl<'a> Btf<'a> {
         for index in 0..holder.count() {
             let at = |shift| word32(holder.rest, index * TYPE_BYTES + shift);
             let (Some(member_name), Some(member), Some(offset)) = (at(0), at(4), at(8)) else {
-                return Err(BtfError::Malformed { what: "member", at: index });
+                return Err(Malformed { what: "member", at: index });
             };
             let bits = if has_bit_fields { offset & 0x00ff_ffff } else { offset };
             looks.members += 1;
             if looks.members > MEMBERS_MAX {
-                return Err(BtfError::Malformed { what: "structure without end", at: index });
+                return Err(Malformed { what: "structure without end", at: index });
             }
             if self.says(member_name, name) {
                 return Ok(Some((bits, member)));
@@ -169,7 +177,7 @@ impl<'a> Btf<'a> {
             let found = self.member(inside, name, looks)?;
             looks.deep -= 1;
             if let Some((inner, found)) = found {
-                let bits = bits.checked_add(inner).ok_or(BtfError::Malformed { what: "member offset", at: index })?;
+                let bits = bits.checked_add(inner).ok_or(Malformed { what: "member offset", at: index })?;
                 return Ok(Some((bits, found)));
             }
         }
@@ -220,11 +228,11 @@ impl<'a> Btf<'a> {
 }
 
 /// Where each type starts.
-fn starts(types: &[u8]) -> Result<Vec<u32>, BtfError> {
+fn starts(types: &[u8]) -> Result<Vec<u32>, Malformed> {
     let mut starts = Vec::with_capacity(types.len() / 20);
     let mut at = 0;
     while at < types.len() {
-        let malformed = BtfError::Malformed { what: "type", at };
+        let malformed = Malformed { what: "type", at };
         let Some(info) = word32(types, at + 4) else { return Err(malformed) };
         let head = Type { name: 0, info, word: 0, rest: &[] };
         let per_item = match head.kind() {
@@ -240,7 +248,7 @@ fn starts(types: &[u8]) -> Result<Vec<u32>, BtfError> {
         starts.push(start);
         at += TYPE_BYTES + items * bytes;
     }
-    if at == types.len() { Ok(starts) } else { Err(BtfError::Malformed { what: "last type", at }) }
+    if at == types.len() { Ok(starts) } else { Err(Malformed { what: "last type", at }) }
 }
 
 fn word32(bytes: &[u8], at: usize) -> Option<u32> {
