@@ -31,10 +31,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
-use super::{
-    lane::{Counts, End, Pages, add, count},
-    pump::Road,
-};
+use super::lane::{Counts, End, Pages, Road, add, count};
 use crate::sys::{
     SysError,
     splice::{read, read_pieces, write_at},

@@ -37,6 +37,22 @@ pub enum End {
     File(SysError),
 }
 
+/// How pages go from taps to the file, for all lanes.
+pub(super) trait Road {
+    /// Takes no more pages.
+    fn has_ended(&self, at: usize) -> bool;
+    /// Moves full pages of a lane whose tap can be read; whether there were any.
+    fn take(&mut self, at: usize, tap: BorrowedFd<'_>) -> bool;
+    /// Moves everything that is left, the partly filled page too. Tracing is off.
+    fn take_rest(&mut self, at: usize, tap: BorrowedFd<'_>);
+    /// Whether pages wait here for more to come.
+    fn holds_pages(&self) -> bool;
+    /// Sends them on.
+    fn flush(&mut self);
+    /// Why a lane takes no more.
+    fn end(&self, at: usize) -> Option<End>;
+}
+
 /// What a lane has done; others may look while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Counts {

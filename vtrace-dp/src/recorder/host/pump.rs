@@ -33,7 +33,7 @@ use vtrace_common::{ids::Cpu, wire::client::Area};
 
 use super::{
     direct::{BLOCK_BYTES, Direct, Fate, Files, SPARE_BLOCKS, Writer, all_free},
-    lane::{Counts, End, Lane, Pages},
+    lane::{Counts, End, Lane, Pages, Road},
 };
 use crate::{
     sys::{
@@ -175,22 +175,6 @@ impl Drop for Pump {
             }
         }
     }
-}
-
-/// How pages go from taps to the file, for all lanes.
-pub(super) trait Road {
-    /// Takes no more pages.
-    fn has_ended(&self, at: usize) -> bool;
-    /// Moves full pages of a lane whose tap can be read; whether there were any.
-    fn take(&mut self, at: usize, tap: BorrowedFd<'_>) -> bool;
-    /// Moves everything that is left, the partly filled page too. Tracing is off.
-    fn take_rest(&mut self, at: usize, tap: BorrowedFd<'_>);
-    /// Whether pages wait here for more to come.
-    fn holds_pages(&self) -> bool;
-    /// Sends them on.
-    fn flush(&mut self);
-    /// Why a lane takes no more.
-    fn end(&self, at: usize) -> Option<End>;
 }
 
 impl Run {
