@@ -2,22 +2,18 @@
 //!
 //! In:    what each device's thread has to tell
 //! Out:   which lanes have a port, why others have none; the further devices' part of what `List` shows
-//! Runs:  [`Devices`] is shared by the guest's device threads and all client threads; [`Further`] on its device's thread
+//! Runs:  [`Devices`] is shared by the guest's device threads and all client threads
 //! Full:  nothing waits here
 //! Trust: VMMs with their own guest only: the devices of a guest belong to one process, and while one is connected to any
 //!        of them, another is turned away from the rest. Processes of another pid namespace cannot be told apart.
 
 use std::{
     io,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::unix::net::UnixStream,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
 };
 
 use vtrace_common::{
@@ -29,13 +25,12 @@ use vtrace_common::{
 };
 
 use super::{
-    drains::{Drains, Station},
-    guest::GuestSlot,
+    drains::{Drains, Portless, Station},
     outbox::Bell,
 };
 use crate::{
     device::{
-        AgentEvent, ControlPort, Foreign, Owner, Turn,
+        Foreign,
         place::{LANE_PORT_PREFIX, Place},
     },
     sys::socket::{Peer, has_hung_up},
@@ -50,23 +45,6 @@ pub(super) struct DeviceParts {
     pub(super) drain: Arc<dyn Station>,
 }
 
-/// Why a CPU has no port.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub(super) enum Portless {
-    #[error("its guest has {devices} devices, of {lanes} CPUs each")]
-    NoDevice { devices: usize, lanes: usize },
-    #[error("no virtual machine is connected to {0}, the socket of its device")]
-    NotConnected(String),
-    #[error("the device at {socket} is not ready: {state:?}")]
-    NotReady { socket: String, state: DriverState },
-    #[error("the device at {socket} has {ports} ports")]
-    Few { socket: String, ports: usize },
-    #[error("its guest was set up for {0} CPUs")]
-    NotSetUp(usize),
-    #[error("no virtual machine is connected to {0}, the socket of its port")]
-    NoStream(String),
-}
-
 /// All devices of a guest.
 #[derive(Debug)]
 pub(super) struct Devices {
@@ -75,10 +53,10 @@ pub(super) struct Devices {
     pub(super) drains: Drains,
     states: Mutex<Vec<State>>,
     /// A further device has lost its VMM, and the guest's holder has not been told.
-    gone: AtomicBool,
-    ended: AtomicBool,
+    pub(super) gone: AtomicBool,
+    pub(super) ended: AtomicBool,
     /// Wakes the threads of the further devices.
-    end: Bell,
+    pub(super) end: Bell,
 }
 
 #[derive(Debug)]
@@ -210,58 +188,6 @@ impl Devices {
 
     fn lock(&self) -> MutexGuard<'_, Vec<State>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A device behind the first, as its own thread sees it: it has lanes and no agent.
-#[derive(Debug)]
-pub(super) struct Further {
-    slot: Arc<GuestSlot>,
-    device: usize,
-}
-
-impl Further {
-    pub(super) fn new(slot: Arc<GuestSlot>, device: usize) -> Self {
-        Self { slot, device }
-    }
-}
-
-impl Owner for Further {
-    fn wake(&self) -> BorrowedFd<'_> {
-        self.slot.devices.end.as_fd()
-    }
-
-    fn turn(&mut self, _port: &mut ControlPort) -> Turn {
-        if self.slot.devices.ended.load(Ordering::Acquire) { Turn::Stop } else { Turn::Continue }
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        None
-    }
-
-    fn has_room(&mut self) -> bool {
-        true
-    }
-
-    fn admit(&mut self, peer: Peer, socket: &UnixStream) -> Result<(), Foreign> {
-        self.slot.devices.admit(self.device, peer, socket)
-    }
-
-    fn vmm(&mut self, peer: Option<Peer>) {
-        if peer.is_none() {
-            self.slot.devices.left(self.device);
-            self.slot.devices.gone.store(true, Ordering::Release);
-            self.slot.bell.ring();
-        }
-    }
-
-    fn driver(&mut self, state: DriverState, ports: usize) {
-        log::info!("{}: device {}: driver {state:?}, {ports} ports", self.slot.name, self.device + 1);
-        self.slot.devices.driver(self.device, state, ports);
-    }
-
-    fn agent(&mut self, _event: AgentEvent, _port: &mut ControlPort) {
-        // Its port 0 is never open.
     }
 }
 

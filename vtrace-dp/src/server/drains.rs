@@ -16,11 +16,27 @@ use std::{
 
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, DriverState, LaneEnd, LaneLedger},
 };
 
-use super::devices::Portless;
 use crate::drain::Drain;
+
+/// Why a CPU has no port.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub(super) enum Portless {
+    #[error("its guest has {devices} devices, of {lanes} CPUs each")]
+    NoDevice { devices: usize, lanes: usize },
+    #[error("no virtual machine is connected to {0}, the socket of its device")]
+    NotConnected(String),
+    #[error("the device at {socket} is not ready: {state:?}")]
+    NotReady { socket: String, state: DriverState },
+    #[error("the device at {socket} has {ports} ports")]
+    Few { socket: String, ports: usize },
+    #[error("its guest was set up for {0} CPUs")]
+    NotSetUp(usize),
+    #[error("no virtual machine is connected to {0}, the socket of its port")]
+    NoStream(String),
+}
 
 /// What is called with the ledgers when all lanes are closed.
 pub(super) type Done = Box<dyn FnOnce(Vec<LaneLedger>) + Send>;

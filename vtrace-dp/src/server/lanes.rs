@@ -18,7 +18,7 @@ use vtrace_common::{
     wire::client::Lanes,
 };
 
-use super::devices::Portless;
+use super::drains::Portless;
 use crate::sys::direct::is_direct;
 
 /// Why pages cannot go there.

@@ -15,6 +15,7 @@ mod client;
 pub mod confine;
 mod devices;
 mod drains;
+mod further;
 mod guest;
 mod lanes;
 pub mod link;
@@ -55,8 +56,9 @@ use self::{
     activation::{ActivationFault, Passed},
     client::{Client, Registry, frame},
     confine::{Confinement, ConfinementFault, Opens},
-    devices::{DeviceParts, Further},
+    devices::DeviceParts,
     drains::Station,
+    further::Further,
     guest::{Command, Guest},
     outbox::Bell,
     sockets::{Access, Bound},

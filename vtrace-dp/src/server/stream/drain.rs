@@ -28,29 +28,13 @@ use vtrace_common::{
 
 use super::{
     lane::Lane,
-    port::{Peers, Port},
+    port::{LanePort, Peers},
     worker::{Attachment, Command, Worker},
 };
 use crate::{
     drain::{check, handle::Handle, ledger::Counters},
-    server::{
-        devices::Portless,
-        drains::{Done, Station},
-    },
+    server::drains::{Done, Portless, Station},
 };
-
-/// A lane's port before anything has come over it.
-#[derive(Debug)]
-pub(super) struct LanePort {
-    /// Whose.
-    pub(super) cpu: Cpu,
-    /// Its way.
-    pub(super) port: Port,
-    /// What to call it.
-    pub(super) path: String,
-    /// Something is connected, or nobody can tell.
-    pub(super) is_there: Arc<AtomicBool>,
-}
 
 /// Handle of the worker. When it is dropped the lanes are closed and the thread ends.
 #[derive(Debug)]

@@ -37,8 +37,8 @@ use vtrace_common::{ids::Cpu, limits::DEVICE_LANES_MAX};
 
 use self::{
     control::Control,
-    drain::{LanePort, StreamDrain},
-    port::{Peers, Port},
+    drain::StreamDrain,
+    port::{LanePort, Peers, Port},
 };
 use super::{
     GuestConfig, Sockets, device_name,

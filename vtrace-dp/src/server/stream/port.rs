@@ -18,10 +18,11 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
 use nix::fcntl::{FcntlArg, fcntl};
+use vtrace_common::ids::Cpu;
 
 use crate::sys::socket::Peer;
 
@@ -40,6 +41,19 @@ pub(super) enum Port {
         /// From the guest.
         from_guest: PathBuf,
     },
+}
+
+/// A lane's port before anything has come over it.
+#[derive(Debug)]
+pub(super) struct LanePort {
+    /// Whose.
+    pub(super) cpu: Cpu,
+    /// Its way.
+    pub(super) port: Port,
+    /// What to call it.
+    pub(super) path: String,
+    /// Something is connected, or nobody can tell.
+    pub(super) is_there: Arc<AtomicBool>,
 }
 
 /// The process that has the ports of a guest. Clones are the same.

@@ -23,7 +23,7 @@ use vtrace_common::{
 };
 
 use super::*;
-use crate::server::{GuestSocket, Server, ServerConfig, devices::Portless};
+use crate::server::{GuestSocket, Server, ServerConfig, drains::Portless};
 
 const PAGE: usize = 4096;
 

@@ -26,9 +26,8 @@ use vtrace_common::{
 };
 
 use super::{
-    drain::LanePort,
     lane::Lane,
-    port::{Peers, Port, accept, open_reader},
+    port::{LanePort, Peers, Port, accept, open_reader},
     source::{Source, Target, Turn},
 };
 use crate::{
