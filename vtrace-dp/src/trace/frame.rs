@@ -10,20 +10,74 @@
 //! the same bytes with the right places ─► pointer ─► areas say *finished*. From the second step on the options can be
 //! read back from where they are, before it from [`super::early`].
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
-use vtrace_common::limits::CMDLINES_BYTES_MAX;
+use vtrace_common::{ids::Cpu, limits::CMDLINES_BYTES_MAX};
 
 use super::{
     areas::{Areas, LaneArea, State},
     collapse::{COPY_BYTES_MAX, Collapse, STEP_BYTES, Way},
     early::{self, RawOption},
     format,
-    layout::{NOTES_BYTES_MAX, OPTION_HEADER_BYTES, OPTIONS_BYTES_MAX, OPTIONS_POINTER_AT, SECTION_HEADER_BYTES, id},
-    option::{self, TraceOption},
+    layout::{
+        AREA_BYTES_MIN, NOTES_BYTES_MAX, OPTION_HEADER_BYTES, OPTIONS_BYTES_MAX, OPTIONS_POINTER_AT,
+        SECTION_HEADER_BYTES, id,
+    },
+    option::{self, OptionFault, TraceOption},
     section::{self, SectionHeader, bytes_of},
-    writer::WriteFault,
 };
+
+/// Why a file cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteFault {
+    /// Not a page size of ftrace.
+    #[error("a page of {0} bytes")]
+    PageSize(u32),
+    /// More lanes than a machine has CPUs, or the same twice.
+    #[error("too many lanes, or one twice")]
+    Lanes,
+    /// A lane that was not reserved, or more in it than was.
+    #[error("{cpu} holds {bytes} bytes that its area does not")]
+    Filled {
+        /// Which lane.
+        cpu: Cpu,
+        /// What it is said to hold.
+        bytes: u64,
+    },
+    /// A text is too long.
+    #[error("{what} of {bytes} bytes, more than {bytes_max}")]
+    TooLong {
+        /// Which.
+        what: &'static str,
+        /// How long.
+        bytes: usize,
+        /// How long it may be.
+        bytes_max: usize,
+    },
+    /// An option that no file can hold.
+    #[error("cannot write an option")]
+    Option(#[from] OptionFault),
+    /// The file system (or a limit of this process) does not allow files large enough.
+    #[error("no room for areas of {AREA_BYTES_MIN} bytes")]
+    NoRoom(#[source] io::Error),
+    /// Reading, writing or moving failed.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl From<WriteFault> for io::Error {
+    fn from(fault: WriteFault) -> Self {
+        match &fault {
+            WriteFault::Io { source, .. } | WriteFault::NoRoom(source) => Self::new(source.kind(), fault),
+            _ => Self::new(io::ErrorKind::InvalidInput, fault),
+        }
+    }
+}
 
 /// Ids and offsets of the sections that are written once.
 pub(super) type Sections = Vec<(u16, u64)>;

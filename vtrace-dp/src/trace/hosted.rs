@@ -21,8 +21,8 @@ use super::{
     areas::{Areas, Extent, LaneArea},
     collapse::punch,
     doubt::{Doubt, FILE_DOUBTS_MAX},
+    frame::WriteFault,
     rewrite::{RewriteFault, Rewritten, rewrite, room_bytes},
-    writer::WriteFault,
 };
 use crate::clock::table::Table;
 

@@ -17,7 +17,7 @@ use vtrace_common::{
     wire::client::Area,
 };
 
-pub use super::frame::Finished;
+pub use super::frame::{Finished, WriteFault};
 use super::{
     areas::{Areas, Extent, LaneArea, State},
     collapse::{punch, reserve},
@@ -35,58 +35,6 @@ use super::{
     segments::{Segments, Shown},
 };
 use crate::clock::table::Table;
-
-/// Why a file cannot be written.
-#[derive(Debug, thiserror::Error)]
-pub enum WriteFault {
-    /// Not a page size of ftrace.
-    #[error("a page of {0} bytes")]
-    PageSize(u32),
-    /// More lanes than a machine has CPUs, or the same twice.
-    #[error("too many lanes, or one twice")]
-    Lanes,
-    /// A lane that was not reserved, or more in it than was.
-    #[error("{cpu} holds {bytes} bytes that its area does not")]
-    Filled {
-        /// Which lane.
-        cpu: Cpu,
-        /// What it is said to hold.
-        bytes: u64,
-    },
-    /// A text is too long.
-    #[error("{what} of {bytes} bytes, more than {bytes_max}")]
-    TooLong {
-        /// Which.
-        what: &'static str,
-        /// How long.
-        bytes: usize,
-        /// How long it may be.
-        bytes_max: usize,
-    },
-    /// An option that no file can hold.
-    #[error("cannot write an option")]
-    Option(#[from] OptionFault),
-    /// The file system (or a limit of this process) does not allow files large enough.
-    #[error("no room for areas of {AREA_BYTES_MIN} bytes")]
-    NoRoom(#[source] io::Error),
-    /// Reading, writing or moving failed.
-    #[error("cannot {action}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-}
-
-impl From<WriteFault> for io::Error {
-    fn from(fault: WriteFault) -> Self {
-        match &fault {
-            WriteFault::Io { source, .. } | WriteFault::NoRoom(source) => Self::new(source.kind(), fault),
-            _ => Self::new(io::ErrorKind::InvalidInput, fault),
-        }
-    }
-}
 
 /// What bounds the lanes of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
