@@ -165,7 +165,8 @@ fn failure() -> Failure {
 fn answers() -> Vec<FromAgent> {
     let piece =
         Piece { part: Part::EventFormat, name: "sched".into(), bytes: b"name: x\nID: 1\n".to_vec(), last: true };
-    let armed = Armed { lanes: vec![Cpu(0)], page_bytes: 4096, clock: "local [x86-tsc]".into(), events: 30 };
+    let armed =
+        Armed { lanes: vec![Cpu(0)], spare: vec![], page_bytes: 4096, clock: "local [x86-tsc]".into(), events: 30 };
     let (before, after) = (GuestTsc(5), GuestTsc(6));
     let lane = LaneReport { cpu: Cpu(0), pages_tapped: 9, pages_sent: 9, bytes_sent: 9 << 12, ..LaneReport::default() };
     vec![

@@ -183,8 +183,10 @@ pub struct Piece {
 /// A session is armed.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Armed {
-    /// Lanes that will carry pages.
+    /// Lanes that will carry pages, each CPU once.
     pub lanes: Vec<Cpu>,
+    /// Of those: CPUs that are offline and have a port. Should one come online, its lane carries pages from then on.
+    pub spare: Vec<Cpu>,
     /// Bytes of one page.
     pub page_bytes: u32,
     /// Contents of trace_clock, the chosen one in brackets.
@@ -217,8 +219,8 @@ pub struct Echo {
     pub sent: GuestTsc,
 }
 
-/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`. Of a CPU that was not armed, because it came
-/// online later: its events, by `stats_after` alone, are in nobody's pages.
+/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`. Of a CPU that came online later and was not
+/// armed, or of whose lane nothing was tapped: its events, by `stats_after` alone, are in nobody's pages.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LaneReport {
     /// Which lane.
@@ -237,6 +239,8 @@ pub struct LaneReport {
     pub stats_after: String,
     /// Why a lane ended early, empty if it did not.
     pub trouble: String,
+    /// The APIC id that its CPU was given at its start; none where there is none, or it never was online.
+    pub apic: Option<u32>,
 }
 
 /// Which rule a request broke.
@@ -323,6 +327,7 @@ impl Message for FromAgent {
             Self::Offer(piece) => bounded(piece.bytes.len(), PIECE_BYTES_MAX),
             Self::Armed(armed) => {
                 bounded(armed.lanes.len(), LANES_MAX)?;
+                bounded(armed.spare.len(), LANES_MAX)?;
                 text(&armed.clock)
             }
             Self::Output(output) => bounded(output.bytes.len(), OUTPUT_BYTES_MAX),

@@ -88,6 +88,7 @@ enum Greeting {
 const PORT: u64 = 0;
 const QUIT: u64 = 1;
 const PUMP: u64 = 2;
+const NEWS: u64 = 3;
 /// The first of what the commands are waited for: [`STREAMS`] of each.
 const COMMANDS: u64 = 16;
 
@@ -196,6 +197,9 @@ impl<'a> Control<'a> {
         }
         if result.is_ok() && happened(PUMP) {
             result = self.pump_has_ended();
+        }
+        if happened(NEWS) {
+            self.look();
         }
         if result.is_ok() && self.work.is_some() {
             result = self.watch_silence();
@@ -328,7 +332,10 @@ impl<'a> Control<'a> {
         let work = Work::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
         let done = work.done().expect("it has just been started");
         let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
-        watched.map_err(|errno| Failure::new(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+        watched.map_err(unwatched)?;
+        if let Some(news) = work.news() {
+            self.epoll.add(news, EpollEvent::new(EpollFlags::EPOLLIN, NEWS)).map_err(unwatched)?;
+        }
         log::info!("session {:#x} is armed", arm.session);
         self.work = Some(work);
         self.state = self.state.after(Outcome::Armed);
@@ -352,10 +359,18 @@ impl<'a> Control<'a> {
                 let Some(fd) = command.fd(stream) else { continue };
                 let tag = COMMANDS + u64::try_from(STREAMS.len() * index + place).expect("few commands");
                 let watched = self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, tag));
-                watched.map_err(|errno| Failure::new(FailureKind::Kernel, "epoll_ctl", errno.desc()))?;
+                watched.map_err(unwatched)?;
             }
         }
         Ok(())
+    }
+
+    /// CPUs may have come online.
+    fn look(&mut self) {
+        self.unpin(); // a thread that is started now runs where this one may
+        if let Some(work) = &mut self.work {
+            work.look();
+        }
     }
 
     /// Passes on what a command has written, or how it ended. An output leaves the epoll set when it is closed.
@@ -403,8 +418,9 @@ impl<'a> Control<'a> {
     }
 
     fn drain(&mut self) -> Result<(), Refused> {
-        self.armed().commands.iter().for_each(Running::stop);
-        self.armed().drain();
+        let work = self.work.as_mut().expect("State::on allows this only while a session exists");
+        work.commands.iter().for_each(Running::stop);
+        work.drain();
         self.state = self.state.after(Outcome::Draining);
         match self.armed().done() {
             Some(_) => Ok(()), // the report follows when the pump has ended
@@ -520,6 +536,10 @@ impl<'a> Control<'a> {
             log::warn!("the control thread stays where it was pinned: {errno}");
         }
     }
+}
+
+fn unwatched(errno: Errno) -> Failure {
+    Failure::new(FailureKind::Kernel, "epoll_ctl", errno.desc())
 }
 
 #[cfg(test)]

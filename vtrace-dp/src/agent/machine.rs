@@ -17,8 +17,13 @@ use crate::tracefs::online_cpus;
 pub(super) fn describe(lanes: Vec<Cpu>) -> Machine {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let cpus = online_cpus().unwrap_or_default();
-    let apics = apics(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
+    let apics = apics_now();
     Machine { uname: uname(), boot_id: boot_id.trim_end().into(), cpus, lanes, apics }
+}
+
+/// The APIC id of each CPU that is online; see [`apics`].
+pub(super) fn apics_now() -> Vec<(Cpu, u32)> {
+    apics(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
 
 /// The APIC id of each CPU in /proc/cpuinfo: what CPUID says, which is what the VMM chose; the kernel may have given it

@@ -9,6 +9,7 @@
 //! | [`policy`] | what the guest's owner allows |
 //! | [`place`] | which CPUs the agent runs on |
 //! | [`work`] | what a session owns |
+//! | [`spare`] | lanes of CPUs that come online meanwhile |
 //! | [`command`] | what the host wants run |
 //! | [`pump`] | threads that wait for lanes, io_uring |
 //! | [`road`] | one lane: tap ─► pipe ─► port, splice(2) |
@@ -34,6 +35,7 @@ mod port;
 mod pump;
 mod road;
 mod session;
+mod spare;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod work;
@@ -53,17 +55,17 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
     },
 };
-use vtrace_common::ids::Cpu;
+use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 
 use crate::{
     sys::{SysError, limit::allow_descriptors},
-    tracefs::{Tracefs, online_cpus},
+    tracefs::{Tracefs, online_cpus, possible_cpus},
 };
 use control::{Control, End, Options};
 use place::Place;
 pub use place::PlaceFault;
 use policy::Policy;
-use port::{Found, Ports, Uevents};
+use port::{Found, Kind, Ports, Uevents};
 
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
@@ -149,7 +151,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let place = Place::take(config.cpus.as_deref())?;
     let quit = signals()?;
     let news = Uevents::listen()?;
-    let cpus = online_cpus().map_or(0, |cpus| u64::try_from(cpus.len()).unwrap_or(u64::MAX));
+    let cpus = possible_cpus().map_or(0, |cpus| u64::try_from(cpus.len().min(LANES_MAX)).unwrap_or(u64::MAX));
     if let Err(error) = allow_descriptors(cpus.saturating_mul(LANE_DESCRIPTORS).saturating_add(OTHER_DESCRIPTORS)) {
         log::warn!("{cpus} CPUs may be too many: {error}");
     }
@@ -230,7 +232,7 @@ fn await_lanes(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<bool, S
 /// Sleeps until something has happened to a virtio port, or until then. False when asked to quit.
 fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result<bool, SysError> {
     loop {
-        if news.take() {
+        if news.take(Kind::Port) {
             return Ok(true);
         }
         let timeout = until.map_or(PollTimeout::NONE, |until| {

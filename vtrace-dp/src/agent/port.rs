@@ -146,6 +146,11 @@ impl Lanes<'_> {
         self.found.keys().copied().collect()
     }
 
+    /// Whether the data port of `cpu` is there and can be used; `without_indirect` as for [`Lanes::open`].
+    pub(super) fn is_usable(&self, cpu: Cpu, without_indirect: bool) -> bool {
+        self.found.get(&cpu).is_some_and(|found| without_indirect || self.ports.has_indirect(found))
+    }
+
     /// Opens the data port of `cpu` for splices that block.
     ///
     /// # Errors
@@ -161,6 +166,25 @@ impl Lanes<'_> {
             return Err(Failure::new(FailureKind::NoIndirect, &name, detail));
         }
         self.ports.open(found, 0).map_err(|error| Failure::new(FailureKind::Kernel, &name, &error.to_string()))
+    }
+}
+
+/// What news are about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    /// A virtio port came, got its name, or went.
+    Port,
+    /// A CPU came or went, or is online or offline now.
+    Cpu,
+}
+
+impl Kind {
+    /// Stands in every message about it.
+    fn word(self) -> &'static [u8] {
+        match self {
+            Self::Port => b"virtio-ports",
+            Self::Cpu => b"/devices/system/cpu/cpu",
+        }
     }
 }
 
@@ -183,13 +207,14 @@ impl Uevents {
         Ok(Self { socket })
     }
 
-    /// Takes the news that have come; true when a virtio port was among them.
-    pub(super) fn take(&self) -> bool {
+    /// Takes the news that have come; true when something of this kind was among them.
+    pub(super) fn take(&self, kind: Kind) -> bool {
+        let word = kind.word();
         let mut ours = false;
         let mut message = [0; 8192];
         loop {
             match recv(std::os::fd::AsRawFd::as_raw_fd(&self.socket), &mut message, MsgFlags::empty()) {
-                Ok(count) => ours |= message[..count].windows(12).any(|window| window == b"virtio-ports"),
+                Ok(count) => ours |= message[..count].windows(word.len()).any(|window| window == word),
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOBUFS) => ours = true,
                 Err(_) => return ours,
@@ -287,6 +312,6 @@ pub(super) mod tests {
         let news = Uevents::listen().unwrap();
         // "change" makes the kernel say so about this device.
         fs::write("/sys/devices/virtual/mem/null/uevent", "change").unwrap();
-        assert!(!news.take());
+        assert!(!news.take(Kind::Port) && !news.take(Kind::Cpu));
     }
 }

@@ -9,9 +9,9 @@
 use std::{
     collections::VecDeque,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         mpsc::{Receiver, Sender, channel},
     },
     thread::JoinHandle,
@@ -92,18 +92,32 @@ enum Order {
     Abandon,
 }
 
+/// What a thread is told.
+#[derive(Debug)]
+enum Word {
+    Order(Order),
+    /// One more lane. None comes behind an order.
+    Join(Box<Road>),
+}
+
 /// A running pump. Dropping it abandons what is on its way.
 #[derive(Debug)]
 pub(super) struct Pump {
     threads: Vec<Worker>,
     done: Arc<EventFd>,
+    /// Of the threads, while one of them runs.
+    last: Weak<Done>,
+    page_bytes: u32,
+    tee: Option<PathBuf>,
 }
 
 /// One of its threads.
 #[derive(Debug)]
 struct Worker {
-    orders: Sender<Order>,
+    words: Sender<Word>,
     bell: Arc<EventFd>,
+    /// How many it has.
+    lanes: usize,
     thread: JoinHandle<Vec<LaneEnd>>,
 }
 
@@ -115,7 +129,8 @@ impl Pump {
         let last = Arc::new(Done(Arc::clone(&done)));
         let roads = lanes.into_iter().map(|(tap, port)| Road::new(tap, port, page_bytes, tee));
         let mut roads: VecDeque<Road> = roads.collect::<Result<_, _>>()?;
-        let mut pump = Self { threads: Vec::new(), done };
+        let (threads, tee) = (Vec::new(), tee.map(Path::to_path_buf));
+        let mut pump = Self { threads, done, last: Arc::downgrade(&last), page_bytes, tee };
         // Neighbours stay together: they share caches, and memory is near.
         let share = share(roads.len());
         loop {
@@ -125,6 +140,21 @@ impl Pump {
                 return Ok(pump);
             }
         }
+    }
+
+    /// Moves the pages of one more tap, until the order to drain is given: by the thread with the fewest lanes, or by
+    /// one of its own where all have many.
+    pub(super) fn join_lane(&mut self, (tap, port): (Tap, OwnedFd)) -> Result<(), PumpError> {
+        let road = Road::new(tap, port, self.page_bytes, self.tee.as_deref())?;
+        let threads = self.threads.len();
+        let few = self.threads.iter_mut().min_by_key(|worker| worker.lanes).expect("a pump has a thread");
+        if few.lanes < LANES_A_THREAD || threads >= THREADS_MAX {
+            few.lanes += 1;
+            return few.say(Word::Join(Box::new(road))).ok_or_else(ended);
+        }
+        let last = self.last.upgrade().ok_or_else(ended)?;
+        self.threads.push(Worker::start(vec![road], self.page_bytes, last)?);
+        Ok(())
     }
 
     /// Readable once the pump has ended, by an order or in trouble.
@@ -147,10 +177,8 @@ impl Pump {
 
     fn order(&self, order: Order) {
         for worker in &self.threads {
-            // A thread that has ended listens no more, and has nothing left to do.
-            if worker.orders.send(order).is_ok() {
-                worker.bell.write(1).expect("a bell of few rings has room");
-            }
+            // A thread that has ended has nothing left to do.
+            let _ = worker.say(Word::Order(order));
         }
     }
 }
@@ -174,13 +202,14 @@ impl Drop for Pump {
 impl Worker {
     fn start(roads: Vec<Road>, page_bytes: u32, last: Arc<Done>) -> Result<Self, PumpError> {
         let bell = Arc::new(signal()?);
-        let (orders, inbox) = channel();
-        let ring = Ring::new(2 * roads.len() + 4).map_err(PumpError::of("io_uring"))?;
+        let (words, inbox) = channel();
+        let lanes = roads.len();
+        let ring = Ring::new(2 * lanes + 4).map_err(PumpError::of("io_uring"))?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(PumpError::of("timerfd"))?;
         let work = Work {
             ring,
-            turns: VecDeque::with_capacity(roads.len()),
+            turns: VecDeque::with_capacity(lanes),
             roads,
             bell: Arc::clone(&bell),
             inbox,
@@ -194,8 +223,19 @@ impl Worker {
             let _last = last;
             work.run()
         });
-        Ok(Self { orders, bell, thread: thread.map_err(PumpError::of("thread"))? })
+        Ok(Self { words, bell, lanes, thread: thread.map_err(PumpError::of("thread"))? })
     }
+
+    /// Tells it; none if it has ended and listens no more.
+    fn say(&self, word: Word) -> Option<()> {
+        self.words.send(word).ok()?;
+        self.bell.write(1).expect("a bell of few rings has room");
+        Some(())
+    }
+}
+
+fn ended() -> PumpError {
+    PumpError::of("the pump has ended")(Errno::ESRCH)
 }
 
 /// Lanes of each thread, of so many.
@@ -249,7 +289,7 @@ struct Work {
     /// Lanes that may have more pages, in order.
     turns: VecDeque<usize>,
     bell: Arc<EventFd>,
-    inbox: Receiver<Order>,
+    inbox: Receiver<Word>,
     timer: TimerFd,
     /// The next rest without a page; a page makes it short again.
     pause: Duration,
@@ -374,7 +414,16 @@ impl Work {
 
     fn obey(&mut self) -> Result<(), SysError> {
         while self.bell.read().is_ok() {}
-        while let Ok(order) = self.inbox.try_recv() {
+        while let Ok(word) = self.inbox.try_recv() {
+            let order = match word {
+                Word::Order(order) => order,
+                Word::Join(road) => {
+                    assert!(self.order.is_none(), "nobody joins lanes that end");
+                    self.roads.push(*road);
+                    self.wait(self.roads.len() - 1, Wait::Page)?;
+                    continue;
+                }
+            };
             self.order = Some(order);
             if order == Order::Abandon {
                 self.alarm(CANCEL_WAIT)?;

@@ -346,3 +346,67 @@ fn copy_that_cannot_be_made_is_refused_at_the_start() {
     let error = Pump::start(lanes, instance.page_bytes(), Some(Path::new("/nowhere"))).unwrap_err();
     assert!(error.object.starts_with("/nowhere/cpu"), "{error}");
 }
+
+#[test]
+fn lane_that_joins_a_running_pump_is_moved_and_drained_like_the_others() {
+    let Some(instance) = instance(4096) else { return };
+    let [first, late @ ..] = instance.cpus() else { panic!("no CPU") };
+    // As many more of an instance of their own that all threads have their share, and one is started for the rest.
+    let others: Vec<Instance> =
+        (0..=LANES_A_THREAD / instance.cpus().len()).map(|_| self::instance(64).unwrap()).collect();
+    let taps = others.iter().flat_map(|other| other.cpus().iter().map(|cpu| other.tap(*cpu).unwrap()));
+    let taps: Vec<Tap> = late.iter().map(|cpu| instance.tap(*cpu).unwrap()).chain(taps).collect();
+    let count = taps.len();
+    let (inlet, outlet) = pipe_port();
+    let lanes = vec![(instance.tap(*first).unwrap(), inlet)];
+    let ((pump, mut outlets), threads) = threads_of(|| {
+        let mut pump = Pump::start(lanes, instance.page_bytes(), None).unwrap();
+        let join = |tap| {
+            let (inlet, outlet) = pipe_port();
+            pump.join_lane((tap, inlet)).unwrap();
+            outlet
+        };
+        let outlets: Vec<OwnedFd> = taps.into_iter().map(join).collect();
+        (pump, outlets)
+    });
+    outlets.insert(0, outlet);
+    assert_eq!(threads.len(), (count + 1).div_ceil(LANES_A_THREAD));
+    sleep_through(&threads);
+    let readers = readers(outlets);
+    marks(&instance, 3000);
+    others.iter().for_each(|other| marks(other, 9));
+    pump.drain();
+    assert!(is_done(&pump, Duration::from_secs(20)));
+    let ends = pump.join().unwrap();
+    let sent: u64 = ends.iter().map(|end| end.bytes_sent).sum();
+    assert!(
+        ends.len() == count + 1 && ends.iter().all(|end| end.trouble.is_empty() && end.pages_lost == 0),
+        "{ends:?}"
+    );
+    let received: usize = readers.into_iter().map(|reader| reader.join().unwrap().len()).sum();
+    assert_eq!(sent, u64::try_from(received).unwrap());
+    let read = |instance: &Instance, cpu: &Cpu| Stats::parse(&instance.stats(*cpu)).unwrap().read_events;
+    let events: u64 = std::iter::once(&instance)
+        .chain(&others)
+        .flat_map(|instance| instance.cpus().iter().map(move |cpu| read(instance, cpu)))
+        .sum();
+    assert_eq!(events, 3000 + 9 * u64::try_from(others.len()).unwrap());
+    instance.remove().unwrap();
+    others.into_iter().for_each(|other| other.remove().unwrap());
+}
+
+#[test]
+fn lane_cannot_join_a_pump_that_has_ended() {
+    let Some(instance) = instance(0) else { return };
+    let (mut pump, _outlets) = pump(&instance, pipe_port, None);
+    pump.drain();
+    assert!(is_done(&pump, Duration::from_secs(20)));
+    while !pump.threads.iter().all(|worker| worker.thread.is_finished()) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let tap = instance.tap(instance.cpus()[0]).unwrap();
+    let refused = pump.join_lane((tap, pipe_port().0)).unwrap_err();
+    assert_eq!(refused.object, "the pump has ended");
+    drop(pump);
+    instance.remove().unwrap();
+}

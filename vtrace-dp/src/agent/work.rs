@@ -25,7 +25,8 @@ use super::{
     command::Running,
     link::Gone,
     port::Ports,
-    pump::{LaneEnd, Pump},
+    pump::{LaneEnd, Pump, PumpError},
+    spare::{Come, Spares},
 };
 use crate::{
     sys::{account::Account, tsc},
@@ -68,6 +69,7 @@ pub(super) struct Work {
     requests: Vec<CommandRequest>,
     own_only: bool,
     pump: Option<Pump>,
+    spares: Spares,
     ends: Vec<LaneEnd>,
     stats_before: Vec<(Cpu, String)>,
     instance: Instance,
@@ -88,9 +90,11 @@ impl Work {
         for cpu in instance.cpus() {
             lanes.push((instance.tap(*cpu)?, found.open(*cpu, without_indirect)?));
         }
+        let spares = Spares::find(&instance, ports, &found, without_indirect);
         described(|each| instance.describe(arm.kallsyms, each), tell)?;
         let armed = Armed {
-            lanes: instance.cpus().to_vec(),
+            lanes: [instance.cpus(), spares.cpus()].concat(),
+            spare: spares.cpus().to_vec(),
             page_bytes: instance.page_bytes(),
             clock: instance.clock(),
             events: instance.events(),
@@ -99,7 +103,9 @@ impl Work {
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
         let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
         let (pump, ends) = (Some(pump), Vec::new());
-        let work = Self { commands, requests, own_only, pump, ends, stats_before, instance };
+        let mut work = Self { commands, requests, own_only, pump, spares, ends, stats_before, instance };
+        let come = work.spares.come(&work.instance); // before anybody listened
+        work.begin(come);
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
@@ -107,6 +113,29 @@ impl Work {
     /// Readable when the pump has ended; `None` once [`Work::pumped`] was called.
     pub(super) fn done(&self) -> Option<BorrowedFd<'_>> {
         self.pump.as_ref().map(Pump::done)
+    }
+
+    /// Readable when CPUs may have come online that have a lane: call [`Work::look`]. None where none can come any more.
+    pub(super) fn news(&self) -> Option<BorrowedFd<'_>> {
+        self.spares.news()
+    }
+
+    /// Begins the lanes of CPUs that have come online.
+    pub(super) fn look(&mut self) {
+        if self.spares.has_news() {
+            let come = self.spares.come(&self.instance);
+            self.begin(come);
+        }
+    }
+
+    fn begin(&mut self, come: Vec<Come>) {
+        for (cpu, lane) in come {
+            let Some(pump) = &mut self.pump else { return };
+            match lane.and_then(|lane| pump.join_lane(lane).map_err(refused)) {
+                Ok(()) => log::info!("{cpu} came online: its lane begins"),
+                Err(Failure { object, detail, .. }) => log::warn!("{cpu} is not recorded: {object}: {detail}"),
+            }
+        }
     }
 
     /// Tracing on, start marker written: the TSC around both.
@@ -137,10 +166,12 @@ impl Work {
     }
 
     /// Tracing off; the pump moves what is left, then [`Work::done`] is readable.
-    pub(super) fn drain(&self) {
+    pub(super) fn drain(&mut self) {
         if let Err(failure) = self.instance.set_tracing(false) {
             log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
         }
+        let come = self.spares.come_at_last(&self.instance);
+        self.begin(come);
         if let Some(pump) = &self.pump {
             pump.drain();
         }
@@ -158,28 +189,44 @@ impl Work {
 
     /// Says what the lanes did, the command lines, and `Stopped`.
     pub(super) fn report(&self, tell: Tell<'_>) -> Result<(), Refused> {
-        for (end, (cpu, stats_before)) in self.ends.iter().zip(&self.stats_before) {
-            assert_eq!(end.cpu, *cpu, "the pump keeps the order of the taps");
-            let report = LaneReport {
-                cpu: *cpu,
-                pages_tapped: end.pages_tapped,
-                pages_sent: end.pages_sent,
-                pages_lost: end.pages_lost,
-                bytes_sent: end.bytes_sent,
-                stats_before: stats_before.clone(),
-                stats_after: self.instance.stats(*cpu),
-                trouble: end.trouble.clone(),
-            };
-            log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
-            tell(&FromAgent::Lane(report))?;
+        for (cpu, stats_before) in &self.stats_before {
+            self.report_lane(*cpu, stats_before, tell)?;
         }
-        for (cpu, stats_after) in self.instance.late_cpus() {
+        let spares = self.spares.cpus();
+        for cpu in spares {
+            self.report_lane(*cpu, "", tell)?;
+        }
+        let portless = self.instance.absent_cpus().into_iter().filter(|cpu| !spares.contains(cpu));
+        for cpu in portless.filter(|cpu| self.instance.has_recorded(*cpu)) {
             log::warn!("{cpu} came online after the start: it is not recorded");
+            let stats_after = self.instance.stats(cpu);
             tell(&FromAgent::Lane(LaneReport { cpu, stats_after, ..LaneReport::default() }))?;
         }
         described(|each| self.instance.describe_end(each), tell)?;
         tell(&FromAgent::Stopped)?;
         Ok(())
+    }
+
+    fn report_lane(&self, cpu: Cpu, stats_before: &str, tell: Tell<'_>) -> Result<(), Gone> {
+        let nothing = || LaneEnd::nothing(cpu, String::new());
+        let end = self.ends.iter().find(|end| end.cpu == cpu).cloned().unwrap_or_else(nothing);
+        let has_come = !self.spares.is_absent(cpu);
+        let stats_after = if has_come { self.instance.stats(cpu) } else { String::new() };
+        let report = LaneReport {
+            cpu,
+            pages_tapped: end.pages_tapped,
+            pages_sent: end.pages_sent,
+            pages_lost: end.pages_lost,
+            bytes_sent: end.bytes_sent,
+            stats_before: stats_before.into(),
+            stats_after,
+            trouble: end.trouble,
+            apic: self.spares.apic(cpu),
+        };
+        if has_come {
+            log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
+        }
+        tell(&FromAgent::Lane(report))
     }
 
     /// Abandons what is on its way and removes the instance.
@@ -205,12 +252,11 @@ fn instance(name: &str, arm: &Arm, tell: Tell<'_>) -> Result<Instance, Refused> 
 }
 
 fn start_pump(lanes: Vec<(Tap, std::os::fd::OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Pump, Failure> {
-    Pump::start(lanes, page_bytes, tee).map_err(|error| Failure {
-        kind: FailureKind::Kernel,
-        object: shortened(error.object),
-        detail: error.source.to_string(),
-        near: Vec::new(),
-    })
+    Pump::start(lanes, page_bytes, tee).map_err(refused)
+}
+
+fn refused(error: PumpError) -> Failure {
+    Failure::new(FailureKind::Kernel, &shortened(error.object), &error.source.to_string())
 }
 
 /// Passes pieces on; the first failure to tell one is the answer.

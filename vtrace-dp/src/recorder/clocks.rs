@@ -81,17 +81,16 @@ pub(super) struct Converted {
 }
 
 impl GuestClock {
-    /// Decides for the guest `index`, which was armed.
+    /// Decides for the guest `index`, which was armed and has pages of `lanes`.
     pub(super) fn of(
         recording: &Recording,
         index: usize,
-        session: &GuestSession,
+        (session, lanes): (&GuestSession, Vec<Cpu>),
         common: &Common,
         host: Option<&HostLanes>,
     ) -> Self {
         let clocks = &recording.clocks[index];
         let isa = Isa::of_this_machine().unwrap_or(Isa::None);
-        let lanes = session.armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
         let mut clock = Self {
             kvm: Vec::new(),
             word: Word::Nobodys,
@@ -101,7 +100,7 @@ impl GuestClock {
             since: recording.since,
             remarks: Vec::new(),
         };
-        let why = match by_kvm(recording, clocks, session, isa) {
+        let why = match by_kvm(recording, clocks, session, &clock.lanes, isa) {
             Ok(kvm) => {
                 clock.kvm = kvm;
                 match clock.table(recording.since, isa, host) {
@@ -179,6 +178,11 @@ impl GuestClock {
                 self.remarks.push(format!("the host's trace around steps back cannot be read: {}", chain(&fault)));
             }
         }
+    }
+
+    /// A CPU whose clock counts for the whole guest's start.
+    pub(super) fn first_lane(&self) -> Option<Cpu> {
+        self.lanes.first().copied()
     }
 
     /// What the host's TSC was when the guest's was `guest`, `near` a time of the host.
@@ -319,14 +323,24 @@ impl Converted {
 }
 
 /// The guest's vCPUs as KVM told them, or why they are not known.
-fn by_kvm(recording: &Recording, clocks: &Clocks, session: &GuestSession, isa: Isa) -> Result<Vec<Vcpu>, String> {
+fn by_kvm(
+    recording: &Recording,
+    clocks: &Clocks,
+    session: &GuestSession,
+    lanes: &[Cpu],
+    isa: Isa,
+) -> Result<Vec<Vcpu>, String> {
     let told = recording.kvm.as_ref().map_err(|fault| chain(fault))?;
-    let (Some(claimed), Some(armed)) = (&session.claimed, &session.armed) else {
-        return Err("it was not armed".into());
-    };
+    let claimed = session.claimed.as_ref().ok_or("it was not armed")?;
     let measured = [&clocks.start[..], &clocks.end[..]].concat();
-    let apics = &claimed.machine.apics;
-    of_guest(told, claimed.vmm_pid, apics, &armed.lanes, &measured, isa).map_err(|unknown| unknown.to_string())
+    of_guest(told, claimed.vmm_pid, &apics(session), lanes, &measured, isa).map_err(|unknown| unknown.to_string())
+}
+
+/// The APIC ids that the agent named: when it said hello, and of CPUs that have come since.
+fn apics(session: &GuestSession) -> Vec<(Cpu, u32)> {
+    let reported = session.reports.iter().filter_map(|report| Some((report.cpu, report.apic?)));
+    let claimed = session.claimed.iter().flat_map(|claimed| claimed.machine.apics.iter().copied());
+    reported.chain(claimed).collect()
 }
 
 /// When a state was seen.

@@ -6,7 +6,6 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
 
-use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
     wire::{
@@ -26,7 +25,7 @@ use super::{
     naming::{FileError, Output},
     recording::{Common, Recording},
     runs::HostLanes,
-    session::{GuestSession, Trouble},
+    session::{GuestSession, Trouble, guest_lanes, in_use},
     sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
 };
@@ -81,11 +80,13 @@ pub(super) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
     let common = recording.common(&files[0]);
     let mut links = Vec::new();
     for ((session, file), clocks) in recording.sessions().zip(&mut files[1..]).zip(&recording.clocks) {
-        let armed = armed(session);
+        let (armed, lanes) = (armed(session), session.lanes_in_use());
         let mut options = machine_options(&common, &armed.clock, guest_uname(session), file.trace_id);
-        let clock = plan(&clocks.start, &clocks.end, &armed.lanes, common.host_id);
+        // CPUs that may come get what the others have in common, if they have that.
+        let plan = |lanes: &[Cpu]| plan(&clocks.start, &clocks.end, lanes, common.host_id);
+        let clock = plan(&armed.lanes).or_else(|| plan(&lanes));
         options.extend(clock.map(|clock| TraceOption::TimeShift(clock.time_shift)));
-        links.push(link(session, file.trace_id, &[]).0);
+        links.push(link(session, file.trace_id, &lanes, &[]).0);
         file.keep(&options);
     }
     let mut options = machine_options(&common, &recording.host.armed.clock, &uname(), common.host_id);
@@ -271,27 +272,20 @@ fn finish_guest(
     host: Option<&HostLanes>,
 ) -> (MachineSummary, TraceOption) {
     let armed = armed(session);
-    let clock = GuestClock::of(recording, index, session, common, host);
     let ledgers = match session.is_finished() {
         true => session.ledgers.clone(),
         false => found(&file.writer, &session.ledgers, armed.page_bytes),
     };
+    let used = in_use(armed, &ledgers);
+    let clock = GuestClock::of(recording, index, (session, used.clone()), common, host);
     let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
-    for report in &session.late {
-        let lane = LaneSummary::late(report);
-        remarks.push(format!(
-            "{} came online after the start: its {} events are in no file",
-            report.cpu, lane.events_lost
-        ));
-        lanes.push(lane);
-    }
     remarks.extend(session.trouble.iter().map(ToString::to_string));
     if session.is_full {
         let bytes_max = recording.plan.guest_bytes_max.unwrap_or(0);
         remarks.push(format!("stopped before the others, near its {bytes_max} bytes (--max-guest-bytes)"));
     }
     remarks.extend(session.reports.iter().filter_map(trouble_of));
-    let (link, known) = link(session, file.trace_id, &clock.kvm);
+    let (link, known) = link(session, file.trace_id, &used, &clock.kvm);
     if !known {
         remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }
@@ -331,9 +325,9 @@ fn finish_guest(
 }
 
 /// What ties a guest's file to the host's, and whether the threads of its vCPUs are known.
-fn link(session: &GuestSession, trace_id: u64, by_kvm: &[Vcpu]) -> (TraceOption, bool) {
+fn link(session: &GuestSession, trace_id: u64, lanes: &[Cpu], by_kvm: &[Vcpu]) -> (TraceOption, bool) {
     let threads = session.claimed.as_ref();
-    let threads = threads.map(|claimed| vcpu_threads(claimed.vmm_pid, &armed(session).lanes, by_kvm));
+    let threads = threads.map(|claimed| vcpu_threads(claimed.vmm_pid, lanes, by_kvm));
     let known = threads.as_ref().is_none_or(|threads| threads.known);
     let vcpus = threads.map(|threads| threads.threads).unwrap_or_default();
     (TraceOption::Guest { name: session.name.clone(), trace_id, vcpus }, known)
@@ -384,24 +378,6 @@ fn has_failed(session: &GuestSession, ledgers: &[LaneLedger]) -> bool {
         || ledgers.iter().any(|lane| lane.write_errno != 0)
 }
 
-fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Vec<LaneSummary>, Vec<String>) {
-    let report = |cpu: Cpu| session.reports.iter().find(|report| report.cpu == cpu);
-    let summed = ledgers.iter().map(|ledger| LaneSummary::guest(report(ledger.cpu), ledger));
-    let (lanes, balanced): (Vec<_>, Vec<_>) = summed.unzip();
-    let mut remarks = Vec::new();
-    for ledger in ledgers.iter().filter(|ledger| ledger.write_errno != 0) {
-        let (cpu, why) = (ledger.cpu, Errno::from_raw(ledger.write_errno).desc());
-        remarks.push(format!("{cpu}: {} pages could not be written: {why}", ledger.pages_refused));
-    }
-    if session.reports.len() < ledgers.len() {
-        remarks.push("its own page counts are missing: what was lost inside it is not known".into());
-    }
-    if balanced.contains(&false) {
-        remarks.push("its agent's page counts do not fit what arrived".into());
-    }
-    (lanes, remarks)
-}
-
 fn trouble_of(report: &LaneReport) -> Option<String> {
     (!report.trouble.is_empty()).then(|| format!("{}: {}", report.cpu, report.trouble))
 }
@@ -447,7 +423,7 @@ fn cpu_stat(lane: &LaneSummary, report: Option<&LaneReport>, clock: Option<&Cloc
 fn start_skew_ns(recording: &Recording, common: &Common, session: &GuestSession, clock: &GuestClock) -> Option<i64> {
     let (_, guest) = session.started?;
     let (_, host) = recording.host.started?;
-    let lane = session.armed.as_ref()?.lanes.first().copied()?;
+    let lane = clock.first_lane()?;
     let cycles = clock.to_host(lane, guest, host)?.0.wrapping_sub(host.0).cast_signed();
     let ns = i64::try_from(common.scale.ns(cycles.unsigned_abs())).ok()?;
     Some(if cycles < 0 { -ns } else { ns })

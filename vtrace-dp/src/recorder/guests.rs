@@ -223,7 +223,7 @@ impl Guests {
 
     /// Measures each vCPU's clock against the host's by round trips. A vCPU that does not answer is left out.
     pub fn measure(&mut self, index: usize) -> Result<Vec<Measurement>, GuestsError> {
-        let cpus = self.sessions[index].armed.as_ref().map(|armed| armed.lanes.clone()).unwrap_or_default();
+        let cpus = self.sessions[index].lanes_in_use();
         let rounds = (ROUNDS_WANTED / cpus.len().max(1)).clamp(8, CLOCK_ROUNDS_MAX);
         let (mut measured, begun) = (Vec::new(), Instant::now());
         for cpu in cpus {

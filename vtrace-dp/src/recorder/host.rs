@@ -93,6 +93,7 @@ impl HostRecorder {
     pub fn armed(&self) -> Armed {
         Armed {
             lanes: self.instance.cpus().to_vec(),
+            spare: Vec::new(),
             page_bytes: self.instance.page_bytes(),
             clock: self.instance.clock(),
             events: self.instance.events(),
@@ -295,6 +296,7 @@ fn report(lane: &LaneEnd, page_bytes: u32, (stats_before, stats_after): (String,
         stats_before,
         stats_after,
         trouble: lane.end.map(|end| end.to_string()).unwrap_or_default(),
+        apic: None,
     }
 }
 

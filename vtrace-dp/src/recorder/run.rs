@@ -379,7 +379,7 @@ impl Recording<'_> {
         let instances = instances.map(|instance| (instance.title(), instance.ledger(), instance.host.armed.page_bytes));
         let guests = self.sessions().map(|session| {
             let page_bytes = session.armed.as_ref().map_or(0, |armed| armed.page_bytes);
-            (session.name.clone(), session.ledgers.clone(), page_bytes)
+            (session.name.clone(), session.ledgers_in_use(), page_bytes)
         });
         std::iter::once(host).chain(instances).chain(guests).collect()
     }

@@ -12,6 +12,7 @@
 
 use std::collections::BTreeSet;
 
+use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
     limits::{CPUS_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
@@ -22,7 +23,7 @@ use vtrace_common::{
     },
 };
 
-use super::outputs::Outputs;
+use super::{outputs::Outputs, summary::LaneSummary};
 use crate::{
     clock::sync::Round,
     printable::printable,
@@ -122,7 +123,7 @@ pub struct GuestSession {
     pub echo: Option<(u32, Round)>,
     /// What its lanes sent, as the agent counts.
     pub reports: Vec<LaneReport>,
-    /// CPUs that came online too late to be recorded, as the agent counts.
+    /// CPUs that came online later and have no lane, as the agent counts.
     pub late: Vec<LaneReport>,
     /// Why the last probe was not answered.
     pub probe_refused: Option<Failure>,
@@ -392,6 +393,17 @@ impl GuestSession {
         is_armed && self.reports.iter().all(|report| report.cpu != cpu)
     }
 
+    /// Its lanes, but those of CPUs that were offline when it was armed and of which nothing has come.
+    pub fn lanes_in_use(&self) -> Vec<Cpu> {
+        self.armed.as_ref().map(|armed| in_use(armed, &self.ledgers)).unwrap_or_default()
+    }
+
+    /// What the server counts of those.
+    pub fn ledgers_in_use(&self) -> Vec<LaneLedger> {
+        let lanes = self.lanes_in_use();
+        self.ledgers.iter().filter(|ledger| lanes.contains(&ledger.cpu)).copied().collect()
+    }
+
     /// Whether a CPU came online after the start and was not heard of.
     fn is_late(&self, cpu: Cpu) -> bool {
         let is_armed = self.armed.as_ref().is_some_and(|armed| armed.lanes.contains(&cpu));
@@ -403,6 +415,44 @@ impl GuestSession {
         self.phase = phase;
         vec![]
     }
+}
+
+/// The lanes of a machine, but those of CPUs that were offline when it was armed and of which nothing has come.
+pub(super) fn in_use(armed: &Armed, ledgers: &[LaneLedger]) -> Vec<Cpu> {
+    let has_come = |cpu: Cpu| ledgers.iter().any(|ledger| ledger.cpu == cpu && ledger.pages_in > 0);
+    armed.lanes.iter().copied().filter(|cpu| !armed.spare.contains(cpu) || has_come(*cpu)).collect()
+}
+
+/// What became of a guest's lanes, and what a reader has to know of it. Lanes of CPUs that did not come are left out.
+pub(super) fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Vec<LaneSummary>, Vec<String>) {
+    let report = |cpu: Cpu| session.reports.iter().find(|report| report.cpu == cpu);
+    let is_spare = |cpu: Cpu| session.armed.as_ref().is_some_and(|armed| armed.spare.contains(&cpu));
+    let is_idle = |ledger: &LaneLedger| {
+        let tapped = report(ledger.cpu).is_some_and(|report| report.pages_tapped > 0);
+        is_spare(ledger.cpu) && ledger.pages_in == 0 && !tapped
+    };
+    let summed = ledgers.iter().filter(|ledger| !is_idle(ledger));
+    let summed = summed.map(|ledger| LaneSummary::guest(report(ledger.cpu), ledger));
+    let (mut lanes, balanced): (Vec<_>, Vec<_>) = summed.unzip();
+    let mut remarks = Vec::new();
+    // CPUs that came online and whose pages nobody took.
+    let idle = ledgers.iter().filter(|ledger| is_idle(ledger)).filter_map(|ledger| report(ledger.cpu));
+    for lane in idle.chain(&session.late).map(LaneSummary::late).filter(|lane| lane.events_lost > 0) {
+        let LaneSummary { cpu, events_lost, .. } = lane;
+        remarks.push(format!("{} came online after the start: its {events_lost} events are in no file", Cpu(cpu)));
+        lanes.push(lane);
+    }
+    for ledger in ledgers.iter().filter(|ledger| ledger.write_errno != 0) {
+        let (cpu, why) = (ledger.cpu, Errno::from_raw(ledger.write_errno).desc());
+        remarks.push(format!("{cpu}: {} pages could not be written: {why}", ledger.pages_refused));
+    }
+    if session.reports.len() < ledgers.len() {
+        remarks.push("its own page counts are missing: what was lost inside it is not known".into());
+    }
+    if balanced.contains(&false) {
+        remarks.push("its agent's page counts do not fit what arrived".into());
+    }
+    (lanes, remarks)
 }
 
 /// Who holds a guest. Of another user's processes there is no pid, 0.
@@ -439,7 +489,8 @@ fn is_possible(armed: &Armed) -> bool {
     let bytes = usize::try_from(armed.page_bytes).unwrap_or(0);
     let page = (PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes) && bytes.is_power_of_two();
     let lanes: BTreeSet<Cpu> = armed.lanes.iter().copied().collect();
-    page && !lanes.is_empty() && lanes.len() == armed.lanes.len()
+    let spare: BTreeSet<Cpu> = armed.spare.iter().copied().collect();
+    page && spare.is_subset(&lanes) && spare.len() < lanes.len() && lanes.len() == armed.lanes.len()
 }
 
 fn shown_failure(failure: Failure) -> Failure {

@@ -143,7 +143,7 @@ impl LaneSummary {
         }
     }
 
-    /// A CPU that came online too late: nobody took what it recorded.
+    /// A CPU that came online later: nobody took what it recorded.
     pub fn late(report: &LaneReport) -> Self {
         let stats = Stats::parse(&report.stats_after).unwrap_or_default();
         Self { cpu: report.cpu.0, events_lost: stats.recorded(), ..Self::default() }

@@ -7,6 +7,7 @@
 //! Trust: the kernel
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::{self, ErrorKind, Write},
     os::unix::fs::OpenOptionsExt,
@@ -201,11 +202,20 @@ impl Instance {
         shortened(&text)
     }
 
-    /// CPUs that came online since it was made and have recorded something, each with its stats: nobody taps them.
-    pub fn late_cpus(&self) -> Vec<(Cpu, String)> {
-        let cpus = self.buffers().unwrap_or_default();
-        let late = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).map(|cpu| (cpu, self.stats(cpu)));
-        late.filter(|(_, stats)| Stats::parse(stats).is_ok_and(|stats| stats.recorded() > 0)).collect()
+    /// CPUs that were offline when it was made, may come online, and are to be traced then, in order.
+    pub fn absent_cpus(&self) -> Vec<Cpu> {
+        let cpus = possible_cpus().or_else(|| self.buffers().ok()).unwrap_or_default();
+        let mut absent: Vec<Cpu> = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).collect();
+        if !absent.is_empty() {
+            let mask = read(&self.path.join("tracing_cpumask")).ok().and_then(|text| parse_mask(&text));
+            absent.retain(|cpu| mask.as_ref().is_none_or(|mask| mask.contains(cpu)));
+        }
+        absent
+    }
+
+    /// Whether a CPU has written into its ring buffer, or tried to.
+    pub fn has_recorded(&self, cpu: Cpu) -> bool {
+        Stats::parse(&self.stats(cpu)).is_ok_and(|stats| stats.recorded() > 0)
     }
 
     /// What is known before the trace: header page to kernel symbols, in the order of a trace.dat.
@@ -375,6 +385,21 @@ pub fn online_cpus() -> Option<Vec<Cpu>> {
     parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?)
 }
 
+/// CPUs that may ever be online as sysfs lists them; `None` where it does not say.
+pub fn possible_cpus() -> Option<Vec<Cpu>> {
+    parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/possible").ok()?)
+}
+
+/// Parses a mask of CPUs as the kernel writes it (`3,00000001`: words of 32 bits, the highest first); `None` where it is
+/// none.
+fn parse_mask(text: &str) -> Option<BTreeSet<Cpu>> {
+    let words = text.trim().rsplit(',').map(|word| u32::from_str_radix(word, 16).ok()).collect::<Option<Vec<_>>>()?;
+    let cpus = (0..)
+        .zip(words)
+        .flat_map(|(at, word)| (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| (at, bit)));
+    cpus.map(|(at, bit): (u32, u32)| Some(Cpu(at.checked_mul(32)?.checked_add(bit)?))).collect()
+}
+
 /// Parses a list of CPUs such as `0-3,8`; `None` where it is none.
 pub fn parse_cpus(text: &str) -> Option<Vec<Cpu>> {
     let mut cpus = Vec::new();
@@ -416,6 +441,16 @@ mod tests {
     }
 
     #[test]
+    fn masks_of_cpus_are_understood_or_refused() {
+        assert_eq!(parse_mask("5\n"), Some([Cpu(0), Cpu(2)].into()));
+        assert_eq!(parse_mask("2,00000000,80000001"), Some([Cpu(0), Cpu(31), Cpu(65)].into()));
+        assert_eq!(parse_mask("00000000,00000000"), Some([].into()));
+        for odd in ["", "x", "1,", "100000000", "-1"] {
+            assert_eq!(parse_mask(odd), None, "{odd}");
+        }
+    }
+
+    #[test]
     fn release_is_two_numbers_or_nothing() {
         assert_eq!(parse_release("6.18.44-fc-v669"), Some((6, 18)));
         assert_eq!(parse_release("6.1-rc1"), Some((6, 1)));
@@ -427,6 +462,7 @@ mod tests {
         fn any_text_gives_an_answer(text: String) {
             let _ = page_bytes(&text);
             let _ = parse_cpus(&text);
+            let _ = parse_mask(&text);
             let _ = parse_release(&text);
         }
 

@@ -38,7 +38,7 @@ use vtrace_common::{
     wire::agent::{Arm, Failure, FailureKind, OfferPiece, Offered},
 };
 
-pub use instance::{BUFFER_PERCENT, Instance, online_cpus, parse_cpus};
+pub use instance::{BUFFER_PERCENT, Instance, online_cpus, parse_cpus, possible_cpus};
 
 /// What the names of our instances begin with; a process id follows, then anything.
 pub const INSTANCE_PREFIX: &str = "vtrace-";

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use vtrace_common::wire::agent::{Arm, Failure, FailureKind};
 
-use super::{expressions::Undo, failure, read, write};
+use super::{expressions::Undo, failure, online_cpus, possible_cpus, read, write};
 
 /// What the name of an instance ends with whose owner has borrowed the top buffer.
 pub(super) const MARK: &str = "-top";
@@ -107,10 +107,16 @@ impl Borrowed {
         }
     }
 
+    /// Throws away what is in it. The kernel does that for CPUs that are online; those that were keep theirs, until each is
+    /// told, and could be tapped later.
     fn empty(&self) {
-        let emptied = std::fs::OpenOptions::new().write(true).truncate(true).open(self.root.join("trace"));
-        if let Err(error) = emptied {
-            log::debug!("the top buffer keeps what it held: {error}");
+        let online = online_cpus().unwrap_or_default();
+        let all = possible_cpus().unwrap_or_default().into_iter().filter(|cpu| !online.contains(cpu));
+        let each = all.map(|cpu| self.root.join(format!("per_cpu/{cpu}/trace")));
+        for file in std::iter::once(self.root.join("trace")).chain(each) {
+            if let Err(error) = std::fs::OpenOptions::new().write(true).truncate(true).open(&file) {
+                log::debug!("{}: what it held stays: {error}", file.display());
+            }
         }
     }
 }

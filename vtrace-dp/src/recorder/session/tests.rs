@@ -19,7 +19,8 @@ fn claimed() -> FromServer {
 }
 
 fn armed() -> FromServer {
-    agent(FromAgent::Armed(Armed { lanes: vec![Cpu(0)], page_bytes: 4096, clock: "[x86-tsc]".into(), events: 3 }))
+    let clock = "[x86-tsc]".into();
+    agent(FromAgent::Armed(Armed { lanes: vec![Cpu(0)], spare: vec![], page_bytes: 4096, clock, events: 3 }))
 }
 
 fn running() -> GuestSession {
@@ -186,4 +187,61 @@ fn text_of_an_agent_cannot_move_the_cursor() {
     })));
     let Some(Trouble::Failed(failure)) = session.trouble else { panic!("not failed") };
     assert!(!failure.detail.contains(char::is_control), "{:?}", failure.detail);
+}
+
+/// A guest with CPU 0, CPUs 1 to 3 that may come, and CPU 4 that has no port.
+fn with_spares() -> GuestSession {
+    let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+    session.on(claimed());
+    let spare = vec![Cpu(1), Cpu(2), Cpu(3)];
+    let lanes = (0..4).map(Cpu).collect();
+    session.on(agent(FromAgent::Armed(Armed { lanes, spare, page_bytes: 4096, ..Armed::default() })));
+    session.on(FromServer::LanesReady { guest: GUEST.into() });
+    session.on(agent(FromAgent::Started { before: GuestTsc(1), after: GuestTsc(2) }));
+    session
+}
+
+#[test]
+fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
+    let mut session = with_spares();
+    assert_eq!(session.lanes_in_use(), [Cpu(0)], "nothing has come yet");
+    session.stop();
+    let stats = |entries, read| {
+        format!("entries: {entries}\noverrun: 0\ncommit overrun: 0\nbytes: 0\ndropped events: 0\nread events: {read}\n")
+    };
+    let report = |cpu, pages, stats_after: &str| {
+        let (pages_tapped, pages_sent, stats_after) = (pages, pages, stats_after.to_owned());
+        let report = LaneReport { cpu: Cpu(cpu), pages_tapped, pages_sent, stats_after, ..LaneReport::default() };
+        agent(FromAgent::Lane(report))
+    };
+    // CPU 2 came and could not be opened, CPU 3 did not come, CPU 4 came and nobody knew it.
+    let said = [(0, 7, stats(0, 70)), (1, 5, stats(0, 50)), (2, 0, stats(20, 0)), (3, 0, String::new())];
+    for (cpu, pages, stats) in &said {
+        session.on(report(*cpu, *pages, stats));
+    }
+    session.on(report(4, 0, &stats(30, 0)));
+    assert_eq!((&session.trouble, session.reports.len(), session.late.len()), (&None, 4, 1));
+    let ledger = |cpu, pages| LaneLedger { cpu: Cpu(cpu), pages_in: pages, pages_out: pages, ..LaneLedger::default() };
+    session.on(agent(FromAgent::Stopped));
+    let lanes = vec![ledger(0, 7), ledger(1, 5), ledger(2, 0), ledger(3, 0)];
+    session.on(FromServer::Finished { guest: GUEST.into(), lanes });
+
+    assert_eq!(session.lanes_in_use(), [Cpu(0), Cpu(1)]);
+    assert_eq!(session.ledgers_in_use(), [ledger(0, 7), ledger(1, 5)]);
+    let (lanes, remarks) = guest_lanes(&session, &session.ledgers);
+    let counts: Vec<_> = lanes.iter().map(|lane| (lane.cpu, lane.pages_out, lane.events, lane.events_lost)).collect();
+    assert_eq!(counts, [(0, 7, 70, 0), (1, 5, 50, 0), (2, 0, 0, 20), (4, 0, 0, 30)]);
+    let missing = |cpu, events| format!("cpu{cpu} came online after the start: its {events} events are in no file");
+    assert_eq!(remarks, [missing(2, 20), missing(4, 30)]);
+}
+
+#[test]
+fn machine_whose_cpus_are_all_to_come_or_come_without_a_lane_is_refused() {
+    for spare in [vec![Cpu(0), Cpu(1)], vec![Cpu(2)], vec![Cpu(1), Cpu(7)]] {
+        let (mut session, _) = GuestSession::new(GUEST, Arm::default());
+        session.on(claimed());
+        let armed = Armed { lanes: vec![Cpu(0), Cpu(1)], spare, page_bytes: 4096, ..Armed::default() };
+        session.on(agent(FromAgent::Armed(armed)));
+        assert!(session.trouble.is_some() && session.armed.is_none());
+    }
 }

@@ -1,0 +1,185 @@
+//! Lanes of CPUs that are offline when a session is armed, and come online while it runs.
+//!
+//! In:    an instance, ports; the kernel's news about CPUs
+//! Out:   taps and ports of CPUs that have come, each once
+//! Runs:  on the control thread: when the kernel has news, and once more when tracing is off. Where no CPU can come, or
+//!        none that could has a port, nothing is opened, listened to or read
+//! Full:  news that were lost count as news; a CPU nobody heard of is found at the end, its ring buffer has overwritten
+//!        and counted meanwhile
+//! Trust: the kernel
+//!
+//! A CPU gets its ring buffer, as large as the others', before it is online (`trace_rb_cpu_prepare()`,
+//! kernel/trace/ring_buffer.c), and keeps it when it goes. Until then its tap can be opened, and a poll of it says at once
+//! that it is in error: so taps are opened when their CPUs come, and ports with them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use vtrace_common::{ids::Cpu, limits::LANES_MAX, wire::agent::Failure};
+
+use super::{
+    machine,
+    port::{Kind, Lanes, Ports, Uevents},
+};
+use crate::tracefs::{Instance, Tap, online_cpus};
+
+/// A CPU that has come: its tap and its port, or why it cannot be recorded.
+pub(super) type Come = (Cpu, Result<(Tap, OwnedFd), Failure>);
+
+/// The CPUs that may come.
+#[derive(Debug)]
+pub(super) struct Spares {
+    ports: Ports,
+    without_indirect: bool,
+    cpus: Vec<Cpu>,
+    /// Those that have not come yet.
+    absent: Vec<Cpu>,
+    /// As long as any may come.
+    news: Option<Uevents>,
+    /// The APIC ids of CPUs that are or were online.
+    apics: Vec<(Cpu, u32)>,
+}
+
+impl Spares {
+    /// The CPUs that `instance` was not made for, that may come and have a port in `found`.
+    pub(super) fn find(instance: &Instance, ports: &Ports, found: &Lanes<'_>, without_indirect: bool) -> Self {
+        let is_usable = |cpu: &Cpu| found.is_usable(*cpu, without_indirect);
+        let mut cpus: Vec<Cpu> = instance.absent_cpus().into_iter().filter(is_usable).collect();
+        cpus.truncate(LANES_MAX.saturating_sub(instance.cpus().len()));
+        let news = (!cpus.is_empty()).then(Uevents::listen).transpose().unwrap_or_else(|error| {
+            log::warn!("CPUs that come online are found at the end only: {error}");
+            None
+        });
+        let (ports, absent, apics) = (ports.clone(), cpus.clone(), machine::apics_now());
+        Self { ports, without_indirect, cpus, absent, news, apics }
+    }
+
+    /// All of them, in order.
+    pub(super) fn cpus(&self) -> &[Cpu] {
+        &self.cpus
+    }
+
+    /// Readable when some may have come.
+    pub(super) fn news(&self) -> Option<BorrowedFd<'_>> {
+        self.news.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Takes the news; whether some may have come.
+    pub(super) fn has_news(&self) -> bool {
+        self.news.as_ref().is_some_and(|news| news.take(Kind::Cpu))
+    }
+
+    /// Those that have come since it was asked last.
+    pub(super) fn come(&mut self, instance: &Instance) -> Vec<Come> {
+        if self.absent.is_empty() {
+            return Vec::new();
+        }
+        let online = online_cpus().unwrap_or_default();
+        self.open(instance, |cpu| online.contains(&cpu))
+    }
+
+    /// Tracing is off: those that have come and were not heard of. None follow.
+    pub(super) fn come_at_last(&mut self, instance: &Instance) -> Vec<Come> {
+        self.news = None;
+        self.open(instance, |cpu| instance.has_recorded(cpu))
+    }
+
+    fn open(&mut self, instance: &Instance, has_come: impl Fn(Cpu) -> bool) -> Vec<Come> {
+        let come: Vec<Cpu> = self.absent.extract_if(.., |cpu| has_come(*cpu)).collect();
+        if come.is_empty() {
+            return Vec::new();
+        }
+        if self.absent.is_empty() {
+            self.news = None;
+        }
+        let apics = machine::apics_now();
+        self.apics.retain(|(cpu, _)| !apics.iter().any(|(other, _)| other == cpu));
+        self.apics.extend(apics);
+        let found = self.ports.lanes();
+        let open = |cpu: Cpu| Ok((instance.tap(cpu)?, found.open(cpu, self.without_indirect)?));
+        come.into_iter().map(|cpu| (cpu, open(cpu))).collect()
+    }
+
+    /// Whether a CPU has not come.
+    pub(super) fn is_absent(&self, cpu: Cpu) -> bool {
+        self.absent.contains(&cpu)
+    }
+
+    /// The APIC id of a CPU that is or was online.
+    pub(super) fn apic(&self, cpu: Cpu) -> Option<u32> {
+        self.apics.iter().find(|(named, _)| *named == cpu).map(|(_, apic)| *apic)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vtrace_common::wire::agent::{Arm, FailureKind};
+
+    use super::{
+        super::port::tests::{features, fifo_ports},
+        *,
+    };
+    use crate::tracefs::{INSTANCE_PREFIX, Tracefs};
+
+    fn instance(name: &str) -> Option<Instance> {
+        let tracefs = Tracefs::find_or_mount().ok().filter(|_| nix::unistd::geteuid().is_root());
+        let Some(tracefs) = tracefs else {
+            println!("skipped: tracefs is not writable here");
+            return None;
+        };
+        let name = format!("{INSTANCE_PREFIX}{}-spare-{name}", std::process::id());
+        Some(tracefs.arm(&name, &Arm::default()).unwrap())
+    }
+
+    /// CPUs as if they had been offline.
+    fn spares(ports: &Ports, cpus: &[Cpu]) -> Spares {
+        let (ports, cpus, absent) = (ports.clone(), cpus.to_vec(), cpus.to_vec());
+        Spares { ports, without_indirect: false, cpus, absent, news: None, apics: Vec::new() }
+    }
+
+    #[test]
+    fn only_absent_cpus_with_a_usable_port_are_spares_and_without_any_nobody_listens() {
+        let Some(instance) = instance("find") else { return };
+        let root = tempfile::tempdir().unwrap();
+        let absent = instance.absent_cpus();
+        let all: Vec<Cpu> = instance.cpus().iter().chain(&absent).copied().collect();
+        let names: Vec<String> = all.iter().map(|cpu| format!("trace-path-{cpu}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        for (place, indirect, wanted) in [("a", true, &absent[..]), ("b", false, &[])] {
+            let ports = fifo_ports(&root.path().join(place), &names, &features(indirect));
+            let found = Spares::find(&instance, &ports, &ports.lanes(), false);
+            assert_eq!(found.cpus(), wanted);
+            assert_eq!(found.news().is_some(), !wanted.is_empty());
+        }
+        instance.remove().unwrap();
+    }
+
+    #[test]
+    fn cpu_that_is_online_comes_once_with_its_tap_its_port_and_its_apic_id() {
+        let Some(instance) = instance("come") else { return };
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
+        let (online, never) = (instance.cpus()[0], Cpu(4095));
+        let mut spares = spares(&ports, &[online, never]);
+        let come = spares.come(&instance);
+        assert!(matches!(&come[..], [(cpu, Ok((tap, _)))] if (*cpu, tap.cpu) == (online, online)), "{come:?}");
+        assert_eq!((spares.is_absent(online), spares.is_absent(never)), (false, true));
+        assert_eq!(spares.apic(online).is_some(), !machine::apics_now().is_empty());
+        assert!(spares.come(&instance).is_empty() && spares.come_at_last(&instance).is_empty());
+        drop(come);
+        instance.remove().unwrap();
+    }
+
+    #[test]
+    fn cpu_nobody_heard_of_is_found_at_the_end_and_one_without_its_port_is_refused() {
+        let Some(instance) = instance("last") else { return };
+        let root = tempfile::tempdir().unwrap();
+        let ports = fifo_ports(root.path(), &[], &features(true));
+        let mut spares = spares(&ports, instance.cpus());
+        instance.set_tracing(true).unwrap();
+        instance.mark("somewhere").unwrap();
+        instance.set_tracing(false).unwrap();
+        let come = spares.come_at_last(&instance);
+        assert!(matches!(&come[..], [(_, Err(refused))] if refused.kind == FailureKind::NoPort), "{come:?}");
+        instance.remove().unwrap();
+    }
+}
