@@ -286,6 +286,7 @@ impl<'a> Control<'a> {
 
     fn greet(&mut self, hello: &Hello) -> Result<(), Gone> {
         self.drop_session(Gone::Replaced);
+        self.release();
         if self.greeting != Greeting::Said {
             self.say_hello()?;
         }
@@ -307,6 +308,7 @@ impl<'a> Control<'a> {
         if !matches!(request, ToAgent::Probe { .. }) {
             self.unpin();
         }
+        self.release();
         let done = match self.state.on(request) {
             Effect::Arm(arm) => self.arm(*arm),
             Effect::Start { marker } => self.start(&marker),
@@ -321,7 +323,17 @@ impl<'a> Control<'a> {
         match done {
             Ok(()) => Ok(()),
             Err(Refused::Gone(gone)) => Err(gone),
-            Err(Refused::Failed(failure)) => self.tell_failure(failure),
+            Err(Refused::Failed(failure)) => {
+                self.release();
+                self.tell_failure(failure)
+            }
+        }
+    }
+
+    /// The host has just been heard: the ports of a session that is over can be closed.
+    fn release(&self) {
+        if self.work.is_none() {
+            self.ports.release();
         }
     }
 
@@ -431,6 +443,7 @@ impl<'a> Control<'a> {
     fn close(&mut self) -> Result<(), Refused> {
         self.served |= self.work.is_some();
         self.remove();
+        self.release();
         Ok(self.tell(&FromAgent::Closed)?)
     }
 

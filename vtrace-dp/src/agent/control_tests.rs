@@ -258,17 +258,20 @@ fn host_that_reads_nothing_for_ten_seconds_finds_whole_frames_and_an_idle_agent_
     let Some(mut rig) = Rig::met(true, false) else { return };
     let ToAgent::Arm(arm) = rig.arm() else { unreachable!() };
     rig.say(&ToAgent::Arm(Box::new(Arm { kallsyms: true, ..*arm }))); // megabytes, more than a socket holds
+    rig.read_ports();
     let begun = Instant::now();
     while begun.elapsed() < HOST_SILENCE || rig.instance_exists() {
         std::thread::sleep(Duration::from_millis(100));
         assert!(begun.elapsed() < 9 * HOST_SILENCE, "the session stays");
     }
+    assert!(rig.drains.iter().all(|drain| !drain.is_finished()), "ports stay open while nobody may hear of it");
     rig.say(&ToAgent::Ping { id: 1 });
     let mut pieces = 0;
     while rig.next::<FromAgent>() != (FromAgent::Pong { id: 1 }) {
         pieces += 1;
     }
     assert!(pieces > 1);
+    rig.drains.drain(..).for_each(|drain| assert_eq!(drain.join().unwrap(), 0, "and are closed once it is heard"));
     assert_eq!(rig.finish(), End::Asked);
 }
 

@@ -65,13 +65,13 @@ use control::{Control, End, Options};
 use place::Place;
 pub use place::PlaceFault;
 use policy::Policy;
-use port::{Found, Kind, Ports, Uevents};
+use port::{Found, Held, Kind, Ports, Uevents};
 
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
 
-/// Descriptors of one lane: tap, port, pipe and copy.
-const LANE_DESCRIPTORS: u64 = 5;
+/// Descriptors of one lane: tap, port (twice), pipe and copy.
+const LANE_DESCRIPTORS: u64 = 6;
 /// What else an agent has open.
 const OTHER_DESCRIPTORS: u64 = 64;
 
@@ -160,6 +160,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         nodes: "/dev".into(),
         control: config.control_port,
         lane_prefix: config.lane_port_prefix,
+        held: Held::default(),
     };
     let policy = Policy::load(config.policy, config.exec)?;
     let AgentConfig { tee, once, without_indirect, .. } = config;

@@ -6,7 +6,7 @@
 //! Full:  uevents that were lost (ENOBUFS) count as news
 //! Trust: the kernel; names come from the host and are only compared
 //!
-//! A small guest has no udev: names are looked up in sysfs, nodes come from devtmpfs or are made here.
+//! Data ports are closed only while a host is there (see [`Ports::release`]). A small guest has no udev: names are looked up in sysfs, nodes come from devtmpfs or are made here.
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +16,7 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::{
@@ -47,7 +48,13 @@ pub(super) struct Ports {
     pub(super) control: String,
     /// What the names of data ports begin with; the CPU's number follows.
     pub(super) lane_prefix: String,
+    /// The data ports that are not closed yet.
+    pub(super) held: Held,
 }
+
+/// Data ports once more, so that none is closed before [`Ports::release`]. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held(Arc<Mutex<Vec<OwnedFd>>>);
 
 /// The data ports there were when somebody looked: a guest has as many as CPUs, and the name of each is a file to read.
 #[derive(Debug)]
@@ -80,6 +87,16 @@ impl Ports {
     /// Opens the control port, non-blocking.
     pub(super) fn open_control(&self, found: &Found) -> io::Result<OwnedFd> {
         self.open(found, libc::O_NONBLOCK)
+    }
+
+    /// Closes the data ports that nobody uses any more. Only while a host is there: to close a port is to tell it, and
+    /// the CPU spins until it has heard (drivers/char/virtio_console.c, `__send_control_msg()`), for ever if it is dead.
+    pub(super) fn release(&self) {
+        self.held().clear();
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.held.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A process that has a port open, as far as this user may look.
@@ -151,7 +168,7 @@ impl Lanes<'_> {
         self.found.get(&cpu).is_some_and(|found| without_indirect || self.ports.has_indirect(found))
     }
 
-    /// Opens the data port of `cpu` for splices that block.
+    /// Opens the data port of `cpu` for splices that block. It stays open until [`Ports::release`].
     ///
     /// # Errors
     /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
@@ -165,7 +182,10 @@ impl Lanes<'_> {
             let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
             return Err(Failure::new(FailureKind::NoIndirect, &name, detail));
         }
-        self.ports.open(found, 0).map_err(|error| Failure::new(FailureKind::Kernel, &name, &error.to_string()))
+        let opened = self.ports.open(found, 0).and_then(|port| Ok((port.try_clone()?, port)));
+        let (again, port) = opened.map_err(|error| Failure::new(FailureKind::Kernel, &name, &error.to_string()))?;
+        self.ports.held().push(again);
+        Ok(port)
     }
 }
 
@@ -242,6 +262,7 @@ pub(super) mod tests {
             nodes: root.join("dev"),
             control: "agent-ctl-path".into(),
             lane_prefix: "trace-path-cpu".into(),
+            held: Held::default(),
         };
         fs::create_dir_all(&ports.nodes).unwrap();
         for (index, name) in names.iter().enumerate() {

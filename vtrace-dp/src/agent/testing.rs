@@ -12,7 +12,7 @@ use vtrace_common::{ids::Cpu, wire::agent::Failure};
 
 use super::{
     policy::{Exec, Policy, PolicyFault},
-    port::Ports,
+    port::{Held, Ports},
     pump::Pump,
 };
 use crate::tracefs::Tap;
@@ -47,7 +47,9 @@ impl Pumping {
 /// As a session's.
 pub fn open_port(prefix: &str, cpu: Cpu) -> Result<OwnedFd, Failure> {
     let (class, nodes) = ("/sys/class/virtio-ports".into(), "/dev".into());
-    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into() }.lanes().open(cpu, false)
+    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into(), held: Held::default() }
+        .lanes()
+        .open(cpu, false)
 }
 
 /// What the rules of `text` allow to be run.
