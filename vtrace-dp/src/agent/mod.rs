@@ -70,6 +70,10 @@ use port::{Found, Held, Kind, Ports, Uevents};
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
 
+/// How long a process that was killed may hold its control port, and how often is looked whether it does.
+const DYING_MAX: Duration = Duration::from_secs(3);
+const DYING_LOOK: Duration = Duration::from_millis(50);
+
 /// Descriptors of one lane: tap, port (twice), pipe and copy.
 const LANE_DESCRIPTORS: u64 = 6;
 /// What else an agent has open.
@@ -188,11 +192,17 @@ fn signals() -> Result<SignalFd, SysError> {
 /// Waits for the control port and opens it; `None` when asked to quit.
 fn open_control(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<Option<OwnedFd>, AgentError> {
     let mut said = false;
+    let dead_by = Instant::now() + DYING_MAX;
     loop {
-        if let Some(found) = ports.control()
-            && let Some(port) = try_open(ports, &found)?
-        {
-            return Ok(await_lanes(ports, news, quit)?.then_some(port));
+        match ports.control().map_or(Ok(None), |found| try_open(ports, &found)) {
+            Ok(Some(port)) => return Ok(await_lanes(ports, news, quit)?.then_some(port)),
+            Err(AgentError::Busy { .. }) if Instant::now() < dead_by => {
+                if !await_news(news, quit, Some(Instant::now() + DYING_LOOK))? {
+                    return Ok(None);
+                }
+                continue;
+            }
+            tried => _ = tried?,
         }
         if !std::mem::replace(&mut said, true) {
             log::info!("waiting for control port {}", ports.control);
