@@ -1,6 +1,10 @@
 //! Guests that sleep (suspend to RAM) or are paused while they are recorded, over our device and over QEMU's own.
 
-use std::{process::Child, thread::sleep, time::Duration};
+use std::{
+    process::{Child, Command},
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -21,6 +25,8 @@ const GUEST: &str = "guest1";
 const LOAD: &str = "for i in 1 2; do (while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 & done";
 /// How long a guest sleeps or is paused.
 const ASLEEP: Duration = Duration::from_millis(1500);
+/// How long a guest is paused whose silence shows: longer than a server waits for an agent that has no session.
+const PAUSED: Duration = Duration::from_secs(23);
 /// How long it is recorded before and after that.
 const AWAKE: Duration = Duration::from_millis(700);
 
@@ -84,6 +90,43 @@ fn sleeps_while_recorded(machine: &Machine, recorder: &Recorder) -> Result<Recor
     Ok(recording)
 }
 
+/// What `vtrace status --json` shows of the guest in the recording under way.
+fn shown(server: &Server) -> Result<Value> {
+    let mut command = Command::new(xtask::build::vtrace()?);
+    let output = command.args(["status", "--json", "--dir"]).arg(server.dir()).output()?;
+    let status: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(status[0]["state"]["progress"]["machines"][1].clone())
+}
+
+/// A recording over a pause after which a stream without a session would be taken for dead: it goes on, nothing is lost,
+/// and meanwhile and in the end everyone is told.
+fn is_paused_for_long_while_recorded(machine: &Machine, server: &Server, recorder: &Recorder) -> Result<()> {
+    let child = start(machine, recorder)?;
+    machine.qmp("stop", &Value::Null)?;
+    sleep(PAUSED);
+    let silent = shown(server)?["silent_s"].as_u64().context("how long it is silent")?;
+    let listed = server.list()?[0]["silent_s"].as_u64().context("how long it is silent")?;
+    machine.qmp("cont", &Value::Null)?;
+    let pages = shown(server)?["pages"].as_u64();
+    for _ in 0..100 {
+        sleep(Duration::from_millis(100));
+        let now = shown(server)?;
+        if now["silent_s"] == 0 && now["pages"].as_u64() > pages {
+            break;
+        }
+    }
+    let recording = stop(recorder, child)?;
+    let events = whole(&recording)?.len();
+    ensure!(events > 100, "{events} events: {:#}", recording.summary);
+    let least = PAUSED.as_secs() - 3;
+    ensure!(silent >= least && listed >= least, "silent for {silent} s and {listed} s: {}", server.log());
+    let guest = recording.machine(GUEST)?;
+    ensure!(guest["silence_ms_max"].as_u64() >= Some(1000 * least), "{guest:#}");
+    ensure!(guest["remarks"].to_string().contains("its agent said nothing for 2"), "{guest:#}");
+    ensure!(server.log().contains("its session waits"), "{}", server.log());
+    Ok(())
+}
+
 fn next_recording_works(server: &Server, recorder: &Recorder) -> Result<()> {
     server.await_agent(GUEST)?;
     let recording = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
@@ -121,7 +164,7 @@ fn guest_that_sleeps_or_is_paused_while_it_is_recorded_goes_on_and_loses_nothing
 }
 
 #[test]
-fn guest_that_sleeps_goes_on_over_qemus_own_ports_too() -> Result<()> {
+fn guest_that_sleeps_or_is_paused_for_long_goes_on_over_qemus_own_ports_too() -> Result<()> {
     let (turn, folder, root) = (turn()?, tempfile::tempdir()?, tempfile::tempdir()?);
     let (major, minor) = Qemu::unpack(Release::Middle)?.version()?;
     let words =
@@ -134,5 +177,6 @@ fn guest_that_sleeps_goes_on_over_qemus_own_ports_too() -> Result<()> {
     machine.shell(LOAD)?.ok()?;
 
     sleeps_while_recorded(&machine, &recorder)?;
+    is_paused_for_long_while_recorded(&machine, &server, &recorder)?;
     next_recording_works(&server, &recorder)
 }

@@ -219,6 +219,7 @@ fn from_server() -> Vec<Vec<u8>> {
         holder_uid: Some(1000),
         further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
         lanes_per_device: 126,
+        silent_s: 35,
     };
     let lanes = vec![LaneLedger { pages_in: 3, pages_out: 2, pages_refused: 1, ..LaneLedger::default() }];
     let answer = FromAgent::Failed(failure());

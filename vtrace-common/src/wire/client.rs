@@ -223,6 +223,8 @@ pub struct GuestState {
     pub further: Vec<DeviceState>,
     /// CPUs that each of its devices carries at most.
     pub lanes_per_device: u32,
+    /// For how many seconds its agent has owed an answer; 0 if it owes none. Nobody asks one that is idle behind a device.
+    pub silent_s: u32,
 }
 
 /// A device of a guest that has several; the first one's state is the guest's.

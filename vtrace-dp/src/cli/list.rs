@@ -11,7 +11,10 @@ use super::{
     offers::{self, Offers},
     put,
 };
-use crate::{recorder::session::holder, server::link::Link};
+use crate::{
+    recorder::{session::holder, silence::Said},
+    server::link::Link,
+};
 
 /// An answer of the server's own takes no longer than this.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -110,7 +113,8 @@ fn line(guest: &GuestState) -> String {
         },
     };
     let held = holder(guest).map(|who| format!(", {who}")).unwrap_or_default();
-    format!("{}: {device}, {agent}{held} ({})", guest.name, guest.socket)
+    let silent = Said(guest.silent_s.into());
+    format!("{}: {device}, {agent}{silent}{held} ({})", guest.name, guest.socket)
 }
 
 #[cfg(test)]
@@ -129,6 +133,7 @@ mod tests {
             holder_uid: None,
             further: vec![DeviceState { vmm_pid: None, driver: DriverState::Absent }],
             lanes_per_device: 126,
+            silent_s: 4,
         };
         let expected = [
             "guest1: pid 77, driver running, no agent (/run/vtrace/guest1.sock)",
@@ -139,5 +144,7 @@ mod tests {
         let expected = "guest1: a virtual machine whose process is not seen, driver running, no agent, user 7 is \
                         recording it (/run/vtrace/guest1.sock)";
         assert_eq!(line(&held), expected);
+        let silent = GuestState { silent_s: 35, ..held };
+        assert!(line(&silent).contains("no agent, silent for 35 s, user 7"), "{}", line(&silent));
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use terminal_size::terminal_size_of;
 
-use crate::recorder::{progress::MachineProgress, run::Progress};
+use crate::recorder::{progress::MachineProgress, run::Progress, silence::Said};
 
 /// Shows progress in place.
 #[derive(Debug)]
@@ -89,9 +89,9 @@ fn line(progress: &Progress, speed: f64) -> String {
     if stalled > 0 {
         line.push_str(&format!(", {stalled} stalled"));
     }
-    for MachineProgress { name, pages, lost, .. } in &progress.machines {
+    for MachineProgress { name, pages, lost, silent_s, .. } in &progress.machines {
         let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
-        line.push_str(&format!("  {name} {pages} pages{lost}"));
+        line.push_str(&format!("  {name} {pages} pages{lost}{}", Said(*silent_s)));
     }
     line
 }
@@ -108,6 +108,7 @@ mod tests {
             bytes,
             lost,
             stalled,
+            silent_s: if name == "guest1" { seconds } else { 0 },
         };
         let machines = vec![machine("host", 2, 12, 0, bytes, 0), machine("guest1", 4, 7, 2, 0, 1)];
         Progress { elapsed: Duration::from_secs(seconds), machines }
@@ -120,6 +121,8 @@ mod tests {
         let speed = lines.speed(&progress(4, 4_000_000_000));
         let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
         assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
+        let silent = line(&progress(35, 0), 0.0);
+        assert!(silent.ends_with("  guest1 7 pages (2 lost), silent for 35 s"), "{silent}");
         assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));
     }
 

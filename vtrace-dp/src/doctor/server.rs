@@ -18,7 +18,7 @@ use super::{Finding, Place, text};
 use crate::{
     SOFTWARE,
     device::place::CONTROL_PORT_NAME,
-    recorder::session::holder,
+    recorder::{session::holder, silence::SHOWN},
     server::{
         CONTROL_GROUP, CONTROL_SOCKET,
         link::{Link, LinkError},
@@ -269,6 +269,10 @@ fn agent(state: &GuestState, road: Road) -> Finding {
         let found = format!("its {cpu} has no port");
         return Finding::warn(name, found, road.without_port());
     }
+    if u64::from(state.silent_s) >= SHOWN.as_secs() {
+        let found = format!("its agent has said nothing for {} s", state.silent_s);
+        return Finding::warn(name, found, "is the guest paused (QEMU: cont) or asleep (system_wakeup)?");
+    }
     let found = format!("agent {}, {} CPUs, {}", agent.hello.software, machine.cpus.len(), machine.uname);
     same_software(name, found, &agent.hello.software)
 }
@@ -353,6 +357,7 @@ mod tests {
             holder_uid: None,
             further: Vec::new(),
             lanes_per_device: 126,
+            silent_s: 0,
         }
     }
 
@@ -381,6 +386,7 @@ mod tests {
         assert_eq!(lacking(|state| state.agent.as_mut().unwrap().hello.software = "vtrace 9".into()), Warn);
         assert_eq!(lacking(|state| state.agent.as_mut().unwrap().machine.as_mut().unwrap().lanes.truncate(1)), Warn);
         assert_eq!(lacking(|state| state.holder_pid = Some(5)), Warn);
+        assert_eq!((lacking(|state| state.silent_s = 4), lacking(|state| state.silent_s = 5)), (Fine, Warn));
         assert_eq!(lacking(|state| state.socket = "/nowhere/guest1.sock".into()), Fail);
         let absent = DeviceState { vmm_pid: None, driver: DriverState::Absent };
         let mut state = healthy();

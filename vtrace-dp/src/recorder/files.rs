@@ -4,7 +4,7 @@
 //! Out:   one trace.dat each, tied together: TRACEID and GUEST, one TSC2NSEC for all, host times in the guests'
 //! Trust: nothing a guest says decides where a byte goes
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
+use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, time::Instant};
 
 use vtrace_common::{
     ids::Cpu,
@@ -26,6 +26,7 @@ use super::{
     recording::{Common, Recording},
     runs::HostLanes,
     session::{GuestSession, Trouble, guest_lanes, in_use},
+    silence,
     sink::open_direct,
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
 };
@@ -280,6 +281,8 @@ fn finish_guest(
     let clock = GuestClock::of(recording, index, (session, used.clone()), common, host);
     let (mut lanes, mut remarks) = guest_lanes(session, &ledgers);
     remarks.extend(session.trouble.iter().map(ToString::to_string));
+    let silence = session.silence.longest(Instant::now());
+    remarks.extend(silence::remark(silence));
     if session.is_full {
         let bytes_max = recording.plan.guest_bytes_max.unwrap_or(0);
         remarks.push(format!("stopped before the others, near its {bytes_max} bytes (--max-guest-bytes)"));
@@ -308,6 +311,7 @@ fn finish_guest(
         start_skew_ns,
         clock: times.summary,
         commands: session.outputs.commands().to_vec(),
+        silence_ms_max: u64::try_from(silence.as_millis()).unwrap_or(u64::MAX),
         failed: has_failed(session, &ledgers) || times.failed,
         remarks,
     };

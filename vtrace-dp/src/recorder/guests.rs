@@ -22,7 +22,10 @@ use vtrace_common::{
     },
 };
 
-use super::session::{GuestSession, Phase};
+use super::{
+    session::{GuestSession, Phase},
+    silence,
+};
 use crate::{
     cli::plan::GuestPlan,
     clock::sync::{Measurement, Round},
@@ -34,6 +37,8 @@ use crate::{
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// A server that does not say for this long how far it is, which takes it no time, is stopped.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// A guest that was told to stop may be silent for this long: it may be paused, or hang.
+const STOP_SILENCE_MAX: Duration = Duration::from_secs(20);
 /// A guest may take this long to move what was in its ring buffers when it was stopped.
 const DRAIN_MAX: Duration = Duration::from_secs(300);
 /// A marker is not waited for longer: the guest may be paused.
@@ -75,6 +80,7 @@ pub struct Guests {
     /// Since when the server owes us a ledger.
     owed: Option<Instant>,
     answer_max: Duration,
+    stop_silence_max: Duration,
 }
 
 impl Guests {
@@ -88,6 +94,7 @@ impl Guests {
             pinged: Instant::now(),
             owed: None,
             answer_max: ANSWER_MAX,
+            stop_silence_max: STOP_SILENCE_MAX,
         };
         for plan in plans {
             let (session, claim) = GuestSession::new(&plan.name, plan.machine.arm.clone());
@@ -104,18 +111,49 @@ impl Guests {
 
     /// Takes messages until every guest has reached `phase`; one that stays silent gets trouble and moves on.
     pub fn wait(&mut self, phase: Phase, signals: Option<&Signals>) -> Result<(), GuestsError> {
-        self.heard = Instant::now();
+        let begun = Instant::now();
+        self.heard = begun;
         let patience = if phase >= Phase::Draining { DRAIN_MAX } else { SILENCE_MAX };
+        if phase == Phase::Draining {
+            self.tell_who_is_silent();
+        }
         while self.sessions.iter().any(|session| session.phase() < phase) {
             if signals.is_some_and(|signals| signals.take_stop() > 0) {
                 return Err(GuestsError::Interrupted);
             }
             self.take(Duration::from_millis(200))?;
+            self.give_up_silent(begun)?;
             if self.heard.elapsed() > patience {
                 self.give_up_below(phase, patience)?;
             }
         }
         Ok(())
+    }
+
+    /// A person who wants to stop hears whom that waits for.
+    fn tell_who_is_silent(&self) {
+        let (now, seconds) = (Instant::now(), self.stop_silence_max.as_secs());
+        let stopping = self.sessions.iter().filter(|session| session.phase() == Phase::Stopping);
+        for session in stopping.filter(|session| session.silence.lasts(now) >= silence::SHOWN) {
+            let silent = session.silence.lasts(now).as_secs();
+            log::warn!(
+                "{}: silent for {silent} s; waited for, {seconds} s at most: Ctrl-C once more keeps what came",
+                session.name
+            );
+        }
+    }
+
+    /// Guests that were told to stop, at `begun` or before, and say nothing, not even that they are there.
+    fn give_up_silent(&mut self, begun: Instant) -> Result<(), GuestsError> {
+        let (now, most) = (Instant::now(), self.stop_silence_max);
+        let stopping = self.sessions.iter_mut().filter(|session| session.phase() == Phase::Stopping);
+        let silent = stopping.filter(|session| session.silence.lasts(now).min(now - begun) >= most);
+        let requests = silent.flat_map(|session| {
+            session.silence.ends(now);
+            session.silent(most.as_secs())
+        });
+        let requests = requests.collect();
+        self.send(requests)
     }
 
     /// Has every running guest write a marker, and waits until they have, but not for ever.
@@ -164,7 +202,9 @@ impl Guests {
         if is_progress(&message) {
             self.heard = Instant::now();
         }
+        let is_agents = matches!(message, FromServer::Agent { .. } | FromServer::Echo { .. });
         let effects = session.on(message);
+        session.heard(is_agents, Instant::now());
         self.send(effects)?;
         Ok(true)
     }
@@ -197,8 +237,12 @@ impl Guests {
     fn ping(&mut self) -> Result<(), GuestsError> {
         // One that is done before the others is let go with them.
         let is_under_way = |phase| (Phase::Arming..=Phase::Drained).contains(&phase);
-        let asked = self.sessions.iter().filter(|session| is_under_way(session.phase()));
-        let requests = asked.map(|session| session.ask(ToAgent::Ping { id: self.probes })).collect();
+        let asked = self.sessions.iter_mut().filter(|session| is_under_way(session.phase()));
+        let requests = asked.map(|session| {
+            session.pinged(self.pinged);
+            session.ask(ToAgent::Ping { id: self.probes })
+        });
+        let requests = requests.collect();
         self.send(requests)
     }
 
@@ -305,30 +349,4 @@ fn guest_of(message: &FromServer) -> Option<&str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{io::Write, os::unix::net::UnixListener};
-
-    use vtrace_common::wire::{Hello, encode};
-
-    use super::*;
-    use crate::server::CONTROL_SOCKET;
-
-    #[test]
-    fn server_that_takes_requests_and_answers_none_is_given_up() {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join(CONTROL_SOCKET)).unwrap();
-        let greet = std::thread::spawn(move || {
-            let (mut socket, _) = listener.accept().unwrap();
-            socket.write_all(&encode(&Hello::ours(crate::SOFTWARE)).unwrap()).unwrap();
-            socket
-        });
-        let mut guests = Guests::claim(folder.path(), &[]).unwrap();
-        let _stopped = greet.join().unwrap();
-        guests.answer_max = Duration::from_millis(20);
-        guests.take(Duration::from_millis(40)).expect("nothing is owed");
-        guests.owed = Some(Instant::now());
-        let error = guests.take(Duration::from_millis(40)).unwrap_err();
-        let text = format!("the server (pid {}) has taken no notice for 0 s", std::process::id());
-        assert_eq!(error.to_string(), text);
-    }
-}
+mod tests;

@@ -25,6 +25,7 @@
 //! | [`command`] | what runs while we record |
 //! | [`limit`] | when files end a recording |
 //! | [`progress`] | how far all machines are |
+//! | [`silence`] | agents that say nothing for a while |
 //! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
 //! | [`guest`] | which host threads are a guest's vCPUs |
 //! | `date` | what makes times of day of the host's clock |
@@ -57,6 +58,7 @@ mod recording;
 pub mod run;
 pub mod runs;
 pub mod session;
+pub mod silence;
 pub mod sink;
 pub mod summary;
 pub mod tsc;

@@ -22,6 +22,21 @@ pub struct MachineProgress {
     pub lost: u64,
     /// Lanes whose pages have come and were not written for a whole tick: the disk is too slow for them.
     pub stalled: usize,
+    /// For how long a guest's agent has owed an answer, in seconds.
+    pub silent_s: u64,
+}
+
+/// One machine as it is at a tick.
+#[derive(Clone, Debug, Default)]
+pub struct Counted {
+    /// `host`, `host:INSTANCE`, or the guest's name.
+    pub name: String,
+    /// What its lanes brought.
+    pub ledgers: Vec<LaneLedger>,
+    /// Bytes of a page.
+    pub page_bytes: u32,
+    /// For how long a guest's agent has owed an answer, in seconds.
+    pub silent_s: u64,
 }
 
 /// Remembers the last tick.
@@ -31,9 +46,9 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// A tick has passed: name, ledgers and bytes of a page of each machine.
-    pub fn tick(&mut self, machines: &[(String, Vec<LaneLedger>, u32)]) -> Vec<MachineProgress> {
-        let progress = machines.iter().map(|(name, ledgers, page_bytes)| {
+    /// A tick has passed.
+    pub fn tick(&mut self, machines: &[Counted]) -> Vec<MachineProgress> {
+        let progress = machines.iter().map(|Counted { name, ledgers, page_bytes, silent_s }| {
             let sum = |field: fn(&LaneLedger) -> u64| ledgers.iter().map(field).fold(0, u64::saturating_add);
             let pages = sum(|lane| lane.pages_out);
             MachineProgress {
@@ -43,11 +58,12 @@ impl Meter {
                 bytes: pages.saturating_mul(u64::from(*page_bytes)),
                 lost: sum(|lane| lane.pages_refused),
                 stalled: ledgers.iter().filter(|lane| self.is_stalled(name, lane)).count(),
+                silent_s: *silent_s,
             }
         });
         let progress = progress.collect();
         let written = |lanes: &[LaneLedger]| lanes.iter().map(|lane| (lane.cpu, lane.pages_out)).collect();
-        self.before = machines.iter().map(|(name, lanes, _)| (name.clone(), written(lanes))).collect();
+        self.before = machines.iter().map(|machine| (machine.name.clone(), written(&machine.ledgers))).collect();
         progress
     }
 
@@ -69,7 +85,7 @@ mod tests {
     #[test]
     fn lane_that_holds_pages_for_a_whole_tick_is_stalled_and_one_that_writes_is_not() {
         let mut meter = Meter::default();
-        let tick = |lanes| vec![("host".to_owned(), lanes, 4096)];
+        let tick = |ledgers| vec![Counted { name: "host".into(), ledgers, page_bytes: 4096, silent_s: 0 }];
         let first = meter.tick(&tick(vec![ledger(0, 9, 5), ledger(1, 9, 5), ledger(2, 5, 5)]));
         assert_eq!((first[0].stalled, first[0].lanes, first[0].bytes), (0, 3, 15 * 4096));
         let second = meter.tick(&tick(vec![ledger(0, 10, 5), ledger(1, 9, 6), ledger(2, 5, 5)]));

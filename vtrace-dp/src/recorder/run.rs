@@ -32,7 +32,7 @@ use super::{
     limit::FileState,
     naming::Output,
     outputs::Line,
-    progress::MachineProgress,
+    progress::{Counted, MachineProgress},
     recording::{Clocks, Recording},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
@@ -81,8 +81,6 @@ pub enum News {
 /// Who is told.
 pub type Tell<'a> = &'a mut dyn FnMut(&News);
 
-/// Name, ledgers and bytes of a page of one machine.
-type Counted = (String, Vec<LaneLedger>, u32);
 
 /// Records.
 pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary, RecordError> {
@@ -337,10 +335,10 @@ impl Recording<'_> {
             Ok(())
         });
         let machines = self.ledgers();
-        let state = |(at, (_, ledger, page_bytes)): (usize, &Counted)| {
-            let state = file_state(ledger, *page_bytes);
+        let state = |(at, Counted { ledgers, page_bytes, .. }): (usize, &Counted)| {
+            let state = file_state(ledgers, *page_bytes);
             // What is not written of the host's pages, no file took.
-            let refused = at <= self.instances.len() && ledger.iter().any(|lane| lane.pages_refused > 0);
+            let refused = at <= self.instances.len() && ledgers.iter().any(|lane| lane.pages_refused > 0);
             FileState { failed: state.failed || refused, ..state }
         };
         let states: Vec<FileState> = machines.iter().enumerate().map(state).collect();
@@ -350,8 +348,8 @@ impl Recording<'_> {
             // Gives the room of older pages back.
             let (host, guests) = made.split_first_mut().expect("the host has a file");
             let files = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);
-            files.zip(&machines).for_each(|(file, (_, ledger, page_bytes))| {
-                file.drop_older(&files::filled(ledger, *page_bytes));
+            files.zip(&machines).for_each(|(file, machine)| {
+                file.drop_older(&files::filled(&machine.ledgers, machine.page_bytes));
             });
         }
         if let Some(guests) = &mut self.guests {
@@ -372,14 +370,16 @@ impl Recording<'_> {
         Ok(())
     }
 
-    /// Of the host, its instances and the guests: name, ledgers, bytes of a page.
+    /// Of the host, its instances and the guests.
     fn ledgers(&self) -> Vec<Counted> {
-        let host = ("host".into(), self.host.recorder.ledger(), self.host.armed.page_bytes);
+        let counted = |name, ledgers, page_bytes| Counted { name, ledgers, page_bytes, silent_s: 0 };
+        let host = counted("host".into(), self.host.recorder.ledger(), self.host.armed.page_bytes);
         let instances = self.instances.iter();
-        let instances = instances.map(|instance| (instance.title(), instance.ledger(), instance.host.armed.page_bytes));
-        let guests = self.sessions().map(|session| {
-            let page_bytes = session.armed.as_ref().map_or(0, |armed| armed.page_bytes);
-            (session.name.clone(), session.ledgers_in_use(), page_bytes)
+        let instances = instances.map(|one| counted(one.title(), one.ledger(), one.host.armed.page_bytes));
+        let now = Instant::now();
+        let guests = self.sessions().map(|session| Counted {
+            silent_s: session.silence.lasts(now).as_secs(),
+            ..counted(session.name.clone(), session.ledgers_in_use(), session.page_bytes())
         });
         std::iter::once(host).chain(instances).chain(guests).collect()
     }

@@ -10,7 +10,7 @@
 //!     └──────────┴────────┴────────┴───────────── trouble ────────────────────────────────┘
 //! ```
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Instant};
 
 use nix::errno::Errno;
 use vtrace_common::{
@@ -23,7 +23,7 @@ use vtrace_common::{
     },
 };
 
-use super::{outputs::Outputs, summary::LaneSummary};
+use super::{outputs::Outputs, silence::Silence, summary::LaneSummary};
 use crate::{
     clock::sync::Round,
     printable::printable,
@@ -137,6 +137,8 @@ pub struct GuestSession {
     pub outputs: Outputs,
     /// The first thing that went wrong.
     pub trouble: Option<Trouble>,
+    /// How long its agent has left us without an answer since it runs.
+    pub silence: Silence,
 }
 
 impl GuestSession {
@@ -161,6 +163,7 @@ impl GuestSession {
             finished: false,
             is_full: false,
             trouble: None,
+            silence: Silence::default(),
         };
         (session, ToServer::Claim { guest: name.into() })
     }
@@ -168,6 +171,11 @@ impl GuestSession {
     /// How far it has come.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// Bytes of a page of its lanes; 0 until it is armed.
+    pub fn page_bytes(&self) -> u32 {
+        self.armed.as_ref().map_or(0, |armed| armed.page_bytes)
     }
 
     /// Whether the server has said what is in the file.
@@ -317,6 +325,20 @@ impl GuestSession {
         self.stop()
     }
 
+    /// Its agent is asked whether it is there: from `now` on it owes an answer, if it records.
+    pub fn pinged(&mut self, now: Instant) {
+        if matches!(self.phase, Phase::Running | Phase::Stopping) {
+            self.silence.asked(now);
+        }
+    }
+
+    /// `message` has come: an agent that says something is there, and one that is gone or given up is not waited for.
+    pub fn heard(&mut self, is_agents: bool, now: Instant) {
+        if is_agents || self.phase > Phase::Stopping {
+            self.silence.ends(now);
+        }
+    }
+
     /// Nothing more comes from its commands.
     pub fn commands_are_over(&self) -> bool {
         self.outputs.all_ended() || self.phase > Phase::Running
@@ -355,6 +377,8 @@ impl GuestSession {
             LinkError::Stalled { pid, waited } => Trouble::ServerStalled { pid: *pid, seconds: waited.as_secs() },
             _ => Trouble::Server,
         });
+        // Who can say whether its agent was silent too?
+        self.silence.forget();
         self.phase = Phase::Closed;
     }
 

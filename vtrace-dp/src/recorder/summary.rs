@@ -53,6 +53,9 @@ pub struct MachineSummary {
     pub start_skew_ns: Option<i64>,
     /// What was run there (`--exec`), and how it ended.
     pub commands: Vec<CommandSummary>,
+    /// The longest time, in milliseconds, for which a guest's agent owed an answer while it recorded; it is asked every
+    /// second.
+    pub silence_ms_max: u64,
     /// Its part did not go to its end.
     pub failed: bool,
     /// What went wrong, and what a reader has to know.
@@ -350,6 +353,7 @@ mod tests {
             sink: Some("buffered"),
             clock: Some(clock),
             start_skew_ns: Some(-1_840_000),
+            silence_ms_max: 35_100,
             failed: true,
             remarks: vec!["its agent went away".into()],
         };

@@ -104,6 +104,8 @@ pub struct GuestSlot {
     pub(super) bell: Arc<Bell>,
     commands: Mutex<VecDeque<Command>>,
     state: Mutex<GuestState>,
+    /// Since when its agent owes an answer to whatever it was asked.
+    asked: Mutex<Option<Instant>>,
 }
 
 impl GuestSlot {
@@ -119,6 +121,7 @@ impl GuestSlot {
             holder_uid: None,
             further: Vec::new(),
             lanes_per_device: u32::try_from(lanes).unwrap_or(u32::MAX),
+            silent_s: 0,
         };
         Ok(Arc::new(Self {
             name: name.into(),
@@ -126,13 +129,15 @@ impl GuestSlot {
             bell: Arc::new(Bell::new()?),
             commands: Mutex::default(),
             state: Mutex::new(state),
+            asked: Mutex::default(),
         }))
     }
 
     /// What `List` shows root.
     pub fn state(&self) -> GuestState {
         let further = self.devices.further();
-        GuestState { further, ..self.lock().clone() }
+        let silent = self.asked().map_or(0, |since| since.elapsed().as_secs());
+        GuestState { further, silent_s: u32::try_from(silent).unwrap_or(u32::MAX), ..self.lock().clone() }
     }
 
     /// What `List` shows this client.
@@ -163,6 +168,10 @@ impl GuestSlot {
     fn lock(&self) -> MutexGuard<'_, GuestState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn asked(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A guest, as its device's thread sees it.
@@ -178,6 +187,21 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn new(slot: Arc<GuestSlot>) -> Self {
         Self { slot, seat: Seat::new(), stop_at: None, lines_left: AGENT_LINES_MAX }
+    }
+
+    /// Whether a client has a session with the agent, armed at least: silence does not end it.
+    pub(super) fn is_in_session(&self) -> bool {
+        self.seat.stands()
+    }
+
+    /// The agent was asked something and has to answer.
+    pub(super) fn asked(&self) {
+        self.slot.asked().get_or_insert_with(Instant::now);
+    }
+
+    /// The agent says something: it is there.
+    pub(super) fn heard(&self) {
+        *self.slot.asked() = None;
     }
 
     fn obey(&mut self, command: Command, port: &mut ControlPort) {
@@ -252,7 +276,10 @@ impl Guest {
             Refusal::NoAgent { guest }
         } else {
             match port.send(request) {
-                Ok(()) => return self.seat.passes(request),
+                Ok(()) => {
+                    self.asked();
+                    return self.seat.passes(request);
+                }
                 Err(full) => Refusal::State { guest, detail: full.to_string() },
             }
         };
@@ -394,6 +421,7 @@ impl Owner for Guest {
     }
 
     fn agent(&mut self, event: AgentEvent, _port: &mut ControlPort) {
+        self.heard();
         match event {
             AgentEvent::Opened => {}
             AgentEvent::Hello(hello) => {

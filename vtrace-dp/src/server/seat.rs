@@ -25,6 +25,8 @@ pub(super) struct Seat<H> {
     state: State<H>,
     /// The holder armed the agent and has not closed it since.
     armed: bool,
+    /// The agent has said since that it is armed.
+    stands: bool,
     /// `Close`s passed for the holder and not answered.
     closing: u32,
     /// `Close`s of holders that have left, not answered.
@@ -68,7 +70,7 @@ pub(super) enum Release {
 impl<H: PartialEq> Seat<H> {
     /// A seat that nobody has taken.
     pub(super) fn new() -> Self {
-        Self { state: State::Free, armed: false, closing: 0, stale: 0, waiting: VecDeque::new() }
+        Self { state: State::Free, armed: false, stands: false, closing: 0, stale: 0, waiting: VecDeque::new() }
     }
 
     /// Who holds the guest, or has just left it.
@@ -92,6 +94,11 @@ impl<H: PartialEq> Seat<H> {
         matches!(&self.state, State::Held(known) if known == holder)
     }
 
+    /// Whether the holder has a session with the agent, armed at least.
+    pub(super) fn stands(&self) -> bool {
+        self.stands
+    }
+
     /// `claimant` wants the guest.
     pub(super) fn claim(&mut self, claimant: H) -> Claim<'_, H> {
         if matches!(self.state, State::Free) {
@@ -112,7 +119,7 @@ impl<H: PartialEq> Seat<H> {
         match request {
             ToAgent::Arm(_) => self.armed = true,
             ToAgent::Close => {
-                self.armed = false;
+                (self.armed, self.stands) = (false, false);
                 self.closing += 1;
             }
             _ => {}
@@ -122,6 +129,7 @@ impl<H: PartialEq> Seat<H> {
     /// The agent says something; whether the listener (as it was before) is to hear it.
     pub(super) fn hears(&mut self, answer: &FromAgent) -> bool {
         let heard = self.listener().is_some();
+        self.stands |= heard && self.armed && matches!(answer, FromAgent::Armed(_));
         if *answer != FromAgent::Closed {
             return heard;
         }
@@ -142,6 +150,7 @@ impl<H: PartialEq> Seat<H> {
         }
         let State::Held(holder) = std::mem::replace(&mut self.state, State::Free) else { return Release::NotHeld };
         let close = std::mem::take(&mut self.armed);
+        self.stands = false;
         self.stale += std::mem::take(&mut self.closing) + u32::from(close);
         self.state = State::Leaving { holder, until: now + LEAVE_TIME_MAX };
         self.free_if_closed();
@@ -150,7 +159,7 @@ impl<H: PartialEq> Seat<H> {
 
     /// The agent is gone: it owes nothing any more.
     pub(super) fn agent_gone(&mut self) {
-        (self.armed, self.closing, self.stale) = (false, 0, 0);
+        (self.armed, self.stands, self.closing, self.stale) = (false, false, 0, 0);
         self.free_if_closed();
     }
 
@@ -189,6 +198,7 @@ impl<H: PartialEq> Default for Seat<H> {
 
 #[cfg(test)]
 mod tests {
+    use vtrace_common::wire::agent::Armed;
 
     use super::*;
 
@@ -261,6 +271,27 @@ mod tests {
         assert!(!seat.hears(&FromAgent::Stopped), "late: the first holder's");
         assert!(!seat.hears(&FromAgent::Closed));
         assert!(seat.hears(&FromAgent::Stopped), "the second holder's");
+    }
+
+    #[test]
+    fn session_stands_from_the_agents_word_to_its_close_its_release_or_the_agents_end() {
+        let ready = FromAgent::Armed(Armed::default());
+        let ends: [fn(&mut Seat<u8>); 3] = [
+            |seat| seat.passes(&ToAgent::Close),
+            |seat| {
+                seat.release(&1, Instant::now());
+            },
+            |seat| seat.agent_gone(),
+        ];
+        for end in ends {
+            let mut seat = armed(1);
+            assert!(!seat.stands(), "it is arming");
+            assert!(seat.hears(&ready) && seat.stands());
+            end(&mut seat);
+            assert!(!seat.stands());
+        }
+        let mut seat = held(1);
+        assert!(seat.hears(&ready) && !seat.stands(), "nobody has armed it");
     }
 
     #[test]

@@ -11,7 +11,8 @@
 //! * ours goes out when a connection is made, and to each agent that says hello and was not met before. One that says
 //!   nothing more is greeted again ([`GREET_EVERY`]): it may have taken our hello for the end of another frame.
 //! * An agent that was met says so with its machine. A hello in the middle of a session is another agent's.
-//! * An agent that answers no ping for [`SILENCE_MAX`] is gone.
+//! * An agent that answers no ping for [`SILENCE_MAX`] is gone, unless it has a session: that goes on when a guest that
+//!   was paused or asleep does. Who records decides how long that is waited for.
 
 use std::{
     io::{self, Read, Write},
@@ -44,7 +45,7 @@ use crate::{
 
 /// An agent that has said nothing for so long is asked whether it is there.
 pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
-/// One that still says nothing is gone. Arming can keep an agent silent for some seconds.
+/// One that still says nothing, and has no session, is gone. Arming can keep an agent silent for some seconds.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// How long an agent that has said hello may take to say where it runs.
 const GREET_EVERY: Duration = Duration::from_secs(3);
@@ -92,6 +93,8 @@ pub(super) struct Control {
     greeting: Greeting,
     heard_at: Instant,
     pinged_at: Instant,
+    /// The log has it that the agent is silent and waited for.
+    silence_said: bool,
 }
 
 /// How far we and the agent know each other.
@@ -132,6 +135,7 @@ impl Control {
             greeting: Greeting::default(),
             heard_at: now,
             pinged_at: now,
+            silence_said: false,
         };
         control.open()?;
         Ok(control)
@@ -177,11 +181,10 @@ impl Control {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let silence = self.agent.is_open().then(|| {
-            let gone = self.heard_at + SILENCE_MAX;
-            gone.min(self.heard_at.max(self.pinged_at) + PING_EVERY)
-        });
-        let due = [silence, self.greeting.again_at, self.guest.deadline()].into_iter().flatten().min();
+        let is_open = self.agent.is_open();
+        let gone = (is_open && !self.silence_said).then(|| self.heard_at + SILENCE_MAX);
+        let ping = (is_open && self.greeting.met).then(|| self.heard_at.max(self.pinged_at) + PING_EVERY);
+        let due = [gone, ping, self.greeting.again_at, self.guest.deadline()].into_iter().flatten().min();
         let Some(due) = due else { return EpollTimeout::NONE };
         let left = due.saturating_duration_since(Instant::now());
         // Rounded up: a turn that comes too early would come again and again.
@@ -296,7 +299,8 @@ impl Control {
 
     fn frame(&mut self, frame: &Piece) {
         let now = Instant::now();
-        self.heard_at = now;
+        (self.heard_at, self.silence_said) = (now, false);
+        self.guest.heard();
         if frame.is_hello {
             self.agent_gone();
             self.agent.met();
@@ -356,13 +360,20 @@ impl Control {
         if !self.agent.is_open() {
             return;
         }
-        if now >= self.heard_at + SILENCE_MAX {
+        let is_silent = now >= self.heard_at + SILENCE_MAX;
+        if is_silent && !self.guest.is_in_session() {
             log::warn!("{}: agent has said nothing for {} s", self.slot.name, SILENCE_MAX.as_secs());
             self.agent_gone();
             // One that only was asleep answers this.
             self.greeting = Greeting { due: true, ..Greeting::default() };
-        } else if self.greeting.met && now >= self.heard_at.max(self.pinged_at) + PING_EVERY {
+            return;
+        }
+        if is_silent && !std::mem::replace(&mut self.silence_said, true) {
+            log::warn!("{}: agent has said nothing for {} s; its session waits", self.slot.name, SILENCE_MAX.as_secs());
+        }
+        if self.greeting.met && now >= self.heard_at.max(self.pinged_at) + PING_EVERY {
             self.pinged_at = now;
+            self.guest.asked();
             // With so many requests before it, one more would tell nothing.
             let _ = self.agent.send(&ToAgent::Ping { id: PING_ID });
         }

@@ -15,22 +15,22 @@ use std::{
 use vtrace_common::{
     ids::Cpu,
     wire::{
-        Decoder, Hello,
-        agent::{FromAgent, Machine, ToAgent},
-        client::{Area, GuestState, LaneEnd, LaneLedger},
+        Decoder, Family, Frame, Hello,
+        agent::{Armed, FromAgent, Machine, ToAgent},
+        client::{Area, FromServer, Gone, GuestState, LaneEnd, LaneLedger, ToServer},
         encode,
     },
 };
 
 use super::*;
-use crate::server::{GuestSocket, Server, ServerConfig, drains::Portless};
+use crate::server::{GuestSocket, Server, ServerConfig, drains::Portless, link::Link};
 
 const PAGE: usize = 4096;
 
 struct Trial {
     server: Server,
     folder: Folder,
-    _root: tempfile::TempDir,
+    root: tempfile::TempDir,
 }
 
 impl Trial {
@@ -43,7 +43,7 @@ impl Trial {
         let server =
             Server::start(&ServerConfig { directory: root.path().join("run"), guests, ..ServerConfig::default() })
                 .unwrap();
-        Self { server, folder, _root: root }
+        Self { server, folder, root }
     }
 
     fn slot(&self) -> &GuestSlot {
@@ -109,15 +109,21 @@ fn page(time: u8) -> Vec<u8> {
 
 /// Reads until a hello of the server has come.
 fn await_hello(stream: &mut impl Read) {
+    await_frame(stream, |frame| frame.family == Family::Hello);
+}
+
+/// Reads until one of the server's frames is the one that is waited for.
+fn await_frame(stream: &mut impl Read, is_it: fn(&Frame) -> bool) {
     let (mut decoder, mut piece) = (Decoder::default(), [0; 4096]);
     loop {
         let count = stream.read(&mut piece).unwrap();
         decoder.push(&piece[..count]);
         while let Some(frame) = decoder.next_frame().unwrap() {
-            if frame.open::<Hello>().is_ok() {
+            let is_known = frame.open::<Hello>().is_ok() || frame.open::<ToAgent>().is_ok();
+            assert!(is_known, "{frame:?}");
+            if is_it(&frame) {
                 return;
             }
-            frame.open::<ToAgent>().unwrap();
         }
     }
 }
@@ -200,6 +206,53 @@ fn stream_that_is_cut_ends_its_lane_and_the_next_session_has_the_new_one() {
     lane.write_all(&page(4)).unwrap();
     assert_eq!(trial.finish(4096)[0].pages_out, 1);
     trial.server.stop();
+}
+
+/// A trial whose agent has been told to arm a session, and the client that did so.
+fn arming() -> (Trial, UnixStream, Link) {
+    let trial = Trial::new(Transport::Socket);
+    let mut agent = trial.connect("agent-ctl-path");
+    await_hello(&mut agent);
+    agent.write_all(&[hello(), machine()].concat()).unwrap();
+    trial.await_state("ready", is_ready);
+    let mut link = Link::connect(&trial.root.path().join("run")).unwrap();
+    let guest = || "guest1".to_owned();
+    link.send(&ToServer::Claim { guest: guest() }).unwrap();
+    assert!(matches!(link.receive(Some(Duration::from_secs(20))), Ok(Some(FromServer::Claimed(_)))));
+    link.send(&ToServer::Agent { guest: guest(), request: ToAgent::Arm(Box::default()) }).unwrap();
+    await_frame(&mut agent, |frame| matches!(frame.open(), Ok(ToAgent::Arm(_))));
+    (trial, agent, link)
+}
+
+#[test]
+fn silent_agent_is_waited_for_while_it_has_a_session_and_not_while_it_is_idle_or_arms_one() {
+    let (standing, mut agent, mut link) = arming();
+    agent.write_all(&encode(&FromAgent::Armed(Armed::default())).unwrap()).unwrap();
+    let answer = link.receive(Some(Duration::from_secs(20)));
+    assert!(matches!(answer, Ok(Some(FromServer::Agent { answer: FromAgent::Armed(_), .. }))), "{answer:?}");
+    let (unarmed, _agent, _link) = arming();
+    let idle = Trial::new(Transport::Socket);
+    let mut other = idle.connect("agent-ctl-path");
+    other.write_all(&[hello(), machine()].concat()).unwrap();
+    idle.await_state("ready", is_ready);
+
+    sleep(super::control::SILENCE_MAX);
+    unarmed.await_state("gone", |state| state.agent.is_none() && state.vmm_pid.is_some());
+    idle.await_state("gone", |state| state.agent.is_none());
+    sleep(Duration::from_secs(1));
+    let state = standing.slot().state();
+    assert!(is_ready(&state) && state.silent_s >= 10, "{state:?}");
+
+    // It wakes up, and is silent no more.
+    agent.write_all(&encode(&FromAgent::Pong { id: 7 }).unwrap()).unwrap();
+    standing.await_state("heard", |state| is_ready(state) && state.silent_s == 0);
+    let answer = link.receive(Some(Duration::from_secs(20)));
+    assert!(matches!(answer, Ok(Some(FromServer::Agent { answer: FromAgent::Pong { id: 7 }, .. }))), "{answer:?}");
+    // Another agent's hello ends the session as ever.
+    agent.write_all(&hello()).unwrap();
+    let gone = FromServer::Gone { guest: "guest1".into(), what: Gone::Agent };
+    assert_eq!(link.receive(Some(Duration::from_secs(20))).unwrap(), Some(gone));
+    [standing, unarmed, idle].into_iter().for_each(|trial| trial.server.stop());
 }
 
 /// QEMU's end of a FIFO: it opens both for reading and writing.
