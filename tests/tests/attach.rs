@@ -68,6 +68,28 @@ impl Bench {
         Ok(String::from_utf8(output.stdout)? + &said)
     }
 
+    /// What `vtrace doctor` finds in the guest's QEMU: verdicts and texts.
+    fn doctor(&self, server: &Path) -> Result<Vec<(String, String)>> {
+        let mut command = Command::new(xtask::build::vtrace()?);
+        command.args(["doctor", "--json", "-o", "/tmp", "--dom", GUEST, "--qmp"]).arg(self.qmp());
+        let output = command.arg("--dir").arg(server).output()?;
+        let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+        let text = |finding: &Value, what: &str| finding[what].as_str().unwrap_or_default().to_owned();
+        let of_guest = findings.iter().filter(|finding| finding["check"] == GUEST);
+        let said = |finding| (text(finding, "verdict"), text(finding, "found") + " → " + &text(finding, "remedy"));
+        Ok(of_guest.map(said).skip_while(|(_, said)| !said.contains("QEMU 1") && !said.contains("QMP")).collect())
+    }
+
+    /// It finds these, in this order, and nothing else.
+    fn finds(&self, server: &Path, expected: &[(&str, &str)]) -> Result<()> {
+        let found = self.doctor(server)?;
+        let fits = |((verdict, said), (expected, words)): (&(String, String), &(&str, &str))| {
+            verdict == expected && said.contains(words)
+        };
+        ensure!(found.len() == expected.len() && found.iter().zip(expected).all(fits), "{found:#?}, not {expected:#?}");
+        Ok(())
+    }
+
     /// It fails, and says why and what to do.
     fn complains(&self, verb: &str, server: &Path, why: &str, remedy: &str) -> Result<()> {
         let output = self.vtrace(verb, server, &[])?;
@@ -162,12 +184,17 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     let dir = server.dir().to_path_buf();
 
     // The server comes after the guest.
+    let emulated = ("warn", "running, emulated (TCG)");
+    let shared = ("ok", "its memory is shared");
+    bench.finds(&dir, &[emulated, ("warn", "slots free for hot-plug → vtrace attach guest1 --qmp"), shared])?;
     let said = bench.works("attach", &dir, &[])?;
     ensure!(said.contains("guest1: attached to QEMU 1") && said.contains("2 CPUs, vtrace0 at rp0"), "{said}");
     ensure!(said.contains("driver running, agent ready"), "{said}");
     bench.complains("attach", &dir, "is connected to", "vtrace detach guest1 first")?;
     record(&server, folder.path())?;
     guest_is_listed_and_found_healthy(&dir)?;
+    bench
+        .finds(&dir, &[emulated, ("ok", "1 device of vhost-user-test-device-pci: ports for 2 CPUs, 2 CPUs"), shared])?;
 
     // Upgraded: detached, started anew, attached.
     bench.works("detach", &dir, &[])?;
@@ -246,14 +273,19 @@ fn qemu_that_cannot_take_the_device_is_told_what_is_missing() -> Result<()> {
     {
         let _machine = bench.machine().start()?;
         bench.complains("attach", dir, "free PCI slots for hot-plug are needed, 0 are there", "pcie-root-port")?;
+        bench.finds(dir, &[("warn", "QEMU 1"), ("fail", "0 are there"), ("ok", "its memory is shared")])?;
         let held = std::os::unix::net::UnixStream::connect(bench.qmp())?;
         bench.complains("attach", dir, "QMP does not answer the connection", "another -qmp socket")?;
+        bench.finds(dir, &[("fail", "QMP does not answer the connection within 10 s → one client at a time")])?;
         drop(held);
     }
     {
         let _machine = bench.machine().private_memory().hot_plug().start()?;
         bench.complains("attach", dir, "memory (memory) is not shared", "share=on")?;
+        bench
+            .finds(dir, &[("warn", "QEMU 1"), ("warn", "vtrace attach"), ("fail", "memory (memory) is not shared")])?;
     }
     let _machine = bench.machine().qemu(Release::Middle).hot_plug().start()?;
-    bench.complains("attach", dir, "QEMU 10.0", "QEMU 10.2 or newer")
+    bench.complains("attach", dir, "QEMU 10.0", "QEMU 10.2 or newer")?;
+    bench.finds(dir, &[("warn", "QEMU 10.0"), ("fail", "--transport socket")])
 }

@@ -1,6 +1,7 @@
 //! Guests that sleep (suspend to RAM) or are paused while they are recorded, over our device and over QEMU's own.
 
 use std::{
+    path::Path,
     process::{Child, Command},
     thread::sleep,
     time::Duration,
@@ -127,6 +128,16 @@ fn is_paused_for_long_while_recorded(machine: &Machine, server: &Server, recorde
     Ok(())
 }
 
+/// `vtrace doctor` asks this QEMU, finds a port for every CPU, and that they lead to the server.
+fn doctor_sees_its_ports(server: &Server, qmp: &Path) -> Result<()> {
+    let mut command = Command::new(xtask::build::vtrace()?);
+    command.args(["doctor", "-o", "/tmp", "--dom", GUEST, "--qmp"]).arg(qmp).arg("--dir").arg(server.dir());
+    let said = String::from_utf8(command.output()?.stdout)?;
+    ensure!(said.contains("running, emulated (TCG)"), "{said}");
+    ensure!(said.contains("ok   guest1         QEMU's own ports: ports for 2 CPUs, 2 CPUs"), "{said}");
+    Ok(())
+}
+
 fn next_recording_works(server: &Server, recorder: &Recorder) -> Result<()> {
     server.await_agent(GUEST)?;
     let recording = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
@@ -171,10 +182,14 @@ fn guest_that_sleeps_or_is_paused_for_long_goes_on_over_qemus_own_ports_too() ->
         road::set_up(root.path(), GUEST, &format!("--cpus 2 --qemu-version {major}.{minor} --transport socket"))?;
     let server = Server::start_with(&["--root", root.path().to_str().context("a path of text")?, "--dom", GUEST])?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let qmp = root.path().join("qmp.sock");
+    let option = format!("unix:{},server=on,wait=off", qmp.display());
+    let words: Vec<&str> = words.iter().map(String::as_str).chain(["-qmp", &option]).collect();
     let machine = Machine::builder(&turn, Kernel::V6_12).qemu(Release::Middle).arguments(&words).boot()?;
     server.await_agent(GUEST)?;
     machine.shell(LOAD)?.ok()?;
+
+    doctor_sees_its_ports(&server, &qmp)?;
 
     sleeps_while_recorded(&machine, &recorder)?;
     is_paused_for_long_while_recorded(&machine, &server, &recorder)?;

@@ -138,14 +138,14 @@ fn state(link: &mut Link, guest: &str, cannot: &str) -> Result<GuestState, Compl
 }
 
 /// A guest's sockets, of the first device and of those behind it: as the server names them.
-fn sockets(first: &Path, count: usize) -> Vec<PathBuf> {
+pub(super) fn sockets(first: &Path, count: usize) -> Vec<PathBuf> {
     let stem = first.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let further = (2..=count).map(|number| first.with_file_name(format!("{stem}@{number}.sock")));
     std::iter::once(first.to_path_buf()).chain(further).collect()
 }
 
 /// As QEMU has to see it, whose folder is another. A folder that is gone has no better name than its own.
-fn absolute(socket: &Path) -> PathBuf {
+pub(super) fn absolute(socket: &Path) -> PathBuf {
     let parent = socket.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match (parent.canonicalize(), socket.file_name()) {
         (Ok(parent), Some(name)) => parent.join(name),

@@ -141,6 +141,9 @@ pub struct DoctorArgs {
     /// Another QEMU than the one in PATH
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
+    /// Ask the QEMU of this guest, as it runs, over its QMP socket
+    #[arg(long, value_name = "SOCKET", requires = "dom")]
+    pub qmp: Option<PathBuf>,
     /// Where the server's sockets are
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,

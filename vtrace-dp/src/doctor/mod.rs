@@ -4,19 +4,22 @@
 //! |---|---|
 //! | [`machine`] | kernel, tracefs, clock, KVM, QEMU |
 //! | [`server`] | run directory, sockets, server, guests, agents |
+//! | [`vmm`] | a guest's QEMU as it runs |
 //! | [`disk`] | how fast pages can be written, and for how long |
 //!
 //! In:    files of the kernel, the run directory, a server's answers, a file that is written and removed
 //! Out:   a [`Finding`] for each check: what is there, whether it will do, what to do
 //! Runs:  on the caller's thread; nothing is changed but that file
 //! Full:  each check ends in seconds
-//! Trust: the kernel; a server's answers are checked as always; of QEMU's words only numbers and one name are taken
+//! Trust: the kernel; a server's answers and QMP's are checked as always; of the words of QEMU's program only numbers and
+//!        one name are taken
 //!
 //! A check reads below the roots in [`Place`], so each can be shown a machine where it has to complain.
 
 pub mod disk;
 pub mod machine;
 pub mod server;
+pub mod vmm;
 
 use std::{
     ffi::OsString,

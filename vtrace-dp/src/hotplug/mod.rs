@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`qmp`] | QEMU's control channel |
 //! | [`vmm`] | what a QEMU has and can take |
+//! | [`look`] | the same for `vtrace doctor`, all of it |
 //!
 //! In:    a QEMU behind its QMP socket, the sockets of a server
 //! Out:   a vhost-user device for each socket that is needed, or none and the reason; none left after a detach
@@ -14,6 +15,7 @@
 //! QEMU cannot connect such a device again (hw/virtio/vhost-user-base.c): whose server is gone has to go too, and come
 //! again with the next one. In between the guest's agent sees its ports vanish and waits for new ones.
 
+pub mod look;
 pub mod qmp;
 pub mod vmm;
 

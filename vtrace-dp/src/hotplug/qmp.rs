@@ -223,6 +223,8 @@ pub struct Qmp {
     lines: Lines,
     events: VecDeque<Event>,
     number: u64,
+    /// No answer is waited for after this.
+    until: Option<Instant>,
     /// What the greeting said.
     pub version: Version,
 }
@@ -242,7 +244,8 @@ impl Qmp {
     /// [`QmpError`]
     pub fn over(socket: UnixStream, wait_max: Duration) -> Result<Self, QmpError> {
         let version = Version { major: 0, minor: 0, micro: 0 };
-        let mut qmp = Self { socket, lines: Lines::default(), events: VecDeque::new(), number: 0, version };
+        let mut qmp =
+            Self { socket, lines: Lines::default(), events: VecDeque::new(), number: 0, until: None, version };
         match qmp.message("the connection", Instant::now(), wait_max)? {
             Message::Greeting(version) => qmp.version = version,
             _ => return Err(QmpError::Foreign("it does not greet".into())),
@@ -251,25 +254,40 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// From now on all answers together may take this long.
+    pub fn hurry(&mut self, all_max: Duration) {
+        self.until = Some(Instant::now() + all_max);
+    }
+
+    /// How long the next answer may take.
+    fn answer_max(&self) -> Duration {
+        self.until.map_or(ANSWER_MAX, |until| ANSWER_MAX.min(until.saturating_duration_since(Instant::now())))
+    }
+
     /// Has QEMU do something.
     ///
     /// # Errors
     /// [`QmpError`]; after anything but `Refused` and `Answer` the connection is of no use any more.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         self.number += 1;
+        let wait_max = self.answer_max();
+        let silent = || QmpError::Silent { what: command.into(), waited: wait_max };
+        if wait_max.is_zero() {
+            return Err(silent());
+        }
         let mut request = json!({ "execute": command, "id": self.number });
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        self.socket.set_write_timeout(Some(ANSWER_MAX)).map_err(QmpError::Socket)?;
+        self.socket.set_write_timeout(Some(wait_max)).map_err(QmpError::Socket)?;
         let begun = Instant::now();
         self.socket.write_all(format!("{request}\n").as_bytes()).map_err(|error| match error.kind() {
             ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => QmpError::Closed,
-            ErrorKind::WouldBlock => QmpError::Silent { what: command.into(), waited: ANSWER_MAX },
+            ErrorKind::WouldBlock => silent(),
             _ => QmpError::Socket(error),
         })?;
         loop {
-            match self.message(command, begun, ANSWER_MAX)? {
+            match self.message(command, begun, wait_max)? {
                 Message::Return(id, value) if id == Some(self.number) => return Ok(value),
                 Message::Error(id, why) if id == Some(self.number) => {
                     return Err(QmpError::Refused { command: command.into(), why });
@@ -418,6 +436,22 @@ mod tests {
         let (ours, thread) = qemu(vec!["SSH-2.0-OpenSSH\x07\n".into()]);
         let error = Qmp::over(ours, ANSWER_MAX).unwrap_err();
         assert_eq!(error.to_string(), "this is no QMP: SSH-2.0-OpenSSH");
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn answers_that_are_slow_together_are_not_waited_for_longer_than_all_of_them_may_take() {
+        let slow = |number: u64| format!("{{\"return\": {{}}, \"id\": {number}}}\n");
+        let (socket, thread) = qemu(vec![format!("{GREETING}\n"), slow(1), slow(2)]);
+        let mut qmp = Qmp::over(socket, ANSWER_MAX).unwrap();
+        qmp.hurry(Duration::from_millis(200));
+        qmp.execute("query-a", Value::Null).unwrap();
+        let begun = Instant::now();
+        for _ in 0..2 {
+            assert!(matches!(qmp.execute("query-b", Value::Null), Err(QmpError::Silent { .. } | QmpError::Closed)));
+        }
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        drop(qmp);
         thread.join().unwrap();
     }
 

@@ -189,3 +189,37 @@ fn paused_guest_is_not_asked_to_let_go() {
     assert!(matches!(detach(&mut qmp, &[socket]), Err(HotplugError::Paused)));
     assert!(qemu.done().is_empty());
 }
+
+#[test]
+fn running_qemu_is_looked_at_and_nothing_is_changed() {
+    let socket = PathBuf::from("/run/vtrace/g.sock");
+    let mut answers = attached_to(&socket);
+    answers.insert("query-kvm".into(), json!({ "enabled": true, "present": true }));
+    answers.insert("qom-get /machine/peripheral/old num_vqs".into(), json!(8));
+    let (qemu, mut qmp) = Qemu::new(answers);
+    let running = look::look(&mut qmp, std::slice::from_ref(&socket)).unwrap();
+    assert_eq!((running.cpus, running.kvm, &running.devices[..]), (3, Some(true), &[2][..]));
+    assert_eq!((running.state.as_str(), running.ports), ("running", look::Ports::default()));
+    assert!(qemu.done().is_empty());
+
+    let (_qemu, mut qmp) = Qemu::new(healthy());
+    let running = look::look(&mut qmp, &[socket]).unwrap();
+    assert_eq!((running.devices.len(), running.slots, running.kvm), (0, 2, None), "one that says nothing of KVM");
+}
+
+#[test]
+fn ports_of_qemus_own_device_are_known_by_their_names() {
+    let socket = PathBuf::from("/v/g/agent-ctl-path.sock");
+    let mut answers = healthy();
+    let port = |name: &str| json!({ "name": name, "type": "child<virtserialport>" });
+    answers.insert("qom-list /machine/peripheral-anon".into(), json!([port("p0"), port("p1"), port("p2")]));
+    for (port, name) in [("p0", "agent-ctl-path"), ("p1", "trace-path-cpu1"), ("p2", "org.qemu.guest_agent.0")] {
+        answers.insert(format!("qom-get /machine/peripheral-anon/{port} name"), json!(name));
+    }
+    answers.insert("qom-get /machine/peripheral-anon/p0 chardev".into(), json!("c"));
+    answers.insert("query-chardev".into(), json!([{ "label": "c", "filename": "unix:/v/g/agent-ctl-path.sock" }]));
+    let (_qemu, mut qmp) = Qemu::new(answers);
+    let ports = look::look(&mut qmp, &[socket]).unwrap().ports;
+    assert_eq!(ports.lanes, [vtrace_common::ids::Cpu(1)]);
+    assert_eq!(ports.control_is_ours, Some(true));
+}

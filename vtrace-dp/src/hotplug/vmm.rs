@@ -30,7 +30,7 @@ const BUS_SLOTS: usize = 32;
 /// Devices that are a hot-plug slot for one other.
 const PORTS: [&str; 3] = ["pcie-root-port", "ioh3420", "xio3130-downstream"];
 /// Where devices with and without a name are.
-const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+pub(super) const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// What keeps a device from being plugged in.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -85,10 +85,11 @@ impl Entry {
     }
 }
 
+/// What connects a device to the host.
 #[derive(Deserialize)]
-struct Chardev {
-    label: String,
-    filename: String,
+pub(super) struct Chardev {
+    pub(super) label: String,
+    pub(super) filename: String,
 }
 
 #[derive(Deserialize)]
@@ -120,7 +121,7 @@ pub struct Plugged {
     pub chardev: String,
 }
 
-fn ask<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<T, QmpError> {
+pub(super) fn ask<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<T, QmpError> {
     let answer = qmp.execute(command, arguments)?;
     serde_json::from_value(answer).map_err(|_| QmpError::Answer(command.into()))
 }
@@ -129,7 +130,7 @@ pub(super) fn list(qmp: &mut Qmp, path: &str) -> Result<Vec<Entry>, QmpError> {
     ask(qmp, "qom-list", json!({ "path": path }))
 }
 
-fn property<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, path: &str, property: &str) -> Result<T, QmpError> {
+pub(super) fn property<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, path: &str, property: &str) -> Result<T, QmpError> {
     ask(qmp, "qom-get", json!({ "path": path, "property": property }))
 }
 
@@ -252,7 +253,7 @@ pub(super) fn names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
 }
 
 /// `unix:PATH`, `disconnected:unix:PATH`, with options behind a comma: QEMU's words for a socket (chardev/char-socket.c).
-fn leads_to(filename: &str, socket: &Path) -> bool {
+pub(super) fn leads_to(filename: &str, socket: &Path) -> bool {
     let path = filename.strip_prefix("disconnected:").unwrap_or(filename).strip_prefix("unix:");
     let (Some(path), Some(socket)) = (path, socket.to_str()) else { return false };
     path.strip_prefix(socket).is_some_and(|rest| rest.is_empty() || rest.starts_with(','))
