@@ -202,7 +202,7 @@ impl Shown {
     fn write(&self) -> io::Result<()> {
         let new = self.paths.state.with_extension("state.new");
         let text = serde_json::to_vec(&self.state).map_err(io::Error::other)?;
-        let mut file = options().create(true).truncate(true).open(&new)?;
+        let mut file = open(options().create(true).truncate(true), &new)?;
         file.write_all(&text)?;
         fs::rename(&new, &self.paths.state)
     }
@@ -233,7 +233,7 @@ impl Background {
     pub fn take(dir: &Path, state: State) -> Result<Self, BackgroundFault> {
         let shown = Shown::take(dir, Paths::new(dir, &state.name), state)?;
         let path = &shown.paths.log;
-        let log = options().append(true).create(true).open(path).map_err(failed(path))?;
+        let log = open(options().append(true).create(true), path).map_err(failed(path))?;
         log.set_len(0).map_err(failed(path))?;
         Ok(Self { shown, log })
     }
@@ -260,18 +260,29 @@ impl Background {
     }
 }
 
-/// Links are not followed: they could lead out of the run directory.
+/// To write one of ours.
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.write(true).mode(MODE).custom_flags(nix::libc::O_NOFOLLOW);
+    options.write(true).mode(MODE);
     options
+}
+
+/// Opens a file of the run directory. Links are not followed: they could lead out of it. A FIFO or a device in its place
+/// is refused, and not waited for.
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let odd = || io::Error::new(io::ErrorKind::InvalidInput, "something else than a file of vtrace's is there");
+    let opened = options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK).open(path);
+    // A FIFO that nobody reads; a socket.
+    let is_odd = |error: &io::Error| error.raw_os_error() == Some(nix::libc::ENXIO);
+    let file = opened.map_err(|error| if is_odd(&error) { odd() } else { error })?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(odd()) }
 }
 
 /// The locked file of this name; `None` if another process holds it.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     let begun = Instant::now();
     loop {
-        let file = options().read(true).create(true).open(path)?;
+        let file = open(options().read(true).create(true), path)?;
         match file.try_lock() {
             // It may have been removed by the one before us, in between.
             Ok(()) if fs::metadata(path).is_ok_and(|now| file.metadata().is_ok_and(|ours| ours.ino() == now.ino())) => {
@@ -287,7 +298,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 
 /// Whether a process holds the lock, or whose it is if we may not know.
 fn is_running(path: &Path) -> Result<bool, u32> {
-    match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path) {
+    match open(OpenOptions::new().read(true), path) {
         Ok(file) => Ok(matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             fs::symlink_metadata(path).map_or(Ok(false), |about| Err(about.uid()))
@@ -300,7 +311,7 @@ fn is_running(path: &Path) -> Result<bool, u32> {
 fn read(paths: &Paths) -> State {
     let bounded = |path: &Path| {
         let mut bytes = Vec::new();
-        let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path).ok()?;
+        let file = open(OpenOptions::new().read(true), path).ok()?;
         file.take(STATE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
         Some(bytes)
     };
@@ -397,6 +408,28 @@ mod tests {
 
     fn names(dir: &Path) -> Vec<(String, bool)> {
         list(dir).into_iter().map(|found| (found.state.name, found.is_running)).collect()
+    }
+
+    #[test]
+    fn fifo_in_the_place_of_a_file_is_refused_and_nobody_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let paths = Paths::new(dir, "guest1");
+        for (path, what) in
+            [(&paths.pid, "lock"), (&paths.state.with_extension("state.new"), "state"), (&paths.log, "log")]
+        {
+            nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let Err(BackgroundFault::File { source, .. }) = Background::take(dir, state("guest1")) else {
+                panic!("{what}: a FIFO was taken")
+            };
+            assert!(source.to_string().contains("something else"), "{what}: {source}");
+            // Whoever looks does not wait, either.
+            assert!(list(dir).iter().all(|found| !found.is_running), "{what}");
+            let _ = fs::remove_file(path);
+        }
+        nix::unistd::mkfifo(&paths.state, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(names(dir), [("guest1".into(), false)]);
+        Background::take(dir, state("guest1")).unwrap();
     }
 
     #[test]

@@ -14,10 +14,11 @@ use std::{
         fd::AsRawFd,
         unix::{
             fs::{FileTypeExt, MetadataExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::{
@@ -26,10 +27,16 @@ use nix::{
 };
 
 use super::CONTROL_GROUP;
-use crate::sys::{account, socket::Peer};
+use crate::sys::{
+    account,
+    socket::{Peer, dial},
+};
 
 /// Owner and group may connect, which takes permission to write.
 const MODE: u32 = 0o660;
+
+/// How long one who listens at a socket of ours and accepts nobody is waited for.
+const LOOK_MAX: Duration = Duration::from_secs(2);
 
 /// Why a socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +134,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketFault> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(refused("stat")(error)),
     }
-    match UnixStream::connect(path) {
+    match dial(path, LOOK_MAX) {
         Ok(listener) => {
             let pid = Peer::of(&listener).map_or(0, |peer| peer.pid);
             Err(SocketFault::Taken { path: path.into(), pid })
@@ -165,6 +172,25 @@ mod tests {
         drop(bound);
         fs::write(&path, "a person's file").unwrap();
         assert!(matches!(bind(&path, Access::Vmm), Err(SocketFault::NotSocket { .. })));
+        let fifo = folder.path().join("guest2.sock");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(bind(&fifo, Access::Vmm), Err(SocketFault::NotSocket { .. })));
+        let link = folder.path().join("guest3.sock");
+        std::os::unix::fs::symlink(&fifo, &link).unwrap();
+        assert!(matches!(bind(&link, Access::Vmm), Err(SocketFault::NotSocket { .. })));
+    }
+
+    #[test]
+    fn server_that_listens_and_accepts_nobody_is_left_alone_and_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let begun = std::time::Instant::now();
+        let fault = bind(&path, Access::Clients).unwrap_err();
+        assert!(matches!(fault, SocketFault::Refused { call: "connect", .. }), "{fault}");
+        assert!(begun.elapsed() < 10 * LOOK_MAX && path.exists());
     }
 
     #[test]
