@@ -186,7 +186,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     // The server comes after the guest.
     let emulated = ("warn", "running, emulated (TCG)");
     let shared = ("ok", "its memory is shared");
-    bench.finds(&dir, &[emulated, ("warn", "slots free for hot-plug → vtrace attach guest1 --qmp"), shared])?;
+    bench.finds(&dir, &[emulated, ("warn", "1 slot free for hot-plug → vtrace attach guest1 --qmp"), shared])?;
     let said = bench.works("attach", &dir, &[])?;
     ensure!(said.contains("guest1: attached to QEMU 1") && said.contains("2 CPUs, vtrace0 at rp0"), "{said}");
     ensure!(said.contains("driver running, agent ready"), "{said}");

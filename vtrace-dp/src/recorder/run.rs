@@ -81,7 +81,6 @@ pub enum News {
 /// Who is told.
 pub type Tell<'a> = &'a mut dyn FnMut(&News);
 
-
 /// Records.
 pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary, RecordError> {
     Command::check(&plan.command)?;
