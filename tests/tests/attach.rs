@@ -276,7 +276,6 @@ fn qemu_that_cannot_take_the_device_is_told_what_is_missing() -> Result<()> {
         bench.finds(dir, &[("warn", "QEMU 1"), ("fail", "0 are there"), ("ok", "its memory is shared")])?;
         let held = std::os::unix::net::UnixStream::connect(bench.qmp())?;
         bench.complains("attach", dir, "QMP does not answer the connection", "another -qmp socket")?;
-        bench.finds(dir, &[("fail", "QMP does not answer the connection within 10 s → one client at a time")])?;
         drop(held);
     }
     {
