@@ -295,7 +295,8 @@ fn full_port_holds_up_no_other_lane() {
     pump.order(Order::Abandon);
     let ends = pump.join().unwrap();
     assert!(ends[0].pages_lost > 0 && ends[1].pages_lost == 0 && ends[1].pages_sent > 400, "{ends:?}");
-    drop((unread, readers));
+    drop(unread);
+    readers.into_iter().for_each(|reader| drop(reader.join().unwrap()));
     instance.remove().unwrap();
 }
 

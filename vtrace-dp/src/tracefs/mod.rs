@@ -57,6 +57,11 @@ pub struct Tracefs {
 }
 
 /// An open `trace_pipe_raw`.
+///
+/// A page that was spliced out of it gives itself back to its ring buffer when it leaves the last pipe, and does not keep that
+/// buffer: where the instance was removed before, the kernel writes to memory it has freed, and ends the thread that read
+/// the pipe (kernel/trace/trace.c `buffer_ref_release()`; seen on 6.18). So pipes are emptied or closed first. A virtio
+/// port copies; a FIFO or a pipe as a port holds the pages until they are read.
 #[derive(Debug)]
 pub struct Tap {
     /// Whose.
