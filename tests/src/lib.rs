@@ -8,6 +8,7 @@
 //! | [`heap`] | what is alive of all that a process has allocated |
 //! | [`server`] | a real `vtrace server` in a folder of its own |
 //! | [`recording`] | one run of `vtrace record`: its words, its status, its files |
+//! | [`scene`] | where most stories begin: a server, its guests, a folder |
 //! | [`road`] | a guest as `vtrace setup` makes it |
 //! | [`judge`] | what stock tools say of a file |
 
@@ -20,4 +21,5 @@ pub mod heap;
 pub mod judge;
 pub mod recording;
 pub mod road;
+pub mod scene;
 pub mod server;

@@ -13,6 +13,8 @@ use nix::{
 };
 use serde_json::Value;
 
+use crate::judge::{lines, trace_cmd};
+
 /// A folder to record in, and the words that are the same every time.
 #[derive(Debug)]
 pub struct Recorder<'a> {
@@ -81,6 +83,14 @@ impl Recording {
         Ok(self)
     }
 
+    /// Fails unless a machine's file has pages as the summary says, and stock trace-cmd reads it.
+    pub fn whole(self, machine: &str) -> Result<Self> {
+        ensure!(self.sum(machine, "pages_out")? > 0, "{:#}", self.summary);
+        let report = lines(&trace_cmd(&["report"], &[&self.file(machine)])?);
+        ensure!(report.len() > 10, "{} lines", report.len());
+        Ok(self)
+    }
+
     /// The file of `host` or of a guest.
     pub fn file(&self, machine: &str) -> PathBuf {
         let suffix = if machine == "host" { String::new() } else { format!("-{machine}") };
@@ -91,6 +101,11 @@ impl Recording {
     pub fn machine(&self, name: &str) -> Result<&Value> {
         let machines = self.summary["machines"].as_array().context("a summary has machines")?;
         machines.iter().find(|machine| machine["name"] == name).with_context(|| format!("{name} is not in the summary"))
+    }
+
+    /// What it remarks on a machine.
+    pub fn remarks(&self, machine: &str) -> Result<String> {
+        Ok(self.machine(machine)?["remarks"].to_string())
     }
 
     /// The sum of one counter over a machine's lanes.

@@ -4,7 +4,7 @@
 use std::{
     fs,
     path::Path,
-    process::{Child, Command},
+    process::Command,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -19,92 +19,44 @@ use vtrace_tests::{
     disk::Disk,
     guest::is_clear,
     judge::{Line, lines, trace_cmd, trace_cmd_newest},
-    recording::{Recorder, Recording},
-    server::Server,
-};
-use xtask::{
-    kernel::Kernel,
-    machine::{Machine, Turn, turn},
+    recording::Recorder,
+    scene::{GUEST, Scene},
 };
 
-const GUEST: &str = "guest1";
-const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
-
-/// One guest under load, its agent ready.
-fn boot(turn: &Turn, server: &Server, guest: &str, cpus: u32) -> Result<Machine> {
-    let machine = Machine::builder(turn, Kernel::V6_12).cpus(cpus).vhost_user(&server.socket(guest)).boot()?;
-    server.await_agent(guest)?;
-    machine.shell(LOAD)?.ok()?;
-    Ok(machine)
-}
-
-fn signal(child: &Child, signal: Signal) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
-}
-
-/// Waits until the server says that somebody records.
-fn await_recording(server: &Server) -> Result<()> {
-    server.await_pages(GUEST, 1)
-}
-
-/// The guest's file has what the summary says, and stock trace-cmd reads it.
-fn file_is_whole(recording: &Recording) -> Result<()> {
-    let file = recording.file(GUEST);
-    ensure!(recording.sum(GUEST, "pages_out")? > 0, "{:#}", recording.summary);
-    let report = lines(&trace_cmd(&["report"], &[&file])?);
-    ensure!(report.len() > 10, "{} lines", report.len());
-    Ok(())
+fn signal(process: u32, signal: Signal) -> Result<()> {
+    Ok(kill(Pid::from_raw(i32::try_from(process)?), signal)?)
 }
 
 /// A whole session, nothing lost: the guest is as good as new.
 fn next_session_works(recorder: &Recorder) -> Result<()> {
     let recording = recorder.run(&format!("-e irq --dom {GUEST} -e sched -- sleep 0.5"))?.ok()?;
     assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
-    file_is_whole(&recording)
-}
-
-fn remarks(recording: &Recording) -> Result<String> {
-    Ok(recording.machine(GUEST)?["remarks"].to_string())
+    recording.whole(GUEST)?;
+    Ok(())
 }
 
 #[test]
 fn guest_that_dies_mid_trace_leaves_what_came_and_comes_back() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let machine = boot(&turn, &server, GUEST, 2)?;
-    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-    await_recording(&server)?;
-    machine.kill()?;
-    let recording = recorder.finish(child)?;
-    assert_eq!(recording.status, 1, "{}", recording.said);
-    assert!(remarks(&recording)?.contains("went away"), "{:#}", recording.summary);
-    file_is_whole(&recording)?;
-    let _machine = boot(&turn, &server, GUEST, 2)?;
-    next_session_works(&recorder)
+    let scene = Scene::of(&[GUEST])?;
+    let machine = scene.boot(GUEST, 2)?;
+    scene.broken("-e sched", || machine.kill(), "went away")?;
+    let _machine = scene.boot(GUEST, 2)?;
+    next_session_works(&scene.recorder())
 }
 
 #[test]
 fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let machine = boot(&turn, &server, GUEST, 2)?;
-
-    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-    await_recording(&server)?;
-    machine.shell("kill -9 $(pidof vtrace)")?.ok()?;
-    let recording = recorder.finish(child)?;
-    assert_eq!(recording.status, 1, "{}", recording.said);
-    assert!(remarks(&recording)?.contains("agent went away"), "{:#}", recording.summary);
-    file_is_whole(&recording)?;
+    let scene = Scene::of(&[GUEST])?;
+    let (server, recorder) = (&scene.server, scene.recorder());
+    let machine = scene.boot(GUEST, 2)?;
+    scene.broken("-e sched", || machine.shell("kill -9 $(pidof vtrace)")?.ok().map(drop), "agent went away")?;
     machine.shell("start-agent")?.ok()?;
     server.await_agent(GUEST)?;
     next_session_works(&recorder)?;
 
     let mut child = recorder.start(&format!("-e sched --dom {GUEST} -e sched -- sleep 1000"))?;
-    await_recording(&server)?;
-    signal(&child, Signal::SIGKILL)?;
+    server.await_pages(GUEST, 1)?;
+    signal(child.id(), Signal::SIGKILL)?;
     child.wait()?;
     server.await_state("is free", |state| state["holder_pid"].is_null())?;
     next_session_works(&recorder)?;
@@ -115,76 +67,60 @@ fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
 
 #[test]
 fn server_that_is_killed_mid_trace_leaves_what_it_wrote() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let mut server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let _machine = boot(&turn, &server, GUEST, 1)?;
-    let child = recorder.start(&format!("--dom {GUEST} -e sched -- sleep 1000"))?;
-    await_recording(&server)?;
-    let folder = folder.path();
-    server.kill()?;
-    let recording = Recorder { server: folder, folder }.finish(child)?;
-    assert_eq!(recording.status, 1, "{}", recording.said);
-    assert!(remarks(&recording)?.contains("the server went away"), "{:#}", recording.summary);
-    file_is_whole(&recording)
+    let scene = Scene::of(&[GUEST])?;
+    let _machine = scene.boot(GUEST, 1)?;
+    scene.broken("-e sched", || signal(scene.server.pid(), Signal::SIGKILL), "the server went away")?;
+    Ok(())
 }
 
 #[test]
 fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes_on() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let machine = boot(&turn, &server, GUEST, 2)?;
-    let child = recorder.start(&format!("--dom {GUEST} -b 64 -e sched -- sleep 1000"))?;
-    await_recording(&server)?;
-    let pid = Pid::from_raw(i32::try_from(server.pid())?);
-    kill(pid, Signal::SIGSTOP)?;
-    let stopped = Instant::now();
-    let recording = recorder.finish(child)?;
+    let scene = Scene::of(&[GUEST])?;
+    let server = &scene.server;
+    let machine = scene.boot(GUEST, 2)?;
+    let mut stopped = Instant::now();
+    let stop = || {
+        stopped = Instant::now();
+        signal(server.pid(), Signal::SIGSTOP)
+    };
+    let why = format!("the server (pid {}) took no notice for 30 s: it is stopped, or hangs", server.pid());
+    let recording = scene.broken("-b 64 -e sched", stop, why)?;
     ensure!(stopped.elapsed() < Duration::from_secs(42), "{:?}", stopped.elapsed());
-    assert_eq!(recording.status, 1, "{}", recording.said);
-    let why = format!("the server (pid {pid}) took no notice for 30 s: it is stopped, or hangs");
-    ensure!(remarks(&recording)?.contains(&why), "{:#}", recording.summary);
-    file_is_whole(&recording)?;
     let before = fs::read(recording.file(GUEST))?;
 
     // Pages have waited for it in the guest's rings, and it has the file that was recorded to.
-    kill(pid, Signal::SIGCONT)?;
+    signal(server.pid(), Signal::SIGCONT)?;
     server.await_state("is free", |state| state["holder_pid"].is_null())?;
     assert_eq!(machine.shell("echo alive")?.text().trim(), "alive");
     ensure!(fs::read(recording.file(GUEST))? == before, "the file is as it was");
     server.await_agent(GUEST)?;
-    next_session_works(&recorder)?;
+    next_session_works(&scene.recorder())?;
     is_clear(&machine)
 }
 
 #[test]
 fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let machine = boot(&turn, &server, GUEST, 2)?;
+    let scene = Scene::of(&[GUEST])?;
+    let recorder = scene.recorder();
+    let machine = scene.boot(GUEST, 2)?;
 
     let child = recorder.start(&format!("-e irq --dom {GUEST} -e sched"))?;
-    await_recording(&server)?;
+    scene.server.await_pages(GUEST, 1)?;
     let second = recorder.run(&format!("--dom {GUEST} -e irq -- true"))?;
     ensure!(second.status == 1 && second.said.contains("another recording writes to it"), "{}", second.said);
     let elsewhere = tempfile::tempdir()?;
-    let second = Recorder { server: server.dir(), folder: elsewhere.path() };
-    let second = second.run(&format!("--dom {GUEST} -e irq -- true"))?;
+    let second = scene.recorder_in(elsewhere.path()).run(&format!("--dom {GUEST} -e irq -- true"))?;
     ensure!(second.status == 1 && second.said.contains("is recording it"), "{}", second.said);
     ensure!(second.said.contains(&child.id().to_string()), "it says who holds it: {}", second.said);
     machine.qmp("stop", &json!(null))?;
     sleep(Duration::from_secs(2));
     machine.qmp("cont", &json!(null))?;
     sleep(Duration::from_secs(1));
-    signal(&child, Signal::SIGINT)?;
-    let recording = recorder.finish(child)?.ok()?;
+    let recording = recorder.interrupt(child)?.ok()?;
     assert_eq!(recording.sum(GUEST, "pages_lost")? + recording.sum(GUEST, "events_lost")?, 0);
-    file_is_whole(&recording)?;
+    recording.whole(GUEST)?;
 
-    let recording = recorder.run(&format!("--timeout 1 --dom {GUEST} -e sched"))?.ok()?;
-    file_is_whole(&recording)?;
+    recorder.run(&format!("--timeout 1 --dom {GUEST} -e sched"))?.ok()?.whole(GUEST)?;
     let status = recorder.run(&format!("--dom {GUEST} -e sched -- false"))?.status;
     assert_eq!(status, 1, "the command's own");
     Ok(())
@@ -192,30 +128,31 @@ fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() ->
 
 #[test]
 fn disk_that_fills_mid_trace_ends_in_whole_files_and_a_true_ledger() -> Result<()> {
-    let (turn, disk) = (turn()?, Disk::tmpfs(4 << 20)?);
-    let server = Server::start(&[GUEST])?;
-    let recorder = Recorder { server: server.dir(), folder: disk.path() };
-    let machine = boot(&turn, &server, GUEST, 1)?;
+    let (disk, scene) = (Disk::tmpfs(4 << 20)?, Scene::of(&[GUEST])?);
+    let machine = scene.boot(GUEST, 1)?;
     machine.shell("(while :; do :; done) </dev/null >/dev/null 2>&1 &")?.ok()?;
     let words = format!("--no-kallsyms -e irq --dom {GUEST} -e all -- sleep 4");
-    let recording = recorder.run(&words)?;
+    let recording = scene.recorder_in(disk.path()).run(&words)?;
     assert_eq!(recording.status, 1, "{}\n{:#}", recording.said, recording.summary);
-    assert!(remarks(&recording)?.contains("could not be written: No space left on device"), "{:#}", recording.summary);
+    assert!(
+        recording.remarks(GUEST)?.contains("could not be written: No space left on device"),
+        "{:#}",
+        recording.summary
+    );
     let [pages_in, pages_out, lost] = ["pages_in", "pages_out", "pages_lost"].map(|name| recording.sum(GUEST, name));
     let (pages_in, pages_out, lost) = (pages_in?, pages_out?, lost?);
     assert_eq!(pages_in, pages_out + lost);
     assert!(lost > 0);
-    file_is_whole(&recording)?;
+    recording.whole(GUEST)?;
     assert_eq!(machine.shell("true")?.status, 0, "the guest is not held up");
     Ok(())
 }
 
 #[test]
 fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
-    let (turn, folder) = (turn()?, tempfile::tempdir()?);
-    let server = Server::start(&[GUEST, "guest2"])?;
-    let recorder = Recorder { server: server.dir(), folder: folder.path() };
-    let _machines = [boot(&turn, &server, GUEST, 1)?, boot(&turn, &server, "guest2", 1)?];
+    let scene = Scene::of(&[GUEST, "guest2"])?;
+    let recorder = scene.recorder();
+    let _machines = [scene.boot(GUEST, 1)?, scene.boot("guest2", 1)?];
     let words = format!("-e sched --dom {GUEST} -e sched --dom guest2 -e irq -e sched -- sleep 1");
     let recording = recorder.run(&words)?.ok()?;
     let files = ["host", GUEST, "guest2"].map(|name| recording.file(name));
@@ -226,7 +163,7 @@ fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
         let shown = report.iter().filter(|line| line.file.as_deref() == Some(&file)).count();
         assert_eq!(u64::try_from(shown)?, recording.sum(name, "events")?, "{name}");
     }
-    two_sessions_at_once(&server)?;
+    two_sessions_at_once(&scene)?;
     instance_of_a_guest_has_its_name_and_the_hosts_times(&recorder)
 }
 
@@ -260,13 +197,12 @@ fn instance_of_a_guest_has_its_name_and_the_hosts_times(recorder: &Recorder) -> 
 }
 
 /// Each guest has one of its own; a third on one of them is told who has it, and changes nothing.
-fn two_sessions_at_once(server: &Server) -> Result<()> {
+fn two_sessions_at_once(scene: &Scene) -> Result<()> {
     let folders = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
-    let [first, second, third] =
-        [0, 1, 2].map(|at: usize| Recorder { server: server.dir(), folder: folders[at].path() });
+    let [first, second, third] = [0, 1, 2].map(|at: usize| scene.recorder_in(folders[at].path()));
     let words = |guest| format!("-e sched --dom {guest} -e sched -- sleep 4");
     let held = |guest: &str, pid: u32| {
-        server.await_state("is held", |state| state["name"] == guest && state["holder_pid"] == pid)
+        scene.server.await_state("is held", |state| state["name"] == guest && state["holder_pid"] == pid)
     };
     let of_first = first.start(&words(GUEST))?;
     held(GUEST, of_first.id())?;
