@@ -1,12 +1,12 @@
-//! What may be shown to people: foreign text, and errors with all their sources.
+//! What may be shown to people: foreign text, errors with all their sources, times.
 //!
-//! In:    text of a guest: names, reasons, what its commands write; errors of ours
-//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error
+//! In:    text of a guest: names, reasons, what its commands write; errors and numbers of ours
+//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error; a number with its unit
 //! Runs:  pure
 //! Full:  as long as the text, but for what [`cut`] leaves out
 //! Trust: nothing
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 /// The text with a '?' for each control character but the tab, and for each character that is not seen but changes how
 /// others are (Unicode UAX #9, explicit directional marks; zero-width ones).
@@ -29,6 +29,19 @@ pub fn cut(text: &str, bytes_max: usize) -> &str {
 pub fn chain(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(Some(error), |error| error.source());
     sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// A time for a person.
+pub(crate) struct Nanoseconds(pub(crate) u64);
+
+impl fmt::Display for Nanoseconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ns if ns < 1000 => write!(f, "{ns} ns"),
+            ns if ns < 1_000_000 => write!(f, "{}.{} µs", ns / 1000, ns / 100 % 10),
+            ns => write!(f, "{}.{} ms", ns / 1_000_000, ns / 100_000 % 10),
+        }
+    }
 }
 
 fn is_seen(letter: char) -> bool {

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{Against, pairs::Pairs, windows::Place};
-use crate::recorder::summary::Nanoseconds;
+use crate::printable::Nanoseconds;
 
 /// All guests.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]

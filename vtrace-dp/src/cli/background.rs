@@ -16,13 +16,13 @@ use serde_json::Value;
 use super::{
     complaint::Complaint,
     control_args::{StatusArgs, StopArgs},
-    plan::Plan,
     put, record, say,
     status::Lines,
 };
 use crate::{
     recorder::{
         background::{self, Background, BackgroundFault, Found, Outcome, Shown, State},
+        plan::Plan,
         run::{News, Progress},
         summary::Summary,
     },

@@ -10,10 +10,7 @@ use vtrace_common::wire::{
     client::{DriverState, Gone, Refusal},
 };
 
-use super::{
-    FAILED, USAGE,
-    plan::{Plan, PlanFault},
-};
+use super::{FAILED, USAGE, plan_fault::PlanFault};
 use crate::{
     agent::AgentError,
     printable::chain,
@@ -23,6 +20,7 @@ use crate::{
         guests::GuestsError,
         host::HostError,
         naming::FileError,
+        plan::Plan,
         session::{Trouble, held_by},
     },
     server::{ServerError, link::LinkError},

@@ -13,7 +13,8 @@ use std::ffi::OsString;
 use clap::ArgMatches;
 use vtrace_common::wire::agent::{Arm, CommandRequest, EventRequest};
 
-use super::plan::PlanFault;
+use super::plan_fault::PlanFault;
+use crate::recorder::plan::CLOCK;
 
 /// Options that are for one machine, by clap's id.
 const OPTIONS: [&str; 20] = [
@@ -160,7 +161,7 @@ impl Machine<'_> {
             "children" => arm.children = true,
             "cpu_mask" if word == "all" || word == "-1" => arm.cpu_mask.clear(),
             "cpu_mask" => arm.cpu_mask = word.trim_start_matches("0x").into(),
-            "clock" => arm.clock = if word == "tsc2nsec" { super::plan::CLOCK.into() } else { word },
+            "clock" => arm.clock = if word == "tsc2nsec" { CLOCK.into() } else { word },
             "buffer_kb" => return self.size("-b", |arm| &mut arm.buffer_kb, &word),
             "subbuf_kb" => return self.size("--subbuf-size", |arm| &mut arm.subbuf_kb, &word),
             option => unreachable!("{option} is not one of OPTIONS"),

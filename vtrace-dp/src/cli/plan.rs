@@ -1,273 +1,69 @@
-//! A validated request to record: who, what, where to.
+//! What was typed becomes a plan.
 //!
 //! In:    [`RecordArgs`] and the order in which its options were typed
-//! Out:   [`Plan`], or the first thing that is wrong with it
+//! Out:   a [`Plan`], or the first thing that is wrong with it
 //! Trust: nothing typed; guest names become file names
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use clap::ArgMatches;
-use nix::time::ClockId;
-use vtrace_common::{limits::NAME_BYTES_MAX, wire::agent::Arm};
+use vtrace_common::wire::agent::Arm;
 
 use super::{
     args::RecordArgs,
     machine_options::{self, Arms},
+    plan_fault::PlanFault,
 };
 use crate::{
-    recorder::sink::SinkChoice,
+    recorder::plan::{CLOCK, GuestPlan, InstancePlan, MachinePlan, Plan, records, wall_clock},
     server::check_name,
     trace::{
         compressed::Compression,
         pack::{Form, Version},
-        writer::Bounds,
     },
 };
 
-/// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
-pub const CLOCK: &str = "x86-tsc";
-
-/// What to record.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Plan {
-    /// The host.
-    pub host: MachinePlan,
-    /// Instances of the host, in the order typed.
-    pub instances: Vec<InstancePlan>,
-    /// The guests, in the order typed.
-    pub guests: Vec<GuestPlan>,
-    /// Runs while we record; empty: until Ctrl-C.
-    pub command: Vec<OsString>,
-    /// Real-time priority of the host's recorder.
-    pub rt: Option<u8>,
-    /// Stop after this long.
-    pub timeout: Option<Duration>,
-    /// How guests' pages are written.
-    pub sink: SinkChoice,
-    /// Keep the newest bytes of each lane only, at least so many.
-    pub newest_bytes: Option<u64>,
-    /// Stop before a file grows beyond this.
-    pub file_bytes_max: Option<u64>,
-    /// Stop a guest before its file grows beyond this.
-    pub guest_bytes_max: Option<u64>,
-    /// Guests' times stay their own.
-    pub raw_clock: bool,
-    /// What the files are like in the end.
-    pub form: Form,
-    /// A file that is there stays.
-    pub no_clobber: bool,
-    /// Times are shown as times of day.
-    pub date: bool,
-    /// A guest that cannot be armed is left out.
-    pub keep_going: bool,
-    /// Exit with 3 on any loss.
-    pub strict: bool,
-    /// The closing table as JSON.
-    pub json: bool,
-    /// No status line and no table.
-    pub quiet: bool,
-    /// Where the server is.
-    pub dir: PathBuf,
-}
-
-/// One machine's part.
-#[derive(Clone, PartialEq, Debug)]
-pub struct MachinePlan {
-    /// What its ring buffers record.
-    pub arm: Arm,
-    /// Its file.
-    pub output: PathBuf,
-}
-
-/// One more buffer of the host.
-#[derive(Clone, PartialEq, Debug)]
-pub struct InstancePlan {
-    /// Its name in the file.
-    pub name: String,
-    /// What it records.
-    pub arm: Arm,
-}
-
-/// One guest's part.
-#[derive(Clone, PartialEq, Debug)]
-pub struct GuestPlan {
-    /// Its name at the server.
-    pub name: String,
-    /// What and where to.
-    pub machine: MachinePlan,
-    /// What its buffer is called in its file; without a name it is the top one.
-    pub instance: Option<String>,
-}
-
-/// Why a request cannot be a plan.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum PlanFault {
-    /// Neither an event nor a guest.
-    #[error("nothing to record: no event (-e), no tracer (-p) and no guest (--dom)")]
-    Nothing,
-    /// A guest without an event.
-    #[error("no event (-e) and no tracer (-p) after --dom {0}")]
-    GuestWithoutEvents(String),
-    /// The same guest twice.
-    #[error("--dom {0} is given twice")]
-    GuestTwice(String),
-    /// A name that cannot be a guest's.
-    #[error("{0:?} cannot be a guest's name: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
-    GuestName(String),
-    /// An option that one machine can have once.
-    #[error("{option} is given twice for {machine}")]
-    Twice {
-        /// Which.
-        option: &'static str,
-        /// Whose.
-        machine: String,
-    },
-    /// A filter or trigger without its event.
-    #[error("{option} belongs to the -e before it, and there is none for {machine}")]
-    NoEventBefore {
-        /// Which.
-        option: &'static str,
-        /// Whose.
-        machine: String,
-    },
-    /// Not the number of a process.
-    #[error("-P {0}: not the number of a process")]
-    Process(String),
-    /// Bytes that are no text.
-    #[error("{0:?} is not UTF-8")]
-    NotText(String),
-    /// Guests and host cannot be brought together by such a clock.
-    #[error("-C {0}: guests can only be recorded by {CLOCK}")]
-    Clock(String),
-    /// `--exec` before the first `--dom`.
-    #[error("--exec is for guests; the host's command stands at the end")]
-    ExecOnHost,
-    /// `-F` without a command.
-    #[error("-F for {0}, which runs no command")]
-    CommandMissing(String),
-    /// `-c` without processes.
-    #[error("-c for {0} without -P or -F: children of whom?")]
-    ParentMissing(String),
-    /// A name that cannot be an instance's.
-    #[error("-B {0:?}: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
-    InstanceName(String),
-    /// The same instance twice.
-    #[error("-B {0} is given twice")]
-    InstanceTwice(String),
-    /// An instance without an event.
-    #[error("no event (-e) and no tracer (-p) after -B {0}")]
-    InstanceWithoutEvents(String),
-    /// A second instance of a guest.
-    #[error("-B {instance} is the second of {guest}: a port carries one buffer of a CPU, so a guest has one instance")]
-    InstanceSecond {
-        /// Its name.
-        instance: String,
-        /// Whose it would be.
-        guest: String,
-    },
-    /// What a guest's top buffer is to record, and an instance too.
-    #[error("options between --dom {guest} and -B {instance}: a port carries one buffer of a CPU, and -B names that")]
-    InstanceBeside {
-        /// Its name.
-        instance: String,
-        /// Whose it is.
-        guest: String,
-    },
-    /// One file has one clock.
-    #[error("-C {clock} for -B {instance}, which is in one file with what is recorded by {host}")]
-    InstanceClock {
-        /// Its name.
-        instance: String,
-        /// Its clock.
-        clock: String,
-        /// The host's.
-        host: String,
-    },
-    /// Version 6 has one page size.
-    #[error("--file-version 6 has one page size for all, but --subbuf-size is another for -B {0}")]
-    InstancePages(String),
-    /// Version 6 knows no compression.
-    #[error("--file-version 6 cannot be compressed")]
-    CompressedVersion6,
-    /// A clock whose time of day is not known.
-    #[error("--date with -C {0}, whose times cannot be read outside of the kernel")]
-    DateClock(String),
-    /// Not a duration.
-    #[error("--timeout {0}: not a number of seconds")]
-    Timeout(String),
-}
-
-impl Plan {
-    /// Whether anything of the host would come.
-    pub fn host_records(&self) -> bool {
-        self.host.records() || !self.instances.is_empty()
+/// Validates what was typed. `matches` are those of the verb `record`: they know the order.
+pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Plan, PlanFault> {
+    let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
+    let arms = machine_options::read(matches, &args.instance, &args.dom, &common)?;
+    let Arms { host: host_arm, instances, guests } = arms;
+    if !records(&host_arm) && instances.is_empty() && guests.is_empty() {
+        return Err(PlanFault::Nothing);
     }
-
-    /// Validates what was typed. `matches` are those of the verb `record`: they know the order.
-    pub fn new(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Self, PlanFault> {
-        let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
-        let arms = machine_options::read(matches, &args.instance, &args.dom, &common)?;
-        let Arms { host: host_arm, instances, guests } = arms;
-        if !records(&host_arm) && instances.is_empty() && guests.is_empty() {
-            return Err(PlanFault::Nothing);
-        }
-        check_host(&host_arm, args)?;
-        let form = form(args)?;
-        if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
-            return Err(PlanFault::InstanceTwice(name.clone()));
-        }
-        let instances = instances.into_iter().zip(1..);
-        let instances = instances
-            .map(|((name, arm), at)| instance(args, name, Arm { session: session.wrapping_add(at), ..arm }, &host_arm));
-        let instances = instances.collect::<Result<_, _>>()?;
-        let guests = args.dom.iter().zip(guests);
-        let guests = guests.map(|(name, (arm, instance))| guest(args, name, arm, instance));
-        let guests = guests.collect::<Result<_, _>>()?;
-        Ok(Self {
-            host: MachinePlan { arm: host_arm, output: args.output.clone() },
-            instances,
-            guests,
-            command: args.command.clone(),
-            rt: args.rt,
-            timeout: args.timeout.map(timeout).transpose()?,
-            sink: args.sink,
-            newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
-            file_bytes_max: args.max_file,
-            guest_bytes_max: args.max_guest_bytes,
-            raw_clock: args.raw_clock,
-            form,
-            no_clobber: args.no_clobber,
-            date: args.date,
-            keep_going: args.keep_going,
-            strict: args.strict,
-            json: args.json,
-            quiet: args.quiet,
-            dir: args.dir.clone(),
-        })
+    check_host(&host_arm, args)?;
+    let form = form(args)?;
+    if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
+        return Err(PlanFault::InstanceTwice(name.clone()));
     }
-
-    /// What bounds the lanes of every file.
-    pub fn bounds(&self) -> Bounds {
-        Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes: self.newest_bytes }
-    }
-
-    /// The same for guests' files.
-    pub fn guest_bounds(&self) -> Bounds {
-        let lane_bytes_max = [self.file_bytes_max, self.guest_bytes_max].into_iter().flatten().min();
-        Bounds { lane_bytes_max, ..self.bounds() }
-    }
-}
-
-/// Whether anything would come.
-fn records(arm: &Arm) -> bool {
-    !arm.events.is_empty() || !matches!(arm.tracer.name.as_str(), "" | "nop")
-}
-
-impl MachinePlan {
-    /// Whether anything would come.
-    pub fn records(&self) -> bool {
-        records(&self.arm)
-    }
+    let instances = instances.into_iter().zip(1..);
+    let instances = instances
+        .map(|((name, arm), at)| instance(args, name, Arm { session: session.wrapping_add(at), ..arm }, &host_arm));
+    let instances = instances.collect::<Result<_, _>>()?;
+    let guests = args.dom.iter().zip(guests);
+    let guests = guests.map(|(name, (arm, instance))| guest(args, name, arm, instance));
+    let guests = guests.collect::<Result<_, _>>()?;
+    Ok(Plan {
+        host: MachinePlan { arm: host_arm, output: args.output.clone() },
+        instances,
+        guests,
+        command: args.command.clone(),
+        rt: args.rt,
+        timeout: args.timeout.map(timeout).transpose()?,
+        sink: args.sink,
+        newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
+        file_bytes_max: args.max_file,
+        guest_bytes_max: args.max_guest_bytes,
+        raw_clock: args.raw_clock,
+        form,
+        no_clobber: args.no_clobber,
+        date: args.date,
+        keep_going: args.keep_going,
+        strict: args.strict,
+        json: args.json,
+        quiet: args.quiet,
+        dir: args.dir.clone(),
+    })
 }
 
 fn check_host(arm: &Arm, args: &RecordArgs) -> Result<(), PlanFault> {
@@ -281,17 +77,6 @@ fn check_host(arm: &Arm, args: &RecordArgs) -> Result<(), PlanFault> {
         return Err(PlanFault::DateClock(arm.clock.clone()));
     }
     check_processes("the host", arm, !args.command.is_empty())
-}
-
-/// The clock that a trace clock other than [`CLOCK`] can be compared with; none for those that only the kernel reads.
-pub fn wall_clock(clock: &str) -> Option<ClockId> {
-    match clock {
-        CLOCK | "mono" => Some(ClockId::CLOCK_MONOTONIC),
-        "mono_raw" => Some(ClockId::CLOCK_MONOTONIC_RAW),
-        "boot" => Some(ClockId::CLOCK_BOOTTIME),
-        "tai" => Some(ClockId::CLOCK_TAI),
-        _ => None,
-    }
 }
 
 fn form(args: &RecordArgs) -> Result<Form, PlanFault> {
@@ -382,7 +167,7 @@ mod tests {
     fn plan(line: &str) -> Result<Plan, PlanFault> {
         let matches = Args::command().try_get_matches_from(line.split_whitespace()).expect("clap takes it");
         let Verb::Record(args) = Args::from_arg_matches(&matches).unwrap().verb else { unreachable!() };
-        Plan::new(&args, matches.subcommand_matches("record").unwrap(), 7)
+        super::plan(&args, matches.subcommand_matches("record").unwrap(), 7)
     }
 
     fn patterns(machine: &MachinePlan) -> Vec<&str> {

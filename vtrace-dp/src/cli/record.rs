@@ -2,9 +2,10 @@
 
 use clap::ArgMatches;
 
-use super::{FAILED, LOST, args::RecordArgs, background, complaint::Complaint, plan::Plan, put, say, status::Status};
+use super::{FAILED, LOST, args::RecordArgs, background, complaint::Complaint, plan::plan, put, say, status::Status};
 use crate::{
     recorder::{
+        plan::Plan,
         run::{self, News, Tell},
         summary::Summary,
     },
@@ -17,7 +18,7 @@ const INTERVAL: &str = "-s has no effect: there is no interval, pages move as so
 
 /// Records and prints the closing table, here or in the background.
 pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) -> Result<u8, Complaint> {
-    let plan = Plan::new(args, matches, random())?;
+    let plan = plan(args, matches, random())?;
     if !nix::unistd::geteuid().is_root() {
         return Err(Complaint::not_root());
     }

@@ -13,10 +13,10 @@ use std::{
 
 use super::{Finding, Place, text};
 use crate::{
-    cli::plan::CLOCK,
     clock::btf::{self, BtfError},
     hotplug::vmm::{DRIVER, VERSION_MIN},
     printable::chain,
+    recorder::plan::CLOCK,
     sys::uring::Ring,
 };
 

@@ -11,12 +11,11 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::tsc::Scale;
-use crate::{
-    cli::plan::{CLOCK, wall_clock},
-    sys::tsc,
-    trace::option::TraceOption,
+use super::{
+    plan::{CLOCK, wall_clock},
+    tsc::Scale,
 };
+use crate::{sys::tsc, trace::option::TraceOption};
 
 const READINGS: usize = 64;
 

@@ -23,6 +23,7 @@ use super::{
     host::{HostReport, lane::End},
     instances,
     naming::{FileError, Output},
+    plan::{CLOCK, Plan},
     recording::{Common, Recording},
     runs::HostLanes,
     session::{GuestSession, Trouble, guest_lanes, in_use},
@@ -31,7 +32,6 @@ use super::{
     summary::{ClockSummary, LaneSummary, MachineSummary, Summary},
 };
 use crate::{
-    cli::plan::{CLOCK, Plan},
     clock::{plan::plan, vcpus::Vcpu},
     printable::chain,
     trace::{found::whole_at, option::TraceOption, writer::Writer},

@@ -23,11 +23,11 @@ use vtrace_common::{
 };
 
 use super::{
+    plan::GuestPlan,
     session::{GuestSession, Phase},
     silence,
 };
 use crate::{
-    cli::plan::GuestPlan,
     clock::sync::{Measurement, Round},
     server::link::{Link, LinkError},
     sys::signal::Signals,

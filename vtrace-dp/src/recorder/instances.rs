@@ -15,9 +15,9 @@ use super::{
     file::MachineFile,
     host::{Host, HostError, HostReport},
     naming::Output,
+    plan::{InstancePlan, Plan},
     session::GuestSession,
 };
-use crate::cli::plan::Plan;
 
 /// An instance of the host.
 pub(super) struct Instance {
@@ -43,7 +43,7 @@ impl Instance {
 
 /// Opens the files and prepares everything; tracing stays off.
 pub(super) fn arm(plan: &Plan) -> Result<Vec<Instance>, RecordError> {
-    let arm = |instance: &crate::cli::plan::InstancePlan| {
+    let arm = |instance: &InstancePlan| {
         let output = Output::open(&part_path(&plan.host.output, &instance.name))?;
         let host = Host::arm(&instance.arm)?;
         Ok(Instance { name: instance.name.clone(), host, output: Some(output), file: None, report: None })

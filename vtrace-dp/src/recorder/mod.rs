@@ -19,6 +19,8 @@
 //! | `file` | one machine's file while it is recorded |
 //! | [`naming`] | a file's name: what was there before stays until the recording has begun |
 //! | [`behind`] | written while we record, so that the end is near |
+//! | `date` | what makes times of day of the host's clock |
+//! | [`plan`] | what is to be recorded: who, what, where to |
 //! | [`sink`] | which way a guest's pages go to its file |
 //! | [`summary`] | the closing table |
 //! | [`outputs`] | what guests' commands write |
@@ -28,10 +30,9 @@
 //! | [`silence`] | agents that say nothing for a while |
 //! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
 //! | [`guest`] | which host threads are a guest's vCPUs |
-//! | `date` | what makes times of day of the host's clock |
 //! | [`tsc`] | how the files turn TSC into nanoseconds |
 //!
-//! In:    a `Plan`; messages of the server
+//! In:    a [`plan::Plan`]; messages of the server
 //! Out:   one trace.dat per machine, a [`summary::Summary`]
 //! Runs:  on the caller's thread; the host's pages move on a thread of their own
 //! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
@@ -53,6 +54,7 @@ pub mod kvm;
 pub mod limit;
 pub mod naming;
 pub mod outputs;
+pub mod plan;
 pub mod progress;
 mod recording;
 pub mod run;

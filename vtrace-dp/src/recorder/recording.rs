@@ -18,12 +18,12 @@ use super::{
     instances::{self, Instance},
     kvm::{self, KvmFault, Watch},
     limit::{Ended, Limit},
+    plan::Plan,
     progress::Meter,
     session::{GuestSession, Trouble},
     tsc::{Calibration, Scale},
 };
 use crate::{
-    cli::plan::Plan,
     clock::{sync::Measurement, vcpus::Told},
     sys::tsc,
     trace::option::TraceOption,

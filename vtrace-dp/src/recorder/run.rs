@@ -32,13 +32,13 @@ use super::{
     limit::FileState,
     naming::Output,
     outputs::Line,
+    plan::Plan,
     progress::{Counted, MachineProgress},
     recording::{Clocks, Recording},
     session::{GuestSession, Phase, Trouble},
     summary::Summary,
 };
 use crate::{
-    cli::plan::Plan,
     clock::sync::Measurement,
     sys::{signal::Signals, tsc},
 };

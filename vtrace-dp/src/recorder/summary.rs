@@ -10,7 +10,7 @@ use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
 use super::{limit::Ended, outputs::CommandSummary};
-use crate::{clock::vcpus::Vcpu, tracefs::stats::Stats};
+use crate::{clock::vcpus::Vcpu, printable::Nanoseconds, tracefs::stats::Stats};
 
 /// [`ClockSummary::source`]: the kernel's own word.
 pub const KVM: &str = "kvm";
@@ -290,19 +290,6 @@ impl fmt::Display for ClockSummary {
 
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
-}
-
-/// A time for a person.
-pub(crate) struct Nanoseconds(pub(crate) u64);
-
-impl fmt::Display for Nanoseconds {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            ns if ns < 1000 => write!(f, "{ns} ns"),
-            ns if ns < 1_000_000 => write!(f, "{}.{} µs", ns / 1000, ns / 100 % 10),
-            ns => write!(f, "{}.{} ms", ns / 1_000_000, ns / 100_000 % 10),
-        }
-    }
 }
 
 #[cfg(test)]

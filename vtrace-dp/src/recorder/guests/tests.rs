@@ -18,7 +18,10 @@ use vtrace_common::{
 };
 
 use super::*;
-use crate::{cli::plan::MachinePlan, recorder::session::Trouble, server::CONTROL_SOCKET};
+use crate::{
+    recorder::{plan::MachinePlan, session::Trouble},
+    server::CONTROL_SOCKET,
+};
 
 #[test]
 fn server_that_takes_requests_and_answers_none_is_given_up() {
