@@ -1,6 +1,6 @@
 //! Messages between agent, server and record: versioned, bounded, length-checked, without I/O.
 //!
-//! A frame is a 12-byte header and a payload of at most [`FRAME_BYTES_MAX`]:
+//! A frame is a 12-byte header and a payload of at most [`FRAME_BYTES_MAX`](crate::limits::FRAME_BYTES_MAX):
 //!
 //! | offset | field | |
 //! |---|---|---|

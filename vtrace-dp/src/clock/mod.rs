@@ -1,5 +1,22 @@
 //! Guest time becomes host time.
 //!
+//! From the top down; each module uses only what stands below it:
+//!
+//! | module | what |
+//! |---|---|
+//! | `feed` | the eBPF programs at work: every vCPU's offset and ratio, now and at each change |
+//! | `btf` | the fields that they read, found in the running kernel's BTF |
+//! | `exact` | what a file says so that readers that know nothing of segments show host times |
+//! | `lane` | the times of one lane, page by page, in order |
+//! | `trap` | events whose times stood still while the clock went back |
+//! | `plan` | from measurements at both ends to one time shift |
+//! | `vcpus` | which vCPU is which CPU of a guest, and what KVM said of it |
+//! | `sync` | questions and answers: between which two host times a guest time lies |
+//! | `table` | all of a guest's clock: the histories of its vCPUs |
+//! | `segment` | the history of one vCPU's TSC |
+//! | `math` | one stretch of it, forward as the hardware does it and exactly back |
+//! | `ratio` | how a scaling ratio is to be read |
+//!
 //! In:    what was measured or observed of a guest's clock; the kernel's own word through eBPF ([`btf`], [`feed`])
 //! Out:   the time shift of a file, with its bound
 //! Runs:  pure, no clock is read here; but for [`feed`], which is a thread's own

@@ -2,7 +2,7 @@
 //!
 //! In:    [`Seen`] states in the order in which they were seen; the runs of vCPUs, where they are known; guest times
 //! Out:   [`Conversion`]s: the host ticks at which a guest time can have been, and the one to show
-//! Runs:  anywhere; pure. A [`Lane`] holds what is needed to go through one lane page by page
+//! Runs:  anywhere; pure. A [`Lane`](super::lane::Lane) holds what is needed to go through one lane page by page
 //! Full:  does not apply
 //! Trust: states come from the kernel, times from guests: any number has an answer, and one that fits nowhere is marked
 //!

@@ -1,5 +1,21 @@
 //! A vhost-user virtio-console device of a guest: most guests have one, large ones have several.
 //!
+//! From the top down; each module uses only what stands below it:
+//!
+//! | module | what |
+//! |---|---|
+//! | `socket` | the vhost-user connection, and the thread that serves the device behind it |
+//! | `arrival` | what has come over it, looked at before the `vhost` crate reads it |
+//! | `requests` | requests as that crate hands them over |
+//! | `front` | what the VMM has told us: memory, features, rings |
+//! | `served` | the four rings of the device's own thread: port 0's and the control queue's |
+//! | `console` | which ports there are, what they are called, who has them open |
+//! | `control_port` | frames between the server and the agent |
+//! | `negotiate` | what the device offers, and what follows from what the driver accepts |
+//! | `place` | which lanes a device carries |
+//! | `ring` | one virtqueue: the guest's descriptors in, used entries out |
+//! | `memory` | guest memory: addresses checked, batches for vectored writes |
+//!
 //! In:    vhost-user requests of a VMM; rings in guest memory; commands of the server through its [`Owner`]
 //! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`Drain`]
 //! Runs:  one thread a device, which never waits for a disk, except when the VMM asks to stop a ring (GET_VRING_BASE):

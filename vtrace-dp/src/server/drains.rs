@@ -1,5 +1,5 @@
 //! The drains of one guest, one a device, as if they were one: of rings ([`Drain`]) or of streams
-//! ([`StreamDrain`](super::stream::drain::StreamDrain)).
+//! (`StreamDrain` of [`super::stream`]).
 //!
 //! In:    areas, ends and questions for the lanes of a guest
 //! Out:   each lane's part to the drain of its device; one answer put together from theirs

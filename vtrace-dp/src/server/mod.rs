@@ -1,5 +1,23 @@
 //! `vtrace server`: one daemon a host, between the guests' devices and the clients that record.
 //!
+//! From the top down; each module uses only what stands below it, and this one's configuration:
+//!
+//! | module | what |
+//! |---|---|
+//! | `client` | one client: its requests, its claims, its answers |
+//! | `lanes` | whether a client's file and areas can be written to |
+//! | `stream` | guests whose ports come over sockets or FIFOs |
+//! | `further` | a device behind a guest's first, as its own thread sees it |
+//! | `guest` | what is known of a guest, who holds it, what passes between holder and agent |
+//! | `seat` | who may talk to a guest's agent |
+//! | `devices` | the devices of a guest: whose they are, how far their drivers have come |
+//! | `drains` | their drains, as if they were one; why a CPU has no port |
+//! | `outbox` | what waits for a client |
+//! | `activation` | sockets that were open before the server was |
+//! | `sockets` | the server's own |
+//! | `confine` | what the server keeps of its rights |
+//! | `link` | a client's side of the control socket |
+//!
 //! In:    VMMs on one socket a device, clients on the control socket, signals
 //! Out:   see [`device`](crate::device) and [`drain`](crate::drain) for guests, [`client`] for clients
 //! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
