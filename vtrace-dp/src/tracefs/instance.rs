@@ -16,6 +16,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use vtrace_common::{
     ids::Cpu,
     limits::{PAGE_BYTES_MAX, PAGE_BYTES_MIN},
@@ -61,6 +65,8 @@ pub struct Instance {
     marker: Option<File>,
     cpus: Vec<Cpu>,
     page_bytes: u32,
+    /// Which CPUs are traced, if not all.
+    mask: Option<BTreeSet<Cpu>>,
     on: Events,
 }
 
@@ -98,6 +104,9 @@ impl Tracefs {
         instance.page_bytes = page_bytes(&read(&instance.path.join("events/header_page"))?)?;
         write(&instance.path.join("buffer_percent"), &instance.percent().to_string())?;
         settings::apply(&instance.path, arm)?;
+        if !arm.cpu_mask.is_empty() {
+            instance.mask = parse_mask(&read(&instance.path.join("tracing_cpumask"))?);
+        }
         let available = Events::parse(&read(&self.root().join("available_events"))?);
         let mut undo = Vec::new();
         let applied = expressions::apply(&instance.path, &available, &arm.events, &mut undo);
@@ -131,6 +140,7 @@ impl Tracefs {
             marker: None,
             cpus: Vec::new(),
             page_bytes: 0,
+            mask: None,
             on: Events::default(),
         };
         instance.switch = Some(instance.open_to_write("tracing_on")?);
@@ -186,13 +196,18 @@ impl Instance {
         switch.write_all(if on { b"1" } else { b"0" }).map_err(|error| refused(&self.path.join("tracing_on"), &error))
     }
 
-    /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page.
+    /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page. Where not all CPUs are traced,
+    /// on one that is.
     ///
     /// # Errors
-    /// `Kernel`; tracing is off (`EBADF`)
+    /// `Kernel`; tracing is off, or no CPU that is traced is online (`EBADF`)
     pub fn mark(&self, text: &str) -> Result<(), Failure> {
         let mut marker = self.marker.as_ref().expect("open until it is removed");
-        let written = marker.write(text.as_bytes()); // not write_all: what was cut would become a second event
+        let mut write = || marker.write(text.as_bytes()); // not write_all: what was cut would become a second event
+        let written = match &self.mask {
+            Some(mask) => on_one_of(mask, write),
+            None => write(),
+        };
         written.map(|_| ()).map_err(|error| refused(&self.path.join("trace_marker"), &error))
     }
 
@@ -206,10 +221,7 @@ impl Instance {
     pub fn absent_cpus(&self) -> Vec<Cpu> {
         let cpus = possible_cpus().or_else(|| self.buffers().ok()).unwrap_or_default();
         let mut absent: Vec<Cpu> = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).collect();
-        if !absent.is_empty() {
-            let mask = read(&self.path.join("tracing_cpumask")).ok().and_then(|text| parse_mask(&text));
-            absent.retain(|cpu| mask.as_ref().is_none_or(|mask| mask.contains(cpu)));
-        }
+        absent.retain(|cpu| self.mask.as_ref().is_none_or(|mask| mask.contains(cpu)));
         absent
     }
 
@@ -367,6 +379,21 @@ pub(super) fn page_bytes(header_page: &str) -> Result<u32, Failure> {
         bytes.is_power_of_two() && (PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&bytes)
     };
     sum.filter(is_possible).ok_or_else(|| failure(FailureKind::Kernel, "events/header_page", header_page))
+}
+
+/// Does it on one of these CPUs, if the thread may run there.
+fn on_one_of<T>(cpus: &BTreeSet<Cpu>, done: impl FnOnce() -> T) -> T {
+    let (thread, mut there) = (Pid::from_raw(0), CpuSet::new());
+    for cpu in cpus.iter().filter_map(|cpu| usize::try_from(cpu.0).ok()) {
+        // Numbers that no thread can be bound to are passed over.
+        let _ = there.set(cpu);
+    }
+    let before = sched_getaffinity(thread).and_then(|before| sched_setaffinity(thread, &there).map(|()| before));
+    let result = done();
+    if let Err(errno) = before.and_then(|before| sched_setaffinity(thread, &before)) {
+        log::debug!("not moved to a CPU that is traced, or not back: {errno}");
+    }
+    result
 }
 
 fn kernel_is_at_least(major: u32, minor: u32) -> bool {

@@ -1,5 +1,9 @@
 //! Against this machine's kernel. Without privilege or tracefs they say so and test nothing.
 
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use vtrace_common::{
     limits::PIECE_BYTES_MAX,
     wire::agent::{Arm, EventRequest, FailureKind, Part, Piece, Tracer},
@@ -232,4 +236,26 @@ fn available_extra(tracefs: &Tracefs) -> Option<String> {
     let tracers = |path: &Path| fs::read_to_string(path.join("available_tracers")).unwrap();
     let (all, some) = (tracers(tracefs.root()), tracers(instance.path()));
     all.split_whitespace().find(|tracer| !some.split_whitespace().any(|other| other == *tracer)).map(Into::into)
+}
+
+#[test]
+fn mark_is_written_on_a_cpu_that_is_traced_and_the_thread_stays_where_it_was() {
+    let Some(tracefs) = tracefs() else { return };
+    let home = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let cpus = online_cpus().unwrap();
+    for (at, cpu) in cpus.iter().enumerate().filter(|(_, cpu)| cpu.0 < 32) {
+        let asked = Arm { cpu_mask: format!("{:x}", 1u32 << cpu.0), ..arm(&[]) };
+        let instance = tracefs.arm(&name(&format!("mask{at}")), &asked).unwrap();
+        let mut elsewhere = CpuSet::new();
+        elsewhere.set(usize::try_from(cpus[(at + 1) % cpus.len()].0).unwrap()).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &elsewhere).unwrap();
+        instance.set_tracing(true).unwrap();
+        instance.mark("here").unwrap();
+        assert_eq!(sched_getaffinity(Pid::from_raw(0)), Ok(elsewhere));
+        sched_setaffinity(Pid::from_raw(0), &home).unwrap();
+        let counts = cpus.iter().map(|cpu| Stats::parse(&instance.stats(*cpu)).unwrap().recorded());
+        let wanted = (0..).take(cpus.len()).map(|other| u64::from(other == at));
+        assert!(counts.eq(wanted), "the mark is on {cpu} and nowhere else");
+        instance.remove().unwrap();
+    }
 }
