@@ -88,7 +88,6 @@ enum Greeting {
 const PORT: u64 = 0;
 const QUIT: u64 = 1;
 const PUMP: u64 = 2;
-const NEWS: u64 = 3;
 /// The first of what the commands are waited for: [`STREAMS`] of each.
 const COMMANDS: u64 = 16;
 
@@ -198,9 +197,6 @@ impl<'a> Control<'a> {
         if result.is_ok() && happened(PUMP) {
             result = self.pump_has_ended();
         }
-        if happened(NEWS) {
-            self.look();
-        }
         if result.is_ok() && self.work.is_some() {
             result = self.watch_silence();
         }
@@ -307,6 +303,8 @@ impl<'a> Control<'a> {
     fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), Gone> {
         if !matches!(request, ToAgent::Probe { .. }) {
             self.unpin();
+            // About once a second, as a host that is there pings.
+            self.work.iter_mut().for_each(Work::look);
         }
         self.release();
         let done = match self.state.on(request) {
@@ -345,9 +343,6 @@ impl<'a> Control<'a> {
         let done = work.done().expect("it has just been started");
         let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
         watched.map_err(unwatched)?;
-        if let Some(news) = work.news() {
-            self.epoll.add(news, EpollEvent::new(EpollFlags::EPOLLIN, NEWS)).map_err(unwatched)?;
-        }
         log::info!("session {:#x} is armed", arm.session);
         self.work = Some(work);
         self.state = self.state.after(Outcome::Armed);
@@ -375,14 +370,6 @@ impl<'a> Control<'a> {
             }
         }
         Ok(())
-    }
-
-    /// CPUs may have come online.
-    fn look(&mut self) {
-        self.unpin(); // a thread that is started now runs where this one may
-        if let Some(work) = &mut self.work {
-            work.look();
-        }
     }
 
     /// Passes on what a command has written, or how it ended. An output leaves the epoll set when it is closed.

@@ -65,7 +65,7 @@ use control::{Control, End, Options};
 use place::Place;
 pub use place::PlaceFault;
 use policy::Policy;
-use port::{Found, Held, Kind, Ports, Uevents};
+use port::{Found, Held, Ports, Uevents};
 
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
@@ -243,7 +243,7 @@ fn await_lanes(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<bool, S
 /// Sleeps until something has happened to a virtio port, or until then. False when asked to quit.
 fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result<bool, SysError> {
     loop {
-        if news.take(Kind::Port) {
+        if news.take() {
             return Ok(true);
         }
         let timeout = until.map_or(PollTimeout::NONE, |until| {

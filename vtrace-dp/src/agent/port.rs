@@ -189,25 +189,6 @@ impl Lanes<'_> {
     }
 }
 
-/// What news are about.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Kind {
-    /// A virtio port came, got its name, or went.
-    Port,
-    /// A CPU came or went, or is online or offline now.
-    Cpu,
-}
-
-impl Kind {
-    /// Stands in every message about it.
-    fn word(self) -> &'static [u8] {
-        match self {
-            Self::Port => b"virtio-ports",
-            Self::Cpu => b"/devices/system/cpu/cpu",
-        }
-    }
-}
-
 /// The kernel's news about devices (netlink, lib/kobject_uevent.c). Ports that come, get their name, or go are there.
 #[derive(Debug)]
 pub(super) struct Uevents {
@@ -227,14 +208,13 @@ impl Uevents {
         Ok(Self { socket })
     }
 
-    /// Takes the news that have come; true when something of this kind was among them.
-    pub(super) fn take(&self, kind: Kind) -> bool {
-        let word = kind.word();
+    /// Takes the news that have come; true when a virtio port was among them.
+    pub(super) fn take(&self) -> bool {
         let mut ours = false;
         let mut message = [0; 8192];
         loop {
             match recv(std::os::fd::AsRawFd::as_raw_fd(&self.socket), &mut message, MsgFlags::empty()) {
-                Ok(count) => ours |= message[..count].windows(word.len()).any(|window| window == word),
+                Ok(count) => ours |= message[..count].windows(12).any(|window| window == b"virtio-ports"),
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOBUFS) => ours = true,
                 Err(_) => return ours,
@@ -333,6 +313,6 @@ pub(super) mod tests {
         let news = Uevents::listen().unwrap();
         // "change" makes the kernel say so about this device.
         fs::write("/sys/devices/virtual/mem/null/uevent", "change").unwrap();
-        assert!(!news.take(Kind::Port) && !news.take(Kind::Cpu));
+        assert!(!news.take());
     }
 }

@@ -1,24 +1,25 @@
 //! Lanes of CPUs that are offline when a session is armed, and come online while it runs.
 //!
-//! In:    an instance, ports; the kernel's news about CPUs
+//! In:    an instance, ports; which CPUs are online
 //! Out:   taps and ports of CPUs that have come, each once
-//! Runs:  on the control thread: when the kernel has news, and once more when tracing is off. Where no CPU can come, or
-//!        none that could has a port, nothing is opened, listened to or read
-//! Full:  news that were lost count as news; a CPU nobody heard of is found at the end, its ring buffer has overwritten
-//!        and counted meanwhile
+//! Runs:  on the control thread: whenever the host has spoken, which it does once a second, and once more when tracing is
+//!        off. Where no CPU can come, or none that could has a port, nothing is opened or read
+//! Full:  until its lane begins, and if it is gone before that, a CPU's ring buffer keeps the newest, overwrites and counts
 //! Trust: the kernel
 //!
 //! A CPU gets its ring buffer, as large as the others', before it is online (`trace_rb_cpu_prepare()`,
 //! kernel/trace/ring_buffer.c), and keeps it when it goes. Until then its tap can be opened, and a poll of it says at once
-//! that it is in error: so taps are opened when their CPUs come, and ports with them.
+//! that it is in error: so taps are opened when their CPUs come, and ports with them. That is done when the host has just
+//! spoken: to open a port is to tell the host, and the kernel spins until it has heard (`__send_control_msg()`,
+//! drivers/char/virtio_console.c).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use vtrace_common::{ids::Cpu, limits::LANES_MAX, wire::agent::Failure};
 
 use super::{
     machine,
-    port::{Kind, Lanes, Ports, Uevents},
+    port::{Lanes, Ports},
 };
 use crate::tracefs::{Instance, Tap, online_cpus};
 
@@ -33,8 +34,8 @@ pub(super) struct Spares {
     cpus: Vec<Cpu>,
     /// Those that have not come yet.
     absent: Vec<Cpu>,
-    /// As long as any may come.
-    news: Option<Uevents>,
+    /// Tracing is off.
+    is_over: bool,
     /// The APIC ids of CPUs that are or were online.
     apics: Vec<(Cpu, u32)>,
 }
@@ -45,12 +46,8 @@ impl Spares {
         let is_usable = |cpu: &Cpu| found.is_usable(*cpu, without_indirect);
         let mut cpus: Vec<Cpu> = instance.absent_cpus().into_iter().filter(is_usable).collect();
         cpus.truncate(LANES_MAX.saturating_sub(instance.cpus().len()));
-        let news = (!cpus.is_empty()).then(Uevents::listen).transpose().unwrap_or_else(|error| {
-            log::warn!("CPUs that come online are found at the end only: {error}");
-            None
-        });
         let (ports, absent, apics) = (ports.clone(), cpus.clone(), machine::apics_now());
-        Self { ports, without_indirect, cpus, absent, news, apics }
+        Self { ports, without_indirect, cpus, absent, is_over: false, apics }
     }
 
     /// All of them, in order.
@@ -58,19 +55,9 @@ impl Spares {
         &self.cpus
     }
 
-    /// Readable when some may have come.
-    pub(super) fn news(&self) -> Option<BorrowedFd<'_>> {
-        self.news.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Takes the news; whether some may have come.
-    pub(super) fn has_news(&self) -> bool {
-        self.news.as_ref().is_some_and(|news| news.take(Kind::Cpu))
-    }
-
-    /// Those that have come since it was asked last.
+    /// Those that have come since it was asked last; none once tracing was found off.
     pub(super) fn come(&mut self, instance: &Instance) -> Vec<Come> {
-        if self.absent.is_empty() {
+        if self.absent.is_empty() || self.is_over {
             return Vec::new();
         }
         let online = online_cpus().unwrap_or_default();
@@ -79,7 +66,7 @@ impl Spares {
 
     /// Tracing is off: those that have come and were not heard of. None follow.
     pub(super) fn come_at_last(&mut self, instance: &Instance) -> Vec<Come> {
-        self.news = None;
+        self.is_over = true;
         self.open(instance, |cpu| instance.has_recorded(cpu))
     }
 
@@ -87,9 +74,6 @@ impl Spares {
         let come: Vec<Cpu> = self.absent.extract_if(.., |cpu| has_come(*cpu)).collect();
         if come.is_empty() {
             return Vec::new();
-        }
-        if self.absent.is_empty() {
-            self.news = None;
         }
         let apics = machine::apics_now();
         self.apics.retain(|(cpu, _)| !apics.iter().any(|(other, _)| other == cpu));
@@ -133,11 +117,11 @@ mod tests {
     /// CPUs as if they had been offline.
     fn spares(ports: &Ports, cpus: &[Cpu]) -> Spares {
         let (ports, cpus, absent) = (ports.clone(), cpus.to_vec(), cpus.to_vec());
-        Spares { ports, without_indirect: false, cpus, absent, news: None, apics: Vec::new() }
+        Spares { ports, without_indirect: false, cpus, absent, is_over: false, apics: Vec::new() }
     }
 
     #[test]
-    fn only_absent_cpus_with_a_usable_port_are_spares_and_without_any_nobody_listens() {
+    fn only_absent_cpus_with_a_usable_port_are_spares() {
         let Some(instance) = instance("find") else { return };
         let root = tempfile::tempdir().unwrap();
         let absent = instance.absent_cpus();
@@ -148,7 +132,6 @@ mod tests {
             let ports = fifo_ports(&root.path().join(place), &names, &features(indirect));
             let found = Spares::find(&instance, &ports, &ports.lanes(), false);
             assert_eq!(found.cpus(), wanted);
-            assert_eq!(found.news().is_some(), !wanted.is_empty());
         }
         instance.remove().unwrap();
     }

@@ -103,9 +103,7 @@ impl Work {
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
         let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
         let (pump, ends) = (Some(pump), Vec::new());
-        let mut work = Self { commands, requests, own_only, pump, spares, ends, stats_before, instance };
-        let come = work.spares.come(&work.instance); // before anybody listened
-        work.begin(come);
+        let work = Self { commands, requests, own_only, pump, spares, ends, stats_before, instance };
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
@@ -115,17 +113,10 @@ impl Work {
         self.pump.as_ref().map(Pump::done)
     }
 
-    /// Readable when CPUs may have come online that have a lane: call [`Work::look`]. None where none can come any more.
-    pub(super) fn news(&self) -> Option<BorrowedFd<'_>> {
-        self.spares.news()
-    }
-
-    /// Begins the lanes of CPUs that have come online.
+    /// Begins the lanes of CPUs that have come online. Only while a host is there: it is told of each port.
     pub(super) fn look(&mut self) {
-        if self.spares.has_news() {
-            let come = self.spares.come(&self.instance);
-            self.begin(come);
-        }
+        let come = self.spares.come(&self.instance);
+        self.begin(come);
     }
 
     fn begin(&mut self, come: Vec<Come>) {
