@@ -26,11 +26,10 @@ use nix::{
         timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
     },
 };
-use vtrace_common::ids::Cpu;
 
 use super::{
     lane::{Next, Step, Wait},
-    road::Road,
+    road::{LaneEnd, PumpError, Road},
 };
 use crate::{
     sys::{
@@ -49,42 +48,6 @@ const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// How long cancelled operations may take to come back.
 const CANCEL_WAIT: Duration = Duration::from_secs(2);
-
-/// Why a pump cannot start.
-#[derive(Debug, thiserror::Error)]
-#[error("{object}: {source}")]
-pub(super) struct PumpError {
-    /// What it is about.
-    pub(super) object: String,
-    /// What the kernel said.
-    pub(super) source: std::io::Error,
-}
-
-impl PumpError {
-    pub(super) fn of<E: Into<std::io::Error>>(object: impl Into<String>) -> impl FnOnce(E) -> Self {
-        let object = object.into();
-        move |source| Self { object, source: source.into() }
-    }
-}
-
-/// One lane's end. `pages_tapped == pages_sent + pages_lost`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct LaneEnd {
-    pub(super) cpu: Cpu,
-    pub(super) pages_tapped: u64,
-    pub(super) pages_sent: u64,
-    pub(super) pages_lost: u64,
-    pub(super) bytes_sent: u64,
-    /// Why it ended early; empty if it did not.
-    pub(super) trouble: String,
-}
-
-impl LaneEnd {
-    /// A lane that moved nothing, for this reason.
-    pub(super) fn nothing(cpu: Cpu, trouble: String) -> Self {
-        Self { cpu, pages_tapped: 0, pages_sent: 0, pages_lost: 0, bytes_sent: 0, trouble }
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Order {

@@ -14,7 +14,7 @@ use nix::{
     sys::prctl,
     unistd::Pid,
 };
-use vtrace_common::{page::Header, wire::agent::Arm};
+use vtrace_common::{ids::Cpu, page::Header, wire::agent::Arm};
 
 use super::*;
 use crate::tracefs::{INSTANCE_PREFIX, Instance, Tracefs, stats::Stats};

@@ -25,10 +25,7 @@ use nix::{
 };
 use vtrace_common::ids::Cpu;
 
-use super::{
-    lane::{Lane, Ledger, Next, Wait},
-    pump::{LaneEnd, PumpError},
-};
+use super::lane::{Lane, Ledger, Next, Wait};
 use crate::{
     sys::{
         SysError,
@@ -45,6 +42,42 @@ const PAGES_A_PIPE: usize = 64;
 const PIPE_BYTES_MAX: usize = 1 << 20;
 /// Pages are moved, never waited for.
 const FLAGS: SpliceFlags = SpliceFlags::SPLICE_F_MOVE.union(SpliceFlags::SPLICE_F_NONBLOCK);
+
+/// Why a pump, or a lane of it, cannot start.
+#[derive(Debug, thiserror::Error)]
+#[error("{object}: {source}")]
+pub(super) struct PumpError {
+    /// What it is about.
+    pub(super) object: String,
+    /// What the kernel said.
+    pub(super) source: std::io::Error,
+}
+
+impl PumpError {
+    pub(super) fn of<E: Into<std::io::Error>>(object: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let object = object.into();
+        move |source| Self { object, source: source.into() }
+    }
+}
+
+/// One lane's end. `pages_tapped == pages_sent + pages_lost`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct LaneEnd {
+    pub(super) cpu: Cpu,
+    pub(super) pages_tapped: u64,
+    pub(super) pages_sent: u64,
+    pub(super) pages_lost: u64,
+    pub(super) bytes_sent: u64,
+    /// Why it ended early; empty if it did not.
+    pub(super) trouble: String,
+}
+
+impl LaneEnd {
+    /// A lane that moved nothing, for this reason.
+    pub(super) fn nothing(cpu: Cpu, trouble: String) -> Self {
+        Self { cpu, pages_tapped: 0, pages_sent: 0, pages_lost: 0, bytes_sent: 0, trouble }
+    }
+}
 
 /// One lane's descriptors.
 #[derive(Debug)]

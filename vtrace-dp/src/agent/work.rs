@@ -25,7 +25,8 @@ use super::{
     command::Running,
     link::Gone,
     port::Ports,
-    pump::{LaneEnd, Pump, PumpError},
+    pump::Pump,
+    road::{LaneEnd, PumpError},
     spare::{Come, Spares},
 };
 use crate::{
