@@ -83,7 +83,8 @@ fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes
         stopped = Instant::now();
         signal(server.pid(), Signal::SIGSTOP)
     };
-    let why = format!("the server (pid {}) took no notice for 30 s: it is stopped, or hangs", server.pid());
+    // 30 s, and what a busy machine adds.
+    let why = format!("the server (pid {}) took no notice for 3", server.pid());
     let recording = scene.broken("-b 64 -e sched", stop, why)?;
     ensure!(stopped.elapsed() < Duration::from_secs(42), "{:?}", stopped.elapsed());
     let before = fs::read(recording.file(GUEST))?;

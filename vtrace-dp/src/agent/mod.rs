@@ -6,6 +6,7 @@
 //! | [`link`] | messages over the control port |
 //! | [`control`] | the control loop |
 //! | [`session`] | what a session allows: pure |
+//! | [`machine`] | what the host is told of this guest |
 //! | [`policy`] | what the guest's owner allows |
 //! | [`place`] | which CPUs the agent runs on |
 //! | [`work`] | what a session owns |

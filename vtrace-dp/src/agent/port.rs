@@ -2,7 +2,7 @@
 //!
 //! In:    sysfs (`/sys/class/virtio-ports/vportNpM/{name,dev}`, `device/features`), kernel uevents
 //! Out:   open ports, or a [`Failure`] that names the port
-//! Runs:  on the control thread; [`Uevents::wait`] sleeps until the kernel has news
+//! Runs:  on the control thread; [`Uevents`] can be polled for the kernel's news
 //! Full:  uevents that were lost (ENOBUFS) count as news
 //! Trust: the kernel; names come from the host and are only compared
 //!
