@@ -92,23 +92,24 @@ impl Server {
         bail!("no guest {what}: {last}\n{}", self.log())
     }
 
-    /// Waits until the recording under way has so many pages of the guest in its file, as `vtrace status` shows them.
-    pub fn await_pages(&self, guest: &str, pages: u64) -> Result<()> {
+    /// Waits until the recording under way has so many pages of a machine (`host` or a guest) in its file, as `vtrace status`
+    /// shows them.
+    pub fn await_pages(&self, machine: &str, pages: u64) -> Result<()> {
         let begun = Instant::now();
-        while self.pages(guest)? < pages {
-            ensure!(begun.elapsed() < PATIENCE, "{guest} traces too little\n{}", self.log());
+        while self.pages(machine)? < pages {
+            ensure!(begun.elapsed() < PATIENCE, "{machine} traces too little\n{}", self.log());
             sleep(Duration::from_millis(50));
         }
         Ok(())
     }
 
-    fn pages(&self, guest: &str) -> Result<u64> {
+    fn pages(&self, name: &str) -> Result<u64> {
         let status =
             Command::new(xtask::build::vtrace()?).args(["status", "--json", "--dir"]).arg(self.dir()).output()?;
         let recordings: Value = serde_json::from_slice(&status.stdout)?;
         let machines = |recording: &Value| recording["state"]["progress"]["machines"].as_array().cloned();
         let machines = recordings.as_array().into_iter().flatten().filter_map(machines).flatten();
-        Ok(machines.filter(|machine| machine["name"] == guest).filter_map(|machine| machine["pages"].as_u64()).sum())
+        Ok(machines.filter(|machine| machine["name"] == name).filter_map(|machine| machine["pages"].as_u64()).sum())
     }
 
     /// SIGKILL, as the kernel's OOM killer would.

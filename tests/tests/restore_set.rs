@@ -128,6 +128,7 @@ fn record_is_killed(machine: &Machine, server: &Server) -> Result<()> {
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
     let mut child = recorder.start(&format!("-e sched --dom {GUEST} -e sched -e syscalls -- sleep 1000"))?;
     await_bytes_read(machine, 1 << 20)?;
+    server.await_pages("host", 1)?;
     let copies = [tempfile::tempdir()?, tempfile::tempdir()?];
     for copy in &copies {
         sleep(some_time(500));
