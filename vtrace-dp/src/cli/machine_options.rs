@@ -145,7 +145,10 @@ impl Machine<'_> {
                 let excluded = self.excludes;
                 arm.events.push(EventRequest { excluded, ..word.as_str().into() });
             }
-            "filter" => self.event("-f")?.filter = word,
+            "filter" => {
+                let filter = &mut self.event("-f")?.filter;
+                *filter = if filter.is_empty() { word } else { format!("({filter})&&({word})") };
+            }
             "trigger" => self.event("-R")?.triggers.push(word),
             "exclude" => self.excludes = true,
             "tracer" => return self.once("-p", |arm| &mut arm.tracer.name, word),

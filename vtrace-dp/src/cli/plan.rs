@@ -236,6 +236,13 @@ mod tests {
     }
 
     #[test]
+    fn all_filters_of_an_event_hold_together() {
+        let plan = plan("vtrace record -e sched_switch -f prev_pid==0 -f prev_prio<100||prev_prio>130 -e irq").unwrap();
+        let filters: Vec<&str> = plan.host.arm.events.iter().map(|event| event.filter.as_str()).collect();
+        assert_eq!(filters, ["(prev_pid==0)&&(prev_prio<100||prev_prio>130)", ""]);
+    }
+
+    #[test]
     fn commands_keep_their_own_options_up_to_the_semicolon() {
         let plan = plan("vtrace record --dom g -e a --exec app -e x --dom y ; --exec b ; -F -c -T -P 1,2").unwrap();
         let arm = &plan.guests[0].machine.arm;
