@@ -429,8 +429,10 @@ impl<'a> Control<'a> {
 
     fn close(&mut self) -> Result<(), Refused> {
         self.served |= self.work.is_some();
+        // The host was heard just now; an instance may take a second to go.
+        self.work.iter_mut().for_each(Work::abandon);
+        self.ports.release();
         self.remove();
-        self.release();
         Ok(self.tell(&FromAgent::Closed)?)
     }
 

@@ -221,6 +221,11 @@ impl Work {
         tell(&FromAgent::Lane(report))
     }
 
+    /// Abandons what is on its way: ports and taps are not used any more.
+    pub(super) fn abandon(&mut self) {
+        self.pump = None;
+    }
+
     /// Abandons what is on its way and removes the instance.
     pub(super) fn remove(self) {
         drop((self.commands, self.pump));
