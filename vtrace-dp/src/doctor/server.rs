@@ -158,11 +158,17 @@ pub fn guests(states: &[GuestState], wanted: &[String]) -> Vec<Finding> {
         Finding::fail(name, "the server has no guest of this name", format!("it has: {}", known.join(", ")))
     });
     let chosen = states.iter().filter(|state| wanted.is_empty() || wanted.contains(&state.name));
-    missing.chain(chosen.flat_map(guest)).collect()
+    let is_named = !wanted.is_empty();
+    missing.chain(chosen.flat_map(|state| guest(state, is_named))).collect()
+}
+
+/// What a guest cannot be recorded without is not there: fine with a guest that may come, not with one that was asked for.
+fn absent(is_named: bool, guest: &str, what: &str, remedy: impl Into<String>) -> Finding {
+    if is_named { Finding::fail(guest, what, remedy) } else { Finding::warn(guest, what, remedy) }
 }
 
 /// A guest's socket, its virtual machine, its memory, its agent: as far as they are there.
-fn guest(state: &GuestState) -> Vec<Finding> {
+fn guest(state: &GuestState, is_named: bool) -> Vec<Finding> {
     let name = &state.name;
     let mut findings = Vec::new();
     let path = Path::new(&state.socket);
@@ -171,7 +177,7 @@ fn guest(state: &GuestState) -> Vec<Finding> {
         findings.push(way(name, path, if road == Road::Fifos { &FIFO } else { &SOCKET }));
     }
     let Some(pid) = state.vmm_pid else {
-        findings.push(Finding::warn(name, "no virtual machine is connected", road.without_vmm(state)));
+        findings.push(absent(is_named, name, "no virtual machine is connected", road.without_vmm(state)));
         return findings;
     };
     findings.push(driver(name, pid, state, road));
@@ -181,7 +187,7 @@ fn guest(state: &GuestState) -> Vec<Finding> {
         findings.push(Finding::warn(name, found, "give QEMU all of them, where its CPUs need them"));
     }
     if state.driver == DriverState::Running {
-        findings.push(agent(state, road));
+        findings.push(agent(state, road, is_named));
     }
     if let Some(who) = holder(state) {
         findings.push(Finding::warn(name, who, "wait for it, or stop it"));
@@ -256,10 +262,10 @@ fn driver(name: &str, pid: u32, state: &GuestState, road: Road) -> Finding {
     }
 }
 
-fn agent(state: &GuestState, road: Road) -> Finding {
+fn agent(state: &GuestState, road: Road, is_named: bool) -> Finding {
     let name = &state.name;
     let Some(agent) = &state.agent else {
-        return Finding::warn(name, "no agent", "run vtrace agent in the guest");
+        return absent(is_named, name, "no agent", "run vtrace agent in the guest");
     };
     let Some(machine) = &agent.machine else {
         let remedy = "copy this vtrace into the guest and start its agent again";
@@ -407,14 +413,20 @@ mod tests {
             (&fifo, 0, "a virtual machine, whose process is not seen, QEMU's own device, FIFOs open"),
         ] {
             let state = GuestState { socket: path.display().to_string(), vmm_pid: Some(pid), ..healthy() };
-            let findings = guest(&state);
+            let findings = guest(&state, false);
             assert!(findings.iter().all(|finding| finding.verdict == Fine), "{findings:?}");
             assert_eq!((findings.len(), findings[1].found.as_str()), (3, expected));
-            let gone = guest(&GuestState { vmm_pid: None, ..state.clone() });
+            let gone = guest(&GuestState { vmm_pid: None, ..state.clone() }, false);
             assert!(gone[1].remedy.contains("vtrace setup --dom guest1 --transport"), "{gone:?}");
+            let asked_for = guest(&GuestState { vmm_pid: None, ..state.clone() }, true);
+            assert_eq!(
+                (gone[1].verdict, asked_for[1].verdict),
+                (Warn, Fail),
+                "a guest that may come, and one that has to"
+            );
             let mut few = state;
             few.agent.as_mut().unwrap().machine.as_mut().unwrap().lanes.truncate(1);
-            assert!(guest(&few)[2].remedy.contains("--cpus N"));
+            assert!(guest(&few, false)[2].remedy.contains("--cpus N"));
         }
         chmod(&fifo, 0o666);
         assert_eq!(way("guest1", &fifo, &FIFO).verdict, Fail);
