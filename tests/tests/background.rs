@@ -94,10 +94,8 @@ fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
     ensure!(place.works("status", "")?.contains("nothing is recorded"), "said");
     let said = place.works("start", "-o one.dat -e sched")?;
     let pid = place.pid("host")?;
-    ensure!(
-        said.contains(&format!("host: recording in the background, pid {pid}; vtrace stop host ends it")),
-        "{said}"
-    );
+    let how = format!("vtrace stop host --dir {} ends it", place.run.path().display());
+    ensure!(said.contains(&format!("host: recording in the background, pid {pid}; {how}")), "{said}");
 
     place.complains("start", "-o two.dat -e irq", &format!("runs already: pid {pid}"), "vtrace stop host")?;
     place.works("start", "-o two.dat -e irq --session irqs")?;

@@ -112,7 +112,8 @@ pub struct RecordArgs {
     /// Without effect, for scripts that give it to trace-cmd: nothing here wakes up at an interval
     #[arg(short = 's', value_name = "USEC", help_heading = FILES)]
     pub interval: Vec<u64>,
-    /// Stop before a file grows beyond SIZE bytes (K, M, G and T are taken)
+    /// Stop once the pages in a file near SIZE bytes (K, M, G and T are taken): looked at once a second, and what describes the
+    /// machine, some MB, is not counted
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = FILES)]
     pub max_file: Option<u64>,
     /// Do not replace a file that is there

@@ -155,6 +155,10 @@ pub(super) fn absolute(socket: &Path) -> PathBuf {
 
 fn complaint(cannot: &str, guest: &str, error: &HotplugError) -> Complaint {
     let remedy = match error {
+        // QEMU's words (hw/core/qdev-hotplug.c).
+        HotplugError::Qmp(error) if error.to_string().contains("does not support hotplugging") => {
+            "it sits on pcie.0 and goes with its QEMU only: shut the guest down; behind a pcie-root-port it can be taken out".into()
+        }
         HotplugError::Qmp(error) => of_qmp(error).to_owned(),
         HotplugError::Obstacle(obstacle) => of_obstacle(obstacle, guest),
         HotplugError::NotAttached(_) => "vtrace list; --dir DIR, if the server's sockets are elsewhere".into(),

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -26,7 +26,7 @@ use crate::{
         run::{News, Progress},
         summary::Summary,
     },
-    server::check_name,
+    server::{DIRECTORY, check_name},
     sys::daemon::{Ready, Side, Started, split},
 };
 
@@ -96,7 +96,10 @@ pub(super) fn start(plan: &Plan, name: Option<&str>) -> Result<u8, Complaint> {
     match split().map_err(|error| Complaint::system("fork", error))? {
         Side::Before(waiting) => match waiting.wait().map_err(|error| Complaint::system("wait", error))? {
             Started::Going(pid) => {
-                put(&format!("{name}: recording in the background, pid {pid}; vtrace stop {name} ends it"))?;
+                let dir = &plan.dir;
+                let elsewhere =
+                    if dir == Path::new(DIRECTORY) { String::new() } else { format!(" --dir {}", dir.display()) };
+                put(&format!("{name}: recording in the background, pid {pid}; vtrace stop {name}{elsewhere} ends it"))?;
                 Ok(0)
             }
             Started::Ended(status) => Ok(status),
@@ -192,6 +195,15 @@ fn ask(state: &State) -> Result<(), Complaint> {
 
 /// Shows what is recorded now.
 pub(super) fn status(args: &StatusArgs) -> Result<u8, Complaint> {
+    // The usual one is made by the first who needs it.
+    if args.dir != Path::new(DIRECTORY) && !args.dir.is_dir() {
+        let why = format!("{} is no run directory", args.dir.display());
+        return Err(Complaint::new(
+            "cannot show what is recorded",
+            why,
+            "--dir DIR, as the server and the recording have it",
+        ));
+    }
     loop {
         let found = background::list(&args.dir);
         let over = !args.watch || found.iter().all(|found| !found.is_running || found.is_hidden);

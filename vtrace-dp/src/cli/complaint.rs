@@ -199,8 +199,8 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
     let cannot = format!("cannot record {machine}");
     match kind {
         FailureKind::NoSuchEvent => {
-            let remedy =
-                if near.is_empty() { "ls /sys/kernel/tracing/events there".into() } else { format!("-e {near}") };
+            let listed = if machine == "the host" { "--host".into() } else { format!("--dom {machine}") };
+            let remedy = if near.is_empty() { format!("vtrace list {listed} -e") } else { format!("-e {near}") };
             Complaint::new(cannot, format!("no event there matches {object:?}"), remedy)
         }
         FailureKind::NoSuchClock => {
@@ -218,7 +218,11 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
         FailureKind::NoIndirect => {
             Complaint::new(cannot, format!("{object}: {detail}"), "use a device that offers indirect descriptors")
         }
-        FailureKind::Memory => Complaint::new(cannot, format!("{object}: {detail}"), "a smaller -b, or more memory"),
+        FailureKind::Memory => Complaint::new(
+            cannot,
+            format!("{object}: {detail}"),
+            "a smaller -b, or more memory; in a guest, its owner's buffer_mib_max (/etc/vtrace/agent.toml)",
+        ),
         FailureKind::NoSuchPageSize => {
             Complaint::new(cannot, format!("{object}: {detail}"), "4, 8, 16, 32, 64, 128, 256 or 512")
         }
@@ -243,7 +247,7 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
         FailureKind::NotAllowed => Complaint::new(
             cannot,
             format!("{object}: {detail}"),
-            "its /etc/vtrace/agent.toml, or the agent's --allow-exec",
+            "its owner's rules, /etc/vtrace/agent.toml there (for commands, or vtrace agent --allow-exec); then start the agent anew",
         ),
         FailureKind::Kernel => Complaint::new(cannot, format!("{object}: {detail}"), ""),
     }

@@ -65,7 +65,12 @@ fn list_offers(args: &ListArgs, host: bool) -> Result<u8, Complaint> {
     if args.json {
         put(&serde_json::to_string_pretty(&machines).expect("an offer is plain data"))?;
     } else {
-        put(&machines.iter().flat_map(|machine| text(machine, args)).collect::<Vec<_>>().join("\n"))?;
+        let lines: Vec<String> = machines.iter().flat_map(|machine| text(machine, args)).collect();
+        if let (true, Some(pattern)) = (lines.is_empty(), &args.events) {
+            let why = format!("no event there matches {pattern:?}");
+            return Err(Complaint::new("cannot list events", why, "list without a pattern: it shows all systems"));
+        }
+        put(&lines.join("\n"))?;
     }
     Ok(0)
 }
