@@ -18,7 +18,8 @@ use super::{
     put, say,
 };
 use crate::{
-    hotplug::{self, HotplugError, Wanted, qmp::Qmp, qmp::QmpError, vmm::Obstacle},
+    doctor::vmm::remedy_of,
+    hotplug::{self, HotplugError, Wanted, qmp::Qmp, vmm::Obstacle},
     recorder::session::holder,
     server::{
         check_name,
@@ -159,22 +160,13 @@ fn complaint(cannot: &str, guest: &str, error: &HotplugError) -> Complaint {
         HotplugError::Qmp(error) if error.to_string().contains("does not support hotplugging") => {
             "it sits on pcie.0 and goes with its QEMU only: shut the guest down; behind a pcie-root-port it can be taken out".into()
         }
-        HotplugError::Qmp(error) => of_qmp(error).to_owned(),
+        HotplugError::Qmp(error) => remedy_of(error).to_owned(),
         HotplugError::Obstacle(obstacle) => of_obstacle(obstacle, guest),
         HotplugError::NotAttached(_) => "vtrace list; --dir DIR, if the server's sockets are elsewhere".into(),
         HotplugError::Held { .. } => "once more; a guest whose CPU spins in virtio_console needs a reset".into(),
         HotplugError::Paused => "let it go on (QMP: cont), then once more".into(),
     };
     Complaint::new(cannot, error, remedy)
-}
-
-fn of_qmp(error: &QmpError) -> &'static str {
-    match error {
-        QmpError::NoSocket { .. } => "start QEMU with -qmp unix:SOCKET,server=on,wait=off",
-        QmpError::Silent { .. } => "one client at a time: another -qmp socket for vtrace (libvirt keeps its own)",
-        QmpError::Foreign(_) => "a socket in QMP's mode: -qmp, not -monitor",
-        QmpError::Refused { .. } | QmpError::Closed | QmpError::Answer(_) | QmpError::Socket(_) => "look at QEMU's log",
-    }
 }
 
 fn of_obstacle(obstacle: &Obstacle, guest: &str) -> String {

@@ -51,7 +51,8 @@ pub fn vmm(asked: Asked<'_>, running: &Result<Running, QmpError>) -> Vec<Finding
     findings
 }
 
-fn remedy_of(error: &QmpError) -> &'static str {
+/// What to try where QMP does not serve.
+pub fn remedy_of(error: &QmpError) -> &'static str {
     match error {
         QmpError::NoSocket { .. } => "start QEMU with -qmp unix:SOCKET,server=on,wait=off",
         QmpError::Silent { .. } => "one client at a time: another -qmp socket for vtrace (libvirt keeps its own)",
