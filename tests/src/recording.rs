@@ -85,10 +85,16 @@ impl Recording {
 
     /// Fails unless a machine's file has pages as the summary says, and stock trace-cmd reads it.
     pub fn whole(self, machine: &str) -> Result<Self> {
+        self.events_shown(machine)?;
+        Ok(self)
+    }
+
+    /// As [`Recording::whole`]: how many events stock trace-cmd shows.
+    pub fn events_shown(&self, machine: &str) -> Result<usize> {
         ensure!(self.sum(machine, "pages_out")? > 0, "{:#}", self.summary);
         let report = lines(&trace_cmd(&["report"], &[&self.file(machine)])?);
         ensure!(report.len() > 10, "{} lines", report.len());
-        Ok(self)
+        Ok(report.len())
     }
 
     /// The file of `host` or of a guest.
