@@ -1,7 +1,8 @@
 //! What may be shown to people: foreign text, errors with all their sources, times.
 //!
 //! In:    text of a guest: names, reasons, what its commands write; errors and numbers of ours
-//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error; a number with its unit
+//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error;
+//!        a number with its unit
 //! Runs:  pure
 //! Full:  as long as the text, but for what [`cut`] leaves out
 //! Trust: nothing

@@ -69,10 +69,10 @@ impl Machine {
         let begun = Instant::now();
         let result = self.lock_shell().and_then(|mut shell| shell.run(script, wait_max));
         let result = result.with_context(|| format!("in the guest: {script}"));
-        if result.is_err() && begun.elapsed() >= PATIENCE {
-            return result.context(self.inquest());
+        match self.ended() {
+            Ok(None) if result.is_err() && begun.elapsed() >= PATIENCE => result.context(self.inquest()),
+            _ => self.explain(result),
         }
-        self.explain(result)
     }
 
     /// Writes a file in the guest.

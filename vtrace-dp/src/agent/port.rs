@@ -6,7 +6,8 @@
 //! Full:  uevents that were lost (ENOBUFS) count as news
 //! Trust: the kernel; names come from the host and are only compared
 //!
-//! Data ports are closed only while a host is there (see [`Ports::release`]). A small guest has no udev: names are looked up in sysfs, nodes come from devtmpfs or are made here.
+//! Data ports are closed only while a host is there (see [`Ports::release`]). A small guest has no udev: names are looked
+//! up in sysfs, nodes come from devtmpfs or are made here.
 
 use std::{
     collections::BTreeMap,

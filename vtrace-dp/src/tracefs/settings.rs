@@ -104,8 +104,8 @@ fn set_option(buffer: &Path, option: &str) -> Result<(), Failure> {
     })
 }
 
-/// Adds a line to a list that would be cleared by truncation. A word without its line's end would be looked at when the file is
-/// closed, and nobody hears what the kernel says then (kernel/trace/ftrace.c, `ftrace_regex_release()`).
+/// Adds a line to a list that would be cleared by truncation. A word without its line's end would be looked at when the file
+/// is closed, and nobody hears what the kernel says then (kernel/trace/ftrace.c, `ftrace_regex_release()`).
 fn append(path: &Path, word: &str) -> io::Result<()> {
     OpenOptions::new().append(true).open(path).and_then(|mut file| file.write_all(format!("{word}\n").as_bytes()))
 }

@@ -1,4 +1,5 @@
-//! Why a guest does not answer: where QEMU's threads and its CPUs stand, and what its kernel says of all its tasks when it is made to panic.
+//! Why a guest does not answer: where QEMU's threads and its CPUs stand, and what its kernel says of all its tasks when it
+//! is made to panic.
 //!
 //! In: QMP and the console of a guest that is given up. Out: text for an error. Runs: in the caller's thread, some ten
 //! seconds. Full: of each sample only the lines that name a place are kept. Trust: the guest is ours.
