@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use vtrace_dp::trace::{input::FileSource, option::TraceOption, reader::Reader};
+use vtrace_dp::trace::{
+    format::option::TraceOption,
+    read::{Reader, input::FileSource},
+};
 use vtrace_tests::{
     judge::{convert, convert_packed},
     recording::Recorder,

@@ -1,6 +1,6 @@
 //! What stock tools show of guests whose clocks are shifted, step, are scaled or go back: host times, event by event.
 //!
-//! Pages are made as a kernel's ring buffer makes them ([`vtrace_dp::trace::testing`]); every event carries the host time at
+//! Pages are made as a kernel's ring buffer makes them ([`vtrace_dp::ftrace::testing`]); every event carries the host time at
 //! which it happened.
 
 use std::{
@@ -19,21 +19,20 @@ use vtrace_common::{
 };
 use vtrace_dp::{
     clock::{
-        exact::{Shape, shape},
+        exact_shift::{Shape, shape},
         math::Pair,
         ratio::{Isa, Ratio},
         table::{Certainty, Conversion, Table},
         testing::{Change, Life, Story},
     },
+    ftrace::{events::Events, metadata::Metadata},
     trace::{
-        input::FileSource,
-        metadata::Metadata,
-        option::TraceOption,
-        reader::Reader,
-        rewrite::Rewritten,
-        segments::{Segments, Shown},
-        walk::Events,
-        writer::{Bounds, Writer},
+        format::{
+            option::TraceOption,
+            segments::{Segments, Shown},
+        },
+        read::{Reader, input::FileSource},
+        write::{Bounds, Writer, host_times::Rewritten},
     },
 };
 use vtrace_tests::judge::{lines, shark_entries, trace_cmd, trace_cmd_newest};

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
-use vtrace_dp::trace::{input::FileSource, reader::Reader};
+use vtrace_dp::trace::read::{Reader, input::FileSource};
 use vtrace_tests::{
     guest::is_clear,
     judge::{self, Line, lines, trace_cmd},

@@ -4,7 +4,7 @@ use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{input::FileSource, reader::Reader};
+use vtrace_dp::trace::read::{Reader, input::FileSource};
 use vtrace_tests::{
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},

@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use vtrace_dp::trace::{input::FileSource, reader::Reader};
+use vtrace_dp::trace::read::{Reader, input::FileSource};
 use vtrace_tests::{
     crash::{copy_now, some_time},
     disk::Disk,

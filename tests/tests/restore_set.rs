@@ -17,7 +17,7 @@ use nix::{
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use vtrace_dp::trace::{input::FileSource, reader::Reader};
+use vtrace_dp::trace::read::{Reader, input::FileSource};
 use vtrace_tests::{
     crash::{copy_now, pages_on_disk, some_time},
     judge::{lines, trace_cmd},

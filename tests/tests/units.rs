@@ -91,7 +91,7 @@ fn udev_rule_starts_the_agent_for_the_control_port_and_for_no_other() -> Result<
     let rule = fs::read_to_string(dist().join("70-vtrace.rules"))?;
     let lines: Vec<&str> = rule.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).collect();
     let [line] = lines[..] else { anyhow::bail!("one rule: {rule}") };
-    let name = format!("ATTR{{name}}==\"{}\"", vtrace_dp::device::place::CONTROL_PORT_NAME);
+    let name = format!("ATTR{{name}}==\"{}\"", vtrace_dp::device::lane_range::CONTROL_PORT_NAME);
     ensure!(line.starts_with("SUBSYSTEM==\"virtio-ports\", ") && line.contains(&name), "{line}");
     ensure!(line.contains("vtrace-agent.service") && dist().join("vtrace-agent.service").exists(), "{line}");
     let judged = Command::new("udevadm").args(["verify", "--root=/"]).arg(dist().join("70-vtrace.rules")).output();

@@ -19,3 +19,6 @@ pub mod page;
 pub mod time;
 #[cfg(feature = "wire")]
 pub mod wire;
+
+/// The program and its version, as every hello of it says.
+pub const SOFTWARE: &str = concat!("vtrace ", env!("CARGO_PKG_VERSION"));

@@ -18,23 +18,21 @@
 //! | host | [`doctor`] | `vtrace doctor`: what a machine has of what a recording needs |
 //! | host | [`cli`] | what a person types and reads |
 //! | host | [`printable`] | foreign text, and errors, as they may be shown |
-//! | both | [`sys`] | the only system calls, and with `device::memory` the only unsafe code |
+//! | both | [`sys`] | the only system calls, and with `self::virtq::memory` the only unsafe code |
 
 pub mod agent;
-pub mod check;
+pub mod analysis;
 pub mod cli;
 pub mod clock;
 pub mod device;
 pub mod doctor;
 pub mod drain;
-pub mod hotplug;
+pub mod ftrace;
 pub mod printable;
 pub mod recorder;
 pub mod server;
-pub mod setup;
 pub mod sys;
 pub mod trace;
 pub mod tracefs;
-
-/// What this program calls itself in every hello.
-pub const SOFTWARE: &str = concat!("vtrace ", env!("CARGO_PKG_VERSION"));
+pub mod virtq;
+pub mod vmm;

@@ -18,14 +18,14 @@ use vtrace_common::{
     wire::client::{Area, LaneEnd, LaneLedger},
 };
 use vtrace_dp::{
-    device::{
+    drain::{
+        ring::RingDrain,
+        sink::{FileSink, Sink},
+    },
+    virtq::{
         memory::{Memory, Span},
         ring::Ring,
         testing::{Driver, guest_memory, memory_file},
-    },
-    drain::{
-        Drain,
-        sink::{FileSink, Sink},
     },
 };
 
@@ -77,8 +77,8 @@ fn guest() -> (Arc<Memory>, Driver) {
     (memory, driver)
 }
 
-fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>) -> Drain {
-    let drain = Drain::spawn(GuestId(0), name).unwrap();
+fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>) -> RingDrain {
+    let drain = RingDrain::spawn(GuestId(0), name).unwrap();
     drain.ring_started(Cpu(0), Ring::start(driver.setup(0), Arc::clone(memory)).unwrap());
     drain
         .attach_sink(sink, PAGE, vec![Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40, begins_again: false }])
@@ -86,7 +86,7 @@ fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>)
     drain
 }
 
-fn finish(drain: &Drain, bytes_sent: u64) -> LaneLedger {
+fn finish(drain: &RingDrain, bytes_sent: u64) -> LaneLedger {
     let (done, ledgers) = mpsc::channel();
     let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent }];
     drain.finish(ends, 60_000, Box::new(move |lanes| done.send(lanes[0]).unwrap()));

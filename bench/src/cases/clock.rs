@@ -28,8 +28,8 @@ use vtrace_dp::{
         table::Table,
         testing::{Change, Life, Story},
     },
-    device::testing::memory_file,
-    trace::{areas::Extent, rewrite::rewrite},
+    trace::{format::areas::Extent, write::host_times::rewrite},
+    virtq::testing::memory_file,
 };
 
 use super::alternately;

@@ -10,11 +10,11 @@ use std::{fs::File, sync::Arc, thread};
 use anyhow::{Context, Result};
 use vtrace_common::ids::{Cpu, GuestId};
 use vtrace_dp::{
-    device::{ring::Ring, testing::memory_file},
     drain::{
-        Drain,
+        ring::RingDrain,
         sink::{FileSink, Sink},
     },
+    virtq::{ring::Ring, testing::memory_file},
 };
 
 use super::{alternately, pair};
@@ -99,7 +99,7 @@ fn once(round: u32, shape: Shape, bytes: u64) -> Result<[Cost; 2]> {
 fn through(mut guests: Vec<Guest>, files: Vec<File>, bytes_each: u64, all: u64) -> Result<Cost> {
     // With the last descriptor the file's memory would go, on the drain's thread, within the time that is measured.
     let _kept: Vec<File> = files.iter().map(File::try_clone).collect::<std::io::Result<_>>()?;
-    let drains: Vec<Drain> = guests
+    let drains: Vec<RingDrain> = guests
         .iter()
         .zip(files)
         .map(|(guest, file)| start(guest, Box::new(FileSink::new(file)?), bytes_each))
@@ -123,8 +123,8 @@ fn through(mut guests: Vec<Guest>, files: Vec<File>, bytes_each: u64, all: u64) 
 }
 
 /// A drain whose lanes go to `sink`, `bytes_each` at most.
-fn start(guest: &Guest, sink: Box<dyn Sink>, bytes_each: u64) -> Result<Drain> {
-    let drain = Drain::spawn(GuestId(0), "bench")?;
+fn start(guest: &Guest, sink: Box<dyn Sink>, bytes_each: u64) -> Result<RingDrain> {
+    let drain = RingDrain::spawn(GuestId(0), "bench")?;
     for (lane, cpu) in guest.lanes.iter().zip(0..) {
         drain.ring_started(Cpu(cpu), Ring::start(lane.driver.setup(0), Arc::clone(&guest.memory))?);
     }

@@ -16,10 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::{
-    recorder::behind::Behind,
-    trace::{metadata::Metadata, writer::Writer},
-};
+use vtrace_dp::{drain::sink::write_behind::Behind, ftrace::metadata::Metadata, trace::write::Writer};
 
 use super::alternately;
 use crate::row::Row;

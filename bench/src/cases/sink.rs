@@ -9,10 +9,7 @@ use std::fs::File;
 
 use anyhow::Result;
 use vtrace_dp::{
-    drain::{
-        direct::DirectSink,
-        sink::{FileSink, Sink},
-    },
+    drain::sink::{FileSink, Sink, direct::DirectSink},
     sys::direct::reopen,
 };
 

@@ -33,13 +33,13 @@ use vtrace_common::{
 use vtrace_dp::{
     device::{
         AgentEvent, ControlPort, Owner, Turn,
+        lane_range::Place,
         negotiate::RINGS_MIN,
-        place::Place,
         socket::{Device, Endpoint},
-        testing::VMM_BASE,
     },
-    drain::Drain,
+    drain::ring::RingDrain,
     sys::socket::Peer,
+    virtq::testing::VMM_BASE,
 };
 
 use super::lanes::{ENTRIES, Guest, PAGE};
@@ -48,7 +48,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device and its drain.
 pub(crate) struct Backend {
-    pub(crate) drain: Arc<Drain>,
+    pub(crate) drain: Arc<RingDrain>,
     device: Option<Device>,
     bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
@@ -66,7 +66,7 @@ impl Backend {
     }
 
     fn start(name: &str, endpoint: Endpoint) -> Result<Self> {
-        let drain = Arc::new(Drain::spawn(GuestId(0), name)?);
+        let drain = Arc::new(RingDrain::spawn(GuestId(0), name)?);
         let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let stop = Arc::<AtomicBool>::default();
         let owner = Nobody { bell: Arc::clone(&bell), stop: Arc::clone(&stop) };
@@ -86,7 +86,7 @@ impl Drop for Backend {
 }
 
 /// Waits until the lanes have got all that was sent. Every page must be there.
-pub(crate) fn finish(drain: &Drain, ends: Vec<LaneEnd>) -> Result<()> {
+pub(crate) fn finish(drain: &RingDrain, ends: Vec<LaneEnd>) -> Result<()> {
     let pages: u64 = ends.iter().map(|end| end.bytes_sent / u64::from(PAGE)).sum();
     let (done, ledgers) = mpsc::channel();
     drain.finish(ends, 60_000, Box::new(move |lanes| drop(done.send(lanes))));

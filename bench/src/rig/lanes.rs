@@ -15,7 +15,7 @@ use vtrace_common::{
     ids::Cpu,
     wire::client::{Area, LaneEnd},
 };
-use vtrace_dp::device::{
+use vtrace_dp::virtq::{
     memory::{Memory, Span},
     testing::{Driver, memory_file, region},
 };

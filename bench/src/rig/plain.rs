@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use memmap2::{MmapMut, MmapOptions};
-use vtrace_dp::device::memory::{Batch, Span};
+use vtrace_dp::virtq::memory::{Batch, Span};
 
 use super::lanes::{CHAIN, ENTRIES, Guest, PAGE};
 

@@ -5,7 +5,7 @@
 
 use vtrace_dp::device::{
     console::{CONTROL_BYTES, Console, PortEvent},
-    place::Place,
+    lane_range::Place,
 };
 
 /// Kinds of messages that can wait for a port.

@@ -12,14 +12,14 @@ use vtrace_common::{
     wire::client::Area,
 };
 use vtrace_dp::{
-    device::{
+    drain::{
+        ledger::Counters,
+        ring::lane::Lane,
+        sink::{FileSink, Sink},
+    },
+    virtq::{
         memory::{Batch, Memory, Span, Written},
         testing::{guest_memory, memory_file},
-    },
-    drain::{
-        lane::Lane,
-        ledger::Counters,
-        sink::{FileSink, Sink},
     },
 };
 

@@ -11,11 +11,11 @@
 //! | [`canary`] | a lock of eight bytes | is found and reported: coverage feedback and crash reports work |
 //! | [`client`] | a whole `vtrace_dp::server`, over its control socket | frames in answer, and the next client is served |
 //! | [`console`] | `vtrace_dp::device::console` | one message of a kind waits for a port; names are those of its place |
-//! | [`lane`] | `vtrace_dp::drain::lane` | pages balance, sound ones are written, nothing outside the area |
+//! | [`lane`] | `vtrace_dp::drain::ring::lane` | pages balance, sound ones are written, nothing outside the area |
 //! | [`page`] | `vtrace_common::page` | an accepted header fits its page and says its own commit word |
-//! | [`qmp`] | `vtrace_dp::hotplug` | an end, the same messages however cut, nothing that moves a cursor |
+//! | [`qmp`] | `vtrace_dp::vmm::attach` | an end, the same messages however cut, nothing that moves a cursor |
 //! | [`restore`] | `vtrace_dp::trace::restore` | what was restored is finished; what a recording left can be read |
-//! | [`ring`] | `vtrace_dp::device::ring` | ends, and every span lies inside guest memory |
+//! | [`ring`] | `vtrace_dp::virtq::ring` | ends, and every span lies inside guest memory |
 //! | [`stream`] | `vtrace_dp::server::stream` | who goes on speaking is heard; whole pages, inside the area, all counted |
 //! | [`texts`] | rules, setups, versions, tracefs' texts | an answer within its bounds |
 //! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}`, `check` | an answer, in bounded memory; no more events than words |

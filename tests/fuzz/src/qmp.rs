@@ -4,8 +4,8 @@
 
 use std::{io::Write, os::unix::net::UnixStream, time::Duration};
 
-use vtrace_dp::hotplug::{
-    Wanted, attach, detach,
+use vtrace_dp::vmm::{
+    attach::{Wanted, attach, detach},
     qmp::{Lines, Message, Qmp},
 };
 

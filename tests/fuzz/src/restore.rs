@@ -6,14 +6,13 @@ use std::{cell::RefCell, fs::File, os::unix::fs::FileExt, sync::OnceLock};
 
 use vtrace_common::ids::Cpu;
 use vtrace_dp::{
-    device::testing::memory_file,
+    ftrace::metadata::Metadata,
     trace::{
-        input::FileSource,
-        metadata::Metadata,
-        reader::Reader,
+        read::{Reader, input::FileSource},
         restore::{Was, restore},
-        writer::Writer,
+        write::Writer,
     },
+    virtq::testing::memory_file,
 };
 
 /// Where a recording of ours puts its first page: room for the texts that come last is in front of it.

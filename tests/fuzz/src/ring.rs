@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use vtrace_dp::device::{
+use vtrace_dp::virtq::{
     memory::{Batch, Memory, Span},
     ring::{CHAIN_SPANS_MAX, Ring, RingSetup},
     testing::{VMM_BASE, descriptor, event, guest_memory},

@@ -11,8 +11,8 @@ use vtrace_common::{
     wire::{HEADER_BYTES, Hello, agent::FromAgent, client::Area, encode},
 };
 use vtrace_dp::{
-    device::testing::memory_file,
     server::stream::testing::{cut, land},
+    virtq::testing::memory_file,
 };
 
 /// The smallest page there is, so that an input has many.

@@ -10,12 +10,13 @@ use vtrace_common::{
 };
 use vtrace_dp::{
     agent::{policy::Exec, testing::exec},
-    setup::{
-        Folder, Setup, libvirt,
-        qemu::{Guest, Version},
-    },
-    trace::fields::EventFormat,
+    ftrace::fields::EventFormat,
     tracefs::{parse_cpus, stats::Stats, testing},
+    vmm::{
+        libvirt,
+        qemu::{Guest, Version},
+        setup::{Folder, Setup},
+    },
 };
 
 /// Reads one text.

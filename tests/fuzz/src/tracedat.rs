@@ -6,17 +6,14 @@ use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::OnceLock};
 
 use vtrace_common::ids::Cpu;
 use vtrace_dp::{
-    check::{self, GuestFile},
+    analysis::check::{self, GuestFile},
+    clock::shift::{ShiftSample, TimeShift},
+    ftrace::{fields::Formats, metadata::Metadata},
     trace::{
-        compressed::Compression,
-        fields::Formats,
-        merge::Merge,
-        metadata::Metadata,
-        option::{ShiftSample, TimeShift, TraceOption},
-        reader::Reader,
+        format::{compressed::Compression, option::TraceOption},
+        read::{Reader, merge::Merge, times::Stamps},
         restore,
-        stamp::Stamps,
-        writer::Writer,
+        write::Writer,
     },
 };
 

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{
-    compressed::Compression,
-    fields::Formats,
-    merge::Merge,
-    option::{ShiftSample, TimeShift, TraceOption},
-    stamp::Stamps,
+use vtrace_dp::{
+    clock::shift::{ShiftSample, TimeShift},
+    ftrace::fields::Formats,
+    trace::{
+        format::{compressed::Compression, option::TraceOption},
+        read::{merge::Merge, times::Stamps},
+    },
 };
 use vtrace_tests::judge::{Line, convert_packed, lines, trace_cmd};
 

@@ -12,11 +12,12 @@ use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FallocateFlags, fallocate};
 use tempfile::TempDir;
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{
-    areas::State,
-    collapse::Way,
-    metadata::Metadata,
-    writer::{Finished, Writer},
+use vtrace_dp::{
+    ftrace::metadata::Metadata,
+    trace::{
+        format::areas::State,
+        write::{Finished, Writer, collapse::Way},
+    },
 };
 
 use vtrace_tests::judge::trace_cmd;

@@ -5,11 +5,11 @@ use std::{os::unix::fs::FileExt, sync::Arc};
 use anyhow::Result;
 use vtrace_common::{ids::Cpu, page::Header, wire::client::Area};
 use vtrace_dp::{
-    device::{
+    drain::{ledger::Counters, ring::lane::Lane, sink::FileSink},
+    virtq::{
         memory::{Batch, Span},
         testing::{guest_memory, memory_file},
     },
-    drain::{lane::Lane, ledger::Counters, sink::FileSink},
 };
 use vtrace_tests::judge::trace_cmd;
 

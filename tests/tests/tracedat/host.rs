@@ -12,10 +12,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{
-    metadata::Metadata,
-    option::TraceOption,
-    writer::{Finished, Writer},
+use vtrace_dp::{
+    ftrace::metadata::Metadata,
+    trace::{
+        format::option::TraceOption,
+        write::{Finished, Writer},
+    },
 };
 
 const TRACEFS: &str = "/sys/kernel/tracing";

@@ -11,12 +11,13 @@ use std::{collections::BTreeMap, fs::File, path::Path};
 use anyhow::Result;
 use host::{Recording, record};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::trace::{
-    collapse::Way,
-    input::FileSource,
-    layout::id,
-    option::{ShiftSample, TimeShift, TraceOption},
-    reader::Reader,
+use vtrace_dp::{
+    clock::shift::{ShiftSample, TimeShift},
+    trace::{
+        format::{layout::id, option::TraceOption},
+        read::{Reader, input::FileSource},
+        write::collapse::Way,
+    },
 };
 use vtrace_tests::judge::{Line, convert, kshark, lines, run, trace_cmd};
 

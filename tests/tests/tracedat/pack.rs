@@ -4,9 +4,8 @@ use std::{fs::File, path::Path};
 
 use anyhow::Result;
 use vtrace_dp::trace::{
-    compressed::Compression,
-    option::TraceOption,
-    pack::{Form, Version, pack, pack_instance},
+    format::{compressed::Compression, option::TraceOption},
+    write::pack::{Form, Version, pack, pack_instance},
 };
 use vtrace_tests::judge::{Line, convert_packed, lines, shark_entries, trace_cmd, trace_cmd_newest};
 

@@ -32,14 +32,14 @@ use vtrace_common::{
 };
 
 use super::{
+    armed::{Refused, Work},
     command::{Running, STREAMS, Stream},
+    cpu_placement::Place,
     link::{Gone, HOST_SILENCE, Heard, LAST_SILENCE, Link},
     machine,
-    place::Place,
     policy::Policy,
     port::Ports,
     session::{Effect, Outcome, State},
-    work::{Refused, Work},
 };
 use crate::{
     sys::{SysError, tsc},
@@ -545,5 +545,4 @@ fn unwatched(errno: Errno) -> Failure {
 }
 
 #[cfg(test)]
-#[path = "control_tests.rs"]
 mod tests;

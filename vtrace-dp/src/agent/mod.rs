@@ -25,21 +25,21 @@
 //! Depends on `sys`, `tracefs` and `vtrace-common` only, and needs nothing of a C library at run time that a static
 //! one lacks. Works from Linux 5.10 on; needs io_uring and the right to use it.
 
+mod armed;
 mod command;
 mod control;
+mod cpu_placement;
 mod lane;
+mod lane_io;
+mod late_cpus;
 mod link;
 mod machine;
-mod place;
 pub mod policy;
 mod port;
 mod pump;
-mod road;
 mod session;
-mod spare;
 #[cfg(feature = "testing")]
 pub mod testing;
-mod work;
 
 use std::{
     io,
@@ -58,13 +58,13 @@ use nix::{
 };
 use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 
+use self::cpu_placement::Place;
+pub use self::cpu_placement::PlaceFault;
 use crate::{
     sys::{SysError, limit::allow_descriptors},
     tracefs::{Tracefs, online_cpus, possible_cpus},
 };
 use control::{Control, End, Options};
-use place::Place;
-pub use place::PlaceFault;
 use policy::Policy;
 use port::{Found, Held, Ports, Uevents};
 

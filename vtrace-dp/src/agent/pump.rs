@@ -29,7 +29,7 @@ use nix::{
 
 use super::{
     lane::{Next, Step, Wait},
-    road::{LaneEnd, PumpError, Road},
+    lane_io::{LaneEnd, PumpError, Road},
 };
 use crate::{
     sys::{
@@ -416,5 +416,4 @@ impl Work {
 }
 
 #[cfg(test)]
-#[path = "pump_tests.rs"]
 mod tests;

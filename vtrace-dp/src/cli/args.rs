@@ -9,10 +9,13 @@ use super::control_args::{
     AttachArgs, BackgroundArgs, DetachArgs, DoctorArgs, ListArgs, SESSION, StatusArgs, StopArgs,
 };
 use crate::{
-    recorder::sink::SinkChoice,
+    drain::sink::choice::SinkChoice,
     server::DIRECTORY,
-    setup::{ROOT, Transport, qemu},
-    trace::{compressed::Compression, pack::Version},
+    trace::{format::compressed::Compression, write::pack::Version},
+    vmm::{
+        qemu,
+        setup::{ROOT, Transport},
+    },
 };
 
 /// Host and guests in one trace.

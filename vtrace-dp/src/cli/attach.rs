@@ -19,11 +19,15 @@ use super::{
 };
 use crate::{
     doctor::vmm::remedy_of,
-    hotplug::{self, HotplugError, Wanted, qmp::Qmp, vmm::Obstacle},
     recorder::session::holder,
     server::{
         check_name,
         link::{Link, LinkError},
+    },
+    vmm::{
+        attach::{self, HotplugError, Wanted},
+        capacity::Obstacle,
+        qmp::Qmp,
     },
 };
 
@@ -53,7 +57,7 @@ pub(super) fn attach(args: &AttachArgs) -> Result<u8, Complaint> {
     };
     let attached = Qmp::connect(&args.qmp)
         .map_err(HotplugError::from)
-        .and_then(|mut qmp| hotplug::attach(&mut qmp, &wanted))
+        .and_then(|mut qmp| attach::attach(&mut qmp, &wanted))
         .map_err(|error| complaint(&cannot, &args.guest, &error))?;
     let places: Vec<String> = attached.devices.iter().map(|(name, bus)| format!("{name} at {bus}")).collect();
     put(&format!(
@@ -114,7 +118,7 @@ pub(super) fn detach(args: &DetachArgs) -> Result<u8, Complaint> {
     };
     let sockets = sockets(&absolute(&socket), DEVICES_MAX);
     let detached = Qmp::connect(&args.qmp).map_err(HotplugError::from);
-    let detached = detached.and_then(|mut qmp| hotplug::detach(&mut qmp, &sockets));
+    let detached = detached.and_then(|mut qmp| attach::detach(&mut qmp, &sockets));
     let count = detached.map_err(|error| complaint(&cannot, &args.guest, &error))?;
     put(&format!("{}: detached ({count} device{})", args.guest, if count == 1 { "" } else { "s" }))?;
     Ok(0)
@@ -208,7 +212,7 @@ mod tests {
             "vtrace: cannot attach guest1: 1 free PCI slots for hot-plug are needed, 0 are there\n  try: start it with \
              -device pcie-root-port,id=rp0,chassis=1,slot=1 (one for each device), or unplug something"
         );
-        let version = crate::hotplug::qmp::Version { major: 7, minor: 2, micro: 22 };
+        let version = crate::vmm::qmp::Version { major: 7, minor: 2, micro: 22 };
         assert!(complaint(Obstacle::Version(version).into()).contains("QEMU 7.2.22 does not let"));
         assert!(complaint(Obstacle::MemoryNotShared("pc.ram".into()).into()).contains("share=on"));
         assert!(complaint(Obstacle::Attached("vtrace0".into()).into()).contains("try: vtrace detach guest1"));

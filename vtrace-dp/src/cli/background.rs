@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::{
     complaint::Complaint,
     control_args::{StatusArgs, StopArgs},
-    put, record, say,
+    put, recording, say,
     status::Lines,
 };
 use crate::{
@@ -119,11 +119,11 @@ struct Recorder {
 }
 
 fn behind(plan: &Plan, mut recorder: Recorder) -> Result<u8, Complaint> {
-    match record::record(plan, &mut |news| recorder.hear(news)) {
+    match recording::record(plan, &mut |news| recorder.hear(news)) {
         Ok((summary, status)) => {
             // A command that was over at once has ended before anybody was told that it began.
             recorder.go();
-            record::print(plan, &summary)?;
+            recording::print(plan, &summary)?;
             recorder.background.end(outcome(&summary, status));
             Ok(status)
         }

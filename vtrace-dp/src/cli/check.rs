@@ -4,9 +4,9 @@ use std::{fs::File, path::Path};
 
 use super::{FAILED, USAGE, args::CheckArgs, complaint::Complaint, put};
 use crate::{
-    check::{GuestFile, check, report::Verdict},
+    analysis::check::{GuestFile, check, report::Verdict},
     printable::chain,
-    trace::{input::FileSource, reader::Reader},
+    trace::read::{Reader, input::FileSource},
 };
 
 /// Checks and prints. Status 0: nothing contradicts the times; 1: something does; 2: nothing could be checked.

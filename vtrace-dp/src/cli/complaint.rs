@@ -17,9 +17,9 @@ use crate::{
     recorder::{
         command::CommandError,
         error::RecordError,
+        files::output::FileError,
         guests::GuestsError,
         host::HostError,
-        naming::FileError,
         plan::Plan,
         session::{Trouble, held_by},
     },

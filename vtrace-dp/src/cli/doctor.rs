@@ -17,8 +17,8 @@ use super::{
 };
 use crate::{
     doctor::{Finding, Place, Verdict, disk, machine, server, vmm, worst},
-    hotplug::{look::look, qmp::Qmp},
     server::link::Link,
+    vmm::{qmp::Qmp, running::look},
 };
 
 /// Prints a line for each check. Status 1 if one failed.

@@ -8,11 +8,11 @@ use vtrace_common::wire::client::{DeviceState, DriverState, FromServer, GuestSta
 use super::{
     complaint::Complaint,
     control_args::ListArgs,
-    offers::{self, Offers},
+    list_machine::{self, Offers},
     put,
 };
 use crate::{
-    recorder::{session::holder, silence::Said},
+    recorder::{guests::silence::Said, session::holder},
     server::link::Link,
 };
 
@@ -55,12 +55,12 @@ struct Machine {
 fn list_offers(args: &ListArgs, host: bool) -> Result<u8, Complaint> {
     let mut machines = Vec::new();
     if host {
-        machines.push(Machine { name: "host".into(), state: None, offers: offers::of_host()? });
+        machines.push(Machine { name: "host".into(), state: None, offers: list_machine::of_host()? });
     }
     for name in &args.dom {
         let mut link = Link::connect(&args.dir)?;
         let state = guests(&mut link)?.into_iter().find(|guest| guest.name == *name);
-        machines.push(Machine { name: name.clone(), state, offers: offers::of_guest(&mut link, name)? });
+        machines.push(Machine { name: name.clone(), state, offers: list_machine::of_guest(&mut link, name)? });
     }
     if args.json {
         put(&serde_json::to_string_pretty(&machines).expect("an offer is plain data"))?;

@@ -11,21 +11,22 @@ mod attach;
 mod background;
 mod check;
 mod complaint;
+mod completions;
 pub mod control_args;
 mod doctor;
-mod foreign;
 mod launch;
 mod list;
+mod list_machine;
 mod machine_options;
-mod offers;
-mod papers;
 mod plan;
 mod plan_fault;
 mod record;
+mod recording;
 mod restore;
 mod server;
 mod setup;
 mod status;
+mod trace_cmd_options;
 
 use std::{
     io::{self, Write},
@@ -73,8 +74,8 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::run(&args),
         Verb::Launch(args) => launch::run(&args),
         Verb::Restore(args) => restore::run(&args),
-        Verb::Completions(args) => papers::completions(&args),
-        Verb::Man(args) => papers::man(&args),
+        Verb::Completions(args) => self::completions::completions(&args),
+        Verb::Man(args) => self::completions::man(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -91,7 +92,7 @@ fn refuse(error: &clap::Error) -> ! {
         Some(ContextValue::String(option)) if error.kind() == ErrorKind::UnknownArgument => Some(option),
         _ => None,
     };
-    let Some(instead) = unknown.and_then(|option| foreign::instead(option)) else { error.exit() };
+    let Some(instead) = unknown.and_then(|option| self::trace_cmd_options::instead(option)) else { error.exit() };
     // A closed stderr is no reason for another status.
     let _ = error.print();
     say(&format!("\n  instead: {instead} (docs/trace-cmd.md)"));

@@ -18,8 +18,8 @@ use crate::{
     recorder::plan::{CLOCK, GuestPlan, InstancePlan, MachinePlan, Plan, records, wall_clock},
     server::check_name,
     trace::{
-        compressed::Compression,
-        pack::{Form, Version},
+        format::compressed::Compression,
+        write::pack::{Form, Version},
     },
 };
 

@@ -2,15 +2,17 @@
 
 use clap::ArgMatches;
 
-use super::{FAILED, LOST, args::RecordArgs, background, complaint::Complaint, plan::plan, put, say, status::Status};
-use crate::{
-    recorder::{
-        plan::Plan,
-        run::{self, News, Tell},
-        summary::Summary,
-    },
-    sys::{random, signal::Signals},
+use super::{
+    args::RecordArgs,
+    background,
+    complaint::Complaint,
+    plan::plan,
+    put,
+    recording::{print, record},
+    say,
+    status::Status,
 };
+use crate::{recorder::run::News, sys::random};
 
 /// What `-s` is answered with.
 const INTERVAL: &str = "-s has no effect: there is no interval, pages move as soon as a buffer is 10 % full (-b KB for a \
@@ -40,14 +42,6 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) 
     Ok(exit_status)
 }
 
-/// Records; the second value is the exit status.
-pub(super) fn record(plan: &Plan, tell: Tell<'_>) -> Result<(Summary, u8), Complaint> {
-    let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
-    let summary = run::record(plan, &signals, tell).map_err(|error| Complaint::recording(error, plan))?;
-    let status = exit_status(plan, &summary);
-    Ok((summary, status))
-}
-
 /// Standard output is the table's alone where it is JSON.
 fn tell(status: &mut Status, json: bool, news: &News) {
     match news {
@@ -67,25 +61,5 @@ fn tell(status: &mut Status, json: bool, news: &News) {
                 let _ = put(&text);
             }
         }
-    }
-}
-
-/// The closing table, unless nobody wants it.
-pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
-    if plan.json {
-        return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
-    }
-    if !plan.quiet || summary.failed() {
-        say(&summary.to_string());
-    }
-    Ok(())
-}
-
-fn exit_status(plan: &Plan, summary: &Summary) -> u8 {
-    match summary.command_status {
-        _ if summary.failed() => FAILED,
-        _ if plan.strict && summary.lost_anything() => LOST,
-        Some(status) => status,
-        None => 0,
     }
 }

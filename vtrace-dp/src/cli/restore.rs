@@ -12,7 +12,7 @@ use super::{FAILED, LOST, args::RestoreArgs, complaint::Complaint, put};
 use crate::{
     printable::chain,
     trace::{
-        layout::MAGIC,
+        format::layout::MAGIC,
         restore::{RestoreFault, Restored, Was, restore},
     },
 };

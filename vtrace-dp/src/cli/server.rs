@@ -8,7 +8,7 @@ use crate::{
         self, GuestConfig, GuestSocket, ServerConfig, ServerError, activation::descriptors, check_name,
         confine::Confinement, stream::Streams,
     },
-    setup::{Folder, Transport},
+    vmm::setup::{Folder, Transport},
 };
 
 /// Serves guests and clients until it is told to end. `matches` are those of the verb `server`: they know the order.

@@ -5,9 +5,10 @@ use std::fs;
 use super::{args::SetupArgs, complaint::Complaint, put, say};
 use crate::{
     server::check_name,
-    setup::{
-        Folder, Setup, SetupFault, Transport, libvirt,
+    vmm::{
+        libvirt,
         qemu::{Guest, PROGRAMS, VHOST_USER_SINCE, Version},
+        setup::{Folder, Setup, SetupFault, Transport},
     },
 };
 
@@ -95,7 +96,7 @@ fn next(args: &SetupArgs, transport: Transport) -> String {
         (Transport::VhostUser, "MEMORY") if !args.libvirt => "\n  put the guest's memory, as in -m, for MEMORY",
         _ => "",
     };
-    let root = if args.root.as_os_str() == crate::setup::ROOT {
+    let root = if args.root.as_os_str() == crate::vmm::setup::ROOT {
         String::new()
     } else {
         format!(" --root {}", args.root.display())

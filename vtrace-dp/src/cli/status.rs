@@ -7,7 +7,7 @@ use std::{
 
 use terminal_size::terminal_size_of;
 
-use crate::recorder::{progress::MachineProgress, run::Progress, silence::Said};
+use crate::recorder::{guests::silence::Said, progress::MachineProgress, run::Progress};
 
 /// Shows progress in place.
 #[derive(Debug)]

@@ -351,8 +351,6 @@ fn failed(map: &'static str, source: MapError) -> FeedError {
     FeedError::Map { map, source: Box::new(source) }
 }
 
-#[cfg(test)]
-pub(crate) mod micro;
 #[cfg(any(test, feature = "testing"))]
 pub mod rehearsal;
 #[cfg(test)]

@@ -27,19 +27,22 @@
 //! modulo 2⁶⁴.
 
 pub mod btf;
-pub mod exact;
+pub mod exact_shift;
 pub mod feed;
-pub mod lane;
 pub mod math;
-pub mod plan;
+pub mod measured;
+pub mod page_times;
 pub mod ratio;
+pub mod scale;
 pub mod segment;
+pub mod shift;
+pub mod stalled_times;
 pub mod sync;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-pub mod trap;
 pub mod vcpus;
+pub mod watch;
 
 use vtrace_common::time::{GuestTsc, HostTsc};
 

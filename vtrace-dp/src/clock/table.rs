@@ -2,7 +2,7 @@
 //!
 //! In:    [`Seen`] states in the order in which they were seen; the runs of vCPUs, where they are known; guest times
 //! Out:   [`Conversion`]s: the host ticks at which a guest time can have been, and the one to show
-//! Runs:  anywhere; pure. A [`Lane`](super::lane::Lane) holds what is needed to go through one lane page by page
+//! Runs:  anywhere; pure. A [`Lane`](super::page_times::Lane) holds what is needed to go through one lane page by page
 //! Full:  does not apply
 //! Trust: states come from the kernel, times from guests: any number has an answer, and one that fits nowhere is marked
 //!
@@ -32,7 +32,7 @@ pub enum Certainty {
     Exact,
     /// It may be on either side of a change.
     Unsure,
-    /// The guest's clock had gone back and its time stamp stood still ([`super::trap`]).
+    /// The guest's clock had gone back and its time stamp stood still ([`super::stalled_times`]).
     Trapped,
     /// No segment has this time where it stands: a state was missed, or the guest did not tell its TSC.
     Foreign,

@@ -165,8 +165,7 @@ pub fn segments(vcpus: &[Vcpu]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sync::Interval;
-    use super::*;
+    use super::{super::sync::Interval, *};
     use vtrace_common::{kvm::source, time::GuestTsc};
 
     const VMM: u32 = 77;

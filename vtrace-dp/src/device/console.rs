@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use vtrace_common::limits::PORTS_MAX;
 
-use super::place::Place;
+use super::lane_range::Place;
 
 /// Bytes of `struct virtio_console_control`: u32 id, u16 event, u16 value, little endian.
 pub const CONTROL_BYTES: usize = 8;

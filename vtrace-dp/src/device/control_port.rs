@@ -21,11 +21,13 @@ use vtrace_common::{
     },
 };
 
-use super::{
-    memory::{Memory, Outside, Span},
-    ring::{Chain, Ring, RingFault},
+use crate::{
+    sys::tsc,
+    virtq::{
+        memory::{Memory, Outside, Span},
+        ring::{Chain, Ring, RingFault},
+    },
 };
-use crate::sys::tsc;
 
 /// Bytes that are given to the decoder at a time: it moves what it holds for every frame it cuts off.
 const PIECE_BYTES: usize = 4096;
@@ -252,7 +254,7 @@ impl ControlPort {
     }
 
     fn greet(&mut self) {
-        let hello = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
+        let hello = encode(&Hello::ours(vtrace_common::SOFTWARE)).expect("our own hello is within its bounds");
         self.outgoing.push_back(Outgoing::new(hello));
     }
 

@@ -17,7 +17,7 @@
 //! | `memory` | guest memory: addresses checked, batches for vectored writes |
 //!
 //! In:    vhost-user requests of a VMM; rings in guest memory; commands of the server through its [`Owner`]
-//! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`Drain`]
+//! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`RingDrain`]
 //! Runs:  one thread a device, which never waits for a disk, except when the VMM asks to stop a ring (GET_VRING_BASE):
 //!        then the guest does not run and the VMM waits for the writes to be done
 //! Full:  the agent's ring is left alone while the owner has no room; the control queue is served whatever happens
@@ -26,23 +26,19 @@
 //! A control queue that nobody serves makes a guest's CPU spin for ever, and a socket that closes while the guest runs
 //! can end the VMM. So nothing that goes wrong here ends the thread or closes the socket.
 //!
-//! [`Drain`]: crate::drain::Drain
+//! [`RingDrain`]: crate::drain::ring::RingDrain
 
-mod arrival;
+mod backend;
 pub mod console;
 pub mod control_port;
-mod front;
-#[cfg(test)]
-pub(crate) mod machine;
-pub mod memory;
+mod device_rings;
+pub mod lane_range;
 pub mod negotiate;
-pub mod place;
+mod request_check;
 mod requests;
-pub mod ring;
-mod served;
 pub mod socket;
-#[cfg(any(test, feature = "testing"))]
-pub mod testing;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::{
     os::{fd::BorrowedFd, unix::net::UnixStream},

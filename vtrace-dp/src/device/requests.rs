@@ -20,7 +20,7 @@ use vhost::vhost_user::{
 use vtrace_common::limits::{MEMORY_REGIONS_MAX, RINGS_MAX};
 
 use super::{
-    front::{Addresses, Front, Slot},
+    backend::{Addresses, Front, Slot},
     negotiate,
 };
 

@@ -27,13 +27,13 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::{
     Owner, Turn,
-    arrival::{self, Arrival},
-    front::Front,
-    place::Place,
-    served::Served,
+    backend::Front,
+    device_rings::Served,
+    lane_range::Place,
+    request_check::{self, Arrival},
 };
 use crate::{
-    drain::Drain,
+    drain::ring::RingDrain,
     sys::{
         SysError,
         socket::{Peer, is_listening},
@@ -81,7 +81,7 @@ impl Device {
         name: &str,
         place: Place,
         endpoint: Endpoint,
-        drain: Arc<Drain>,
+        drain: Arc<RingDrain>,
         owner: Box<dyn Owner>,
     ) -> io::Result<Self> {
         let mut serving = Serving::new(name, place, endpoint, drain, owner)?;
@@ -113,7 +113,13 @@ struct Connection {
 }
 
 impl Serving {
-    fn new(name: &str, place: Place, endpoint: Endpoint, drain: Arc<Drain>, owner: Box<dyn Owner>) -> io::Result<Self> {
+    fn new(
+        name: &str,
+        place: Place,
+        endpoint: Endpoint,
+        drain: Arc<RingDrain>,
+        owner: Box<dyn Owner>,
+    ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         epoll.add(owner.wake(), edge(WAKE))?;
         let served = Served::new(name, place, owner, Arc::clone(&epoll), KICK);
@@ -224,7 +230,7 @@ impl Serving {
     fn requests(&mut self) -> bool {
         for _ in 0..TURN_REQUESTS_MAX {
             let Some(connection) = &mut self.connection else { return false };
-            let arrival = match arrival::look(&connection.socket) {
+            let arrival = match request_check::look(&connection.socket) {
                 Ok(arrival) => arrival,
                 Err(error) => {
                     log::warn!("{}: socket: {error}", self.name);
@@ -266,9 +272,9 @@ impl Serving {
         }
     }
 
-    fn skip(&mut self, request: &arrival::Request, answer: u64) {
+    fn skip(&mut self, request: &request_check::Request, answer: u64) {
         let Some(connection) = &self.connection else { return };
-        if let Err(error) = arrival::skip(&connection.socket, request, answer) {
+        if let Err(error) = request_check::skip(&connection.socket, request, answer) {
             log::warn!("{}: socket: {error}", self.name);
         }
     }

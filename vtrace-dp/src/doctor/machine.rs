@@ -14,10 +14,10 @@ use std::{
 use super::{Finding, Place, text};
 use crate::{
     clock::btf::{self, BtfError},
-    hotplug::vmm::{DRIVER, VERSION_MIN},
     printable::chain,
     recorder::plan::CLOCK,
     sys::uring::Ring,
+    vmm::capacity::{DRIVER, VERSION_MIN},
 };
 
 /// What a ring buffer is that nobody has chosen a size for (trace_buf_size, kernel/trace/trace.c).

@@ -12,13 +12,13 @@ use std::{
     path::Path,
 };
 
+use vtrace_common::SOFTWARE;
 use vtrace_common::wire::client::{DriverState, GuestState};
 
 use super::{Finding, Place, text};
 use crate::{
-    SOFTWARE,
-    device::place::CONTROL_PORT_NAME,
-    recorder::{session::holder, silence::SHOWN},
+    device::lane_range::CONTROL_PORT_NAME,
+    recorder::{guests::silence::SHOWN, session::holder},
     server::{
         CONTROL_GROUP, CONTROL_SOCKET,
         link::{Link, LinkError},

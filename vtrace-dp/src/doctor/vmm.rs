@@ -9,10 +9,10 @@
 use std::path::Path;
 
 use super::Finding;
-use crate::hotplug::{
-    look::{Ports, Running},
+use crate::vmm::{
+    capacity::{DRIVER, Obstacle},
     qmp::QmpError,
-    vmm::{DRIVER, Obstacle},
+    running::{Ports, Running},
 };
 
 /// What all findings are of.
@@ -144,7 +144,7 @@ mod tests {
         super::Verdict::{self, Fail, Ok as Fine, Warn},
         *,
     };
-    use crate::hotplug::qmp::Version;
+    use crate::vmm::qmp::Version;
 
     fn asked() -> Asked<'static> {
         Asked { guest: "guest1", qmp: Path::new("/run/q"), lanes_per_device: 126 }

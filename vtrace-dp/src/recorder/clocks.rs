@@ -14,16 +14,16 @@ use vtrace_common::{
 
 use super::{
     instances,
-    recording::{Clocks, Common, Recording},
-    runs::{HostLanes, around},
     session::GuestSession,
+    state::{Clocks, Common, Recording},
     summary::{ClockSummary, KVM, MEASURED, RAW},
 };
 use crate::{
+    analysis::vcpu_runs::{HostLanes, around},
     clock::{
-        exact::{Shape, shape},
+        exact_shift::{Shape, shape},
         math::HostRange,
-        plan::{ClockPlan, plan},
+        measured::{ClockPlan, plan},
         ratio::Isa,
         segment::{Refusal, Seen, tsc_is_stable},
         table::Table,
@@ -31,11 +31,12 @@ use crate::{
     },
     printable::chain,
     trace::{
-        doubt::Doubt,
-        option::TraceOption,
-        rewrite::Rewritten,
-        segments::{Segments, Shown},
-        writer::Writer,
+        format::{
+            option::TraceOption,
+            segments::{Segments, Shown},
+            uncertainty::Doubt,
+        },
+        write::{Writer, host_times::Rewritten},
     },
 };
 

@@ -1,6 +1,6 @@
 //! Why there is no recording: what every part of it can fail with, in one type.
 
-use super::{command::CommandError, guests::GuestsError, host::HostError, naming::FileError, session::Trouble};
+use super::{command::CommandError, files::output::FileError, guests::GuestsError, host::HostError, session::Trouble};
 
 /// Why there is no recording.
 #[derive(Debug, thiserror::Error)]

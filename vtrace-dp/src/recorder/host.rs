@@ -9,10 +9,6 @@
 //! Order: `arm`, `describe`, `attach`, `start`, `mark` at any time, `stop`, `describe_end`, `close`. Dropped at any
 //! point, it leaves no instance, thread or descriptor behind.
 
-mod direct;
-pub mod lane;
-pub mod pump;
-
 use std::fs::File;
 
 use vtrace_common::{
@@ -24,16 +20,14 @@ use vtrace_common::{
     },
 };
 
-use self::{
-    lane::{Counts, End},
-    pump::{LaneEnd, Pump, PumpUse, Way},
-};
 use crate::{
-    sys::tsc,
-    trace::{
-        metadata::{Metadata, MetadataFault},
-        writer::Writer,
+    drain::tap::{
+        splice::{Counts, End},
+        worker::{LaneEnd, Pump, PumpUse, Way},
     },
+    ftrace::metadata::{Metadata, MetadataFault},
+    sys::tsc,
+    trace::write::Writer,
     tracefs::{INSTANCE_PREFIX, Instance, Tracefs},
 };
 
@@ -219,17 +213,17 @@ impl HostRecorder {
 }
 
 /// One buffer of the host, and what an agent would have said of it.
-pub(super) struct Host {
-    pub(super) recorder: HostRecorder,
-    pub(super) metadata: Metadata,
-    pub(super) armed: Armed,
+pub(crate) struct Host {
+    pub(crate) recorder: HostRecorder,
+    pub(crate) metadata: Metadata,
+    pub(crate) armed: Armed,
     /// TSC around the switch.
-    pub(super) started: Option<(HostTsc, HostTsc)>,
+    pub(crate) started: Option<(HostTsc, HostTsc)>,
 }
 
 impl Host {
     /// Makes the buffer and describes the machine; tracing stays off.
-    pub(super) fn arm(arm: &Arm) -> Result<Self, HostError> {
+    pub(crate) fn arm(arm: &Arm) -> Result<Self, HostError> {
         let recorder = HostRecorder::arm(arm).map_err(HostError::Refused)?;
         let mut metadata = Metadata::default();
         let mut added = Ok(());
@@ -245,26 +239,26 @@ impl Host {
     }
 
     /// Pages go to the file from now on.
-    pub(super) fn attach(&mut self, writer: &Writer, priority: Option<u8>) -> Result<(), HostError> {
+    pub(crate) fn attach(&mut self, writer: &Writer, priority: Option<u8>) -> Result<(), HostError> {
         let file = writer.file().try_clone().map_err(HostError::Descriptor)?;
         self.recorder.attach(file, writer.areas(), priority).map_err(HostError::Refused)
     }
 
     /// Switches tracing on.
-    pub(super) fn start(&mut self, marker: &str) -> Result<(), HostError> {
+    pub(crate) fn start(&mut self, marker: &str) -> Result<(), HostError> {
         self.started = Some(self.recorder.start(marker).map_err(HostError::Refused)?);
         Ok(())
     }
 
     /// Writes `text` into the trace; without it the trace is poorer, not useless.
-    pub(super) fn mark(&self, text: &str) {
+    pub(crate) fn mark(&self, text: &str) {
         if let Err(failure) = self.recorder.mark(text) {
             log::warn!("{}: {}", failure.object, failure.detail);
         }
     }
 
     /// Switches tracing off, takes what is left, and asks for what is known only now.
-    pub(super) fn stop(&mut self) -> Result<HostReport, HostError> {
+    pub(crate) fn stop(&mut self) -> Result<HostReport, HostError> {
         let report = self.recorder.stop().map_err(HostError::Refused)?;
         let metadata = &mut self.metadata;
         let mut added = Ok(());

@@ -1,7 +1,7 @@
 //! The host's instances: more buffers beside its top one, each recorded into a file of its own and joined at the end.
 //!
 //! In:    a [`Plan`]
-//! Out:   finished files beside the host's, which [`super::form`] makes one with it
+//! Out:   finished files beside the host's, which [`super::files::finish_form`] makes one with it
 //! Runs:  on record's thread; each has a pump of its own
 //! Full:  as the host's ([`super::host`]); a recording that is killed leaves a file that `restore` finishes for each
 //! Trust: the kernel
@@ -12,15 +12,14 @@ use vtrace_common::wire::client::LaneLedger;
 
 use super::{
     error::RecordError,
-    file::MachineFile,
+    files::{machine_file::MachineFile, output::Output},
     host::{Host, HostError, HostReport},
-    naming::Output,
     plan::{InstancePlan, Plan},
     session::GuestSession,
 };
 
 /// An instance of the host.
-pub(super) struct Instance {
+pub(crate) struct Instance {
     /// Its name in the file.
     pub(super) name: String,
     pub(super) host: Host,
@@ -100,7 +99,8 @@ pub(super) fn stop(instances: &mut [Instance]) -> Result<(), HostError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::naming::FileError, *};
+    use super::*;
+    use crate::recorder::files::output::FileError;
 
     #[test]
     fn part_of_a_file_stands_beside_it_and_is_no_guests() {

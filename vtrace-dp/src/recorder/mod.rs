@@ -38,29 +38,16 @@
 //! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
 
 pub mod background;
-pub mod behind;
 pub mod clocks;
 pub mod command;
-mod date;
 pub mod error;
-mod file;
-mod files;
-mod form;
-pub mod guest;
+pub mod files;
 pub mod guests;
 pub mod host;
 mod instances;
-pub mod kvm;
-pub mod limit;
-pub mod naming;
-pub mod outputs;
 pub mod plan;
 pub mod progress;
-mod recording;
 pub mod run;
-pub mod runs;
 pub mod session;
-pub mod silence;
-pub mod sink;
+pub(crate) mod state;
 pub mod summary;
-pub mod tsc;

@@ -5,8 +5,10 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 use nix::time::ClockId;
 use vtrace_common::wire::agent::Arm;
 
-use super::sink::SinkChoice;
-use crate::trace::{pack::Form, writer::Bounds};
+use crate::{
+    drain::sink::choice::SinkChoice,
+    trace::write::{Bounds, pack::Form},
+};
 
 /// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";

@@ -24,22 +24,20 @@ use vtrace_common::{
 use super::{
     command::Command,
     error::RecordError,
-    file::MachineFile,
-    files,
-    guests::{Guests, GuestsError},
+    files::{self, limit::FileState, machine_file::MachineFile, output::Output},
+    guests::{Guests, GuestsError, command_output::Line},
     instances,
-    kvm::{KvmFault, Watch},
-    limit::FileState,
-    naming::Output,
-    outputs::Line,
     plan::Plan,
     progress::{Counted, MachineProgress},
-    recording::{Clocks, Recording},
     session::{GuestSession, Phase, Trouble},
+    state::{Clocks, Recording},
     summary::Summary,
 };
 use crate::{
-    clock::sync::Measurement,
+    clock::{
+        sync::Measurement,
+        watch::{KvmFault, Watch},
+    },
     sys::{signal::Signals, tsc},
 };
 

@@ -23,12 +23,15 @@ use vtrace_common::{
     },
 };
 
-use super::{outputs::Outputs, silence::Silence, summary::LaneSummary};
+use super::{
+    guests::{command_output::Outputs, silence::Silence},
+    summary::LaneSummary,
+};
 use crate::{
     clock::sync::Round,
+    ftrace::metadata::{Metadata, MetadataFault},
     printable::printable,
     server::link::LinkError,
-    trace::metadata::{Metadata, MetadataFault},
 };
 
 /// How long the server waits for pages that an agent has sent and that have not come out of the ring.
@@ -442,13 +445,13 @@ impl GuestSession {
 }
 
 /// The lanes of a machine, but those of CPUs that were offline when it was armed and of which nothing has come.
-pub(super) fn in_use(armed: &Armed, ledgers: &[LaneLedger]) -> Vec<Cpu> {
+pub(crate) fn in_use(armed: &Armed, ledgers: &[LaneLedger]) -> Vec<Cpu> {
     let has_come = |cpu: Cpu| ledgers.iter().any(|ledger| ledger.cpu == cpu && ledger.pages_in > 0);
     armed.lanes.iter().copied().filter(|cpu| !armed.spare.contains(cpu) || has_come(*cpu)).collect()
 }
 
 /// What became of a guest's lanes, and what a reader has to know of it. Lanes of CPUs that did not come are left out.
-pub(super) fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Vec<LaneSummary>, Vec<String>) {
+pub(crate) fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Vec<LaneSummary>, Vec<String>) {
     let report = |cpu: Cpu| session.reports.iter().find(|report| report.cpu == cpu);
     let is_spare = |cpu: Cpu| session.armed.as_ref().is_some_and(|armed| armed.spare.contains(&cpu));
     let is_idle = |ledger: &LaneLedger| {

@@ -9,7 +9,7 @@ use std::{fmt, path::PathBuf};
 use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 
-use super::{limit::Ended, outputs::CommandSummary};
+use super::{files::limit::Ended, guests::command_output::CommandSummary};
 use crate::{clock::vcpus::Vcpu, printable::Nanoseconds, tracefs::stats::Stats};
 
 /// [`ClockSummary::source`]: the kernel's own word.

@@ -32,8 +32,8 @@ use vtrace_common::{
 
 use super::{
     guest::{Command, GuestSlot, Holder},
-    lanes::{LanesFault, check_areas, check_direct, check_file},
     outbox::{Bell, Outbox, Session},
+    target_file::{LanesFault, check_areas, check_direct, check_file},
 };
 use crate::sys::socket::{Peer, receive, send_now};
 
@@ -122,7 +122,7 @@ impl Client {
             outbox: Outbox::new()?,
             decoder: Decoder::default(),
             greeted: false,
-            unsent: encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds"),
+            unsent: encode(&Hello::ours(vtrace_common::SOFTWARE)).expect("our own hello is within its bounds"),
             passed: Vec::new(),
             held: HashMap::new(),
         })

@@ -24,15 +24,13 @@ use vtrace_common::{
     },
 };
 
-use super::{
-    drains::{Drains, Portless, Station},
-    outbox::Bell,
-};
+use super::{guest_drain::Drains, outbox::Bell};
 use crate::{
     device::{
         Foreign,
-        place::{LANE_PORT_PREFIX, Place},
+        lane_range::{LANE_PORT_PREFIX, Place},
     },
+    drain::{Drain, Portless},
     sys::socket::{Peer, has_hung_up},
 };
 
@@ -42,7 +40,7 @@ pub(super) struct DeviceParts {
     /// Its socket.
     pub(super) socket: String,
     /// Its pages' worker.
-    pub(super) drain: Arc<dyn Station>,
+    pub(super) drain: Arc<dyn Drain>,
 }
 
 /// All devices of a guest.
@@ -196,10 +194,10 @@ mod tests {
     use vtrace_common::ids::GuestId;
 
     use super::*;
-    use crate::drain::Drain;
+    use crate::drain::ring::RingDrain;
 
     fn devices(count: usize, lanes: usize) -> Devices {
-        let drain = || Arc::new(Drain::spawn(GuestId(0), "test").unwrap());
+        let drain = || Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
         let parts = |device| DeviceParts { socket: format!("socket{device}"), drain: drain() };
         Devices::new((0..count).map(parts).collect(), lanes).unwrap()
     }

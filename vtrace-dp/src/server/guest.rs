@@ -29,8 +29,8 @@ use vtrace_common::{
 
 use super::{
     devices::{DeviceParts, Devices},
+    holder::{Claim, Release, Seat},
     outbox::{Bell, Session},
-    seat::{Claim, Release, Seat},
 };
 use crate::{
     device::{AgentEvent, ControlPort, Foreign, Owner, Turn},

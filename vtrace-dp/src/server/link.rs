@@ -128,7 +128,7 @@ impl Link {
         let server = Hello { version_min: 0, version_max: 0, software: String::new() };
         let mut link = Self { socket, decoder: Decoder::default(), server, peer, send_time_max };
         // A server that is full says so and closes, and may have done it before our hello: what it said is still there.
-        let sent = link.transmit(&Hello::ours(crate::SOFTWARE), &[]);
+        let sent = link.transmit(&Hello::ours(vtrace_common::SOFTWARE), &[]);
         if !matches!(sent, Err(LinkError::Closed)) {
             sent?;
         }
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn server_that_does_not_read_holds_up_a_send_for_a_while_only() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let hello = encode(&Hello::ours(crate::SOFTWARE)).unwrap();
+        let hello = encode(&Hello::ours(vtrace_common::SOFTWARE)).unwrap();
         send_now(theirs.as_fd(), &hello, None).unwrap();
         let limit = Duration::from_millis(50);
         let mut link = Link::greet(ours, Path::new("there"), limit).unwrap();

@@ -19,7 +19,7 @@
 //! | `link` | a client's side of the control socket |
 //!
 //! In:    VMMs on one socket a device, clients on the control socket, signals
-//! Out:   see [`device`](crate::device) and [`drain`](crate::drain) for guests, [`client`] for clients
+//! Out:   see [`device`](crate::device) and [`drain`](crate::drain::ring) for guests, [`client`] for clients
 //! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
 //!        All of them sleep until something happens: there is no timer but those that a session starts
 //! Full:  [`CLIENTS_MAX`] clients, [`USER_CLIENTS_MAX`] of one user who is not root, [`GUESTS_MAX`] guests
@@ -32,15 +32,15 @@ pub mod activation;
 mod client;
 pub mod confine;
 mod devices;
-mod drains;
-mod further;
+mod extra_device;
 mod guest;
-mod lanes;
+mod guest_drain;
+mod holder;
 pub mod link;
 pub mod outbox;
-mod seat;
 mod sockets;
 pub mod stream;
+mod target_file;
 
 use std::{
     io,
@@ -75,8 +75,7 @@ use self::{
     client::{Client, Registry, frame},
     confine::{Confinement, ConfinementFault, Opens},
     devices::DeviceParts,
-    drains::Station,
-    further::Further,
+    extra_device::Further,
     guest::{Command, Guest},
     outbox::Bell,
     sockets::{Access, Bound},
@@ -91,13 +90,13 @@ use crate::{
         Owner,
         socket::{Device, Endpoint},
     },
-    drain::Drain,
-    setup::Transport,
+    drain::{Drain, ring::RingDrain},
     sys::{
         SysError,
         limit::allow_descriptors,
         socket::{Peer, inherited, send_now},
     },
+    vmm::setup::Transport,
 };
 
 /// Where the sockets are unless told otherwise.
@@ -439,8 +438,8 @@ fn start_guest(
     let (mut parts, mut drains) = (Vec::new(), Vec::new());
     for (device, (endpoint, socket)) in endpoints.into_iter().enumerate() {
         let name = device_name(&guest.name, device);
-        let drain = Arc::new(Drain::spawn(id, &name)?);
-        let station: Arc<dyn Station> = Arc::<Drain>::clone(&drain);
+        let drain = Arc::new(RingDrain::spawn(id, &name)?);
+        let station: Arc<dyn Drain> = Arc::<RingDrain>::clone(&drain);
         parts.push(DeviceParts { socket, drain: station });
         drains.push((name, endpoint, drain));
     }
@@ -499,7 +498,8 @@ impl Acceptor {
         };
         let uid = Peer::of(&socket)?.uid;
         if self.is_full_for(uid) {
-            let words = [frame(&Hello::ours(crate::SOFTWARE)), frame(&FromServer::Refused(Refusal::Full))].concat();
+            let words =
+                [frame(&Hello::ours(vtrace_common::SOFTWARE)), frame(&FromServer::Refused(Refusal::Full))].concat();
             let _ = send_now(socket.as_fd(), &words, None);
             return Ok(());
         }

@@ -25,7 +25,7 @@ use super::{
 };
 
 use crate::{
-    device::machine::{Machine, PATIENCE, PORT_OPEN},
+    device::testing::vmm::{Machine, PATIENCE, PORT_OPEN},
     sys::socket::{receive, send_all},
 };
 
@@ -175,7 +175,7 @@ fn guests_are_listed_as_far_as_they_have_come() {
     assert_eq!((guests[0].vmm_pid, &guests[0].driver), (Some(std::process::id()), &DriverState::Running));
     let agent = guests[0].agent.as_ref().unwrap();
     assert_eq!(agent.machine.as_ref().unwrap().uname, "Linux test");
-    assert_eq!(link.server().software, crate::SOFTWARE);
+    assert_eq!(link.server().software, vtrace_common::SOFTWARE);
 }
 
 #[test]

@@ -12,14 +12,14 @@ pub mod cpuid;
 pub mod daemon;
 pub mod direct;
 pub mod limit;
-#[cfg(any(test, feature = "testing"))]
-pub mod page_guest;
 pub mod perf;
 pub mod program;
 pub mod realtime;
 pub mod signal;
 pub mod socket;
 pub mod splice;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tsc;
 pub mod uring;
 pub mod wait;

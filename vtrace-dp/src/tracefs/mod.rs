@@ -14,6 +14,7 @@ mod events;
 mod expressions;
 mod instance;
 mod pattern;
+mod pieces;
 mod settings;
 pub mod stats;
 mod symbols;

@@ -21,7 +21,7 @@ use std::{
 use vtrace_common::wire::agent::{Failure, Part, Piece};
 
 use super::{
-    describe::{send, send_file},
+    pieces::{send, send_file},
     refused,
 };
 

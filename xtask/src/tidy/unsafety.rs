@@ -7,7 +7,7 @@ use super::{
 };
 
 /// Product code that may be unsafe.
-const PLACES: [&str; 4] = ["vtrace-dp/src/sys/", "vtrace-dp/src/sys.rs", "vtrace-dp/src/device/memory", "vtrace-ebpf/"];
+const PLACES: [&str; 4] = ["vtrace-dp/src/sys/", "vtrace-dp/src/sys.rs", "vtrace-dp/src/virtq/memory", "vtrace-ebpf/"];
 /// eBPF programs are unsafe from end to end and no member of the workspace, whose lint asks for the attribute.
 const WITHOUT_REASON: &str = "vtrace-ebpf/";
 /// A comment may stand this many lines of one statement above its `unsafe`.
@@ -24,7 +24,7 @@ pub(super) fn places(tree: &Tree) -> Vec<Finding> {
             Finding::new(
                 &file.path,
                 *line,
-                "unsafe code (allowed in sys/, device/memory and vtrace-ebpf/, and in tests)",
+                "unsafe code (allowed in sys/, virtq/memory and vtrace-ebpf/, and in tests)",
             )
         }));
         if let (Some((line, _)), false) = (uses.first(), file.path.starts_with(WITHOUT_REASON) || is_opened(rust)) {
@@ -183,7 +183,7 @@ mod tests {
         let text = "#![expect(unsafe_code, reason = \"maps\")]\nfn a() { unsafe { b() } }\n";
         assert!(found(places, SYS, text).is_empty());
         assert_eq!(found(places, "vtrace-dp/src/drain/lane.rs", text).len(), 1);
-        assert!(found(places, "vtrace-dp/src/device/memory.rs", text).is_empty());
+        assert!(found(places, "vtrace-dp/src/virtq/memory.rs", text).is_empty());
         assert!(found(places, "tests/src/peer.rs", text).is_empty());
     }
 

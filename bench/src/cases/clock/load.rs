@@ -20,9 +20,10 @@ use kvm_ioctls::VcpuExit;
 use vtrace_dp::{
     clock::{
         btf::{Fields, find_here},
-        feed::{Cost, Feed, Hook, Watched, rehearsal::count_times},
+        feed::rehearsal::count_times,
+        feed::{Cost, Feed, Hook, Watched},
     },
-    sys::page_guest::PageGuest,
+    sys::testing::page_guest::PageGuest,
 };
 
 use crate::{

@@ -18,9 +18,8 @@ use vtrace_common::{
 };
 use vtrace_dp::{
     drain::{
-        Drain,
-        direct::DirectSink,
-        sink::{FileSink, Sink},
+        ring::RingDrain,
+        sink::{FileSink, Sink, direct::DirectSink},
     },
     sys::direct::reopen,
 };
@@ -112,7 +111,7 @@ const FILE_BYTES: u64 = 4 << 30;
 
 /// What is to come over one road.
 pub(super) enum Receipt<'a> {
-    Drain(&'a Drain),
+    RingDrain(&'a RingDrain),
     Receiver(&'a Receiver),
 }
 
@@ -130,7 +129,7 @@ impl Open {
                     Err(_) => Box::new(FileSink::new(file)?),
                 };
                 self.backend.drain.attach_sink(sink, PAGE, vec![area])?;
-                return Ok(Receipt::Drain(&self.backend.drain));
+                return Ok(Receipt::RingDrain(&self.backend.drain));
             }
             Road::Fifo => &self.fifo,
             Road::Socket => &self.socket,
@@ -150,7 +149,7 @@ impl Receipt<'_> {
     /// Waits for exactly so many.
     pub(super) fn await_bytes(self, bytes: u64) -> Result<()> {
         match self {
-            Self::Drain(drain) => finish(drain, vec![LaneEnd { cpu: Cpu(0), bytes_sent: bytes }]),
+            Self::RingDrain(drain) => finish(drain, vec![LaneEnd { cpu: Cpu(0), bytes_sent: bytes }]),
             Self::Receiver(receiver) => {
                 wait_until("bytes of the guest are missing", || receiver.received() >= bytes)?;
                 ensure!(receiver.received() == bytes, "more came than was sent");

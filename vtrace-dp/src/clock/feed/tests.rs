@@ -1,13 +1,17 @@
 //! The programs at work in the running kernel. Needs root and /dev/kvm, so that only `--include-ignored` runs it:
 //! `cargo xtask test` does, here and (by `cargo xtask lab svm`) on kernels whose KVM calls kvm_entry.
 
-use super::super::btf::find_here;
-use super::super::math::HostRange;
-use super::super::ratio::{Isa, Ratio};
-use super::super::segment::Seen;
-use super::super::table::{Certainty, Table};
-use super::micro::Micro;
-use super::*;
+use super::{
+    super::{
+        btf::find_here,
+        math::HostRange,
+        ratio::{Isa, Ratio},
+        segment::Seen,
+        table::{Certainty, Table},
+    },
+    *,
+};
+use crate::clock::testing::micro_guest::Micro;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use std::fs;

@@ -1,13 +1,15 @@
 //! Clocks of every kind, converted page by page, beside what is true.
 
-use super::super::{
-    math::Pair,
-    ratio::Ratio,
-    segment::Since,
-    testing::{Change, Life, Story},
+use super::{
+    super::{
+        math::Pair,
+        ratio::Ratio,
+        segment::Since,
+        testing::{Change, Life, Story},
+    },
+    *,
 };
-use super::*;
-use crate::trace::walk::{Event, Events};
+use crate::ftrace::events::{Event, Events};
 use proptest::prelude::*;
 
 const CPU: Cpu = Cpu(0);
@@ -244,7 +246,7 @@ proptest! {
     fn any_times_have_an_answer(
         events in prop::collection::vec((any::<u64>(), 0..3usize), 0..30), next: Option<u64>, small: bool, seed: u64,
     ) {
-        use crate::trace::walk::Stamp;
+        use crate::ftrace::events::Stamp;
         let life = Life::new(seed, vec![change(0, scaled(0, 500)), change(1 << 20, offset(-5)), change(1 << 20, scaled(99, 1500))]);
         let story = life.live(payload);
         for with_runs in [false, true] {

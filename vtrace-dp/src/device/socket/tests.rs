@@ -26,7 +26,7 @@ use super::*;
 use crate::{
     device::{
         AgentEvent, ControlPort,
-        machine::{DEVICE_READY, Machine, PATIENCE, PORT_OPEN, PORT_READY, Vmm, code, control},
+        testing::vmm::{DEVICE_READY, Machine, PATIENCE, PORT_OPEN, PORT_READY, Vmm, code, control},
     },
     server::outbox::Bell,
     sys::tsc,
@@ -104,7 +104,7 @@ impl Bench {
             ended: Arc::clone(&ended),
             bell: Arc::clone(&bell),
         };
-        let drain = Arc::new(Drain::spawn(GuestId(0), "test").unwrap());
+        let drain = Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
         let device = Device::spawn(name, Place::ONLY, endpoint, drain, Box::new(witness)).unwrap();
         Self { told: hears, requests, room, ended, bell, device: Some(device) }
     }
@@ -366,7 +366,7 @@ fn agent_that_took_a_sleep_for_our_end_is_greeted_again() {
     let hello = Hello::ours("agent of a test");
     machine.write(&encode(&hello).unwrap());
     assert_eq!(bench.agent(), AgentEvent::Hello(hello));
-    assert_eq!(machine.read::<Hello>(), Hello::ours(crate::SOFTWARE));
+    assert_eq!(machine.read::<Hello>(), Hello::ours(vtrace_common::SOFTWARE));
     machine.answer(&pong(2));
     assert_eq!(bench.agent(), AgentEvent::Says(pong(2)));
 }

@@ -29,7 +29,7 @@ fn server_that_takes_requests_and_answers_none_is_given_up() {
     let listener = UnixListener::bind(folder.path().join(CONTROL_SOCKET)).unwrap();
     let greet = spawn(move || {
         let (mut socket, _) = listener.accept().unwrap();
-        socket.write_all(&encode(&Hello::ours(crate::SOFTWARE)).unwrap()).unwrap();
+        socket.write_all(&encode(&Hello::ours(vtrace_common::SOFTWARE)).unwrap()).unwrap();
         socket
     });
     let mut guests = Guests::claim(folder.path(), &[]).unwrap();
@@ -77,7 +77,7 @@ fn serve(dir: &Path, sleeper: &'static str) -> JoinHandle<()> {
     let listener = UnixListener::bind(dir.join(CONTROL_SOCKET)).unwrap();
     spawn(move || {
         let (mut socket, _): (UnixStream, _) = listener.accept().unwrap();
-        socket.write_all(&encode(&Hello::ours(crate::SOFTWARE)).unwrap()).unwrap();
+        socket.write_all(&encode(&Hello::ours(vtrace_common::SOFTWARE)).unwrap()).unwrap();
         let (mut decoder, mut piece) = (Decoder::default(), [0; 4096]);
         while let Ok(count @ 1..) = socket.read(&mut piece) {
             decoder.push(&piece[..count]);

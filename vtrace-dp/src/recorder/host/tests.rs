@@ -314,7 +314,8 @@ fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
     (0..4000).for_each(|_| instance.mark(&"m".repeat(1000)).unwrap());
     instance.set_tracing(false).unwrap();
     let ends = pump.stop().lanes;
-    let pages = |count: fn(&lane::Pages) -> u64| ends.iter().map(|lane| count(&lane.pages)).sum::<u64>();
+    let pages =
+        |count: fn(&crate::drain::tap::splice::Pages) -> u64| ends.iter().map(|lane| count(&lane.pages)).sum::<u64>();
     println!("{ends:?}");
     assert!((1..=256).contains(&pages(|pages| pages.written)), "what fits into 1 MiB");
     assert!(pages(|pages| pages.lost) > 0 && ends.iter().any(|lane| matches!(lane.end, Some(End::File(_)))));

@@ -33,12 +33,10 @@ use vtrace_common::{
     },
 };
 
-use super::{
-    cutter::{Cutter, Piece},
-    port::{Peers, Port, Seat, accept, holder, open_reader, open_writer},
-};
+use super::cutter::{Cutter, Piece};
 use crate::{
     device::{AgentEvent, ControlPort, Owner, Turn},
+    drain::stream::port::{Peers, Port, Seat, accept, holder, open_reader, open_writer},
     server::guest::{Guest, GuestSlot},
     sys::{socket::Peer, tsc},
 };
@@ -406,7 +404,7 @@ impl Control {
     fn next_outgoing(&mut self) -> bool {
         if std::mem::take(&mut self.greeting.due) {
             self.greeting.unanswered = true;
-            let bytes = encode(&Hello::ours(crate::SOFTWARE)).expect("our own hello is within its bounds");
+            let bytes = encode(&Hello::ours(vtrace_common::SOFTWARE)).expect("our own hello is within its bounds");
             self.outgoing = Outgoing { bytes, sent: 0, probe: None };
             return true;
         }

@@ -17,15 +17,10 @@
 
 mod control;
 mod cutter;
-pub(super) mod drain;
-mod lane;
-mod port;
-mod source;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
 mod tests;
-mod worker;
 
 use std::{
     io,
@@ -35,18 +30,20 @@ use std::{
 
 use vtrace_common::{ids::Cpu, limits::DEVICE_LANES_MAX};
 
-use self::{
-    control::Control,
-    drain::StreamDrain,
-    port::{LanePort, Peers, Port},
-};
+use self::control::Control;
 use super::{
     GuestConfig, Sockets, device_name,
     devices::DeviceParts,
     guest::GuestSlot,
     sockets::{Access, SocketFault},
 };
-use crate::setup::{Folder, Setup, Transport};
+use crate::{
+    drain::stream::{
+        StreamDrain,
+        port::{LanePort, Peers, Port},
+    },
+    vmm::setup::{Folder, Setup, Transport},
+};
 
 /// Where a guest's streams are.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -10,8 +10,8 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use vtrace_common::wire::client::{Area, LaneLedger};
 
-use super::{cutter::Cutter, lane::Lane};
-use crate::drain::ledger::Counters;
+use super::cutter::Cutter;
+use crate::drain::{ledger::Counters, stream::lane::Lane};
 
 /// Whole frames out of a stream that comes in `pieces`; of each whether it says that it is a hello.
 pub fn cut(pieces: &[&[u8]]) -> Vec<(bool, Vec<u8>)> {

@@ -23,7 +23,10 @@ use vtrace_common::{
 };
 
 use super::*;
-use crate::server::{GuestSocket, Server, ServerConfig, drains::Portless, link::Link};
+use crate::{
+    drain::Portless,
+    server::{GuestSocket, Server, ServerConfig, link::Link},
+};
 
 const PAGE: usize = 4096;
 

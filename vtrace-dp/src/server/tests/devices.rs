@@ -8,7 +8,7 @@ use vtrace_common::wire::{
 };
 
 use super::*;
-use crate::device::{machine::DEVICE_READY, negotiate};
+use crate::device::{negotiate, testing::vmm::DEVICE_READY};
 
 /// Where the other process of a test connects to.
 const ELSEWHERE: &str = "VTRACE_TEST_CONNECTS_TO";

@@ -6,10 +6,12 @@ use proptest::prelude::*;
 use vtrace_common::ids::Cpu;
 
 use super::*;
-use crate::trace::{
-    metadata::Metadata,
-    reader::Reader,
-    writer::{Bounds, Writer},
+use crate::{
+    ftrace::metadata::Metadata,
+    trace::{
+        read::Reader,
+        write::{Bounds, Writer},
+    },
 };
 
 const PAGE: u64 = 4096;

@@ -1,0 +1,276 @@
+//! What a session owns while it exists: the instance, the pump, the counts from before.
+//!
+//! In:    an [`Arm`]; ports
+//! Out:   messages for the host, given to `tell` one by one
+//! Runs:  on the control thread
+//! Full:  `tell` waits for the host
+//! Trust: the kernel
+//!
+//! Order of the end: pump (it holds the taps), then instance: an instance with an open tap cannot be removed.
+
+use std::{
+    os::fd::BorrowedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use vtrace_common::{
+    ids::Cpu,
+    limits::TEXT_BYTES_MAX,
+    time::GuestTsc,
+    wire::agent::{Arm, Armed, CommandRequest, Failure, FailureKind, FromAgent, LaneReport, Piece},
+};
+
+use super::{
+    command::Running,
+    lane_io::{LaneEnd, PumpError},
+    late_cpus::{Come, Spares},
+    link::Gone,
+    port::Ports,
+    pump::Pump,
+};
+use crate::{
+    sys::{account::Account, tsc},
+    tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs},
+};
+
+/// How often the host hears that a session is still being made: it waits for half a minute of silence.
+const ARMING_EVERY: Duration = Duration::from_secs(1);
+
+/// Why something was not done.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// The request cannot be met: the host is told.
+    Failed(Failure),
+    /// There is nobody to tell.
+    Gone(Gone),
+}
+
+impl From<Failure> for Refused {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Gone> for Refused {
+    fn from(gone: Gone) -> Self {
+        Self::Gone(gone)
+    }
+}
+
+/// How messages reach the host.
+pub(super) type Tell<'a> = &'a dyn Fn(&FromAgent) -> Result<(), Gone>;
+
+/// An armed session.
+#[derive(Debug)]
+pub(super) struct Work {
+    // Fields are dropped in this order.
+    /// What runs for the host, by its place in the request.
+    pub(super) commands: Vec<Running>,
+    requests: Vec<CommandRequest>,
+    own_only: bool,
+    pump: Option<Pump>,
+    spares: Spares,
+    ends: Vec<LaneEnd>,
+    stats_before: Vec<(Cpu, String)>,
+    instance: Instance,
+}
+
+impl Work {
+    /// Makes everything `arm` asks for, describes the machine, says `Armed`. Nothing is left of a failed one.
+    pub(super) fn arm(
+        arm: &Arm,
+        ports: &Ports,
+        without_indirect: bool,
+        tee: Option<&Path>,
+        tell: Tell<'_>,
+    ) -> Result<Self, Refused> {
+        let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
+        let instance = instance(&name, arm, tell)?;
+        let (mut lanes, found) = (Vec::new(), ports.lanes());
+        for cpu in instance.cpus() {
+            lanes.push((instance.tap(*cpu)?, found.open(*cpu, without_indirect)?));
+        }
+        let spares = Spares::find(&instance, ports, &found, without_indirect);
+        described(|each| instance.describe(arm.kallsyms, each), tell)?;
+        let armed = Armed {
+            lanes: [instance.cpus(), spares.cpus()].concat(),
+            spare: spares.cpus().to_vec(),
+            page_bytes: instance.page_bytes(),
+            clock: instance.clock(),
+            events: instance.events(),
+        };
+        let stats_before = instance.cpus().iter().map(|cpu| (*cpu, instance.stats(*cpu))).collect();
+        let pump = start_pump(lanes, instance.page_bytes(), tee)?;
+        let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
+        let (pump, ends) = (Some(pump), Vec::new());
+        let work = Self { commands, requests, own_only, pump, spares, ends, stats_before, instance };
+        tell(&FromAgent::Armed(armed))?;
+        Ok(work)
+    }
+
+    /// Readable when the pump has ended; `None` once [`Work::pumped`] was called.
+    pub(super) fn done(&self) -> Option<BorrowedFd<'_>> {
+        self.pump.as_ref().map(Pump::done)
+    }
+
+    /// Begins the lanes of CPUs that have come online. Only while a host is there: it is told of each port.
+    pub(super) fn look(&mut self) {
+        let come = self.spares.come(&self.instance);
+        self.begin(come);
+    }
+
+    fn begin(&mut self, come: Vec<Come>) {
+        for (cpu, lane) in come {
+            let Some(pump) = &mut self.pump else { return };
+            match lane.and_then(|lane| pump.join_lane(lane).map_err(refused)) {
+                Ok(()) => log::info!("{cpu} came online: its lane begins"),
+                Err(Failure { object, detail, .. }) => log::warn!("{cpu} is not recorded: {object}: {detail}"),
+            }
+        }
+    }
+
+    /// Tracing on, start marker written: the TSC around both.
+    pub(super) fn start(&self, marker: &str) -> Result<FromAgent, Failure> {
+        let before = GuestTsc(tsc::read());
+        self.instance.set_tracing(true)?;
+        if let Err(failure) = self.instance.mark(marker) {
+            self.instance.set_tracing(false)?;
+            return Err(failure);
+        }
+        Ok(FromAgent::Started { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// Starts the commands.
+    pub(super) fn start_commands(&mut self, user: Option<Account>) -> Result<(), Failure> {
+        let buffer = self.own_only.then(|| self.instance.path());
+        for (index, request) in (0..).zip(&self.requests) {
+            self.commands.push(Running::start(index, request, user, buffer)?);
+        }
+        Ok(())
+    }
+
+    /// Writes a marker.
+    pub(super) fn mark(&self, text: &str) -> Result<FromAgent, Failure> {
+        let before = GuestTsc(tsc::read());
+        self.instance.mark(text)?;
+        Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// Tracing off; the pump moves what is left, then [`Work::done`] is readable.
+    pub(super) fn drain(&mut self) {
+        if let Err(failure) = self.instance.set_tracing(false) {
+            log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
+        }
+        let come = self.spares.come_at_last(&self.instance);
+        self.begin(come);
+        if let Some(pump) = &self.pump {
+            pump.drain();
+        }
+    }
+
+    /// The pump has ended: takes its counts.
+    pub(super) fn pumped(&mut self) {
+        let Some(pump) = self.pump.take() else { return };
+        self.ends = pump.join().unwrap_or_else(|| {
+            log::error!("the pump has panicked");
+            let cpus = self.stats_before.iter().map(|(cpu, _)| *cpu);
+            cpus.map(|cpu| LaneEnd::nothing(cpu, "the pump has panicked".into())).collect()
+        });
+    }
+
+    /// Says what the lanes did, the command lines, and `Stopped`.
+    pub(super) fn report(&self, tell: Tell<'_>) -> Result<(), Refused> {
+        for (cpu, stats_before) in &self.stats_before {
+            self.report_lane(*cpu, stats_before, tell)?;
+        }
+        let spares = self.spares.cpus();
+        for cpu in spares {
+            self.report_lane(*cpu, "", tell)?;
+        }
+        let portless = self.instance.absent_cpus().into_iter().filter(|cpu| !spares.contains(cpu));
+        for cpu in portless.filter(|cpu| self.instance.has_recorded(*cpu)) {
+            log::warn!("{cpu} came online after the start: it is not recorded");
+            let stats_after = self.instance.stats(cpu);
+            tell(&FromAgent::Lane(LaneReport { cpu, stats_after, ..LaneReport::default() }))?;
+        }
+        described(|each| self.instance.describe_end(each), tell)?;
+        tell(&FromAgent::Stopped)?;
+        Ok(())
+    }
+
+    fn report_lane(&self, cpu: Cpu, stats_before: &str, tell: Tell<'_>) -> Result<(), Gone> {
+        let nothing = || LaneEnd::nothing(cpu, String::new());
+        let end = self.ends.iter().find(|end| end.cpu == cpu).cloned().unwrap_or_else(nothing);
+        let has_come = !self.spares.is_absent(cpu);
+        let stats_after = if has_come { self.instance.stats(cpu) } else { String::new() };
+        let report = LaneReport {
+            cpu,
+            pages_tapped: end.pages_tapped,
+            pages_sent: end.pages_sent,
+            pages_lost: end.pages_lost,
+            bytes_sent: end.bytes_sent,
+            stats_before: stats_before.into(),
+            stats_after,
+            trouble: end.trouble,
+            apic: self.spares.apic(cpu),
+        };
+        if has_come {
+            log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
+        }
+        tell(&FromAgent::Lane(report))
+    }
+
+    /// Abandons what is on its way: ports and taps are not used any more.
+    pub(super) fn abandon(&mut self) {
+        self.pump = None;
+    }
+
+    /// Abandons what is on its way and removes the instance.
+    pub(super) fn remove(self) {
+        drop((self.commands, self.pump));
+        if let Err(failure) = self.instance.remove() {
+            log::error!("{} stays: {}", failure.object, failure.detail);
+        }
+    }
+}
+
+/// Makes the instance, and says now and then how far it is.
+fn instance(name: &str, arm: &Arm, tell: Tell<'_>) -> Result<Instance, Refused> {
+    let (mut said, mut told) = (Instant::now(), Ok(()));
+    let made = Tracefs::find_or_mount()?.arm_telling(name, arm, &mut |events| {
+        if said.elapsed() >= ARMING_EVERY && told.is_ok() {
+            said = Instant::now();
+            told = tell(&FromAgent::Arming { events: u32::try_from(events).unwrap_or(u32::MAX) });
+        }
+    })?;
+    told?;
+    Ok(made)
+}
+
+fn start_pump(lanes: Vec<(Tap, std::os::fd::OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Pump, Failure> {
+    Pump::start(lanes, page_bytes, tee).map_err(refused)
+}
+
+fn refused(error: PumpError) -> Failure {
+    Failure::new(FailureKind::Kernel, &shortened(error.object), &error.source.to_string())
+}
+
+/// Passes pieces on; the first failure to tell one is the answer.
+fn described(
+    describe: impl FnOnce(&mut dyn FnMut(Piece)) -> Result<(), Failure>,
+    tell: Tell<'_>,
+) -> Result<(), Refused> {
+    let mut told = Ok(());
+    describe(&mut |piece| {
+        if told.is_ok() {
+            told = tell(&FromAgent::Describe(piece));
+        }
+    })?;
+    told.map_err(Refused::Gone)
+}
+
+fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(TEXT_BYTES_MAX));
+    text
+}

@@ -1,0 +1,39 @@
+//! A recording from its plan to its closing table and exit status, in the foreground or in the background.
+
+use super::{FAILED, LOST, complaint::Complaint, put, say};
+use crate::{
+    recorder::{
+        plan::Plan,
+        run::{self, Tell},
+        summary::Summary,
+    },
+    sys::signal::Signals,
+};
+
+/// Records; the second value is the exit status.
+pub(super) fn record(plan: &Plan, tell: Tell<'_>) -> Result<(Summary, u8), Complaint> {
+    let signals = Signals::open().map_err(|error| Complaint::system("signalfd", error))?;
+    let summary = run::record(plan, &signals, tell).map_err(|error| Complaint::recording(error, plan))?;
+    let status = exit_status(plan, &summary);
+    Ok((summary, status))
+}
+
+/// The closing table, unless `--quiet` was given and nothing failed.
+pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
+    if plan.json {
+        return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
+    }
+    if !plan.quiet || summary.failed() {
+        say(&summary.to_string());
+    }
+    Ok(())
+}
+
+fn exit_status(plan: &Plan, summary: &Summary) -> u8 {
+    match summary.command_status {
+        _ if summary.failed() => FAILED,
+        _ if plan.strict && summary.lost_anything() => LOST,
+        Some(status) => status,
+        None => 0,
+    }
+}

@@ -1,0 +1,359 @@
+//! The four rings that the device's own thread serves: port 0's and the control queue's.
+//!
+//! In:    chains of the guest
+//! Out:   answers of the control protocol; what the agent says, to the owner
+//! Runs:  on the device's thread
+//! Full:  [`TURN_CHAINS_MAX`] a turn, so that no ring of a busy guest keeps the thread from the socket
+//! Trust: nothing: a ring at fault is given up and its guest gets no more of it; a panic in what a message means is
+//!        caught and the message still counts as served
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+
+use super::{
+    AgentEvent, ControlPort, Owner,
+    console::{CONTROL_BYTES, Console, PortEvent},
+    control_port::{copy_readable, copy_writable},
+    lane_range::Place,
+    negotiate::RINGS_MIN,
+};
+use crate::virtq::{
+    memory::{Memory, Span},
+    ring::{Ring, RingFault},
+};
+
+/// Chains taken from one ring before the others are looked at.
+const TURN_CHAINS_MAX: usize = 64;
+/// Warnings about one guest's misdeeds between two boots; a guest must not fill the log.
+const WARNINGS_MAX: u32 = 16;
+
+/// Port 0, host to guest.
+const PORT_IN: usize = 0;
+/// Port 0, guest to host.
+pub(super) const PORT_OUT: usize = 1;
+/// Control messages for the guest.
+const CONTROL_IN: usize = 2;
+/// Control messages of the guest.
+pub(super) const CONTROL_OUT: usize = 3;
+
+/// The rings and what is spoken over them. Port 0 of a further device is never open: what comes over it is discarded.
+pub(super) struct Served {
+    name: String,
+    place: Place,
+    rings: [Option<Ring>; RINGS_MIN],
+    /// Where a ring that was given up stood.
+    bases: [u16; RINGS_MIN],
+    console: Console,
+    port: ControlPort,
+    pub(super) owner: Box<dyn Owner>,
+    /// A driver began anew while an agent was there, and has not said which: another driver, or the same after a sleep.
+    asleep: bool,
+    epoll: Arc<Epoll>,
+    kick_token: u64,
+    spans: Vec<Span>,
+    warnings: u32,
+}
+
+impl Served {
+    /// Nothing runs yet. Kicks come to `epoll` with `kick_token`, edge-triggered and never read.
+    pub(super) fn new(name: &str, place: Place, owner: Box<dyn Owner>, epoll: Arc<Epoll>, kick_token: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            place,
+            rings: [const { None }; RINGS_MIN],
+            bases: [0; RINGS_MIN],
+            console: Console::new(place, 0),
+            port: ControlPort::new(),
+            owner,
+            asleep: false,
+            epoll,
+            kick_token,
+            spans: Vec::new(),
+            warnings: 0,
+        }
+    }
+
+    /// A driver begins: it has `ports` ports, and nothing is open. Whether the agent is gone shows what the driver says
+    /// first: DEVICE_READY if it is a new one; if it was only asleep, PORT_READY and PORT_OPEN of what was open before
+    /// (Linux drivers/char/virtio_console.c, virtcons_freeze() and virtcons_restore()).
+    pub(super) fn start_over(&mut self, ports: usize) {
+        self.forget_ports(ports);
+        self.asleep = self.port.has_met();
+        if !self.asleep {
+            self.agent_gone();
+        }
+        if ports > self.place.lanes() + 1 {
+            let lanes = self.place.lanes();
+            self.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
+        }
+    }
+
+    /// The VMM is gone, as the owner is about to be told: ports and agent are, too.
+    pub(super) fn forget(&mut self) {
+        self.forget_ports(0);
+        self.port.closed();
+        self.asleep = false;
+    }
+
+    fn forget_ports(&mut self, ports: usize) {
+        if self.console.ignored() > 0 {
+            log::info!("{}: ignored {} control messages that meant nothing", self.name, self.console.ignored());
+        }
+        self.console = Console::new(self.place, ports);
+        self.warnings = 0;
+    }
+
+    /// Ring `index` runs from now on.
+    pub(super) fn start(&mut self, index: usize, ring: Ring) {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, self.kick_token);
+        if let Err(error) = self.epoll.add(ring.kick(), event) {
+            // Without kicks it is served only when something else happens: better than not at all.
+            log::error!("{}: ring {index}: its kicks cannot be watched: {error}", self.name);
+        }
+        self.rings[index] = Some(ring);
+    }
+
+    /// Takes what waits in ring `index`, which is about to stop: a driver that falls asleep frees what was not taken.
+    pub(super) fn settle(&mut self, index: usize) {
+        let settled = match index {
+            // The guest waits for each before it sends the next.
+            CONTROL_OUT => self.guarded(|served| _ = served.serve_control_out()),
+            PORT_OUT => self.guarded(Self::drain_agent),
+            _ => Some(()),
+        };
+        if settled.is_none() {
+            self.agent_panicked();
+        }
+    }
+
+    /// Gives ring `index` up; the answer to GET_VRING_BASE if it ran since it was last asked.
+    pub(super) fn stop(&mut self, index: usize) -> Option<u16> {
+        let ring = self.rings[index].take()?;
+        // The VMM keeps the eventfd open, so closing ours would not take it out of the epoll set.
+        let _ = self.epoll.delete(ring.kick());
+        self.bases[index] = ring.base();
+        Some(ring.base())
+    }
+
+    /// Where ring `index` stood when it was given up.
+    pub(super) fn base(&self, index: usize) -> u16 {
+        self.bases[index]
+    }
+
+    /// Whether ring `index` runs.
+    pub(super) fn runs(&self, index: usize) -> bool {
+        self.rings[index].is_some()
+    }
+
+    /// The VMM gave another call eventfd.
+    pub(super) fn set_call(&mut self, index: usize, call: Option<std::os::fd::OwnedFd>) {
+        if let Some(ring) = self.rings[index].as_mut() {
+            ring.set_call(call);
+        }
+    }
+
+    /// The memory table changed.
+    pub(super) fn remap(&mut self, memory: &Arc<Memory>) {
+        for index in 0..RINGS_MIN {
+            let result = self.rings[index].as_mut().map_or(Ok(()), |ring| ring.remap(Arc::clone(memory)));
+            if let Err(fault) = result {
+                self.give_up(index, fault);
+            }
+        }
+    }
+
+    /// The agent, if there was one, is no more.
+    pub(super) fn agent_gone(&mut self) {
+        self.asleep = false;
+        if self.port.is_open() {
+            self.port.closed();
+            self.tell(AgentEvent::Gone);
+        }
+    }
+
+    /// Lets the owner do what it was woken for.
+    pub(super) fn owner_turn(&mut self) -> super::Turn {
+        self.owner.turn(&mut self.port)
+    }
+
+    /// Serves all four rings once; true if there is more to do at once.
+    pub(super) fn serve(&mut self) -> bool {
+        let mut more = self.guarded(Self::serve_control_out).unwrap_or(true);
+        more |= self.guarded(Self::serve_control_in).unwrap_or(true);
+        more |= self.guarded(Self::serve_agent).unwrap_or_else(|| {
+            self.agent_panicked();
+            true
+        });
+        more
+    }
+
+    /// Runs `step`; `None` if it panicked.
+    fn guarded<T>(&mut self, step: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        // Unwind safety: each step leaves rings and queues consistent before it calls anything that may panic.
+        catch_unwind(AssertUnwindSafe(|| step(self))).ok()
+    }
+
+    /// Tells the owner. Should it panic, the agent is not listened to any more, and all else goes on.
+    fn tell(&mut self, event: AgentEvent) {
+        if self.guarded(|served| served.owner.agent(event, &mut served.port)).is_none() {
+            self.agent_panicked();
+        }
+    }
+
+    fn agent_panicked(&mut self) {
+        log::error!("{}: a mistake of ours while serving the agent; it is not listened to any more", self.name);
+        self.port.deafen();
+    }
+
+    fn serve_control_out(&mut self) -> bool {
+        for _ in 0..TURN_CHAINS_MAX {
+            match self.take_control() {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(fault) => {
+                    self.give_up(CONTROL_OUT, fault);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Takes one control message; false if there is none and the guest will kick.
+    fn take_control(&mut self) -> Result<bool, RingFault> {
+        let Some(ring) = self.rings[CONTROL_OUT].as_mut() else { return Ok(false) };
+        self.spans.clear();
+        let Some(chain) = ring.take(&mut self.spans)? else { return ring.arm_kick() };
+        let mut bytes = [0; CONTROL_BYTES];
+        let length = usize::try_from(chain.readable_bytes).map_or(CONTROL_BYTES, |length| length.min(CONTROL_BYTES));
+        let length = copy_readable(ring.memory(), &self.spans, &mut bytes[..length])?;
+        // The guest's CPU spins until its message is used: before that, what the message means must have happened
+        // (what a closing agent wrote was taken), and after that nothing may keep it from being used.
+        if self.guarded(|served| served.control(&bytes[..length])).is_none() {
+            log::error!("{}: a mistake of ours in a control message", self.name);
+        }
+        let Some(ring) = self.rings[CONTROL_OUT].as_mut() else { return Ok(false) };
+        ring.complete(chain, 0)?;
+        ring.publish()?;
+        Ok(true)
+    }
+
+    fn control(&mut self, bytes: &[u8]) {
+        match self.console.receive(bytes) {
+            Some(PortEvent::DriverReady) => self.agent_gone(),
+            Some(PortEvent::Opened(0)) if std::mem::take(&mut self.asleep) => {
+                log::info!("{}: the guest was asleep; its agent goes on", self.name);
+            }
+            Some(PortEvent::Opened(0)) => {
+                self.drain_agent();
+                self.agent_gone();
+                self.port.opened();
+                self.tell(AgentEvent::Opened);
+            }
+            Some(PortEvent::Closed(0)) => {
+                self.drain_agent();
+                self.agent_gone();
+            }
+            Some(PortEvent::Opened(_) | PortEvent::Closed(_)) | None => {}
+        }
+    }
+
+    /// Takes whatever the agent wrote before it closed the port, room or not: it is at most one ring full.
+    fn drain_agent(&mut self) {
+        let chains = self.rings[PORT_OUT].as_ref().map_or(0, Ring::entries);
+        for _ in 0..=chains {
+            while let Some(event) = self.port.next_event() {
+                self.tell(event);
+            }
+            let Some(ring) = self.rings[PORT_OUT].as_mut() else { return };
+            match self.port.take(ring, &mut self.spans) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(fault) => return self.give_up(PORT_OUT, fault),
+            }
+        }
+    }
+
+    fn serve_control_in(&mut self) -> bool {
+        for _ in 0..TURN_CHAINS_MAX {
+            match self.give_control() {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(fault) => {
+                    self.give_up(CONTROL_IN, fault);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Gives the guest one control message; false if there is none, or no buffer for it.
+    fn give_control(&mut self) -> Result<bool, RingFault> {
+        let Some(ring) = self.rings[CONTROL_IN].as_mut() else { return Ok(false) };
+        let Some(message) = self.console.next() else { return Ok(false) };
+        self.spans.clear();
+        let Some(chain) = ring.take(&mut self.spans)? else { return ring.arm_kick() };
+        let written = copy_writable(ring.memory(), chain, &self.spans, &message)?;
+        self.console.sent();
+        ring.complete(chain, u32::try_from(written).expect("a control message is short"))?;
+        ring.publish()?;
+        Ok(true)
+    }
+
+    fn serve_agent(&mut self) -> bool {
+        let more = self.hear_agent();
+        if self.asleep {
+            return more; // what it is sent before its port is open again, it takes for a host that went away
+        }
+        let Some(ring) = self.rings[PORT_IN].as_mut() else { return more };
+        match self.port.give(ring, &mut self.spans) {
+            Ok(unsent) => more || unsent,
+            Err(fault) => {
+                self.give_up(PORT_IN, fault);
+                more
+            }
+        }
+    }
+
+    fn hear_agent(&mut self) -> bool {
+        for _ in 0..TURN_CHAINS_MAX {
+            if !self.owner.has_room() {
+                return false;
+            }
+            if let Some(event) = self.port.next_event() {
+                self.tell(event);
+                continue;
+            }
+            let Some(ring) = self.rings[PORT_OUT].as_mut() else { return false };
+            match self.port.take(ring, &mut self.spans) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(fault) => {
+                    self.give_up(PORT_OUT, fault);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn give_up(&mut self, index: usize, fault: RingFault) {
+        self.warn(format_args!("ring {index} is malformed and not served any more: {fault}"));
+        self.stop(index);
+    }
+
+    /// Says what the guest did wrong, unless it has done so too often.
+    pub(super) fn warn(&mut self, what: std::fmt::Arguments<'_>) {
+        self.warnings += 1;
+        match self.warnings {
+            ..WARNINGS_MAX => log::warn!("{}: {what}", self.name),
+            WARNINGS_MAX => log::warn!("{}: {what} (no more warnings until the guest restarts)", self.name),
+            _ => {}
+        }
+    }
+}

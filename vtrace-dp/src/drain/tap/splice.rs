@@ -1,0 +1,333 @@
+//! One host CPU's road through the page cache: tap ─► pipe ─► file, by splice.
+//!
+//! In:    a tap, a pipe that is empty between two calls
+//! Out:   pages at the area's offset, one behind the other; counts: `taken == written + lost`
+//! Runs:  on the pump's thread; a slow disk blocks it, and the kernel overwrites and counts meanwhile
+//! Full:  an area without room (unless it begins again), and a write that fails, end the lane; what the kernel has by
+//!        then stays with it
+//! Trust: the kernel
+
+use std::{
+    os::fd::BorrowedFd,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use nix::errno::Errno;
+use vtrace_common::wire::client::Area;
+
+use crate::sys::{
+    SysError,
+    splice::{Pipe, SpliceFlags, read, splice, write_at},
+};
+
+/// Why a lane takes no more pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum End {
+    /// The area has no room for another page.
+    #[error("the area of {bytes_max} bytes is full")]
+    AreaFull {
+        /// Its size.
+        bytes_max: u64,
+    },
+    /// The ring buffer cannot be read.
+    #[error("ring buffer: {0}")]
+    Tap(SysError),
+    /// The file cannot be written.
+    #[error("file: {0}")]
+    File(SysError),
+}
+
+/// How pages go from taps to the file, for all lanes.
+pub(crate) trait Road {
+    /// Takes no more pages.
+    fn has_ended(&self, at: usize) -> bool;
+    /// Moves full pages of a lane whose tap can be read; whether there were any.
+    fn take(&mut self, at: usize, tap: BorrowedFd<'_>) -> bool;
+    /// Moves everything that is left, the partly filled page too. Tracing is off.
+    fn take_rest(&mut self, at: usize, tap: BorrowedFd<'_>);
+    /// Whether pages wait here for more to come.
+    fn holds_pages(&self) -> bool;
+    /// Sends them on.
+    fn flush(&mut self);
+    /// Why a lane takes no more.
+    fn end(&self, at: usize) -> Option<End>;
+}
+
+/// What a lane has done; others may look while it runs.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) taken: AtomicU64,
+    pub(crate) written: AtomicU64,
+    pub(crate) lost: AtomicU64,
+}
+
+/// [`Counts`] at one moment. At the end, `taken == written + lost`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Pages {
+    /// Out of the ring buffer.
+    pub(crate) taken: u64,
+    /// Into the file.
+    pub(crate) written: u64,
+    /// Taken and not written.
+    pub(crate) lost: u64,
+}
+
+impl Counts {
+    pub(crate) fn read(&self) -> Pages {
+        Pages { taken: self.taken.load(Relaxed), written: self.written.load(Relaxed), lost: self.lost.load(Relaxed) }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Lane<'a> {
+    area: Area,
+    page_bytes: usize,
+    counts: &'a Counts,
+    end: Option<End>,
+}
+
+impl<'a> Lane<'a> {
+    pub(crate) fn new(area: Area, page_bytes: usize, counts: &'a Counts) -> Self {
+        Self { area, page_bytes, counts, end: None }
+    }
+
+    pub(crate) fn end(&self) -> Option<End> {
+        self.end
+    }
+
+    /// Moves full pages, at most a pipe of them. False when none was ready, or the lane has ended. Hot.
+    pub(crate) fn move_pages(&mut self, tap: BorrowedFd<'_>, pipe: &Pipe, file: BorrowedFd<'_>) -> bool {
+        let bytes_max = self.room().min(pipe.bytes_max);
+        if !self.has_room(bytes_max) {
+            return false;
+        }
+        match splice(tap, pipe.writer_fd(), None, bytes_max, SpliceFlags::SPLICE_F_NONBLOCK) {
+            Ok(0) => false,
+            Ok(bytes) => {
+                self.count_taken(bytes);
+                self.empty(pipe, file, bytes);
+                true
+            }
+            Err(error) => self.end_unless_idle(error),
+        }
+    }
+
+    /// Takes what splice leaves behind: a page that is only partly filled. False when there is nothing more.
+    pub(crate) fn move_rest(&mut self, tap: BorrowedFd<'_>, page: &mut [u8], file: BorrowedFd<'_>) -> bool {
+        if !self.has_room(self.room()) {
+            return false;
+        }
+        match read(tap, page) {
+            Ok(0) => false,
+            Ok(bytes) => {
+                page[bytes..].fill(0);
+                self.count_taken(self.page_bytes);
+                self.write_page(page, file);
+                true
+            }
+            Err(error) => self.end_unless_idle(error),
+        }
+    }
+
+    /// Bytes up to the area's end that whole pages can still take.
+    fn room(&self) -> usize {
+        let left = usize::try_from(self.area.room(self.bytes_written())).unwrap_or(usize::MAX);
+        left - left % self.page_bytes
+    }
+
+    fn has_room(&mut self, bytes: usize) -> bool {
+        if self.end.is_none() && bytes < self.page_bytes {
+            self.end = Some(End::AreaFull { bytes_max: self.area.bytes_max });
+        }
+        self.end.is_none()
+    }
+
+    /// Pages that were written, in bytes.
+    fn bytes_written(&self) -> u64 {
+        self.counts.written.load(Relaxed) * count(self.page_bytes)
+    }
+
+    fn count_taken(&self, bytes: usize) {
+        assert!(bytes.is_multiple_of(self.page_bytes), "the kernel gives whole pages");
+        add(&self.counts.taken, bytes / self.page_bytes);
+    }
+
+    /// Moves `bytes` from the pipe into the file. When a write fails, pages that are complete count as written, the
+    /// others as lost, and the pipe is emptied.
+    fn empty(&mut self, pipe: &Pipe, file: BorrowedFd<'_>, bytes: usize) {
+        let begin = self.area.place(self.bytes_written());
+        let mut offset = begin;
+        let mut left = bytes;
+        while left > 0 && self.end.is_none() {
+            match splice(pipe.reader_fd(), file, Some(&mut offset), left, SpliceFlags::empty()) {
+                Ok(0) => self.end = Some(End::File(SysError { call: "splice", errno: Errno::EIO })),
+                Ok(moved) => left -= moved,
+                Err(error) if error.errno == Errno::EINTR => {}
+                Err(error) => self.end = Some(End::File(error)),
+            }
+        }
+        let written = (bytes - left) / self.page_bytes;
+        add(&self.counts.written, written);
+        add(&self.counts.lost, bytes / self.page_bytes - written);
+        discard(pipe, left);
+    }
+
+    fn write_page(&mut self, page: &[u8], file: BorrowedFd<'_>) {
+        let begin = self.area.place(self.bytes_written());
+        let mut done = 0;
+        while done < page.len() && self.end.is_none() {
+            let at = begin + count(done);
+            match write_at(file, &page[done..], at) {
+                Ok(0) => self.end = Some(End::File(SysError { call: "pwrite", errno: Errno::EIO })),
+                Ok(bytes) => done += bytes,
+                Err(error) if error.errno == Errno::EINTR => {}
+                Err(error) => self.end = Some(End::File(error)),
+            }
+        }
+        add(if self.end.is_none() { &self.counts.written } else { &self.counts.lost }, 1);
+    }
+
+    /// False, as nothing was moved; the lane goes on if the kernel only had nothing.
+    fn end_unless_idle(&mut self, error: SysError) -> bool {
+        if !error.would_block() && error.errno != Errno::EINTR {
+            self.end = Some(End::Tap(error));
+        }
+        false
+    }
+}
+
+/// Counts pages, on the one thread that counts them there.
+pub(crate) fn add(counter: &AtomicU64, pages: usize) {
+    counter.fetch_add(count(pages), Relaxed);
+}
+
+/// A count or length of this process as a file knows it.
+pub(crate) fn count(bytes: usize) -> u64 {
+    u64::try_from(bytes).expect("usize is 64 bits")
+}
+
+/// Empties a pipe of what no file takes.
+fn discard(pipe: &Pipe, mut left: usize) {
+    let mut block = [0; 4096];
+    while left > 0 {
+        match read(pipe.reader_fd(), &mut block) {
+            Ok(0) => return,
+            Ok(bytes) => left = left.saturating_sub(bytes),
+            Err(error) if error.errno == Errno::EINTR => {}
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::Write,
+        os::{fd::AsFd, unix::fs::FileExt},
+    };
+
+    use nix::mount::{MsFlags, mount, umount};
+    use vtrace_common::ids::Cpu;
+
+    use super::*;
+
+    const PAGE: usize = 4096;
+
+    /// A pipe that stands for a tap: whole pages go in and come out.
+    fn tap(pages: usize) -> Pipe {
+        let pipe = Pipe::new(1 << 20).unwrap();
+        let mut writer = File::from(pipe.writer.try_clone().unwrap());
+        for page in 1..=pages {
+            writer.write_all(&[u8::try_from(page).unwrap(); PAGE]).unwrap();
+        }
+        pipe
+    }
+
+    fn area(pages: usize) -> Area {
+        Area { cpu: Cpu(3), offset: 8192, bytes_max: u64::try_from(pages * PAGE).unwrap(), begins_again: false }
+    }
+
+    fn counted(counts: &Counts) -> [u64; 3] {
+        let pages = counts.read();
+        [pages.taken, pages.written, pages.lost]
+    }
+
+    #[test]
+    fn pages_land_in_the_area_in_order() {
+        let (tap, pipe, file, counts) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        let mut lane = Lane::new(area(100), PAGE, &counts);
+        while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
+        assert_eq!((counted(&counts), lane.end()), ([5, 5, 0], None));
+        let mut back = [0; 5 * PAGE];
+        file.read_exact_at(&mut back, 8192).unwrap();
+        assert!((0..5 * PAGE).all(|at| usize::from(back[at]) == at / PAGE + 1));
+    }
+
+    #[test]
+    fn full_area_ends_the_lane_and_takes_no_page_it_cannot_keep() {
+        let (tap, pipe, file, counts) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        let mut lane = Lane::new(Area { bytes_max: 3 * 4096 + 4095, ..area(0) }, PAGE, &counts);
+        while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
+        assert_eq!(counted(&counts), [3, 3, 0]);
+        assert_eq!(lane.end(), Some(End::AreaFull { bytes_max: 3 * 4096 + 4095 }));
+        assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
+    }
+
+    #[test]
+    fn lane_that_begins_again_goes_over_its_oldest_pages() {
+        let (tap, pipe, file, counts) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        let mut lane = Lane::new(Area { begins_again: true, ..area(3) }, PAGE, &counts);
+        while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
+        assert_eq!((counted(&counts), lane.end()), ([5, 5, 0], None));
+        assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
+        let mut back = [0; 3 * PAGE];
+        file.read_exact_at(&mut back, 8192).unwrap();
+        assert_eq!([back[0], back[PAGE], back[2 * PAGE]], [4, 5, 3]);
+    }
+
+    #[test]
+    fn file_that_cannot_be_written_ends_the_lane_and_every_page_is_accounted_for() {
+        let (tap, pipe, counts) = (tap(5), Pipe::new(1 << 20).unwrap(), Counts::default());
+        let read_only = File::open("/proc/self/exe").unwrap();
+        let mut lane = Lane::new(area(100), PAGE, &counts);
+        assert!(lane.move_pages(tap.reader_fd(), &pipe, read_only.as_fd()));
+        assert_eq!(counted(&counts), [5, 0, 5]);
+        assert!(matches!(lane.end(), Some(End::File(SysError { errno: Errno::EBADF, .. }))));
+        assert!(!lane.move_pages(tap.reader_fd(), &pipe, read_only.as_fd()));
+        assert!(read(pipe.reader_fd(), &mut [0; 1]).unwrap_err().would_block(), "the pipe is empty for the next lane");
+    }
+
+    #[test]
+    fn disk_that_fills_up_keeps_the_pages_that_fitted() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root for a small tmpfs");
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        mount(Some("tmpfs"), directory.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
+        let file = File::create(directory.path().join("trace")).unwrap();
+        let (tap, pipe, counts) = (tap(9), Pipe::new(1 << 20).unwrap(), Counts::default());
+        let mut lane = Lane::new(Area { offset: 0, ..area(100) }, PAGE, &counts);
+        while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
+        assert_eq!(counted(&counts), [9, 4, 5]);
+        assert!(matches!(lane.end(), Some(End::File(SysError { errno: Errno::ENOSPC, .. }))));
+        drop(file);
+        umount(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn rest_is_padded_to_a_page() {
+        let (tap, file, counts) = (Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        File::from(tap.writer.try_clone().unwrap()).write_all(b"partly").unwrap();
+        let mut lane = Lane::new(area(100), PAGE, &counts);
+        let mut page = vec![0xff; PAGE];
+        while lane.move_rest(tap.reader_fd(), &mut page, file.as_fd()) {}
+        assert_eq!((counted(&counts), lane.bytes_written()), ([1, 1, 0], 4096));
+        file.read_exact_at(&mut page, 8192).unwrap();
+        assert!(page.starts_with(b"partly\0") && page[6..].iter().all(|byte| *byte == 0));
+    }
+}

@@ -1,0 +1,59 @@
+//! Times of day: what a stock reader adds to every time of a file (DATE).
+//!
+//! In:    the trace clock, its scale
+//! Out:   the option, the same for all files of a session
+//! Runs:  on record's thread
+//! Trust: the kernel's clocks
+//!
+//! The wall clock may be set while a recording runs; what holds when the option is made holds for the whole file.
+
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::{
+    clock::scale::Scale,
+    recorder::plan::{CLOCK, wall_clock},
+    sys::tsc,
+    trace::format::option::TraceOption,
+};
+
+const READINGS: usize = 64;
+
+/// The option for files whose times are those of `clock`; none for a clock that only the kernel reads.
+pub(crate) fn option(clock: &str, scale: &Scale) -> Option<TraceOption> {
+    let other = wall_clock(clock)?;
+    let read = || if clock == CLOCK { scale.ns(tsc::read()) } else { ns(other) };
+    // The tightest of some: the wall clock was read somewhere between.
+    let readings = (0..READINGS).map(|_| {
+        let (before, wall, after) = (read(), ns(ClockId::CLOCK_REALTIME), read());
+        (after.wrapping_sub(before), wall.wrapping_sub(before.wrapping_add(after.wrapping_sub(before) / 2)))
+    });
+    let (_, offset_ns) = readings.min_by_key(|(window, _)| *window)?;
+    Some(TraceOption::Date(format!("{:#x}", offset_ns / 1000)))
+}
+
+fn ns(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock).expect("every kernel has these clocks");
+    u64::try_from(Duration::from(now).as_nanos()).expect("584 years have not passed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::scale::Calibration;
+
+    #[test]
+    fn time_of_the_trace_clock_becomes_the_time_of_day() {
+        let scale = Calibration::begin().scale();
+        for (clock, id) in [(CLOCK, None), ("mono", Some(ClockId::CLOCK_MONOTONIC)), ("tai", Some(ClockId::CLOCK_TAI))]
+        {
+            let Some(TraceOption::Date(text)) = option(clock, &scale) else { panic!("{clock} has no date") };
+            let offset_us = u64::from_str_radix(text.strip_prefix("0x").unwrap(), 16).unwrap();
+            let now = id.map_or_else(|| scale.ns(tsc::read()), ns);
+            let shown = now.wrapping_add(offset_us * 1000);
+            assert!(shown.abs_diff(ns(ClockId::CLOCK_REALTIME)) < 50_000_000, "{clock}: {shown}");
+        }
+        assert_eq!(option("local", &scale), None);
+    }
+}

@@ -1,0 +1,113 @@
+//! The lanes of a file get the host's times, one after the other, so that a kill at any moment loses nothing.
+//!
+//! In:    a closed file with the guest's own times; the guest's clock
+//! Out:   the same lanes with the host's times, each at another place in the file; the areas say which and where
+//! Runs:  on the writer's thread, after the last page is written; or in `restore`, which goes on where that was killed
+//! Full:  there has to be room for the largest lane once more; where there is none the lane stays as it is: said
+//! Trust: the file is ours and nobody else writes to it
+//!
+//! Order, for each lane: its pages are written anew to a free place ([`super::host_times`]) ─► the areas say that the lane
+//! lies there and has host times ─► the old place is given back. Whoever is killed before the second step leaves the
+//! guest's own pages whole, and this lane is begun again; what it had written is in no lane. The clock that all of it needs is in
+//! the file before the first lane is touched ([`crate::trace::format::segments::Shown::Pending`]).
+//!
+//! The last lane goes first: one that needs more room than its area has pushes those behind it up, and lanes stay in order.
+
+use std::fs::File;
+
+use vtrace_common::ids::Cpu;
+
+use super::{
+    collapse::punch,
+    frame::WriteFault,
+    host_times::{RewriteFault, Rewritten, rewrite, room_bytes},
+};
+use crate::{
+    clock::table::Table,
+    trace::format::{
+        areas::{Areas, Extent, LaneArea},
+        uncertainty::{Doubt, FILE_DOUBTS_MAX},
+    },
+};
+
+/// The closing note of a file that was killed meanwhile, until it is restored.
+pub(crate) const PENDING_NOTE: &str = "{\"pending\":\"host times\"}";
+
+/// Why a lane keeps the guest's own times.
+#[derive(Debug, thiserror::Error)]
+pub enum HostingFault {
+    /// Its pages could not be written anew.
+    #[error(transparent)]
+    Rewrite(#[from] RewriteFault),
+    /// Its new place could not be said.
+    #[error(transparent)]
+    Write(#[from] WriteFault),
+}
+
+/// What was done.
+#[derive(Debug)]
+pub struct Hosted {
+    /// The lanes that have host times now.
+    pub lanes: Vec<(Cpu, Rewritten)>,
+    /// Which of their times are not exact.
+    pub doubts: Vec<Doubt>,
+    /// Why the others have not.
+    pub fault: Option<HostingFault>,
+}
+
+/// Gives host times to every lane that does not have them yet. `save` puts the areas into the file.
+pub(crate) fn host_lanes(
+    file: &File,
+    areas: &mut Areas,
+    unit: u64,
+    table: &Table,
+    save: &mut dyn FnMut(&Areas) -> Result<(), WriteFault>,
+) -> Hosted {
+    let mut hosted = Hosted { lanes: Vec::new(), doubts: Vec::new(), fault: None };
+    for index in (0..areas.lanes.len()).rev() {
+        let lane = areas.lanes[index];
+        let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.bytes() > 0) else { continue };
+        let to = place(areas, index, unit);
+        match rewrite(file, [lane.moved, lane.rest], to, areas.page_bytes, way) {
+            Ok((done, doubts)) => {
+                let rest = Extent { offset: to, bytes: done.bytes };
+                areas.lanes[index] = LaneArea { moved: Extent::default(), rest, is_hosted: true, ..lane };
+                hosted.lanes.push((lane.cpu, done));
+                let room = FILE_DOUBTS_MAX - hosted.doubts.len();
+                hosted.doubts.extend(doubts.into_iter().take(room));
+            }
+            Err(fault) => {
+                // Room that the rest of the file may need; best effort.
+                let _ = punch(file, Extent { offset: to, bytes: room_bytes(lane.bytes(), areas.page_bytes) });
+                hosted.fault = Some(fault.into());
+                return hosted;
+            }
+        }
+        areas.file_bytes = areas.file_bytes.max(areas.lanes[index].rest.end());
+        if let Err(fault) = save(areas) {
+            hosted.fault = Some(fault.into());
+            return hosted;
+        }
+        // What stays goes with the hole that it is in.
+        for part in [lane.moved, lane.rest].into_iter().filter(|part| part.bytes > 0) {
+            let _ = punch(file, Extent { bytes: part.bytes.next_multiple_of(unit), ..part });
+        }
+    }
+    hosted
+}
+
+/// Where the pages of a lane go: right behind those that it has, if all lanes up to it can do so; else so far behind that
+/// the lanes in front find room too.
+fn place(areas: &Areas, index: usize, unit: u64) -> u64 {
+    let behind = |at: usize| areas.lanes[at].end().next_multiple_of(unit);
+    let room = |at: usize| match areas.lanes[at].is_hosted {
+        true => 0,
+        false => room_bytes(areas.lanes[at].bytes(), areas.page_bytes).next_multiple_of(unit),
+    };
+    let fits = |at: usize| areas.lanes.get(at + 1).is_none_or(|next| behind(at) + room(at) <= next.offset());
+    let pushed: u64 = if (0..=index).all(fits) { 0 } else { (0..index).map(room).sum() };
+    behind(index) + pushed
+}
+
+#[cfg(test)]
+mod tests;
