@@ -10,10 +10,23 @@ use std::process::Command;
 /// What compiles and links C and C++: libFuzzer is C++.
 pub const COMPILERS: [&str; 3] = ["gcc", "g++", "libc6-dev"];
 
-/// Stock tools that read what vtrace writes: trace-cmd, and the library behind KernelShark with what a C++ program
-/// needs to open a file as KernelShark does; what reads man pages and units; and what makes the disks that fill up.
-pub const JUDGES: [&str; 9] =
-    ["trace-cmd", "libkshark-dev", "gcc", "g++", "libc6-dev", "man-db", "systemd", "e2fsprogs", "mount"];
+/// Stock tools that read what vtrace writes: trace-cmd, and KernelShark's library with what a program needs to open a
+/// file as KernelShark does; what reads man pages and units; and what makes small disks.
+///
+/// Debian 12's libkshark-dev does not depend on libjson-c-dev, whose header its own headers include.
+pub const JUDGES: [&str; 11] = [
+    "trace-cmd",
+    "libkshark-dev",
+    "libjson-c-dev",
+    "gcc",
+    "g++",
+    "libc6-dev",
+    "man-db",
+    "systemd",
+    "e2fsprogs",
+    "mount",
+    "procps",
+];
 
 /// trace-cmd of the next Debian, which reads files by newer code.
 const TRACE_CMD_NEWEST: Set =
