@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use vtrace_tests::road;
+use vtrace_tests::transport;
 use xtask::{
     debian::{Set, unpack},
     packages,
@@ -53,7 +53,7 @@ fn every_transports_elements_are_a_domain_that_libvirt_takes() -> Result<()> {
         for (transport, version) in [("vhost-user", "11.1"), ("socket", "7.2"), ("socket", "10.0"), ("pipe", "10.0")] {
             // More CPUs than a controller has ports.
             let words = format!("--libvirt --cpus 40 --qemu-version {version} --transport {transport}");
-            let text = domain(&road::print(folder.path(), "guest1", &words)?);
+            let text = domain(&transport::print(folder.path(), "guest1", &words)?);
             let output = judged(&schema, folder.path(), &text)?;
             let said = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.success(), "{}, {transport}: {said}\n{text}", schemas.name);

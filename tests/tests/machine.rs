@@ -77,7 +77,7 @@ fn guest_that_stands_still_says_where() -> Result<()> {
     let turn = turn()?;
     let machine = Machine::builder(&turn, Kernel::V6_1).cpus(2).boot()?;
     machine.shell("sleep 1000 </dev/null >/dev/null 2>&1 &")?.ok()?;
-    let said = machine.inquest();
+    let said = machine.hang_report();
     for word in ["thread CPU 1/TCG: ", "RIP=", "CPU#1", "Kernel panic", "task:sleep", "NMI backtrace for cpu 1"] {
         ensure!(said.contains(word), "{word}: {said}");
     }

@@ -12,8 +12,8 @@ use serde_json::Value;
 use vtrace_tests::{
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
-    road,
     server::Server,
+    transport,
 };
 use xtask::{
     kernel::Kernel,
@@ -179,7 +179,7 @@ fn guest_that_sleeps_or_is_paused_for_long_goes_on_over_qemus_own_ports_too() ->
     let (turn, folder, root) = (turn()?, tempfile::tempdir()?, tempfile::tempdir()?);
     let (major, minor) = Qemu::unpack(Release::Middle)?.version()?;
     let words =
-        road::set_up(root.path(), GUEST, &format!("--cpus 2 --qemu-version {major}.{minor} --transport socket"))?;
+        transport::set_up(root.path(), GUEST, &format!("--cpus 2 --qemu-version {major}.{minor} --transport socket"))?;
     let server = Server::start_with(&["--root", root.path().to_str().context("a path of text")?, "--dom", GUEST])?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };
     let qmp = root.path().join("qmp.sock");

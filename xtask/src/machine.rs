@@ -6,7 +6,7 @@
 
 mod builder;
 mod channel;
-mod inquest;
+mod hang_report;
 mod qmp;
 mod shell;
 mod turn;
@@ -70,7 +70,7 @@ impl Machine {
         let result = self.lock_shell().and_then(|mut shell| shell.run(script, wait_max));
         let result = result.with_context(|| format!("in the guest: {script}"));
         match self.ended() {
-            Ok(None) if result.is_err() && begun.elapsed() >= PATIENCE => result.context(self.inquest()),
+            Ok(None) if result.is_err() && begun.elapsed() >= PATIENCE => result.context(self.hang_report()),
             _ => self.explain(result),
         }
     }
@@ -180,19 +180,19 @@ impl Machine {
         lines[start..].iter().take(lines_max).copied().collect::<Vec<_>>().join("\n")
     }
 
-    /// Ends a guest that does not answer, and says where its CPUs and tasks were; says nothing of one that has ended.
-    pub fn inquest(&self) -> String {
+    /// Panics a guest that does not answer, and gives the state of its CPUs and tasks; empty for one that has ended.
+    pub fn hang_report(&self) -> String {
         match (self.ended(), self.pid(), self.qmp.lock()) {
             (Ok(None), Ok(pid), Ok(mut qmp)) => {
-                let said = inquest::of(&mut qmp, pid, &self.console_path());
-                format!("the guest stands still\n{said}console:\n{}\n", self.console_end(LAST_WORDS_LINES))
+                let said = hang_report::of(&mut qmp, pid, &self.console_path());
+                format!("the guest hangs\n{said}console:\n{}\n", self.console_end(LAST_WORDS_LINES))
             }
             _ => String::new(),
         }
     }
 
-    /// Whether it runs and does not answer.
-    fn stands_still(&self) -> bool {
+    /// Whether it runs without answering.
+    fn hangs(&self) -> bool {
         let runs = |status: &Value| status.get("status").and_then(Value::as_str) == Some("running");
         let Ok(mut shell) = self.shell.lock() else { return false };
         shell.has_greeted()
@@ -205,8 +205,8 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if self.stands_still() {
-            eprintln!("{}", self.inquest());
+        if self.hangs() {
+            eprintln!("{}", self.hang_report());
         }
         let child = self.child.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         // It may have ended by itself.

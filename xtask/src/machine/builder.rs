@@ -4,7 +4,7 @@
 //! Full: does not apply. Trust: the caller.
 
 use super::channel::Channel;
-use super::{Machine, PATIENCE, Turn, inquest, qmp, shell};
+use super::{Machine, PATIENCE, Turn, hang_report, qmp, shell};
 use crate::image::Recipe;
 use crate::kernel::Kernel;
 use crate::qemu::{Qemu, Release};
@@ -265,7 +265,7 @@ impl Builder {
         command.args(["-smp", &self.cpus.to_string(), "-m", &memory]);
         command.args(["-object", &format!("memory-backend-memfd,id=memory,size={memory},share={shared}")]);
         command.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&image.initramfs);
-        command.args(["-append", &format!("{KERNEL_PARAMETERS} {}{agent}{}", inquest::PARAMETERS, self.append)]);
+        command.args(["-append", &format!("{KERNEL_PARAMETERS} {}{agent}{}", hang_report::PARAMETERS, self.append)]);
         command.arg("-serial").arg(format!("file:{}", dir.join("console.log").display()));
         command.args(["-chardev", &socket("shell"), "-serial", "chardev:shell"]);
         command.args(["-chardev", &socket("qmp"), "-mon", "chardev=qmp,mode=control"]);

@@ -1,4 +1,4 @@
-//! Host and a real guest, recorded together, judged by stock tools: the whole road of a page, on three kernels.
+//! Host and a real guest, recorded together on three kernels and read by stock tools: every page from tap to file.
 
 use std::{
     collections::BTreeMap,
@@ -27,21 +27,21 @@ const GUEST: &str = "guest1";
 const LOAD: &str = "for i in 1 2; do (while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 & done";
 
 #[test]
-fn first_light_on_kernel_6_1() -> Result<()> {
-    first_light(Kernel::V6_1, "buffered")
+fn record_guest_on_kernel_6_1() -> Result<()> {
+    record_guest(Kernel::V6_1, "buffered")
 }
 
 #[test]
-fn first_light_on_kernel_6_12() -> Result<()> {
-    first_light(Kernel::V6_12, "direct")
+fn record_guest_on_kernel_6_12() -> Result<()> {
+    record_guest(Kernel::V6_12, "direct")
 }
 
 #[test]
-fn first_light_on_newest_kernel() -> Result<()> {
-    first_light(Kernel::Newest, "auto")
+fn record_guest_on_newest_kernel() -> Result<()> {
+    record_guest(Kernel::Newest, "auto")
 }
 
-fn first_light(kernel: Kernel, sink: &str) -> Result<()> {
+fn record_guest(kernel: Kernel, sink: &str) -> Result<()> {
     let turn = turn()?;
     let folder = tempfile::tempdir()?;
     let server = Server::start(&[GUEST])?;

@@ -1,4 +1,4 @@
-//! Where most stories begin: a server, guests that it serves, a folder to record in.
+//! What most tests start from: a server, the guests it serves, and a folder to record in.
 
 use std::path::Path;
 
@@ -14,21 +14,21 @@ use crate::{
     server::Server,
 };
 
-/// The guest of most stories.
+/// The guest of most tests.
 pub const GUEST: &str = "guest1";
 /// A task that sleeps and wakes.
 const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
 
-/// A server that knows its guests, and has none yet.
+/// A server, started for guests that are not booted yet.
 #[derive(Debug)]
-pub struct Scene {
+pub struct Fixture {
     /// The server.
     pub server: Server,
     folder: TempDir,
     turn: Turn,
 }
 
-impl Scene {
+impl Fixture {
     /// Waits for its turn, and starts a server for `guests`.
     pub fn of(guests: &[&str]) -> Result<Self> {
         let (turn, folder) = (turn()?, tempfile::tempdir()?);
@@ -49,13 +49,13 @@ impl Scene {
         self.recorder_in(self.folder.path())
     }
 
-    /// Records into another one.
+    /// Records into another folder.
     pub fn recorder_in<'a>(&'a self, folder: &'a Path) -> Recorder<'a> {
         Recorder { server: self.server.dir(), folder }
     }
 
-    /// Records [`GUEST`] with these options until pages come, then has something break. The recording fails, says `why`,
-    /// and leaves a file that is whole.
+    /// Records [`GUEST`] with these options until pages arrive, then runs `breaking`. The recording fails with `why` in its
+    /// remarks, and its file is complete.
     pub fn broken(
         &self,
         options: &str,

@@ -1,4 +1,4 @@
-//! CPUs of a guest that go, come back and come anew while it is recorded.
+//! CPU hotplug in a guest while it is recorded: CPUs go offline, come back and are added.
 
 use std::{process::Child, thread::sleep, time::Duration};
 
@@ -8,8 +8,8 @@ use vtrace_common::ids::Cpu;
 use vtrace_tests::{
     judge::{lines, trace_cmd},
     recording::{Recorder, Recording},
-    road,
     server::Server,
+    transport,
 };
 use xtask::{
     kernel::Kernel,
@@ -65,7 +65,7 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     let root = tempfile::tempdir()?;
     let (major, minor) = Qemu::unpack(Release::Newest)?.version()?;
     let words = format!("--cpus 2 --qemu-version {major}.{minor} --transport socket");
-    let words = road::set_up(root.path(), GUEST, &words)?;
+    let words = transport::set_up(root.path(), GUEST, &words)?;
     let words: Vec<&str> = words.iter().map(String::as_str).chain(["-smp", "3"]).collect();
     let server = Server::start_with(&["--root", root.path().to_str().context("a path of text")?, "--dom", GUEST])?;
     let recorder = Recorder { server: server.dir(), folder: folder.path() };

@@ -1,8 +1,7 @@
-//! Why a guest does not answer: where QEMU's threads and its CPUs stand, and what its kernel says of all its tasks when it
-//! is made to panic.
+//! The report on a guest that hangs: the state of QEMU's threads and CPUs, and the stacks of all tasks, which its kernel
+//! prints when an NMI makes it panic.
 //!
-//! In: QMP and the console of a guest that is given up. Out: text for an error. Runs: in the caller's thread, some ten
-//! seconds. Full: of each sample only the lines that name a place are kept. Trust: the guest is ours.
+//! In: QMP and the console of the guest. Out: text for an error. Runs: in the caller's thread, about ten seconds.
 
 use super::qmp::Qmp;
 use serde_json::{Value, json};
@@ -11,16 +10,16 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Kernel parameters that [`of`] needs: an NMI nobody asked for ends the kernel, which then says the stacks of all tasks
-/// (bit 0) and of all CPUs (bit 6; Documentation/admin-guide/kernel-parameters.txt).
+/// Kernel parameters that [`of`] needs: an unknown NMI panics the kernel, which then prints the stacks of all tasks (bit 0)
+/// and of all CPUs (bit 6; Documentation/admin-guide/kernel-parameters.txt).
 pub(super) const PARAMETERS: &str = "unknown_nmi_panic panic_print=0x41";
 
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 const SAMPLES: usize = 3;
-/// The kernel writes its last words over an emulated serial port.
-const WORDS_MAX: Duration = Duration::from_secs(20);
+/// The kernel prints its stacks over an emulated serial port.
+const PANIC_PRINT_MAX: Duration = Duration::from_secs(20);
 
-/// Asks QEMU, then ends the guest. `pid` is QEMU's process.
+/// Samples QEMU, then panics the guest. `pid` is QEMU's process.
 pub(super) fn of(qmp: &mut Qmp, pid: u32, console: &Path) -> String {
     let mut said = threads(pid);
     said += &format!("QEMU says: {:?}\n", qmp.execute("query-status", &Value::Null, ANSWER_MAX));
@@ -39,7 +38,7 @@ pub(super) fn of(qmp: &mut Qmp, pid: u32, console: &Path) -> String {
     said
 }
 
-/// What each thread of a process is in (proc(5): stat, wchan, syscall).
+/// State, wait channel and system call of each thread of a process (proc(5): stat, wchan, syscall).
 fn threads(pid: u32) -> String {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().filter_map(Result::ok);
     let line = |task: fs::DirEntry| {
@@ -51,7 +50,7 @@ fn threads(pid: u32) -> String {
     tasks.map(line).collect()
 }
 
-/// The lines that say which CPU it is, where it is, and whether it waits for an interrupt.
+/// The lines with a CPU's number, instruction pointer and fault address.
 fn places(registers: &str) -> impl Iterator<Item = String> {
     let names = |line: &&str| ["CPU#", "RIP=", "CR2="].iter().any(|name| line.starts_with(name));
     registers.lines().filter(names).map(|line| format!("{}\n", line.trim_end()))
@@ -60,7 +59,7 @@ fn places(registers: &str) -> impl Iterator<Item = String> {
 /// Waits until nothing has come to the console for two seconds.
 fn await_silence(console: &Path) {
     let size = || fs::metadata(console).map_or(0, |metadata| metadata.len());
-    let (end, mut last, mut since) = (Instant::now() + WORDS_MAX, size(), Instant::now());
+    let (end, mut last, mut since) = (Instant::now() + PANIC_PRINT_MAX, size(), Instant::now());
     while Instant::now() < end && since.elapsed() < Duration::from_secs(2) {
         sleep(Duration::from_millis(100));
         if size() != last {

@@ -1,5 +1,5 @@
-//! Every QEMU: guests whose ports come over QEMU's own device, set up and started with what `vtrace setup` prints, traced
-//! by the same agent and commands as with ours, while one part after the other dies.
+//! Each QEMU release with each transport, set up and started with what `vtrace setup` prints, and recorded by the same
+//! agent and commands, while one part after the other is killed.
 
 use std::{
     fs,
@@ -18,8 +18,8 @@ use vtrace_tests::{
     guest::is_clear,
     judge::{lines, trace_cmd},
     recording::Recorder,
-    road,
     server::Server,
+    transport,
 };
 use xtask::{
     kernel::Kernel,
@@ -31,17 +31,17 @@ const GUEST: &str = "guest1";
 const LOAD: &str = "(while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 &";
 const CPUS: u32 = 2;
 
-/// A QEMU with its kernel, and how the ports come to the host.
+/// A QEMU release, a guest kernel, and how the ports reach the host.
 #[derive(Clone, Copy)]
-struct Road {
+struct Case {
     release: Release,
     kernel: Kernel,
     transport: &'static str,
 }
 
-/// What a test of one road has.
+/// What the test of one case holds.
 struct Trial<'a> {
-    road: Road,
+    case: Case,
     turn: &'a Turn,
     /// Of guests' folders.
     root: tempfile::TempDir,
@@ -51,12 +51,12 @@ struct Trial<'a> {
 }
 
 impl<'a> Trial<'a> {
-    fn new(road: Road, turn: &'a Turn) -> Result<Self> {
+    fn new(case: Case, turn: &'a Turn) -> Result<Self> {
         let (root, folder) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let (major, minor) = Qemu::unpack(road.release)?.version()?;
-        let words = format!("--cpus {CPUS} --qemu-version {major}.{minor} --transport {}", road.transport);
-        let words = road::set_up(root.path(), GUEST, &words)?;
-        Ok(Self { road, turn, root, folder, words })
+        let (major, minor) = Qemu::unpack(case.release)?.version()?;
+        let words = format!("--cpus {CPUS} --qemu-version {major}.{minor} --transport {}", case.transport);
+        let words = transport::set_up(root.path(), GUEST, &words)?;
+        Ok(Self { case, turn, root, folder, words })
     }
 
     fn serve(&self) -> Result<Server> {
@@ -65,7 +65,7 @@ impl<'a> Trial<'a> {
 
     fn boot(&self) -> Result<Machine> {
         let words: Vec<&str> = self.words.iter().map(String::as_str).collect();
-        let builder = Machine::builder(self.turn, self.road.kernel).qemu(self.road.release).cpus(CPUS);
+        let builder = Machine::builder(self.turn, self.case.kernel).qemu(self.case.release).cpus(CPUS);
         builder.arguments(&words).boot()
     }
 
@@ -150,9 +150,9 @@ fn nothing_is_left(machine: &Machine, server: &Server, before: (usize, usize)) -
 }
 
 /// One boot: the server is killed and comes back, then the agent, then the recorder, and at the end the guest.
-fn parts_die_one_after_the_other(road: Road, server_first: bool) -> Result<()> {
+fn parts_die_one_after_the_other(case: Case, server_first: bool) -> Result<()> {
     let turn = turn()?;
-    let trial = Trial::new(road, &turn)?;
+    let trial = Trial::new(case, &turn)?;
     let early = if server_first { Some(trial.serve()?) } else { None };
     let machine = trial.boot()?;
     machine.shell(LOAD)?.ok()?;
@@ -196,33 +196,33 @@ fn parts_die_one_after_the_other(road: Road, server_first: bool) -> Result<()> {
 
 #[test]
 fn sockets_of_qemu_7_outlive_each_part() -> Result<()> {
-    let road = Road { release: Release::Oldest, kernel: Kernel::V6_1, transport: "socket" };
-    parts_die_one_after_the_other(road, true)
+    let case = Case { release: Release::Oldest, kernel: Kernel::V6_1, transport: "socket" };
+    parts_die_one_after_the_other(case, true)
 }
 
 #[test]
 fn pipes_of_qemu_7_outlive_each_part() -> Result<()> {
-    let road = Road { release: Release::Oldest, kernel: Kernel::V6_1, transport: "pipe" };
-    parts_die_one_after_the_other(road, false)
+    let case = Case { release: Release::Oldest, kernel: Kernel::V6_1, transport: "pipe" };
+    parts_die_one_after_the_other(case, false)
 }
 
 #[test]
 fn sockets_of_qemu_10_outlive_each_part() -> Result<()> {
-    let road = Road { release: Release::Middle, kernel: Kernel::V6_12, transport: "socket" };
-    parts_die_one_after_the_other(road, false)
+    let case = Case { release: Release::Middle, kernel: Kernel::V6_12, transport: "socket" };
+    parts_die_one_after_the_other(case, false)
 }
 
 #[test]
 fn pipes_of_qemu_10_outlive_each_part() -> Result<()> {
-    let road = Road { release: Release::Middle, kernel: Kernel::V6_12, transport: "pipe" };
-    parts_die_one_after_the_other(road, true)
+    let case = Case { release: Release::Middle, kernel: Kernel::V6_12, transport: "pipe" };
+    parts_die_one_after_the_other(case, true)
 }
 
 #[test]
 fn newest_qemu_takes_what_setup_prints_for_each_transport() -> Result<()> {
     let turn = turn()?;
-    let road = Road { release: Release::Newest, kernel: Kernel::V6_12, transport: "socket" };
-    let trial = Trial::new(road, &turn)?;
+    let case = Case { release: Release::Newest, kernel: Kernel::V6_12, transport: "socket" };
+    let trial = Trial::new(case, &turn)?;
     let machine = trial.boot()?;
     machine.shell(LOAD)?.ok()?;
     let server = trial.serve()?;
@@ -247,7 +247,7 @@ fn takes(release: Release, transport: &str, cpus: u32) -> Result<()> {
         "--cpus {cpus} --qemu-version {major}.{minor} --transport {transport} --memory 64M --dir {}",
         run.display()
     );
-    let words = road::set_up(root.path(), GUEST, &words)?;
+    let words = transport::set_up(root.path(), GUEST, &words)?;
     let server = server.map(|()| serve_in(&run, root.path())).transpose()?;
     let mut command = qemu.command()?;
     command.args(["-M", "q35", "-m", "64M", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]).args(&words);

@@ -1,4 +1,4 @@
-//! What people read beside the program: completions and man pages, judged by the shell and by man(1).
+//! Completions and man pages, checked by the shells and by man(1).
 
 use std::{fs, process::Command};
 
@@ -10,7 +10,7 @@ fn vtrace(words: &[&str]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// What bash would offer behind these words.
+/// What bash offers after these words.
 fn offered(script: &str, words: &[&str]) -> Result<Vec<String>> {
     let last = words.len() - 1;
     let quoted = words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");

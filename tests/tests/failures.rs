@@ -17,10 +17,10 @@ use nix::{
 use serde_json::json;
 use vtrace_tests::{
     disk::Disk,
+    fixture::{Fixture, GUEST},
     guest::is_clear,
     judge::{Line, lines, trace_cmd, trace_cmd_newest},
     recording::Recorder,
-    scene::{GUEST, Scene},
 };
 
 fn signal(process: u32, signal: Signal) -> Result<()> {
@@ -37,19 +37,19 @@ fn next_session_works(recorder: &Recorder) -> Result<()> {
 
 #[test]
 fn guest_that_dies_mid_trace_leaves_what_came_and_comes_back() -> Result<()> {
-    let scene = Scene::of(&[GUEST])?;
-    let machine = scene.boot(GUEST, 2)?;
-    scene.broken("-e sched", || machine.kill(), "went away")?;
-    let _machine = scene.boot(GUEST, 2)?;
-    next_session_works(&scene.recorder())
+    let fixture = Fixture::of(&[GUEST])?;
+    let machine = fixture.boot(GUEST, 2)?;
+    fixture.broken("-e sched", || machine.kill(), "went away")?;
+    let _machine = fixture.boot(GUEST, 2)?;
+    next_session_works(&fixture.recorder())
 }
 
 #[test]
 fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
-    let scene = Scene::of(&[GUEST])?;
-    let (server, recorder) = (&scene.server, scene.recorder());
-    let machine = scene.boot(GUEST, 2)?;
-    scene.broken("-e sched", || machine.shell("kill -9 $(pidof vtrace)")?.ok().map(drop), "agent went away")?;
+    let fixture = Fixture::of(&[GUEST])?;
+    let (server, recorder) = (&fixture.server, fixture.recorder());
+    let machine = fixture.boot(GUEST, 2)?;
+    fixture.broken("-e sched", || machine.shell("kill -9 $(pidof vtrace)")?.ok().map(drop), "agent went away")?;
     machine.shell("start-agent")?.ok()?;
     server.await_agent(GUEST)?;
     next_session_works(&recorder)?;
@@ -67,17 +67,17 @@ fn agent_and_recorder_that_are_killed_are_cleaned_up_after() -> Result<()> {
 
 #[test]
 fn server_that_is_killed_mid_trace_leaves_what_it_wrote() -> Result<()> {
-    let scene = Scene::of(&[GUEST])?;
-    let _machine = scene.boot(GUEST, 1)?;
-    scene.broken("-e sched", || signal(scene.server.pid(), Signal::SIGKILL), "the server went away")?;
+    let fixture = Fixture::of(&[GUEST])?;
+    let _machine = fixture.boot(GUEST, 1)?;
+    fixture.broken("-e sched", || signal(fixture.server.pid(), Signal::SIGKILL), "the server went away")?;
     Ok(())
 }
 
 #[test]
 fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes_on() -> Result<()> {
-    let scene = Scene::of(&[GUEST])?;
-    let server = &scene.server;
-    let machine = scene.boot(GUEST, 2)?;
+    let fixture = Fixture::of(&[GUEST])?;
+    let server = &fixture.server;
+    let machine = fixture.boot(GUEST, 2)?;
     let mut stopped = Instant::now();
     let stop = || {
         stopped = Instant::now();
@@ -85,7 +85,7 @@ fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes
     };
     // 30 s, and what a busy machine adds.
     let why = format!("the server (pid {}) took no notice for 3", server.pid());
-    let recording = scene.broken("-b 64 -e sched", stop, why)?;
+    let recording = fixture.broken("-b 64 -e sched", stop, why)?;
     ensure!(stopped.elapsed() < Duration::from_secs(42), "{:?}", stopped.elapsed());
     let before = fs::read(recording.file(GUEST))?;
 
@@ -95,22 +95,22 @@ fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes
     assert_eq!(machine.shell("echo alive")?.text().trim(), "alive");
     ensure!(fs::read(recording.file(GUEST))? == before, "the file is as it was");
     server.await_agent(GUEST)?;
-    next_session_works(&scene.recorder())?;
+    next_session_works(&fixture.recorder())?;
     is_clear(&machine)
 }
 
 #[test]
 fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() -> Result<()> {
-    let scene = Scene::of(&[GUEST])?;
-    let recorder = scene.recorder();
-    let machine = scene.boot(GUEST, 2)?;
+    let fixture = Fixture::of(&[GUEST])?;
+    let recorder = fixture.recorder();
+    let machine = fixture.boot(GUEST, 2)?;
 
     let child = recorder.start(&format!("-e irq --dom {GUEST} -e sched"))?;
-    scene.server.await_pages(GUEST, 1)?;
+    fixture.server.await_pages(GUEST, 1)?;
     let second = recorder.run(&format!("--dom {GUEST} -e irq -- true"))?;
     ensure!(second.status == 1 && second.said.contains("another recording writes to it"), "{}", second.said);
     let elsewhere = tempfile::tempdir()?;
-    let second = scene.recorder_in(elsewhere.path()).run(&format!("--dom {GUEST} -e irq -- true"))?;
+    let second = fixture.recorder_in(elsewhere.path()).run(&format!("--dom {GUEST} -e irq -- true"))?;
     ensure!(second.status == 1 && second.said.contains("is recording it"), "{}", second.said);
     ensure!(second.said.contains(&child.id().to_string()), "it says who holds it: {}", second.said);
     machine.qmp("stop", &json!(null))?;
@@ -129,11 +129,11 @@ fn interrupt_and_timeout_end_a_recording_in_order_and_a_pause_loses_nothing() ->
 
 #[test]
 fn disk_that_fills_mid_trace_ends_in_whole_files_and_a_true_ledger() -> Result<()> {
-    let (disk, scene) = (Disk::tmpfs(4 << 20)?, Scene::of(&[GUEST])?);
-    let machine = scene.boot(GUEST, 1)?;
+    let (disk, fixture) = (Disk::tmpfs(4 << 20)?, Fixture::of(&[GUEST])?);
+    let machine = fixture.boot(GUEST, 1)?;
     machine.shell("(while :; do :; done) </dev/null >/dev/null 2>&1 &")?.ok()?;
     let words = format!("--no-kallsyms -e irq --dom {GUEST} -e all -- sleep 4");
-    let recording = scene.recorder_in(disk.path()).run(&words)?;
+    let recording = fixture.recorder_in(disk.path()).run(&words)?;
     assert_eq!(recording.status, 1, "{}\n{:#}", recording.said, recording.summary);
     assert!(
         recording.remarks(GUEST)?.contains("could not be written: No space left on device"),
@@ -151,9 +151,9 @@ fn disk_that_fills_mid_trace_ends_in_whole_files_and_a_true_ledger() -> Result<(
 
 #[test]
 fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
-    let scene = Scene::of(&[GUEST, "guest2"])?;
-    let recorder = scene.recorder();
-    let _machines = [scene.boot(GUEST, 1)?, scene.boot("guest2", 1)?];
+    let fixture = Fixture::of(&[GUEST, "guest2"])?;
+    let recorder = fixture.recorder();
+    let _machines = [fixture.boot(GUEST, 1)?, fixture.boot("guest2", 1)?];
     let words = format!("-e sched --dom {GUEST} -e sched --dom guest2 -e irq -e sched -- sleep 1");
     let recording = recorder.run(&words)?.ok()?;
     let files = ["host", GUEST, "guest2"].map(|name| recording.file(name));
@@ -164,7 +164,7 @@ fn two_guests_and_the_host_are_one_timeline() -> Result<()> {
         let shown = report.iter().filter(|line| line.file.as_deref() == Some(&file)).count();
         assert_eq!(u64::try_from(shown)?, recording.sum(name, "events")?, "{name}");
     }
-    two_sessions_at_once(&scene)?;
+    two_sessions_at_once(&fixture)?;
     instance_of_a_guest_has_its_name_and_the_hosts_times(&recorder)
 }
 
@@ -198,12 +198,12 @@ fn instance_of_a_guest_has_its_name_and_the_hosts_times(recorder: &Recorder) -> 
 }
 
 /// Each guest has one of its own; a third on one of them is told who has it, and changes nothing.
-fn two_sessions_at_once(scene: &Scene) -> Result<()> {
+fn two_sessions_at_once(fixture: &Fixture) -> Result<()> {
     let folders = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
-    let [first, second, third] = [0, 1, 2].map(|at: usize| scene.recorder_in(folders[at].path()));
+    let [first, second, third] = [0, 1, 2].map(|at: usize| fixture.recorder_in(folders[at].path()));
     let words = |guest| format!("-e sched --dom {guest} -e sched -- sleep 4");
     let held = |guest: &str, pid: u32| {
-        scene.server.await_state("is held", |state| state["name"] == guest && state["holder_pid"] == pid)
+        fixture.server.await_state("is held", |state| state["name"] == guest && state["holder_pid"] == pid)
     };
     let of_first = first.start(&words(GUEST))?;
     held(GUEST, of_first.id())?;
