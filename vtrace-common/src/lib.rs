@@ -6,7 +6,7 @@
 //! | [`ids`] | this crate | everyone |
 //! | [`time`] | agent, server (`rdtsc`) | `clock`, the only place that converts |
 //! | [`page`] | the kernel's ring buffer | drain, trace reader |
-//! | [`kvm`] | the eBPF programs | `clock::feed` |
+//! | [`kvm`] | the eBPF programs | `bpf`, `clock::feed` |
 //! | [`wire`] | agent, server, record | each other |
 
 #![no_std]

@@ -22,6 +22,7 @@
 
 pub mod agent;
 pub mod analysis;
+pub mod bpf;
 pub mod cli;
 pub mod clock;
 pub mod device;

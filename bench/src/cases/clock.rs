@@ -79,7 +79,7 @@ pub(super) fn hits(round: u32, count: u32) -> Result<Vec<Row>> {
     feed.watch(Watched::Process(std::process::id()))?;
     let mine = |state: &VcpuState| state.tsc.vmm_pid == std::process::id();
     let vcpu = feed.snapshot()?.into_iter().find(mine).context("the vCPU that was made is not listed")?;
-    let costs = feed.rehearse(vcpu.tsc.vcpu, count)?;
+    let costs = feed.measure_entry(vcpu.tsc.vcpu, count)?;
     let told = std::iter::from_fn(|| feed.next_change().transpose()).collect::<Result<Vec<_>, _>>()?;
     let (hits, full) = (feed.hits()?, told.len());
     ensure!((hits.unread, full) == (0, 1), "{hits:?}, {full} changes: it did not do what it does in a recording");

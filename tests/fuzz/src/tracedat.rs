@@ -6,7 +6,7 @@ use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::OnceLock};
 
 use vtrace_common::ids::Cpu;
 use vtrace_dp::{
-    analysis::check::{self, GuestFile},
+    analysis::check::{self, guest::GuestFile},
     clock::shift::{ShiftSample, TimeShift},
     ftrace::{fields::Formats, metadata::Metadata},
     trace::{

@@ -4,7 +4,7 @@ use std::{fs::File, path::Path};
 
 use super::{FAILED, USAGE, args::CheckArgs, complaint::Complaint, put};
 use crate::{
-    analysis::check::{GuestFile, check, report::Verdict},
+    analysis::check::{check, guest::GuestFile, report::Verdict},
     printable::chain,
     trace::read::{Reader, input::FileSource},
 };

@@ -1,92 +1,56 @@
-//! The eBPF programs at work: every vCPU's TSC offset and ratio, now and at each change.
+//! The TSC offset and ratio of every vCPU, now and at each change, as the eBPF programs report them.
 //!
-//! In:    [`Fields`] of the running kernel; the processes to watch.
-//! Out:   [`VcpuState`] of every vCPU of the system at any moment ([`Feed::snapshot`]), [`TscChange`] when a watched
-//!        vCPU's state is new ([`Feed::next_change`]; the descriptor polls readable), and counters.
-//! Runs:  the thread that owns it. The programs run in the vCPUs' own threads.
-//! Full:  a change that finds the ring buffer full is counted and told at that vCPU's next entry, later ones with it;
-//!        a state between the two is lost. 3000 changes fit.
-//! Trust: the kernel. The object is part of this binary; the kernel verifies it.
+//! In:    the [`Fields`] of the running kernel; the processes whose vCPUs are watched
+//! Out:   [`VcpuState`] of every vCPU of the system at any moment ([`Feed::snapshot`]), a [`TscChange`] whenever a watched
+//!        vCPU has a new state ([`Feed::next_change`]; the descriptor polls readable), and counters
+//! Runs:  on the thread that owns it. The programs run in the vCPUs' own threads
+//! Full:  a change that finds the ring buffer full is counted and reported at the vCPU's next entry, together with later
+//!        ones; a state between the two is lost. The buffer holds 3000 changes
+//! Trust: the kernel
 //!
-//! Order that loses nothing: attach, watch, then take a snapshot; what changes after it comes as a change.
+//! The order that misses no change: attach, watch, then take a snapshot; later changes arrive as changes.
 
-use std::collections::HashSet;
-use std::fmt;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    collections::HashSet,
+    fmt,
+    os::fd::{AsFd, BorrowedFd},
+};
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
-use aya::programs::links::LinkError;
-use aya::programs::{Iter, Program, ProgramError, RawTracePoint};
-use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
-use nix::errno::Errno;
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use thiserror::Error;
 use vtrace_common::kvm::{Hits, PER_CPU_WORDS, TscChange, VcpuState};
 
 use super::btf::Fields;
+use crate::bpf::{
+    BpfError,
+    cost::Cost,
+    maps::{KeySet, PerCpuValue, RecordRing},
+    object::Object,
+};
 
-/// What `cargo xtask ebpf` makes of vtrace-ebpf.
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../vtrace-ebpf/vtrace.bpf.o");
-/// The key that stands for every process.
-const EVERYONE: u32 = 0;
+/// The key of `WANTED` that stands for every process.
+const EVERY_PROCESS: u32 = 0;
+/// The program that does nothing: the cost of the others is measured against it.
+const EMPTY: &str = "empty";
 
-/// The eBPF programs could not be set to work.
+/// The eBPF programs do not report vCPU states.
 #[derive(Debug, Error)]
 pub enum FeedError {
-    /// The kernel's types could not be read for the programs that need them.
-    #[error("cannot read the kernel's BTF")]
-    Types(#[source] aya::BtfError),
-    /// The object or its maps were refused.
-    #[error("the kernel refused the eBPF object")]
-    Object(#[source] Box<EbpfError>),
-    /// A program was refused by the verifier, or could not be attached.
-    #[error("the kernel refused the eBPF program {program}")]
-    Program {
-        /// Its name.
-        program: &'static str,
-        /// Why.
-        source: Box<ProgramError>,
-    },
-    /// The kernel has no such tracepoint: KVM is not loaded.
-    #[error("this kernel has no tracepoint {tracepoint}")]
-    NoTracepoint {
-        /// Its name.
-        tracepoint: String,
-    },
-    /// `kvm_exit`'s arguments are not in the kernel's BTF.
-    #[error("this kernel's BTF does not tell the arguments of kvm_exit")]
+    /// The kernel refused them, or they cannot be read.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    /// The arguments of `kvm_exit` are not in the kernel's BTF (5.10).
+    #[error("this kernel's BTF does not describe the arguments of kvm_exit")]
     ExitUnknown,
-    /// A map could not be read or written.
-    #[error("eBPF map {map}")]
-    Map {
-        /// Its name.
-        map: &'static str,
-        /// Why.
-        source: Box<MapError>,
-    },
-    /// The list of vCPUs could not be opened.
-    #[error("cannot open the list of vCPUs")]
-    Iterator(#[source] Box<LinkError>),
-    /// The list of vCPUs could not be read.
-    #[error("cannot read the list of vCPUs")]
-    Snapshot(#[source] io::Error),
-    /// Object and loader do not belong together.
-    #[error("the eBPF object has no {what}")]
-    Mismatch {
-        /// What is missing or has another shape.
-        what: &'static str,
-    },
 }
 
-/// Where a program can listen.
+/// The tracepoint that a program is attached to.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Hook {
-    /// `kvm_entry`: what the clock is made of.
+    /// `kvm_entry`: the source of the clock.
     Entry,
-    /// `kvm_exit`: sees nothing more while `kvm_entry` works, at twice the cost.
+    /// `kvm_exit`: reports nothing more than `kvm_entry`, at twice the cost.
     Exit,
-    /// `kvm_emulate_insn`: stands in for `kvm_entry` in load tests where that one keeps silent.
+    /// `kvm_emulate_insn`: replaces `kvm_entry` in load tests on machines whose KVM does not call that.
     Emulate,
 }
 
@@ -100,31 +64,21 @@ impl Hook {
     }
 }
 
-/// Which processes' vCPUs are told.
+/// The processes whose vCPUs are reported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Watched {
-    /// This one (tgid).
+    /// The process of this id (tgid).
     Process(u32),
-    /// All of them.
+    /// Every process.
     Everyone,
 }
 
-/// What a program cost, as the kernel counted it while statistics were on ([`aya::sys::enable_stats`]).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Cost {
-    /// Runs.
-    pub runs: u64,
-    /// All of them together.
-    pub busy_ns: u128,
-}
-
-/// The loaded programs.
+/// The loaded programs and their maps.
 pub struct Feed {
-    programs: Ebpf,
-    types: Btf,
-    changes: RingBuf<MapData>,
-    wanted: HashMap<MapData, u32, u8>,
-    per_cpu: PerCpuArray<MapData, [u64; PER_CPU_WORDS]>,
+    object: Object,
+    changes: RecordRing,
+    wanted: KeySet,
+    per_cpu: PerCpuValue<[u64; PER_CPU_WORDS]>,
     exit_is_known: bool,
 }
 
@@ -135,119 +89,93 @@ impl fmt::Debug for Feed {
 }
 
 impl Feed {
-    /// Loads the object for this kernel; nothing listens yet. `announce`: each change is also written to the event
-    /// `bpf_trace:bpf_trace_printk`, so that an instance that records it has the change between its own events.
+    /// Loads the programs for this kernel; none is attached yet. With `announce` each change is also written to the event
+    /// `bpf_trace:bpf_trace_printk`, so that an instance that records this event has the change among its own events.
     ///
     /// # Errors
-    /// When the kernel has no BTF or refuses the object (not root, or lockdown=confidentiality).
+    /// The kernel has no BTF or refuses the object (not root, or lockdown=confidentiality).
     pub fn load(fields: &Fields, announce: bool) -> Result<Self, FeedError> {
-        // Before 5.11 maps count as locked memory. Where it may not be raised, it does not matter any more.
-        if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
-            log::debug!("locked memory stays limited: {error}");
-        }
-        let types = Btf::from_sys_fs().map_err(FeedError::Types)?;
         let mut layout = fields.layout;
         layout.announce = u32::from(announce);
-        let words = layout.words();
-        let mut programs = EbpfLoader::new()
-            .btf(Some(&types))
-            .override_global("LAYOUT", &words, true)
-            .load(OBJECT)
-            .map_err(|source| FeedError::Object(Box::new(source)))?;
+        let mut object = Object::load(&layout)?;
         Ok(Self {
-            changes: map(&mut programs, "CHANGES")?,
-            wanted: map(&mut programs, "WANTED")?,
-            per_cpu: map(&mut programs, "PER_CPU")?,
-            programs,
-            types,
+            changes: RecordRing::open(&mut object, "CHANGES")?,
+            wanted: KeySet::open(&mut object, "WANTED")?,
+            per_cpu: PerCpuValue::open(&mut object, "PER_CPU")?,
+            object,
             exit_is_known: fields.exit_argument.is_some(),
         })
     }
 
-    /// Listens at a hook until this feed is dropped.
+    /// Attaches the program of a hook until this feed is dropped.
     ///
     /// # Errors
-    /// [`FeedError::NoTracepoint`] where KVM is not loaded; [`FeedError::ExitUnknown`] for `kvm_exit` on 5.10;
-    /// [`FeedError::Program`] when the verifier refuses the program.
+    /// [`BpfError::NoTracepoint`] where KVM is not loaded; [`FeedError::ExitUnknown`] for `kvm_exit` on 5.10;
+    /// [`BpfError::Program`] when the verifier refuses the program.
     pub fn attach(&mut self, hook: Hook) -> Result<(), FeedError> {
         if hook == Hook::Exit && !self.exit_is_known {
             return Err(FeedError::ExitUnknown);
         }
-        self.listen(hook.program(), hook.program())
+        Ok(self.object.attach(hook.program(), hook.program())?)
     }
 
-    /// Lets the program that does nothing listen at `tracepoint`: the cost of the others is measured against it.
+    /// Attaches the program that does nothing to `tracepoint`.
     ///
     /// # Errors
     /// As [`Feed::attach`].
     pub fn attach_empty(&mut self, tracepoint: &str) -> Result<(), FeedError> {
-        self.listen("empty", tracepoint)
+        Ok(self.object.attach(EMPTY, tracepoint)?)
     }
 
-    /// Starts telling the changes of these vCPUs.
+    /// Starts reporting changes of these vCPUs.
     ///
     /// # Errors
-    /// [`FeedError::Map`] when 1024 processes are watched already.
+    /// [`BpfError::Map`] when 1024 processes are watched already.
     pub fn watch(&mut self, watched: Watched) -> Result<(), FeedError> {
-        self.wanted.insert(key(watched), 1, 0).map_err(|source| failed("WANTED", source))
+        Ok(self.wanted.insert(key(watched))?)
     }
 
-    /// Stops telling them. Watching again later goes on where it stopped: take a new snapshot then.
+    /// Stops reporting them; no error if they were not watched. Changes in between are not reported when they are watched
+    /// again: take a new snapshot then.
     ///
     /// # Errors
-    /// [`FeedError::Map`]; it is none that they were not watched.
+    /// [`BpfError::Map`].
     pub fn forget(&mut self, watched: Watched) -> Result<(), FeedError> {
-        match self.wanted.remove(&key(watched)) {
-            Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(|source| failed("WANTED", source)),
-        }
+        Ok(self.wanted.remove(key(watched))?)
     }
 
-    /// The next change, if one waits.
+    /// The next change; `Ok(None)` if none waits.
     ///
     /// # Errors
-    /// [`FeedError::Mismatch`] when the record is not one of ours.
+    /// [`BpfError::Mismatch`] for a record of another length.
     pub fn next_change(&mut self) -> Result<Option<TscChange>, FeedError> {
-        let Some(record) = self.changes.next() else { return Ok(None) };
-        TscChange::from_bytes(&record).map(Some).ok_or(FeedError::Mismatch { what: "record of this length" })
+        Ok(self.changes.next(TscChange::from_bytes)?)
     }
 
-    /// Every vCPU of the system now, watched or not, in or out of its guest, each once.
+    /// Every vCPU of the system, watched or not, in or out of its guest, each once.
     ///
     /// # Errors
-    /// When the iterator is refused or cannot be read.
+    /// The kernel refuses the iterator, or it cannot be read.
     pub fn snapshot(&mut self) -> Result<Vec<VcpuState>, FeedError> {
-        const NAME: &str = "every_vcpu";
-        let types = &self.types;
-        let program: &mut Iter = program(&mut self.programs, NAME)?;
-        let refused = |source| refused(NAME, source);
-        if program.fd().is_err() {
-            program.load("task_file", types).map_err(refused)?;
-        }
-        let link = program.attach().map_err(refused)?;
-        let link = program.take_link(link).map_err(refused)?;
-        let mut list = link.into_file().map_err(|source| FeedError::Iterator(Box::new(source)))?;
-        let mut bytes = Vec::new();
-        list.read_to_end(&mut bytes).map_err(FeedError::Snapshot)?;
+        let bytes = self.object.over_open_files("every_vcpu")?;
         let records = bytes.chunks(size_of::<VcpuState>()).map(VcpuState::from_bytes);
-        let states: Option<Vec<VcpuState>> = records.collect();
-        let mut states = states.ok_or(FeedError::Mismatch { what: "vCPU record of this length" })?;
-        let mut known = HashSet::new();
-        states.retain(|state| known.insert(state.tsc.vcpu)); // a descriptor may be held twice
+        let mut states = records
+            .collect::<Option<Vec<VcpuState>>>()
+            .ok_or(BpfError::Mismatch { what: "vCPU record of this length" })?;
+        let mut listed = HashSet::new();
+        states.retain(|state| listed.insert(state.tsc.vcpu)); // two descriptors can hold one vCPU
         Ok(states)
     }
 
-    /// The programs' counters, all CPUs together.
+    /// The programs' counters, summed over all CPUs.
     ///
     /// # Errors
-    /// [`FeedError::Map`].
+    /// [`BpfError::Map`].
     pub fn hits(&self) -> Result<Hits, FeedError> {
-        let of_each_cpu = self.per_cpu.get(&0, 0).map_err(|source| failed("PER_CPU", source))?;
-        Ok(of_each_cpu.iter().fold(Hits::default(), |sum, words| sum.plus(words)))
+        Ok(self.per_cpu.of_each_cpu()?.iter().fold(Hits::default(), Hits::plus))
     }
 
-    /// Whether vCPUs run and `kvm_entry` hears of it: two of these, some time apart, answer [`Pulse::is_silent_since`].
+    /// How far all vCPUs and `kvm_entry` have come: two of these, some time apart, answer [`Pulse::is_silent_since`].
     ///
     /// # Errors
     /// As [`Feed::snapshot`] and [`Feed::hits`].
@@ -258,66 +186,48 @@ impl Feed {
         Ok(Pulse { entries_before, exits, entries_after: self.hits()?.entry })
     }
 
-    /// What the program at a hook has cost so far; zero unless statistics were on.
+    /// What the program of a hook has cost so far; zero unless statistics were on.
     ///
     /// # Errors
-    /// [`FeedError::Program`] when nothing listens there.
+    /// [`BpfError::Program`] when it is not attached.
     pub fn cost(&self, hook: Hook) -> Result<Cost, FeedError> {
-        self.cost_of(hook.program())
+        Ok(self.object.cost(hook.program())?)
     }
 
     /// What the program that does nothing has cost so far.
     ///
     /// # Errors
-    /// [`FeedError::Program`] when it does not listen.
+    /// [`BpfError::Program`] when it is not attached.
     pub fn cost_of_empty(&self) -> Result<Cost, FeedError> {
-        self.cost_of("empty")
-    }
-
-    fn cost_of(&self, name: &'static str) -> Result<Cost, FeedError> {
-        let found = self.programs.program(name).ok_or(FeedError::Mismatch { what: name })?;
-        let info = found.info().map_err(|source| refused(name, source))?;
-        Ok(Cost { runs: info.run_count(), busy_ns: info.run_time().as_nanos() })
-    }
-
-    fn listen(&mut self, name: &'static str, tracepoint: &str) -> Result<(), FeedError> {
-        let program: &mut RawTracePoint = program(&mut self.programs, name)?;
-        if program.fd().is_err() {
-            program.load().map_err(|source| refused(name, source))?;
-        }
-        match program.attach(tracepoint) {
-            Ok(_) => Ok(()),
-            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(Errno::ENOENT as i32) => {
-                Err(FeedError::NoTracepoint { tracepoint: tracepoint.to_owned() })
-            }
-            Err(source) => Err(refused(name, source)),
-        }
+        Ok(self.object.cost(EMPTY)?)
     }
 }
 
-/// Readable when a change waits.
+/// Readable while a change waits.
 impl AsFd for Feed {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.changes.as_fd()
     }
 }
 
-/// How far the vCPUs and `kvm_entry` were at one moment.
+/// The exits of all vCPUs and the calls of `kvm_entry` at one moment.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Pulse {
+    /// Calls of `kvm_entry` before `exits` was read.
     entries_before: u64,
-    /// `vcpu` and its exits so far.
+    /// Address and exits so far of each vCPU.
     exits: Vec<(u64, u64)>,
+    /// Calls of `kvm_entry` after `exits` was read.
     entries_after: u64,
 }
 
 impl Pulse {
-    /// True when a vCPU left its guest twice since `earlier` and `kvm_entry` did not hear of the entry between: this
-    /// KVM does not call it (it is called by the vendor's code since 6.1). False when it does, or when nothing ran.
+    /// True when a vCPU left its guest twice since `earlier` and `kvm_entry` was not called in between: this KVM does not
+    /// call it (since 6.1 the vendor's code has to). False when it was called, or when no vCPU ran.
     pub fn is_silent_since(&self, earlier: &Self) -> bool {
-        let exits_before = |vcpu| earlier.exits.iter().find(|(address, _)| *address == vcpu).map(|(_, exits)| *exits);
         let has_run = |&(vcpu, exits): &(u64, u64)| {
-            exits != u64::MAX && exits_before(vcpu).is_some_and(|before| exits.saturating_sub(before) >= 2)
+            let before = earlier.exits.iter().find(|(address, _)| *address == vcpu);
+            exits != u64::MAX && before.is_some_and(|(_, before)| exits.saturating_sub(*before) >= 2)
         };
         self.entries_after == earlier.entries_before && self.exits.iter().any(has_run)
     }
@@ -326,32 +236,11 @@ impl Pulse {
 fn key(watched: Watched) -> u32 {
     match watched {
         Watched::Process(process) => process,
-        Watched::Everyone => EVERYONE,
+        Watched::Everyone => EVERY_PROCESS,
     }
 }
 
-fn map<T: TryFrom<Map, Error = MapError>>(programs: &mut Ebpf, name: &'static str) -> Result<T, FeedError> {
-    let map = programs.take_map(name).ok_or(FeedError::Mismatch { what: name })?;
-    map.try_into().map_err(|source| failed(name, source))
-}
-
-fn program<'a, T>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, FeedError>
-where
-    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    let program = programs.program_mut(name).ok_or(FeedError::Mismatch { what: name })?;
-    program.try_into().map_err(|source| refused(name, source))
-}
-
-fn refused(program: &'static str, source: ProgramError) -> FeedError {
-    FeedError::Program { program, source: Box::new(source) }
-}
-
-fn failed(map: &'static str, source: MapError) -> FeedError {
-    FeedError::Map { map, source: Box::new(source) }
-}
-
 #[cfg(any(test, feature = "testing"))]
-pub mod rehearsal;
+pub mod test_run;
 #[cfg(test)]
 mod tests;

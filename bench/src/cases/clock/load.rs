@@ -18,10 +18,10 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use kvm_ioctls::VcpuExit;
 use vtrace_dp::{
+    bpf::cost::{Cost, count_times},
     clock::{
         btf::{Fields, find_here},
-        feed::rehearsal::count_times,
-        feed::{Cost, Feed, Hook, Watched},
+        feed::{Feed, Hook, Watched},
     },
     sys::testing::page_guest::PageGuest,
 };

@@ -9,10 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use vtrace_common::ids::Cpu;
 
-use super::{
-    GuestFile, Vcpus,
-    report::{Counts, GuestReport, Stray, Unit, VcpuReport, Verdict},
-};
+use super::report::{Counts, GuestReport, Stray, Unit, VcpuReport, Verdict};
 use crate::{
     analysis::{Against, CheckError, host_lanes::Host, pairs::Reading, windows::Place},
     ftrace::fields::{Field, Formats},
@@ -29,6 +26,26 @@ use crate::{
 
 /// Events outside that are listed.
 const STRAYS_MAX: usize = 10;
+
+/// The host's threads that are a guest's vCPUs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Vcpus {
+    /// The guest's name in the host's file.
+    pub(super) name: Option<String>,
+    /// The thread of each CPU.
+    pub(super) threads: BTreeMap<Cpu, u32>,
+    /// How the threads were found, where the host's file does not name this guest.
+    pub(super) note: Option<String>,
+}
+
+/// A guest's file to check.
+#[derive(Debug)]
+pub struct GuestFile<'a, S> {
+    /// Its file name.
+    pub file: String,
+    /// Its contents.
+    pub reader: &'a Reader<S>,
+}
 
 /// The work on one guest.
 struct Check<'a> {

@@ -22,25 +22,8 @@ use crate::trace::{
     format::option::TraceOption,
     read::{Reader, input::Source},
 };
-use guest::check_guest;
+use guest::{GuestFile, Vcpus, check_guest};
 use report::{GuestReport, Report};
-
-/// Which of the host's threads is which of a guest's CPUs.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Vcpus {
-    name: Option<String>,
-    threads: BTreeMap<Cpu, u32>,
-    note: Option<String>,
-}
-
-/// One file to check: what a person calls it, and its contents.
-#[derive(Debug)]
-pub struct GuestFile<'a, S> {
-    /// Its file name.
-    pub file: String,
-    /// What is in it.
-    pub reader: &'a Reader<S>,
-}
 
 /// Checks guests against their host.
 ///

@@ -11,7 +11,7 @@ use super::{
     },
     *,
 };
-use crate::clock::testing::micro_guest::Micro;
+use crate::{bpf::cost::count_times, clock::testing::micro_guest::Micro};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use std::fs;
@@ -294,7 +294,7 @@ fn hit_costs_less_than_200_ns_above_a_program_that_does_nothing() {
             }
         }
         let mut micro = Micro::new();
-        let statistics = aya::sys::enable_stats(aya::sys::Stats::RunTime).unwrap();
+        let statistics = count_times().unwrap();
         (0..20_000).for_each(|_| micro.turn());
         drop(statistics);
         hook.map_or_else(|| feed.cost_of_empty(), |hook| feed.cost(hook)).unwrap()
