@@ -31,7 +31,7 @@ enum Task {
     /// Run everything that CI runs: lints, tests, guests, fuzzing
     Test(xtask::test::Arguments),
     /// Check the rules that neither rustc nor clippy checks
-    Tidy,
+    Tidy(xtask::tidy::Arguments),
     /// Judge the times of a guest's events: the host's file, recorded with `-e kvm`, and the guest's
     Judge {
         /// Of the host
@@ -69,7 +69,7 @@ fn main() -> anyhow::Result<()> {
         Task::Fuzz(arguments) => xtask::fuzz::run(&arguments),
         Task::Image => xtask::image::run(),
         Task::Test(arguments) => xtask::test::run(&arguments),
-        Task::Tidy => xtask::tidy::run(),
+        Task::Tidy(arguments) => xtask::tidy::run(arguments),
         Task::Ebpf { check } => xtask::ebpf::run(check),
         Task::Judge { host, guest, scaled: true } => xtask::lab::vmx::judge_scaled(&host, &guest),
         Task::Judge { host, guest, scaled: false } => {

@@ -30,7 +30,7 @@ type Step = (&'static str, fn() -> Result<()>);
 
 const STEPS: [Step; 9] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
-    ("tidy", tidy::run),
+    ("tidy", || tidy::run(tidy::Arguments::default())),
     ("clippy", clippy),
     ("unit", || cargo(&[&["test", "--no-fail-fast"][..], &build::UNIT_TESTS].concat())),
     ("ebpf", || ebpf::run(true)),

@@ -27,7 +27,7 @@ use vtrace_common::{
 };
 
 use super::{
-    INSTANCE_PREFIX, Tap, Tracefs, describe,
+    INSTANCE_PREFIX, Tap, Tracefs, cpus, describe,
     events::{Events, switch_on},
     expressions, failure, nearest, read, refused, settings, shortened,
     stats::Stats,
@@ -219,7 +219,7 @@ impl Instance {
 
     /// CPUs that were offline when it was made, may come online, and are to be traced then, in order.
     pub fn absent_cpus(&self) -> Vec<Cpu> {
-        let cpus = possible_cpus().or_else(|| self.buffers().ok()).unwrap_or_default();
+        let cpus = cpus::possible_cpus().or_else(|| self.buffers().ok()).unwrap_or_default();
         let mut absent: Vec<Cpu> = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).collect();
         absent.retain(|cpu| self.mask.as_ref().is_none_or(|mask| mask.contains(cpu)));
         absent
@@ -332,7 +332,7 @@ impl Instance {
 
     /// CPUs that are online; where sysfs does not say, those that have a buffer.
     fn online(&self) -> Result<Vec<Cpu>, Failure> {
-        if let Some(cpus) = online_cpus() {
+        if let Some(cpus) = cpus::online_cpus() {
             return Ok(cpus);
         }
         self.buffers()
@@ -407,16 +407,6 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// CPUs that are online as sysfs lists them; `None` where it does not say.
-pub fn online_cpus() -> Option<Vec<Cpu>> {
-    parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?)
-}
-
-/// CPUs that may ever be online as sysfs lists them; `None` where it does not say.
-pub fn possible_cpus() -> Option<Vec<Cpu>> {
-    parse_cpus(&fs::read_to_string("/sys/devices/system/cpu/possible").ok()?)
-}
-
 /// Parses a mask of CPUs as the kernel writes it (`3,00000001`: words of 32 bits, the highest first); `None` where it is
 /// none.
 fn parse_mask(text: &str) -> Option<BTreeSet<Cpu>> {
@@ -425,20 +415,6 @@ fn parse_mask(text: &str) -> Option<BTreeSet<Cpu>> {
         .zip(words)
         .flat_map(|(at, word)| (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| (at, bit)));
     cpus.map(|(at, bit): (u32, u32)| Some(Cpu(at.checked_mul(32)?.checked_add(bit)?))).collect()
-}
-
-/// Parses a list of CPUs such as `0-3,8`; `None` where it is none.
-pub fn parse_cpus(text: &str) -> Option<Vec<Cpu>> {
-    let mut cpus = Vec::new();
-    for part in text.trim().split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        if first > last || usize::try_from(last).ok()? >= vtrace_common::limits::CPUS_MAX {
-            return None;
-        }
-        cpus.extend((first..=last).map(Cpu));
-    }
-    Some(cpus)
 }
 
 #[cfg(test)]
@@ -456,14 +432,6 @@ mod tests {
         assert_eq!(page_bytes(&text.replace("4080", "65520")), Ok(65536));
         for odd in ["4081", "x", "4294967295", "16"] {
             assert_eq!(page_bytes(&text.replace("4080", odd)).unwrap_err().kind, FailureKind::Kernel, "{odd}");
-        }
-    }
-
-    #[test]
-    fn lists_of_cpus_are_understood_or_refused() {
-        assert_eq!(parse_cpus("0-2,5\n"), Some(vec![Cpu(0), Cpu(1), Cpu(2), Cpu(5)]));
-        for odd in ["", "2-1", "0-4294967295", "a", "1,,2"] {
-            assert_eq!(parse_cpus(odd), None, "{odd}");
         }
     }
 
@@ -488,16 +456,8 @@ mod tests {
         #[test]
         fn any_text_gives_an_answer(text: String) {
             let _ = page_bytes(&text);
-            let _ = parse_cpus(&text);
             let _ = parse_mask(&text);
             let _ = parse_release(&text);
-        }
-
-        #[test]
-        fn list_of_single_cpus_comes_back(mut cpus in proptest::collection::vec(0u32..4096, 1..20)) {
-            cpus.sort_unstable();
-            let text = cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-            prop_assert_eq!(parse_cpus(&text), Some(cpus.into_iter().map(Cpu).collect()));
         }
     }
 }

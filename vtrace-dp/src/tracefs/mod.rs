@@ -9,6 +9,7 @@
 //!
 //! Works from Linux 5.10 on (`buffer_percent` is older, larger sub-buffers are newer and optional).
 
+mod cpus;
 mod describe;
 mod events;
 mod expressions;
@@ -39,7 +40,8 @@ use vtrace_common::{
     wire::agent::{Arm, Failure, FailureKind, OfferPiece, Offered},
 };
 
-pub use instance::{BUFFER_PERCENT, Instance, online_cpus, parse_cpus, possible_cpus};
+pub use cpus::{online_cpus, parse_cpus, possible_cpus};
+pub use instance::{BUFFER_PERCENT, Instance};
 
 /// What the names of our instances begin with; a process id follows, then anything.
 pub const INSTANCE_PREFIX: &str = "vtrace-";

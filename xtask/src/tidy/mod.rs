@@ -11,13 +11,13 @@
 //! | [`naming`] | functions, modules, tests |
 //! | [`text`] | contracts, unfinished work, prints |
 //! | [`hot`] | what functions that call themselves hot must not do |
-//! | [`direction`] | which room may use which |
+//! | [`layers`] | which room may use which; circles of files |
 //! | [`place`] | the top level, and the names of machines and mirrors |
 //! | [`commit`] | messages |
 
 mod commit;
-mod direction;
 mod hot;
+mod layers;
 mod length;
 mod naming;
 mod place;
@@ -55,7 +55,7 @@ impl fmt::Display for Finding {
 type Check = fn(&Tree) -> Vec<Finding>;
 
 /// Every check of files.
-const CHECKS: [Check; 15] = [
+const CHECKS: [Check; 17] = [
     tree::unreadable,
     length::files,
     length::functions,
@@ -69,15 +69,29 @@ const CHECKS: [Check; 15] = [
     text::unfinished,
     text::prints,
     hot::functions,
-    direction::rooms,
+    layers::rooms,
+    layers::circles,
+    layers::document,
     place::all,
 ];
+
+/// What to do.
+#[derive(clap::Args, Clone, Copy, Debug, Default)]
+pub struct Arguments {
+    /// Only print the table of layers, as docs/architecture.md has it
+    #[arg(long)]
+    layers: bool,
+}
 
 /// Checks this work tree.
 ///
 /// # Errors
 /// When a rule is broken, or git cannot be asked.
-pub fn run() -> Result<()> {
+pub fn run(arguments: Arguments) -> Result<()> {
+    if arguments.layers {
+        print!("{}", layers::table());
+        return Ok(());
+    }
     let tree = Tree::tracked()?;
     let commits = commit::log()?;
     let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(&tree)).collect();

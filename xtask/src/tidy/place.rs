@@ -6,15 +6,18 @@ use super::{
 };
 
 /// What the top level may hold.
-const TOP: [&str; 19] = [
+const TOP: [&str; 22] = [
     ".cargo",
     ".ci",
     ".gitattributes",
     ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "Cargo.lock",
     "Cargo.toml",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "bench",
     "clippy.toml",
     "docs",
