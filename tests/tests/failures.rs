@@ -84,7 +84,7 @@ fn server_that_is_stopped_mid_trace_is_given_up_and_changes_no_file_when_it_goes
         signal(server.pid(), Signal::SIGSTOP)
     };
     // 30 s, and what a busy machine adds.
-    let why = format!("the server (pid {}) took no notice for 3", server.pid());
+    let why = format!("the server (pid {}) has not answered for 3", server.pid());
     let recording = fixture.broken("-b 64 -e sched", stop, why)?;
     ensure!(stopped.elapsed() < Duration::from_secs(42), "{:?}", stopped.elapsed());
     let before = fs::read(recording.file(GUEST))?;

@@ -189,6 +189,6 @@ fn guest_that_has_had_its_share_is_stopped_and_the_others_go_on() -> Result<()> 
     };
     let ((loud_events, loud_span), (_, quiet_span)) = (last(GUEST)?, last("guest2")?);
     ensure!(loud_events > 100 && loud_span < quiet_span, "{loud_events} events, {loud_span} against {quiet_span}");
-    ensure!(recording.said.contains("stopped: it has recorded as much as it may"), "{}", recording.said);
+    ensure!(recording.said.contains("stopped at its size limit"), "{}", recording.said);
     is_clear(&loud)
 }

@@ -123,7 +123,7 @@ fn is_paused_for_long_while_recorded(machine: &Machine, server: &Server, recorde
     ensure!(silent >= least && listed >= least, "silent for {silent} s and {listed} s: {}", server.log());
     let guest = recording.machine(GUEST)?;
     ensure!(guest["silence_ms_max"].as_u64() >= Some(1000 * least), "{guest:#}");
-    ensure!(guest["remarks"].to_string().contains("its agent said nothing for 2"), "{guest:#}");
+    ensure!(guest["remarks"].to_string().contains("its agent did not answer for 2"), "{guest:#}");
     ensure!(server.log().contains("its session waits"), "{}", server.log());
     Ok(())
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     doctor::vmm::remedy_of,
-    recorder::session::holder,
+    recorder::guests::refusal::holder,
     server::{
         check_name,
         link::{Link, LinkError},

@@ -21,7 +21,9 @@ use super::{
 };
 use crate::{
     recorder::{
-        background::{self, Background, BackgroundFault, Found, Outcome, Shown, State},
+        background::{
+            self, Background, BackgroundFault, FoundRecording, PublishedState, RecordingOutcome, RecordingState,
+        },
         plan::Plan,
         run::{News, Progress},
         summary::Summary,
@@ -36,19 +38,19 @@ const HOST: &str = "host";
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is known of a plan before it runs.
-fn state(plan: &Plan, name: Option<&str>) -> State {
+fn state(plan: &Plan, name: Option<&str>) -> RecordingState {
     let guests: Vec<String> = plan.guests.iter().map(|guest| guest.name.clone()).collect();
     let name = name.map_or_else(|| guests.first().cloned().unwrap_or_else(|| HOST.into()), Into::into);
     let machines = std::iter::once(&plan.host).chain(plan.guests.iter().map(|guest| &guest.machine));
     let files = machines.map(|machine| std::path::absolute(&machine.output).unwrap_or_else(|_| machine.output.clone()));
-    State { name, guests, files: files.collect(), ..State::default() }
+    RecordingState { name, guests, files: files.collect(), ..RecordingState::default() }
 }
 
 /// A recording in the foreground, as `status` shows it.
 pub(super) struct Foreground {
-    state: State,
+    state: RecordingState,
     dir: PathBuf,
-    shown: Option<Shown>,
+    shown: Option<PublishedState>,
     lines: Lines,
 }
 
@@ -58,11 +60,11 @@ impl Foreground {
         Ok(Self { state: state(plan, name), dir: plan.dir.clone(), shown: None, lines: Lines::default() })
     }
 
-    /// Shown once it has begun. A run directory that takes no file is no reason not to record.
+    /// PublishedState once it has begun. A run directory that takes no file is no reason not to record.
     pub(super) fn hear(&mut self, news: &News) {
         match news {
             News::Begun => {
-                let shown = Shown::in_foreground(&self.dir, std::mem::take(&mut self.state));
+                let shown = PublishedState::in_foreground(&self.dir, std::mem::take(&mut self.state));
                 let shown = shown.inspect_err(|fault| log::debug!("status does not show this: {fault}"));
                 self.shown = shown.ok();
                 self.publish(&Progress { elapsed: Duration::ZERO, machines: Vec::new() });
@@ -128,16 +130,17 @@ fn behind(plan: &Plan, mut recorder: Recorder) -> Result<u8, Complaint> {
             Ok(status)
         }
         Err(complaint) => {
-            let outcome = Outcome { status: complaint.status, text: complaint.to_string(), summary: Value::Null };
+            let outcome =
+                RecordingOutcome { status: complaint.status, text: complaint.to_string(), summary: Value::Null };
             recorder.background.end(outcome);
             Err(complaint)
         }
     }
 }
 
-fn outcome(summary: &Summary, status: u8) -> Outcome {
+fn outcome(summary: &Summary, status: u8) -> RecordingOutcome {
     let json = serde_json::to_value(summary).expect("a summary is plain data");
-    Outcome { status, text: summary.to_string(), summary: json }
+    RecordingOutcome { status, text: summary.to_string(), summary: json }
 }
 
 impl Recorder {
@@ -168,7 +171,8 @@ impl Recorder {
 /// Ends a recording in order, prints its closing table, exits as `record` would have.
 pub(super) fn stop(args: &StopArgs) -> Result<u8, Complaint> {
     let failed = |fault| complaint("cannot stop", &fault);
-    let Found { state, is_running, .. } = background::choose(&args.dir, args.session.as_deref()).map_err(failed)?;
+    let FoundRecording { state, is_running, .. } =
+        background::choose(&args.dir, args.session.as_deref()).map_err(failed)?;
     if is_running {
         ask(&state)?;
     } else if state.outcome.is_some() {
@@ -183,7 +187,7 @@ pub(super) fn stop(args: &StopArgs) -> Result<u8, Complaint> {
     Ok(outcome.status)
 }
 
-fn ask(state: &State) -> Result<(), Complaint> {
+fn ask(state: &RecordingState) -> Result<(), Complaint> {
     let pid = i32::try_from(state.pid).ok().filter(|pid| *pid > 1).map(Pid::from_raw);
     let why = match pid.map(|pid| kill(pid, Signal::SIGTERM)) {
         Some(Ok(()) | Err(Errno::ESRCH)) => return Ok(()),
@@ -226,9 +230,9 @@ pub(super) fn status(args: &StatusArgs) -> Result<u8, Complaint> {
     }
 }
 
-fn text(found: &Found) -> String {
-    let Found { state, is_running, is_hidden } = found;
-    let State { name, pid, uid, .. } = state;
+fn text(found: &FoundRecording) -> String {
+    let FoundRecording { state, is_running, is_hidden } = found;
+    let RecordingState { name, pid, uid, .. } = state;
     if *is_hidden {
         let name = if name.is_empty() { "another recording" } else { name };
         return format!("{name}: user {uid}'s, and shown to nobody else");
@@ -246,7 +250,7 @@ fn text(found: &Found) -> String {
     }
 }
 
-fn paths(state: &State) -> String {
+fn paths(state: &RecordingState) -> String {
     state.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
 }
 
@@ -281,27 +285,38 @@ fn complaint(cannot: &str, fault: &BackgroundFault) -> Complaint {
 mod tests {
     use super::*;
 
-    fn found(is_running: bool, line: &str, outcome: Option<Outcome>) -> Found {
+    fn found(is_running: bool, line: &str, outcome: Option<RecordingOutcome>) -> FoundRecording {
         let files = vec!["/t/trace.dat".into(), "/t/trace-guest1.dat".into()];
-        let state =
-            State { name: "guest1".into(), pid: 77, uid: 5, files, line: line.into(), outcome, ..State::default() };
-        Found { state, is_running, is_hidden: false }
+        let state = RecordingState {
+            name: "guest1".into(),
+            pid: 77,
+            uid: 5,
+            files,
+            line: line.into(),
+            outcome,
+            ..RecordingState::default()
+        };
+        FoundRecording { state, is_running, is_hidden: false }
     }
 
     #[test]
     fn each_way_to_be_found_has_its_line() {
-        let ended = Outcome { status: 3, ..Outcome::default() };
+        let ended = RecordingOutcome { status: 3, ..RecordingOutcome::default() };
         let in_foreground = found(true, "recording 4 s", None);
-        let state = State { is_foreground: true, ..in_foreground.state.clone() };
-        let in_foreground = Found { state, ..in_foreground };
+        let state = RecordingState { is_foreground: true, ..in_foreground.state.clone() };
+        let in_foreground = FoundRecording { state, ..in_foreground };
         let texts = [
             text(&found(true, "", None)),
             text(&found(true, "recording 3 s  host 12 pages", None)),
             text(&found(false, "x", None)),
             text(&found(false, "x", Some(ended))),
             text(&in_foreground),
-            text(&Found { is_hidden: true, ..in_foreground.clone() }),
-            text(&Found { state: State { uid: 5, ..State::default() }, is_running: true, is_hidden: true }),
+            text(&FoundRecording { is_hidden: true, ..in_foreground.clone() }),
+            text(&FoundRecording {
+                state: RecordingState { uid: 5, ..RecordingState::default() },
+                is_running: true,
+                is_hidden: true,
+            }),
         ];
         let expected = [
             "guest1: about to begin (pid 77 of user 5)",

@@ -18,10 +18,9 @@ use crate::{
         command::CommandError,
         error::RecordError,
         files::output::FileError,
-        guests::GuestsError,
+        guests::{GuestsError, refusal::held_by, session::Trouble},
         host::HostError,
         plan::Plan,
-        session::{Trouble, held_by},
     },
     server::{ServerError, link::LinkError},
 };

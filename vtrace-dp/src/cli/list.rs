@@ -12,7 +12,7 @@ use super::{
     put,
 };
 use crate::{
-    recorder::{guests::silence::Said, session::holder},
+    recorder::guests::{refusal::holder, silence::SilenceSuffix},
     server::link::Link,
 };
 
@@ -118,7 +118,7 @@ fn line(guest: &GuestState) -> String {
         },
     };
     let held = holder(guest).map(|who| format!(", {who}")).unwrap_or_default();
-    let silent = Said(guest.silent_s.into());
+    let silent = SilenceSuffix(guest.silent_s.into());
     format!("{}: {device}, {agent}{silent}{held} ({})", guest.name, guest.socket)
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use terminal_size::terminal_size_of;
 
-use crate::recorder::{guests::silence::Said, progress::MachineProgress, run::Progress};
+use crate::recorder::{guests::silence::SilenceSuffix, progress::MachineProgress, run::Progress};
 
 /// Shows progress in place.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ fn line(progress: &Progress, speed: f64) -> String {
     }
     for MachineProgress { name, pages, lost, silent_s, .. } in &progress.machines {
         let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
-        line.push_str(&format!("  {name} {pages} pages{lost}{}", Said(*silent_s)));
+        line.push_str(&format!("  {name} {pages} pages{lost}{}", SilenceSuffix(*silent_s)));
     }
     line
 }

@@ -18,7 +18,7 @@ use vtrace_common::wire::client::{DriverState, GuestState};
 use super::{Finding, Place, text};
 use crate::{
     device::lane_range::CONTROL_PORT_NAME,
-    recorder::{guests::silence::SHOWN, session::holder},
+    recorder::guests::{refusal::holder, silence::SHOWN},
     server::{
         CONTROL_GROUP, CONTROL_SOCKET,
         link::{Link, LinkError},

@@ -1,16 +1,15 @@
-//! Recordings as other processes see them: who runs, how far it is, and of those in the background how it ended.
+//! Recordings as other processes see them: owner, progress, and for those in the background the outcome.
 //!
-//! In:    a name; what the recording says of itself
-//! Out:   in the run directory, of one in the background, `record-NAME.pid` (a process id, locked while it runs),
-//!        `record-NAME.state` (JSON) and `record-NAME.log` (what it would have shown); of one that a terminal waits for
-//!        `foreground-PID.pid` and `foreground-PID.state`, which go with it
-//! Runs:  the recording on its own thread, once a second; readers whenever they like
-//! Full:  a state is replaced as a whole; a run directory that takes no file ends nothing but what can be seen
-//! Trust: whoever may write to the run directory: root. What is read there is bounded and need not be JSON. Only the user
-//!        who records can read the files: others see whose they are
+//! In:    a name, a [`RecordingState`]
+//! Out:   files in the run directory. In the background: `record-NAME.pid` (a process id, locked while it runs),
+//!        `record-NAME.state` (JSON), `record-NAME.log` (its messages). In the foreground: `foreground-PID.pid` and
+//!        `foreground-PID.state`, removed at its end
+//! Runs:  in the recording's thread, once a second; readers at any time
+//! Full:  a state is replaced as a whole; if the run directory takes no file, the recording continues unseen
+//! Trust: the run directory belongs to root. Files read there are bounded and may be invalid JSON. Files have mode 0600:
+//!        other users see only their owner
 //!
-//! The lock says whether it runs: it goes with the process however that ends. A process id alone says nothing, another
-//! process may have it by now.
+//! The lock shows whether a recording runs: the kernel releases it when the process ends. A process id can be reused.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -24,92 +23,92 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Recordings in the background have files that begin so, then comes their name.
+/// Prefix of the files of recordings in the background; their name follows.
 const BACKGROUND: &str = "record-";
-/// The others; then comes their process.
+/// Prefix of the files of the others; their process id follows.
 const FOREGROUND: &str = "foreground-";
-/// Nobody else is to read of files and guests, nor to hold the lock.
+/// Other users can neither read the state nor hold the lock.
 const MODE: u32 = 0o600;
-/// A state that is longer is none of ours.
+/// Longest state that is read.
 const STATE_BYTES_MAX: u64 = 4 << 20;
-/// Someone who only looks holds the lock for less.
+/// A reader holds the lock for less than this.
 const LOOK_TIME_MAX: Duration = Duration::from_millis(100);
 
-/// Why a recording cannot be in the background, or be seen there.
+/// Why a recording cannot be in the background, or cannot be found there.
 #[derive(Debug, thiserror::Error)]
 pub enum BackgroundFault {
-    /// One of this name runs.
+    /// A recording of this name runs.
     #[error("a recording of this name runs already: pid {}", .0.pid)]
-    Running(Box<State>),
-    /// None of this name, and those there are.
+    Running(Box<RecordingState>),
+    /// There is no recording of this name.
     #[error("no recording of this name is in the background")]
     NoSuch {
-        /// What was asked for; none: there was nothing to choose from.
+        /// The names that exist.
         known: Vec<String>,
     },
-    /// Several, and none was named.
+    /// There are several, and no name was given.
     #[error("{} recordings are in the background", .0.len())]
     Several(Vec<String>),
-    /// It is in the foreground.
+    /// The recording is in the foreground.
     #[error("{} is recorded in the foreground, by process {} of user {}", .0.name, .0.pid, .0.uid)]
-    Foreground(Box<State>),
-    /// It was killed.
+    Foreground(Box<RecordingState>),
+    /// The recording was killed.
     #[error("the recording of pid {} was killed before it ended", .0.pid)]
-    Killed(Box<State>),
-    /// A file.
+    Killed(Box<RecordingState>),
+    /// A file of the run directory cannot be used.
     #[error("{}", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// What a recording says of itself.
+/// A recording's published state.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct State {
+pub struct RecordingState {
     /// Its name.
     pub name: String,
     /// Its process.
     pub pid: u32,
-    /// Who runs it.
+    /// The user who runs it.
     pub uid: u32,
-    /// A terminal waits for it.
+    /// It runs in the foreground.
     pub is_foreground: bool,
-    /// The guests that it records.
+    /// Names of its guests.
     pub guests: Vec<String>,
-    /// Where to, the host's first.
+    /// Its files, the host's first.
     pub files: Vec<PathBuf>,
-    /// How far it is, as one line.
+    /// Its progress as one line.
     pub line: String,
-    /// The same for programs.
+    /// Its progress as JSON.
     pub progress: Value,
-    /// How it ended.
-    pub outcome: Option<Outcome>,
+    /// Set when it has ended.
+    pub outcome: Option<RecordingOutcome>,
 }
 
 /// How a recording ended.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Outcome {
-    /// What `record` would have exited with.
+pub struct RecordingOutcome {
+    /// The exit status of `record`.
     pub status: u8,
-    /// The closing table, or what failed.
+    /// The closing table, or the error.
     pub text: String,
-    /// The same as JSON; null if there is none.
+    /// The closing table as JSON; null after an error.
     pub summary: Value,
 }
 
 /// One recording as another process finds it.
 #[derive(Clone, PartialEq, Debug, Serialize)]
-pub struct Found {
-    /// What it said last.
-    pub state: State,
-    /// Whether its process is there, or nobody but its user can tell.
+pub struct FoundRecording {
+    /// Its last published state.
+    pub state: RecordingState,
+    /// Whether its process runs; true if only its user can tell.
     pub is_running: bool,
-    /// It is another user's: no more is known than whose, and its name.
+    /// It belongs to another user: only name and user are known.
     pub is_hidden: bool,
 }
 
@@ -126,7 +125,7 @@ impl Paths {
         Self::of(dir, &format!("{BACKGROUND}{name}"))
     }
 
-    /// `stem`: what all of them begin with.
+    /// `stem`: the common part of their names.
     fn of(dir: &Path, stem: &str) -> Self {
         let path = |suffix: &str| dir.join(format!("{stem}.{suffix}"));
         Self { pid: path("pid"), state: path("state"), log: path("log") }
@@ -134,59 +133,59 @@ impl Paths {
 
     fn remove(&self) {
         for path in [&self.state, &self.log, &self.pid] {
-            // What is not there need not go; what cannot be removed is found to be stale.
+            // Files that stay are recognised as stale by their lock.
             let _ = fs::remove_file(path);
         }
     }
 }
 
-/// What a recording shows of itself. Dropped it leaves nothing.
+/// A recording's files in the run directory, removed on drop.
 #[derive(Debug)]
-pub struct Shown {
+pub struct PublishedState {
     paths: Paths,
-    /// Its lock is held as long as this is open.
+    /// Holds the lock while open.
     lock: File,
-    state: State,
+    state: RecordingState,
     stays: bool,
 }
 
-/// A recording in the background, for itself. Dropped before it has begun it leaves nothing; later it stays for
-/// whoever asks how it ended.
+/// A recording in the background. Its files are removed on drop before it has begun; afterwards they stay until its
+/// outcome has been read.
 #[derive(Debug)]
 pub struct Background {
-    shown: Shown,
+    published: PublishedState,
     log: File,
 }
 
-impl Shown {
-    /// A recording in the foreground. What others that were killed have left is removed.
+impl PublishedState {
+    /// Publishes a recording in the foreground, and removes the files of killed ones.
     ///
     /// # Errors
     /// [`BackgroundFault::File`]
-    pub fn in_foreground(dir: &Path, state: State) -> Result<Self, BackgroundFault> {
+    pub fn in_foreground(dir: &Path, state: RecordingState) -> Result<Self, BackgroundFault> {
         for stem in stems(dir, FOREGROUND) {
             let paths = Paths::of(dir, &stem);
-            // Whoever takes this name now sees that the file it has locked is gone, and takes it once more.
+            // A process that takes this name now finds its locked file removed, and creates it again.
             if let Ok(Some(_lock)) = lock(&paths.pid) {
                 paths.remove();
             }
         }
         let paths = Paths::of(dir, &format!("{FOREGROUND}{}", std::process::id()));
-        Self::take(dir, paths, State { is_foreground: true, ..state })
+        Self::take(dir, paths, RecordingState { is_foreground: true, ..state })
     }
 
-    fn take(dir: &Path, paths: Paths, mut state: State) -> Result<Self, BackgroundFault> {
+    fn take(dir: &Path, paths: Paths, mut state: RecordingState) -> Result<Self, BackgroundFault> {
         fs::create_dir_all(dir).map_err(failed(dir))?;
         let lock = lock(&paths.pid).map_err(failed(&paths.pid))?;
         let Some(mut lock) = lock else { return Err(BackgroundFault::Running(Box::new(read(&paths)))) };
         (state.pid, state.uid) = (std::process::id(), geteuid().as_raw());
         lock.set_len(0).and_then(|()| writeln!(lock, "{}", state.pid)).map_err(failed(&paths.pid))?;
-        let shown = Self { paths, lock, state, stays: false };
-        shown.write().map_err(failed(&shown.paths.state))?;
-        Ok(shown)
+        let published = Self { paths, lock, state, stays: false };
+        published.write().map_err(failed(&published.paths.state))?;
+        Ok(published)
     }
 
-    /// How far it is.
+    /// Publishes the progress.
     pub fn publish(&mut self, line: String, progress: Value) {
         (self.state.line, self.state.progress) = (line, progress);
         self.try_write();
@@ -198,7 +197,7 @@ impl Shown {
         }
     }
 
-    /// Under another name first: a reader sees the one before or this one.
+    /// Writes a new file and renames it: a reader sees the old state or the new one.
     fn write(&self) -> io::Result<()> {
         let new = self.paths.state.with_extension("state.new");
         let text = serde_json::to_vec(&self.state).map_err(io::Error::other)?;
@@ -208,12 +207,12 @@ impl Shown {
     }
 }
 
-impl Drop for Shown {
+impl Drop for PublishedState {
     fn drop(&mut self) {
         if !self.stays {
             self.paths.remove();
         } else if self.state.outcome.is_some() {
-            // Its number means nothing from now on.
+            // The process id can be reused from now on.
             let _ = fs::remove_file(&self.paths.pid);
         }
         let _ = self.lock.unlock();
@@ -226,65 +225,64 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> BackgroundFault {
 }
 
 impl Background {
-    /// Takes the name. What one that ended or was killed has left is replaced.
+    /// Takes the name, and replaces the files of a recording that has ended or was killed.
     ///
     /// # Errors
     /// [`BackgroundFault::Running`], [`BackgroundFault::File`]
-    pub fn take(dir: &Path, state: State) -> Result<Self, BackgroundFault> {
-        let shown = Shown::take(dir, Paths::new(dir, &state.name), state)?;
-        let path = &shown.paths.log;
+    pub fn take(dir: &Path, state: RecordingState) -> Result<Self, BackgroundFault> {
+        let published = PublishedState::take(dir, Paths::new(dir, &state.name), state)?;
+        let path = &published.paths.log;
         let log = open(options().append(true).create(true), path).map_err(failed(path))?;
         log.set_len(0).map_err(failed(path))?;
-        Ok(Self { shown, log })
+        Ok(Self { published, log })
     }
 
-    /// Where what is said goes.
+    /// The file for its messages.
     pub fn log(&self) -> &File {
         &self.log
     }
 
-    /// The recording has begun: from now on it leaves word of how it ended.
+    /// The recording has begun: its files stay from now on.
     pub fn begin(&mut self) {
-        self.shown.stays = true;
+        self.published.stays = true;
     }
 
-    /// How far it is.
+    /// Publishes the progress.
     pub fn publish(&mut self, line: String, progress: Value) {
-        self.shown.publish(line, progress);
+        self.published.publish(line, progress);
     }
 
-    /// It has ended.
-    pub fn end(mut self, outcome: Outcome) {
-        self.shown.state.outcome = Some(outcome);
-        self.shown.try_write();
+    /// Publishes the outcome.
+    pub fn end(mut self, outcome: RecordingOutcome) {
+        self.published.state.outcome = Some(outcome);
+        self.published.try_write();
     }
 }
 
-/// To write one of ours.
+/// Options to create and write a file of the run directory.
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.write(true).mode(MODE);
     options
 }
 
-/// Opens a file of the run directory. Links are not followed: they could lead out of it. A FIFO or a device in its place
-/// is refused, and not waited for.
+/// Opens a file of the run directory. Symbolic links are not followed; a FIFO or a device is refused without waiting.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    let odd = || io::Error::new(io::ErrorKind::InvalidInput, "something else than a file of vtrace's is there");
+    let odd = || io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
     let opened = options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK).open(path);
-    // A FIFO that nobody reads; a socket.
+    // A FIFO without a reader, or a socket.
     let is_odd = |error: &io::Error| error.raw_os_error() == Some(nix::libc::ENXIO);
     let file = opened.map_err(|error| if is_odd(&error) { odd() } else { error })?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(odd()) }
 }
 
-/// The locked file of this name; `None` if another process holds it.
+/// Opens and locks a file; `None` if another process holds the lock.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     let begun = Instant::now();
     loop {
         let file = open(options().read(true).create(true), path)?;
         match file.try_lock() {
-            // It may have been removed by the one before us, in between.
+            // Its previous owner may have removed it in the meantime.
             Ok(()) if fs::metadata(path).is_ok_and(|now| file.metadata().is_ok_and(|ours| ours.ino() == now.ino())) => {
                 return Ok(Some(file));
             }
@@ -296,7 +294,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Whether a process holds the lock, or whose it is if we may not know.
+/// Whether a process holds the lock; the file's owner if it cannot be opened.
 fn is_running(path: &Path) -> Result<bool, u32> {
     match open(OpenOptions::new().read(true), path) {
         Ok(file) => Ok(matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))),
@@ -307,8 +305,8 @@ fn is_running(path: &Path) -> Result<bool, u32> {
     }
 }
 
-/// What is known of a name: its state; where there is none, the number in its pid file.
-fn read(paths: &Paths) -> State {
+/// The state of a recording; without a valid one, the process id in its pid file.
+fn read(paths: &Paths) -> RecordingState {
     let bounded = |path: &Path| {
         let mut bytes = Vec::new();
         let file = open(OpenOptions::new().read(true), path).ok()?;
@@ -317,17 +315,17 @@ fn read(paths: &Paths) -> State {
     };
     let pid = || bounded(&paths.pid).and_then(|bytes| String::from_utf8(bytes).ok()?.trim().parse().ok());
     let state = bounded(&paths.state).and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    state.unwrap_or_else(|| State { pid: pid().unwrap_or(0), ..State::default() })
+    state.unwrap_or_else(|| RecordingState { pid: pid().unwrap_or(0), ..RecordingState::default() })
 }
 
-/// All recordings: those that run, and those in the background that have left word; by their files' names.
-pub fn list(dir: &Path) -> Vec<Found> {
+/// All running recordings, and those in the background that have ended, sorted by file name.
+pub fn list(dir: &Path) -> Vec<FoundRecording> {
     let background = stems(dir, BACKGROUND).into_iter().map(|stem| look(dir, &stem));
     let foreground = stems(dir, FOREGROUND).into_iter().map(|stem| look(dir, &stem));
     background.chain(foreground.filter(|found| found.is_running)).collect()
 }
 
-/// What the files of one recording each begin with.
+/// The common part of the file names of each recording.
 fn stems(dir: &Path, prefix: &str) -> Vec<String> {
     let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name().into_string().ok().filter(|name| name.starts_with(prefix))?;
@@ -339,37 +337,37 @@ fn stems(dir: &Path, prefix: &str) -> Vec<String> {
     names
 }
 
-fn look(dir: &Path, stem: &str) -> Found {
+fn look(dir: &Path, stem: &str) -> FoundRecording {
     let paths = Paths::of(dir, stem);
     let name = stem.strip_prefix(BACKGROUND);
-    // In this order: one that ends in between has left its last word.
+    // The lock first: a recording that ends in between has published its outcome.
     match is_running(&paths.pid) {
         Ok(is_running) => {
             let state = read(&paths);
             let name = name.map_or_else(|| state.name.clone(), str::to_owned);
-            Found { state: State { name, ..state }, is_running, is_hidden: false }
+            FoundRecording { state: RecordingState { name, ..state }, is_running, is_hidden: false }
         }
         Err(uid) => {
             let name = name.unwrap_or_default().to_owned();
-            let state = State { name, uid, is_foreground: !stem.starts_with(BACKGROUND), ..State::default() };
-            Found { state, is_running: true, is_hidden: true }
+            let state =
+                RecordingState { name, uid, is_foreground: !stem.starts_with(BACKGROUND), ..RecordingState::default() };
+            FoundRecording { state, is_running: true, is_hidden: true }
         }
     }
 }
 
-/// The recording of this name in the background, or the only one there is. One that runs is chosen before one that has
-/// ended.
+/// The recording of this name in the background, or without a name the only one; running ones take precedence.
 ///
 /// # Errors
 /// [`BackgroundFault::NoSuch`], [`BackgroundFault::Several`], [`BackgroundFault::Foreground`]
-pub fn choose(dir: &Path, name: Option<&str>) -> Result<Found, BackgroundFault> {
+pub fn choose(dir: &Path, name: Option<&str>) -> Result<FoundRecording, BackgroundFault> {
     let (foreground, mut all): (Vec<_>, Vec<_>) = list(dir).into_iter().partition(|found| found.state.is_foreground);
     let mut others = foreground.into_iter().filter(|found| !found.is_hidden).map(|found| found.state);
     let other = others.find(|state| name.is_none_or(|name| name == state.name));
     if let Some(state) = other.filter(|_| all.iter().all(|found| name.is_some_and(|name| name != found.state.name))) {
         return Err(BackgroundFault::Foreground(Box::new(state)));
     }
-    let known = |all: &[Found]| all.iter().map(|found| found.state.name.clone()).collect::<Vec<_>>();
+    let known = |all: &[FoundRecording]| all.iter().map(|found| found.state.name.clone()).collect::<Vec<_>>();
     if let Some(name) = name {
         let names = known(&all);
         return all.into_iter().find(|found| found.state.name == name).ok_or(BackgroundFault::NoSuch { known: names });
@@ -384,15 +382,15 @@ pub fn choose(dir: &Path, name: Option<&str>) -> Result<Found, BackgroundFault> 
     }
 }
 
-/// Waits until the recording of this name has ended, and says how. What it has left is removed.
+/// Waits until the recording of this name has ended. Returns its outcome and removes its files.
 ///
 /// # Errors
 /// [`BackgroundFault::Killed`]
-pub fn await_end(dir: &Path, name: &str) -> Result<Outcome, BackgroundFault> {
+pub fn await_end(dir: &Path, name: &str) -> Result<RecordingOutcome, BackgroundFault> {
     while is_running(&Paths::new(dir, name).pid) == Ok(true) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let Found { mut state, .. } = look(dir, &format!("{BACKGROUND}{name}"));
+    let FoundRecording { mut state, .. } = look(dir, &format!("{BACKGROUND}{name}"));
     let outcome = state.outcome.take();
     Paths::new(dir, name).remove();
     outcome.ok_or_else(|| BackgroundFault::Killed(Box::new(state)))
@@ -402,8 +400,13 @@ pub fn await_end(dir: &Path, name: &str) -> Result<Outcome, BackgroundFault> {
 mod tests {
     use super::*;
 
-    fn state(name: &str) -> State {
-        State { name: name.into(), guests: vec!["guest1".into()], files: vec!["t.dat".into()], ..State::default() }
+    fn state(name: &str) -> RecordingState {
+        RecordingState {
+            name: name.into(),
+            guests: vec!["guest1".into()],
+            files: vec!["t.dat".into()],
+            ..RecordingState::default()
+        }
     }
 
     fn names(dir: &Path) -> Vec<(String, bool)> {
@@ -411,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn fifo_in_the_place_of_a_file_is_refused_and_nobody_waits_for_it() {
+    fn fifo_in_the_place_of_a_file_is_refused_without_waiting() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
         let paths = Paths::new(dir, "guest1");
@@ -422,8 +425,8 @@ mod tests {
             let Err(BackgroundFault::File { source, .. }) = Background::take(dir, state("guest1")) else {
                 panic!("{what}: a FIFO was taken")
             };
-            assert!(source.to_string().contains("something else"), "{what}: {source}");
-            // Whoever looks does not wait, either.
+            assert!(source.to_string().contains("not a regular file"), "{what}: {source}");
+            // Readers do not wait either.
             assert!(list(dir).iter().all(|found| !found.is_running), "{what}");
             let _ = fs::remove_file(path);
         }
@@ -445,7 +448,7 @@ mod tests {
         let _other = Background::take(&dir, state("guest2")).unwrap();
         assert_eq!(names(&dir), [("guest1".into(), true), ("guest2".into(), true)]);
         assert!(matches!(choose(&dir, None), Err(BackgroundFault::Several(names)) if names == ["guest1", "guest2"]));
-        first.end(Outcome { status: 3, text: "table".into(), summary: Value::Null });
+        first.end(RecordingOutcome { status: 3, text: "table".into(), summary: Value::Null });
         assert_eq!(choose(&dir, None).unwrap().state.name, "guest2");
         assert!(!choose(&dir, Some("guest1")).unwrap().is_running);
         assert_eq!(await_end(&dir, "guest1").unwrap().status, 3);
@@ -462,13 +465,13 @@ mod tests {
     }
 
     #[test]
-    fn killed_recording_is_told_from_one_that_ended_whatever_process_has_its_number() {
+    fn killed_recording_differs_from_one_that_ended_whatever_process_has_its_id() {
         let folder = tempfile::tempdir().unwrap();
         let mut killed = Background::take(folder.path(), state("host")).unwrap();
         killed.begin();
         killed.publish("recording 1 s".into(), Value::Null);
         // As a kill does: the lock goes, the files stay.
-        killed.shown.lock.unlock().unwrap();
+        killed.published.lock.unlock().unwrap();
         std::mem::forget(killed);
         assert_eq!(names(folder.path()), [("host".into(), false)]);
         let Err(BackgroundFault::Killed(found)) = await_end(folder.path(), "host") else { panic!("it did not end") };
@@ -477,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn state_that_is_no_json_and_a_link_are_nothing_to_trip_over() {
+    fn invalid_json_and_links_are_ignored() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("record-a.state"), b"{\xff").unwrap();
         fs::write(folder.path().join("record-a.pid"), "77\n").unwrap();
@@ -490,14 +493,14 @@ mod tests {
     }
 
     #[test]
-    fn recording_in_the_foreground_is_seen_while_it_is_there_and_takes_no_name() {
+    fn recording_in_the_foreground_is_listed_while_it_runs_and_takes_no_name() {
         let folder = tempfile::tempdir().unwrap();
-        // One that was killed: nobody holds its lock.
+        // A killed one: its lock is free.
         let killed = Paths::of(folder.path(), "foreground-7");
         fs::write(&killed.pid, "7\n").unwrap();
         fs::write(&killed.state, serde_json::to_vec(&state("guest1")).unwrap()).unwrap();
-        assert!(list(folder.path()).is_empty(), "one that is gone is not shown");
-        let shown = Shown::in_foreground(folder.path(), state("guest1")).unwrap();
+        assert!(list(folder.path()).is_empty(), "one that is gone is not published");
+        let published = PublishedState::in_foreground(folder.path(), state("guest1")).unwrap();
         assert!(!killed.pid.exists() && !killed.state.exists(), "the next one clears up");
         let [found] = &list(folder.path())[..] else { panic!("one recording") };
         let expected = ("guest1", std::process::id(), true, true);
@@ -509,15 +512,15 @@ mod tests {
         assert!(matches!(choose(folder.path(), Some("host")), Err(BackgroundFault::NoSuch { .. })));
         let background = Background::take(folder.path(), state("guest1")).unwrap();
         assert!(!choose(folder.path(), Some("guest1")).unwrap().state.is_foreground);
-        drop((shown, background));
+        drop((published, background));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn files_of_a_recording_are_its_users_alone() {
+    fn files_of_a_recording_have_mode_0600() {
         let folder = tempfile::tempdir().unwrap();
         let _background = Background::take(folder.path(), state("host")).unwrap();
-        let _shown = Shown::in_foreground(folder.path(), state("host")).unwrap();
+        let _shown = PublishedState::in_foreground(folder.path(), state("host")).unwrap();
         let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap()).collect();
         assert_eq!(files.len(), 5);
         for file in files {
@@ -525,7 +528,7 @@ mod tests {
         }
     }
 
-    fn state_of_nothing(name: &str) -> State {
-        State { name: name.into(), ..State::default() }
+    fn state_of_nothing(name: &str) -> RecordingState {
+        RecordingState { name: name.into(), ..RecordingState::default() }
     }
 }

@@ -1,10 +1,10 @@
-//! Whose word is taken for a guest's times: KVM's, where it is known; else what was measured.
+//! How each guest's times become host times: from KVM's offsets where they are known, else from measurements.
 //!
-//! In:    measurements at both ends, what KVM said meanwhile, the host's pages around each change
-//! Out:   [`GuestClock`]: how the file's times are to become the host's; and that done, what the file and the summary say
+//! In:    measurements at both ends, KVM's reports, the host's pages around each change
+//! Out:   [`GuestClock`]: how to convert the file's times; after the conversion, [`ConvertedTimes`]
 //! Runs:  on record's thread, when all machines have stopped and their pages are in their areas
-//! Full:  a disk without room for the largest lane once more is an error; the file says whose its times are
-//! Trust: KVM; a guest's measurements are checked against it, its own word places only its own events
+//! Full:  rewriting needs free space for the largest lane once more; without it the times stay the guest's, with a remark
+//! Trust: KVM. A guest's measurements are checked against it; a guest that lies misplaces its own events only
 
 use vtrace_common::{
     ids::Cpu,
@@ -13,9 +13,9 @@ use vtrace_common::{
 };
 
 use super::{
-    instances,
-    session::GuestSession,
-    state::{Clocks, Common, Recording},
+    guests::session::GuestSession,
+    host::instances,
+    session::{ClockReadings, Recording, SharedFacts},
     summary::{ClockSummary, KVM, MEASURED, RAW},
 };
 use crate::{
@@ -27,7 +27,8 @@ use crate::{
         ratio::Isa,
         segment::{Refusal, Seen, tsc_is_stable},
         table::Table,
-        vcpus::{Told, Vcpu, of_guest, segments},
+        vcpus::{Told, Unknown, Vcpu, of_guest, segments},
+        watch::KvmFault,
     },
     printable::chain,
     trace::{
@@ -36,144 +37,191 @@ use crate::{
             segments::{Segments, Shown},
             uncertainty::Doubt,
         },
-        write::{Writer, host_times::Rewritten},
+        write::{WriteFault, Writer, host_lanes::HostingFault, host_times::Rewritten},
     },
 };
 
-/// Behind a step back runs are of use for as long as a page lasts; so far they are looked at, cycles.
+/// Runs of a vCPU are looked up this far after a step back of its TSC, cycles: as long as one page can last.
 const PAGE_CYCLES: u64 = 1 << 30;
 
 /// How one guest's times become host times.
 pub(super) struct GuestClock {
-    /// What KVM said of it; nothing if that is not known.
+    /// KVM's history of each vCPU; empty if it is not known.
     pub(super) kvm: Vec<Vcpu>,
-    word: Word,
+    source: ClockSource,
     lanes: Vec<Cpu>,
-    /// The file keeps the guest's own times.
+    /// The file keeps the guest's own times (`--raw-clock`).
     is_raw: bool,
-    /// Pages are going to be a named instance's, which stock readers apply no time shift to.
+    /// The pages go to a named instance, to which stock readers apply no time shift.
     is_instance: bool,
     since: HostTsc,
     remarks: Vec<String>,
 }
 
-/// Whose word is taken.
-enum Word {
+/// Where the conversion comes from.
+enum ClockSource {
     Kvm(Table, Shape),
     Measured { plan: ClockPlan, why: String },
-    Nobodys,
+    None,
 }
 
-/// What became of a guest's times.
+/// Why KVM's offsets are not used.
+#[derive(Debug, thiserror::Error)]
+enum NoKvmClock<'a> {
+    #[error("{}", chain(*.0))]
+    Watch(&'a KvmFault),
+    #[error("it was not armed")]
+    NotArmed,
+    #[error(transparent)]
+    Unknown(#[from] Unknown),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+/// Why pages keep the guest's times.
+#[derive(Debug, thiserror::Error)]
+enum RewriteError {
+    #[error("it has too many CPUs")]
+    TooManyCpus,
+    #[error(transparent)]
+    Write(#[from] WriteFault),
+    #[error(transparent)]
+    Pages(#[from] HostingFault),
+}
+
+/// A file's pages and what is stored beside them.
+pub(super) struct FilePages<'a> {
+    pub(super) writer: &'a mut Writer,
+    /// Bytes of each lane; rewritten lanes can become longer.
+    pub(super) filled: &'a mut [(Cpu, u64)],
+    /// Stored early, in case the rewriting is killed.
+    pub(super) cmdlines: &'a [u8],
+    /// As `cmdlines`.
+    pub(super) options: &'a [TraceOption],
+}
+
+/// The result of a conversion.
 #[derive(Default)]
-pub(super) struct Converted {
+pub(super) struct ConvertedTimes {
     /// For the file.
     pub(super) options: Vec<TraceOption>,
     /// For the closing table.
     pub(super) summary: Option<ClockSummary>,
-    /// What a reader has to know.
+    /// For the closing table.
     pub(super) remarks: Vec<String>,
-    /// Pages each lane has more than came.
+    /// Pages added to each lane.
     pub(super) added: Vec<(Cpu, u64)>,
-    /// Some times are the host's and some the guest's.
+    /// The times could not be rewritten, or only those of some lanes.
     pub(super) failed: bool,
-    /// Which of the times are not exact.
+    /// Times that are not exact.
     doubts: Vec<Doubt>,
 }
 
 impl GuestClock {
-    /// Decides for the guest `index`, which was armed and has pages of `lanes`.
+    /// Chooses the source for guest `index`; `lanes` are those of its lanes that have pages.
     pub(super) fn of(
         recording: &Recording,
         index: usize,
         (session, lanes): (&GuestSession, Vec<Cpu>),
-        common: &Common,
+        shared: &SharedFacts,
         host: Option<&HostLanes>,
     ) -> Self {
-        let clocks = &recording.clocks[index];
-        let isa = Isa::of_this_machine().unwrap_or(Isa::None);
+        let readings = &recording.clocks[index];
         let mut clock = Self {
             kvm: Vec::new(),
-            word: Word::Nobodys,
+            source: ClockSource::None,
             lanes,
             is_raw: recording.plan.raw_clock,
             is_instance: instances::of_guest(recording.plan, session).is_some(),
             since: recording.since,
             remarks: Vec::new(),
         };
-        let why = match by_kvm(recording, clocks, session, &clock.lanes, isa) {
-            Ok(kvm) => {
-                clock.kvm = kvm;
-                match clock.table(recording.since, isa, host) {
-                    Ok(table) => {
-                        let by_option = || shape(&table, &clock.lanes, common.host_id);
-                        let shape = if clock.is_instance { Shape::Rewrite } else { by_option() };
-                        clock.word = Word::Kvm(table, shape);
-                        return clock;
-                    }
-                    Err(refusal) => refusal.to_string(),
-                }
+        clock.source = match clock.kvm_table(recording, readings, session, host) {
+            Ok(table) => {
+                let shape =
+                    if clock.is_instance { Shape::Rewrite } else { shape(&table, &clock.lanes, shared.host_id) };
+                ClockSource::Kvm(table, shape)
             }
-            Err(why) => why,
+            Err(why) => match plan(&readings.start, &readings.end, &clock.lanes, shared.host_id) {
+                Some(plan) => ClockSource::Measured { plan, why: chain(&why) },
+                None => ClockSource::None,
+            },
         };
-        if let Some(plan) = plan(&clocks.start, &clocks.end, &clock.lanes, common.host_id) {
-            clock.word = Word::Measured { plan, why };
-        }
         clock
     }
 
-    /// The history that KVM told, with all that the host's trace says of it.
-    fn table(&mut self, since: HostTsc, isa: Isa, host: Option<&HostLanes>) -> Result<Table, Refusal> {
-        // Where sysfs is silent, so is the objection.
+    /// KVM's history of all lanes' offsets.
+    fn kvm_table<'a>(
+        &mut self,
+        recording: &'a Recording,
+        readings: &ClockReadings,
+        session: &GuestSession,
+        host: Option<&HostLanes>,
+    ) -> Result<Table, NoKvmClock<'a>> {
+        let isa = Isa::of_this_machine().unwrap_or(Isa::None);
+        self.kvm = kvm_vcpus(recording, readings, session, &self.lanes, isa)?;
+        // Where sysfs cannot be read, the TSC counts as stable.
         if tsc_is_stable().is_ok_and(|stable| !stable) {
-            return Err(Refusal::UnstableTsc);
+            return Err(Refusal::UnstableTsc.into());
         }
-        let seen = self.seen(since, host);
-        let mut table = Table::build(since, isa, seen, &self.lanes)?;
-        self.learn(&mut table, host);
+        let seen = self.seen(recording.since, host);
+        let mut table = Table::build(recording.since, isa, seen, &self.lanes)?;
+        self.add_runs(&mut table, host);
         Ok(table)
     }
 
-    /// Every state that was told, as exactly as the host's trace says when.
+    /// Every TSC state that KVM reported, with its time as exact as the host's trace allows.
     fn seen(&mut self, since: HostTsc, host: Option<&HostLanes>) -> Vec<Seen> {
-        let all = || self.kvm.iter().flat_map(|vcpu| vcpu.told.iter().map(move |told| (vcpu, told)));
-        let changes = all().filter(|(_, told)| told.change.source == source::ENTRY && told.seen >= since);
-        let (wanted, threads): (Vec<_>, Vec<_>) =
-            changes.map(|(_, told)| (around(range(told)), told.change.vcpu_tid)).unzip();
-        let doings = host.map(|host| host.look(&wanted, &threads)).transpose();
-        let doings =
-            doings.map_err(|fault| format!("the host's trace around changes cannot be read: {}", chain(&fault)));
-        let seen = all().map(|(vcpu, told)| {
-            let mut seen = Seen::new(&told.change, vcpu.cpu, range(told));
-            if let Ok(Some(doings)) = &doings {
-                let (thread, state) = (told.change.vcpu_tid, (told.change.offset, told.change.ratio));
-                match doings.announced(thread, state, seen.at).filter(|_| told.change.source == source::ENTRY) {
-                    Some(at) => seen.at = HostRange::at(at),
-                    None => seen.settle(&doings.runs(thread, &[around(seen.at)])),
-                }
+        let mut stretches = Vec::new();
+        let mut threads = Vec::new();
+        for told in self.kvm.iter().flat_map(|vcpu| &vcpu.told) {
+            if told.change.source == source::ENTRY && told.seen >= since {
+                stretches.push(around(range(told)));
+                threads.push(told.change.vcpu_tid);
             }
-            seen
-        });
-        let seen = seen.collect();
-        self.remarks.extend(doings.err());
-        seen
+        }
+        let doings = match host.map(|host| host.look(&stretches, &threads)) {
+            Some(Ok(doings)) => Some(doings),
+            Some(Err(fault)) => {
+                self.remarks.push(format!("the host's trace around TSC changes cannot be read: {}", chain(&fault)));
+                None
+            }
+            None => None,
+        };
+        let mut all = Vec::new();
+        for vcpu in &self.kvm {
+            for told in &vcpu.told {
+                let mut seen = Seen::new(&told.change, vcpu.cpu, range(told));
+                if let Some(doings) = &doings {
+                    let thread = told.change.vcpu_tid;
+                    let state = (told.change.offset, told.change.ratio);
+                    let announced = doings.announced(thread, state, seen.at);
+                    match announced.filter(|_| told.change.source == source::ENTRY) {
+                        Some(at) => seen.at = HostRange::at(at),
+                        None => seen.settle(&doings.runs(thread, &[around(seen.at)])),
+                    }
+                }
+                all.push(seen);
+            }
+        }
+        all
     }
 
-    /// Tells the table when vCPUs ran, where that decides.
-    fn learn(&mut self, table: &mut Table, host: Option<&HostLanes>) {
+    /// Adds the runs of vCPUs to the table, where they decide which offset held.
+    fn add_runs(&mut self, table: &mut Table, host: Option<&HostLanes>) {
         let Some(host) = host else { return };
-        let longer = |range: HostRange| HostRange { high: HostTsc(range.high.0.saturating_add(PAGE_CYCLES)), ..range };
-        let of_vcpu = |vcpu: &Vcpu| -> Vec<HostRange> {
-            table.runs_wanted(vcpu.cpu).into_iter().map(|range| longer(around(range))).collect()
-        };
-        let wanted: Vec<(Cpu, u32, Vec<HostRange>)> =
-            self.kvm.iter().map(|vcpu| (vcpu.cpu, vcpu.tid, of_vcpu(vcpu))).collect();
-        let all: Vec<HostRange> = wanted.iter().flat_map(|(_, _, wanted)| wanted).copied().collect();
+        let mut wanted: Vec<(Cpu, u32, Vec<HostRange>)> = Vec::new();
+        for vcpu in &self.kvm {
+            let ranges = table.runs_wanted(vcpu.cpu).into_iter().map(|range| one_page_longer(around(range)));
+            wanted.push((vcpu.cpu, vcpu.tid, ranges.collect()));
+        }
+        let all: Vec<HostRange> = wanted.iter().flat_map(|(_, _, ranges)| ranges).copied().collect();
         let threads: Vec<u32> = wanted.iter().map(|(_, thread, _)| *thread).collect();
         match host.look(&all, &threads) {
             Ok(doings) => {
-                let known = wanted.into_iter().filter(|(_, _, wanted)| !wanted.is_empty());
-                known.for_each(|(cpu, thread, wanted)| table.learn(cpu, doings.runs(thread, &wanted)));
+                for (cpu, thread, ranges) in wanted.into_iter().filter(|(_, _, ranges)| !ranges.is_empty()) {
+                    table.learn(cpu, doings.runs(thread, &ranges));
+                }
             }
             Err(fault) => {
                 self.remarks.push(format!("the host's trace around steps back cannot be read: {}", chain(&fault)));
@@ -181,163 +229,162 @@ impl GuestClock {
         }
     }
 
-    /// A CPU whose clock counts for the whole guest's start.
+    /// The lane whose clock gives the guest's start time.
     pub(super) fn first_lane(&self) -> Option<Cpu> {
         self.lanes.first().copied()
     }
 
-    /// What the host's TSC was when the guest's was `guest`, `near` a time of the host.
+    /// The host's TSC when the guest's was `guest`, close to `near`.
     pub(super) fn to_host(&self, cpu: Cpu, guest: GuestTsc, near: HostTsc) -> Option<HostTsc> {
-        match &self.word {
-            Word::Kvm(table, _) => table.to_host(cpu, guest, near).map(|conversion| conversion.at),
-            Word::Measured { plan, .. } => Some(plan.to_host(cpu, guest)),
-            Word::Nobodys => None,
+        match &self.source {
+            ClockSource::Kvm(table, _) => table.to_host(cpu, guest, near).map(|conversion| conversion.at),
+            ClockSource::Measured { plan, .. } => Some(plan.to_host(cpu, guest)),
+            ClockSource::None => None,
         }
     }
 
-    /// Gives the file its times. `filled`: the bytes of each lane, which can become more; `known`: what else the file is
-    /// to have, should this be killed.
-    pub(super) fn convert(
-        self,
-        file: &mut Writer,
-        filled: &mut [(Cpu, u64)],
-        known: &Known<'_>,
-        common: &Common,
-    ) -> Converted {
-        let Self { kvm, word, lanes, is_raw, is_instance, since, remarks } = self;
-        let mut done = Converted { remarks, ..Converted::default() };
-        let mut said = ClockSummary { segments: segments(&kvm), kvm, steady: true, ..ClockSummary::default() };
-        match word {
-            Word::Nobodys if is_raw => {}
-            Word::Nobodys => {
-                done.remarks.push("its clock could not be measured: its times stay its own".into());
-                return done;
+    /// Converts the times of a file, by options or by rewriting its pages.
+    pub(super) fn convert(self, pages: FilePages<'_>, shared: &SharedFacts) -> ConvertedTimes {
+        let mut converted = ConvertedTimes { remarks: self.remarks, ..ConvertedTimes::default() };
+        let segments = segments(&self.kvm);
+        let mut summary = ClockSummary { segments, kvm: self.kvm, steady: true, ..ClockSummary::default() };
+        match self.source {
+            ClockSource::None if self.is_raw => {}
+            ClockSource::None => {
+                converted.remarks.push("its clock could not be measured: its times stay its own".into());
+                return converted;
             }
-            Word::Measured { plan, why } => {
-                (said.source, said.vcpus, said.steady) = (MEASURED.into(), plan.vcpus, plan.steady);
-                (said.bound_ns, said.why_measured) = (common.scale.ns(plan.bound_cycles), Some(why));
-                match (is_raw, is_instance) {
-                    (true, _) => {}
-                    (false, true) => done.by_plan(&plan, since, (file, filled, known), &mut said, common),
-                    (false, false) => done.options.push(TraceOption::TimeShift(plan.time_shift)),
+            ClockSource::Measured { plan, why } => {
+                summary.source = MEASURED.into();
+                summary.vcpus = plan.vcpus;
+                summary.steady = plan.steady;
+                summary.bound_ns = shared.scale.ns(plan.bound_cycles);
+                summary.why_measured = Some(why);
+                if self.is_instance && !self.is_raw {
+                    converted.rewrite_by_plan(&plan, self.since, pages, &mut summary, shared);
+                } else if !self.is_raw {
+                    converted.options.push(TraceOption::TimeShift(plan.time_shift));
                 }
             }
-            Word::Kvm(table, shape) => {
-                (said.source, said.vcpus, said.steady) = (KVM.into(), lanes.len(), said.segments <= 1);
-                done.by_table(table, Some(shape).filter(|_| !is_raw), (file, filled, known), &mut said, common);
+            ClockSource::Kvm(table, shape) => {
+                summary.source = KVM.into();
+                summary.vcpus = self.lanes.len();
+                summary.steady = summary.segments <= 1;
+                let shape = Some(shape).filter(|_| !self.is_raw);
+                converted.apply_table(table, shape, pages, &mut summary, shared);
             }
         }
-        if is_raw {
-            (said.source, said.bound_ns) = (RAW.into(), 0);
+        if self.is_raw {
+            summary.source = RAW.into();
+            summary.bound_ns = 0;
         }
-        done.summary = Some(said);
-        done
+        converted.summary = Some(summary);
+        converted
     }
 }
 
-/// What a file has besides its pages: command lines and options.
-pub(super) type Known<'a> = (&'a [u8], &'a [TraceOption]);
-
-/// A file's pages: who writes it, the bytes of each lane, and what else is known.
-type Place<'a> = (&'a mut Writer, &'a mut [(Cpu, u64)], &'a Known<'a>);
-
-impl Converted {
-    fn by_table(
+impl ConvertedTimes {
+    fn apply_table(
         &mut self,
         table: Table,
         shape: Option<Shape>,
-        place: Place<'_>,
-        said: &mut ClockSummary,
-        common: &Common,
+        pages: FilePages<'_>,
+        summary: &mut ClockSummary,
+        shared: &SharedFacts,
     ) {
-        said.bound_ns = common.scale.ns(table.bound());
+        summary.bound_ns = shared.scale.ns(table.bound());
         let shown = match shape {
             None => Shown::Raw,
             Some(Shape::Shift(shift)) => {
                 self.options.push(TraceOption::TimeShift(shift));
                 Shown::Shifted
             }
-            Some(Shape::Rewrite) => match self.rewrite(&table, place) {
+            Some(Shape::Rewrite) => match self.rewrite(&table, pages) {
                 Ok(total) => {
-                    said.bound_ns = common.scale.ns(total.error_max);
-                    said.uncertain_events = total.unsure + total.trapped;
+                    summary.bound_ns = shared.scale.ns(total.error_max);
+                    summary.uncertain_events = total.unsure + total.trapped;
                     self.note(&total);
                     Shown::Rewritten
                 }
-                Err(why) => self.not_rewritten(&why),
+                Err(error) => self.not_rewritten(&error),
             },
         };
         self.options.push(TraceOption::Segments(Segments { shown, table, doubts: std::mem::take(&mut self.doubts) }));
     }
 
-    /// Gives the pages the times that a time shift would give them.
-    fn by_plan(
+    /// Rewrites the pages with the times that the plan's time shift would give.
+    fn rewrite_by_plan(
         &mut self,
         plan: &ClockPlan,
         since: HostTsc,
-        place: Place<'_>,
-        said: &mut ClockSummary,
-        common: &Common,
+        pages: FilePages<'_>,
+        summary: &mut ClockSummary,
+        shared: &SharedFacts,
     ) {
-        let rewritten =
-            plan.table(since).ok_or_else(|| "it has too many CPUs".to_owned()).and_then(|(table, further)| {
-                said.bound_ns = common.scale.ns(plan.bound_cycles.saturating_add(further));
-                self.rewrite(&table, place)
-            });
+        let rewritten = match plan.table(since) {
+            Some((table, further_cycles)) => {
+                summary.bound_ns = shared.scale.ns(plan.bound_cycles.saturating_add(further_cycles));
+                self.rewrite(&table, pages)
+            }
+            None => Err(RewriteError::TooManyCpus),
+        };
         match rewritten {
             Ok(total) => self.note(&total),
-            Err(why) => drop(self.not_rewritten(&why)),
+            Err(error) => drop(self.not_rewritten(&error)),
         }
         self.doubts.clear();
     }
 
-    /// Some pages or all have the guest's own times.
-    fn not_rewritten(&mut self, why: &str) -> Shown {
+    /// Some lanes, or all, keep the guest's own times.
+    fn not_rewritten(&mut self, error: &RewriteError) -> Shown {
         self.failed = true;
         let is_touched = !self.added.is_empty();
         let whose = if is_touched { "of some CPUs the host's and of some its own" } else { "its own" };
-        self.remarks.push(format!("its times are {whose}: {why}"));
+        self.remarks.push(format!("its times are {whose}: {}", chain(error)));
         if is_touched { Shown::Mixed } else { Shown::Raw }
     }
 
-    /// Gives the pages of all lanes host times.
-    fn rewrite(&mut self, table: &Table, (file, filled, known): Place<'_>) -> Result<Rewritten, String> {
-        let hosted = file.host_times(filled, table, known.0, known.1).map_err(|fault| chain(&fault))?;
+    /// Rewrites the pages of all lanes with host times.
+    fn rewrite(&mut self, table: &Table, pages: FilePages<'_>) -> Result<Rewritten, RewriteError> {
+        let hosted = pages.writer.host_times(pages.filled, table, pages.cmdlines, pages.options)?;
         self.doubts = hosted.doubts;
         let mut total = Rewritten::default();
         for (cpu, done) in hosted.lanes {
             self.added.push((cpu, done.pages_added));
             total.join(&done);
         }
-        hosted.fault.map_or(Ok(total), |fault| Err(chain(&fault)))
+        match hosted.fault {
+            Some(fault) => Err(fault.into()),
+            None => Ok(total),
+        }
     }
 
     fn note(&mut self, total: &Rewritten) {
         let Rewritten { foreign, pages_cut, .. } = *total;
         if foreign > 0 {
-            self.remarks.push(format!("{foreign} of its events have times that KVM's word does not explain"));
+            self.remarks.push(format!("{foreign} of its events have times that no TSC offset from KVM explains"));
         }
         if pages_cut > 0 {
-            self.remarks.push(format!("{pages_cut} of its pages end where they are broken"));
+            self.remarks.push(format!("{pages_cut} of its pages are broken and were cut at the last valid event"));
         }
     }
 }
 
-/// The guest's vCPUs as KVM told them, or why they are not known.
-fn by_kvm(
-    recording: &Recording,
-    clocks: &Clocks,
+/// KVM's history of the guest's vCPUs.
+fn kvm_vcpus<'a>(
+    recording: &'a Recording,
+    readings: &ClockReadings,
     session: &GuestSession,
     lanes: &[Cpu],
     isa: Isa,
-) -> Result<Vec<Vcpu>, String> {
-    let told = recording.kvm.as_ref().map_err(|fault| chain(fault))?;
-    let claimed = session.claimed.as_ref().ok_or("it was not armed")?;
-    let measured = [&clocks.start[..], &clocks.end[..]].concat();
-    of_guest(told, claimed.vmm_pid, &apics(session), lanes, &measured, isa).map_err(|unknown| unknown.to_string())
+) -> Result<Vec<Vcpu>, NoKvmClock<'a>> {
+    let told = recording.kvm.as_ref().map_err(NoKvmClock::Watch)?;
+    let claimed = session.claimed.as_ref().ok_or(NoKvmClock::NotArmed)?;
+    let measured = [&readings.start[..], &readings.end[..]].concat();
+    Ok(of_guest(told, claimed.vmm_pid, &apics(session), lanes, &measured, isa)?)
 }
 
-/// The APIC ids that the agent named: when it said hello, and of CPUs that have come since.
+/// The APIC ids that the agent reported: in its hello, and at the end for CPUs that came online since.
 fn apics(session: &GuestSession) -> Vec<(Cpu, u32)> {
     let reported = session.reports.iter().filter_map(|report| Some((report.cpu, report.apic?)));
     let claimed = session.claimed.iter().flat_map(|claimed| claimed.machine.apics.iter().copied());
@@ -351,4 +398,8 @@ fn range(told: &Told) -> HostRange {
         low: HostTsc(seen.0.saturating_sub(*error_cycles)),
         high: HostTsc(seen.0.saturating_add(*error_cycles)),
     }
+}
+
+fn one_page_longer(range: HostRange) -> HostRange {
+    HostRange { high: HostTsc(range.high.0.saturating_add(PAGE_CYCLES)), ..range }
 }

@@ -1,4 +1,4 @@
-//! The command that runs while we record.
+//! The host's command, which runs while the recording does.
 
 use std::{
     ffi::OsString,
@@ -18,40 +18,40 @@ use crate::sys::{
     signal::{Signals, unblock_in},
 };
 
-/// How long a command may take to end when it is asked to.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time between SIGTERM and SIGKILL.
+const STOP_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// The command, running or not.
+/// The command; `None`: the recording waits for a stop signal.
 #[derive(Debug)]
-pub struct Command {
+pub struct HostCommand {
     child: Option<Child>,
 }
 
 /// Why the command cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// No such program in PATH, or it cannot be executed.
+    /// PATH has no such executable.
     #[error("{}: command not found", .0.display())]
     NotFound(OsString),
-    /// It did not start.
+    /// A system call failed.
     #[error("{}: {source}", .command.display())]
     Start {
-        /// Which.
+        /// The program, or the call.
         command: OsString,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }
 
-impl Command {
-    /// Whether it could run: asked before anything is armed.
+impl HostCommand {
+    /// Checks that the program exists, before anything is armed.
     pub fn check(words: &[OsString]) -> Result<(), CommandError> {
         let Some(program) = words.first() else { return Ok(()) };
         if program::find(program).is_some() { Ok(()) } else { Err(CommandError::NotFound(program.clone())) }
     }
 
-    /// Starts it; an empty one is a wait for Ctrl-C. With `buffers` (directories of tracefs) that are bound
-    /// to processes it is one of them from its first instruction on.
+    /// Starts the command; without one, the recording waits for a stop signal. `buffers`: directories of instances that
+    /// record only processes that join them; the command joins before its first instruction.
     pub fn start(words: &[OsString], buffers: &[&Path]) -> Result<Self, CommandError> {
         let Some(program) = words.first() else { return Ok(Self { child: None }) };
         let mut command = program::command(words, buffers.iter().copied());
@@ -62,7 +62,7 @@ impl Command {
         }
     }
 
-    /// `Some(status)` once it has ended: its exit code, or 128 + signal as a shell gives it.
+    /// `Some(status)` once it has ended: its exit code, or 128 + signal.
     pub fn ended(&mut self, signals: &Signals) -> Result<Option<Option<u8>>, CommandError> {
         let Some(child) = &mut self.child else { return Ok(None) };
         signals.take_child();
@@ -70,20 +70,19 @@ impl Command {
         Ok(ended.map(|status| Some(program::code(status))))
     }
 
-    /// Asks it to end (Ctrl-C has reached it already if it shares our terminal) and waits for it; when somebody asks
-    /// again, or it takes longer than [`PATIENCE`], it is killed.
+    /// Sends SIGTERM and waits. A second stop signal, or [`STOP_TIME_MAX`], kills it.
     pub fn stop(mut self, signals: &Signals) -> Result<Option<u8>, CommandError> {
         let Some(child) = &mut self.child else { return Ok(None) };
         let asked = Instant::now();
         if let Ok(pid) = i32::try_from(child.id()) {
-            // It may have ended by itself; then there is nobody to ask.
+            // It may have ended already.
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         loop {
             if let Some(status) = child.try_wait().map_err(waiting)? {
                 return Ok(Some(program::code(status)));
             }
-            if signals.take_stop() > 0 || asked.elapsed() > PATIENCE {
+            if signals.take_stop() > 0 || asked.elapsed() > STOP_TIME_MAX {
                 child.kill().map_err(waiting)?;
                 return Ok(Some(program::code(child.wait().map_err(waiting)?)));
             }
@@ -92,10 +91,10 @@ impl Command {
     }
 }
 
-impl Drop for Command {
+impl Drop for HostCommand {
     fn drop(&mut self) {
         let Some(child) = &mut self.child else { return };
-        // Only where recording has failed is it still running; there is nobody left to tell about it.
+        // It still runs only if the recording failed, and that error is reported already.
         if matches!(child.try_wait(), Ok(None)) {
             let _ = child.kill();
             let _ = child.wait();
@@ -116,17 +115,17 @@ mod tests {
     }
 
     #[test]
-    fn program_that_is_not_there_is_found_out_before_it_starts() {
-        assert!(Command::check(&words("sh -c true")).is_ok());
-        assert!(Command::check(&[]).is_ok());
-        assert!(matches!(Command::check(&words("no-such-program-here")), Err(CommandError::NotFound(_))));
-        assert!(matches!(Command::check(&words("/etc/passwd")), Err(CommandError::NotFound(_))));
+    fn missing_program_is_refused_before_the_start() {
+        assert!(HostCommand::check(&words("sh -c true")).is_ok());
+        assert!(HostCommand::check(&[]).is_ok());
+        assert!(matches!(HostCommand::check(&words("no-such-program-here")), Err(CommandError::NotFound(_))));
+        assert!(matches!(HostCommand::check(&words("/etc/passwd")), Err(CommandError::NotFound(_))));
     }
 
     #[test]
     fn stopped_command_says_which_signal_ended_it() {
         let signals = Signals::open().unwrap();
-        let command = Command::start(&words("sleep 1000"), &[]).unwrap();
+        let command = HostCommand::start(&words("sleep 1000"), &[]).unwrap();
         assert_eq!(command.stop(&signals).unwrap(), Some(128 + 15));
     }
 }

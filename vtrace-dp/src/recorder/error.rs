@@ -1,36 +1,41 @@
-//! Why there is no recording: what every part of it can fail with, in one type.
+//! The errors of all parts of a recording, in one type.
 
-use super::{command::CommandError, files::output::FileError, guests::GuestsError, host::HostError, session::Trouble};
+use super::{
+    command::CommandError,
+    files::output::FileError,
+    guests::{GuestsError, session::Trouble},
+    host::HostError,
+};
 
 /// Why there is no recording.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// The host's part.
+    /// The host's part failed.
     #[error(transparent)]
     Host(#[from] HostError),
     /// A guest could not be prepared.
     #[error("{guest}: {trouble}")]
     Guest {
-        /// Its name.
+        /// The guest's name.
         guest: String,
-        /// Why.
+        /// The reason.
         trouble: Trouble,
     },
-    /// No common ground with the server.
+    /// The link to the server failed.
     #[error(transparent)]
     Guests(#[from] GuestsError),
-    /// A file.
+    /// A file cannot be opened or written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The command.
+    /// The command cannot run.
     #[error(transparent)]
     Command(#[from] CommandError),
-    /// A system call of our own.
+    /// A system call failed.
     #[error("{call}: {source}")]
     System {
-        /// Which.
+        /// The call.
         call: &'static str,
-        /// Why.
+        /// The error.
         source: std::io::Error,
     },
 }

@@ -2,12 +2,14 @@
 //!
 //! In:    an [`Arm`], a file with an area for each CPU
 //! Out:   pages in the areas, pieces of description, a [`HostReport`] whose ledger adds up
-//! Runs:  calls on the caller's thread; pages are moved by the pump's own ([`pump`])
-//! Full:  see [`lane`]: the kernel overwrites and counts, a full area or disk ends that lane alone
+//! Runs:  on the caller's thread; pages are moved by the pump's thread ([`Pump`])
+//! Full:  the kernel overwrites pages and counts them; a full area or disk ends only that lane
 //! Trust: the kernel
 //!
-//! Order: `arm`, `describe`, `attach`, `start`, `mark` at any time, `stop`, `describe_end`, `close`. Dropped at any
-//! point, it leaves no instance, thread or descriptor behind.
+//! Order: `arm`, `describe`, `attach`, `start`, `mark` at any time, `stop`, `describe_end`, `close`. Dropping it at any
+//! point removes its instance, threads and descriptors.
+
+pub(crate) mod instances;
 
 use std::fs::File;
 
@@ -31,7 +33,7 @@ use crate::{
     tracefs::{INSTANCE_PREFIX, Instance, Tracefs},
 };
 
-/// The host's part of a session.
+/// The host's part of a recording.
 #[derive(Debug)]
 pub struct HostRecorder {
     pump: Option<Pump>,
@@ -41,36 +43,35 @@ pub struct HostRecorder {
     instance: Instance,
 }
 
-/// What the host recorded.
+/// The result of the host's part.
 #[derive(Clone, PartialEq, Debug)]
 pub struct HostReport {
-    /// One entry a CPU, in the order of the areas. `bytes_sent` is what its area holds.
+    /// One entry per CPU, in the order of the areas. `bytes_sent`: bytes in its area.
     pub lanes: Vec<LaneReport>,
-    /// Why lanes ended before the session did, by the same place.
+    /// Why lanes ended early, in the same order.
     pub ends: Vec<Option<End>>,
     /// TSC right after tracing was switched off.
     pub stopped: HostTsc,
-    /// What moving the pages cost.
+    /// CPU use of the pump.
     pub pump: PumpUse,
 }
 
 /// Why the host's part cannot be recorded.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// The kernel, or what was asked of it.
+    /// The kernel refused a request.
     #[error("{}: {}", .0.object, .0.detail)]
     Refused(Failure),
     /// Its description is too large.
     #[error("the host: {0}")]
     Metadata(#[from] MetadataFault),
-    /// No second descriptor of its file.
+    /// Its file's descriptor cannot be duplicated.
     #[error("dup: {0}")]
     Descriptor(#[source] std::io::Error),
 }
 
 impl HostRecorder {
-    /// Makes an instance named after this process and `session`, and prepares everything `arm` asks for; tracing
-    /// stays off.
+    /// Creates an instance named after this process and `session` and applies `arm`; tracing stays off.
     ///
     /// # Errors
     /// As [`Tracefs::arm`]; `NoTracefs`.
@@ -83,7 +84,7 @@ impl HostRecorder {
         Ok(Self { pump: None, cpus, own_only, stats_before, instance })
     }
 
-    /// What an agent would answer: the lanes it needs areas for, the page, the clock, how many events are on.
+    /// The same answer as an agent's: lanes, page size, clock, number of enabled events.
     pub fn armed(&self) -> Armed {
         Armed {
             lanes: self.instance.cpus().to_vec(),
@@ -94,12 +95,12 @@ impl HostRecorder {
         }
     }
 
-    /// The buffer that a command has to join, if it is bound to processes.
+    /// The instance's directory, if only processes that join it are recorded.
     pub fn bound_to(&self) -> Option<&std::path::Path> {
         self.own_only.then(|| self.instance.path())
     }
 
-    /// What is known before the trace, as an agent would send it.
+    /// The description that is known before the trace, in pieces as an agent sends it.
     ///
     /// # Errors
     /// `Kernel`
@@ -107,14 +108,14 @@ impl HostRecorder {
         self.instance.describe(kallsyms, each)
     }
 
-    /// Pages go to these areas of `file` from now on, one area for each CPU that is to be recorded. With a `priority`
-    /// they are moved in real time (SCHED_FIFO).
+    /// Starts to move pages into these areas of `file`, one for each CPU. With a `priority`, the pump runs in real time
+    /// (SCHED_FIFO).
     ///
     /// # Errors
-    /// `State` when pages have a place already; `Kernel` when a tap, a pipe, a thread or its priority is refused.
+    /// `State` when called twice; `Kernel` when a tap, a pipe, a thread or its priority is refused.
     pub fn attach(&mut self, file: File, areas: &[Area], priority: Option<u8>) -> Result<(), Failure> {
         if self.pump.is_some() || !self.cpus.is_empty() {
-            return Err(state("the host's pages have a place already"));
+            return Err(state("the host's lanes are attached already"));
         }
         let taps = areas.iter().map(|area| self.instance.tap(area.cpu)).collect::<Result<_, _>>()?;
         let page_bytes = usize::try_from(self.instance.page_bytes()).expect("usize is 64 bits");
@@ -130,13 +131,13 @@ impl HostRecorder {
         Ok(())
     }
 
-    /// Switches tracing on and writes `marker` as the first event. The TSC right before the one, right after the other.
+    /// Switches tracing on and writes `marker` as the first event. The TSC before and after both.
     ///
     /// # Errors
     /// `State` before `attach`; `Kernel`
     pub fn start(&mut self, marker: &str) -> Result<(HostTsc, HostTsc), Failure> {
         if self.pump.is_none() {
-            return Err(state("the host's pages have no place yet"));
+            return Err(state("the host's lanes are not attached"));
         }
         self.stats_before = self.stats();
         let before = HostTsc(tsc::read());
@@ -145,7 +146,7 @@ impl HostRecorder {
         Ok((before, HostTsc(tsc::read())))
     }
 
-    /// Writes `text` into the trace. The TSC right before and after.
+    /// Writes `text` into the trace. The TSC before and after.
     ///
     /// # Errors
     /// `Kernel`; tracing is off
@@ -155,7 +156,7 @@ impl HostRecorder {
         Ok((before, HostTsc(tsc::read())))
     }
 
-    /// What has been moved so far: two readings of a lane that is moving pages may not add up.
+    /// The current ledgers. Readings of a lane that is moving pages may not add up.
     pub fn ledger(&self) -> Vec<LaneLedger> {
         let Some(pump) = &self.pump else { return Vec::new() };
         let entry = |(cpu, counts): (&Cpu, &Counts)| {
@@ -171,7 +172,7 @@ impl HostRecorder {
         self.cpus.iter().zip(pump.counts()).map(entry).collect()
     }
 
-    /// Switches tracing off, moves what is left, closes the taps and reports.
+    /// Switches tracing off, moves the remaining pages, closes the taps and reports.
     ///
     /// # Errors
     /// `State` before `attach`; `Kernel`
@@ -181,7 +182,7 @@ impl HostRecorder {
         let pump = self.pump.take().ok_or_else(|| state("nothing of the host is being recorded"))?;
         let pumped = pump.stop();
         if let Some(error) = pumped.failed {
-            log::warn!("the host's pump gave up waiting: {error}");
+            log::warn!("the host's pump ended early: {error}");
         }
         let before = self.stats_before.iter().cloned().chain(std::iter::repeat(String::new()));
         let lanes = pumped.lanes.iter().zip(before.zip(self.stats()));
@@ -190,7 +191,7 @@ impl HostRecorder {
         Ok(HostReport { lanes, ends, stopped, pump: pumped.used })
     }
 
-    /// What is known only after the trace: command lines.
+    /// The description that is known only after the trace: command lines.
     ///
     /// # Errors
     /// `Kernel`
@@ -198,7 +199,7 @@ impl HostRecorder {
         self.instance.describe_end(each)
     }
 
-    /// Removes the instance, and says if that failed.
+    /// Removes the instance.
     ///
     /// # Errors
     /// `Kernel`
@@ -212,17 +213,17 @@ impl HostRecorder {
     }
 }
 
-/// One buffer of the host, and what an agent would have said of it.
+/// One buffer of the host with its description.
 pub(crate) struct Host {
     pub(crate) recorder: HostRecorder,
     pub(crate) metadata: Metadata,
     pub(crate) armed: Armed,
-    /// TSC around the switch.
+    /// TSC before and after tracing was switched on.
     pub(crate) started: Option<(HostTsc, HostTsc)>,
 }
 
 impl Host {
-    /// Makes the buffer and describes the machine; tracing stays off.
+    /// Creates the buffer and describes the machine; tracing stays off.
     pub(crate) fn arm(arm: &Arm) -> Result<Self, HostError> {
         let recorder = HostRecorder::arm(arm).map_err(HostError::Refused)?;
         let mut metadata = Metadata::default();
@@ -238,7 +239,7 @@ impl Host {
         Ok(Self { recorder, metadata, armed, started: None })
     }
 
-    /// Pages go to the file from now on.
+    /// Starts to move pages into the file.
     pub(crate) fn attach(&mut self, writer: &Writer, priority: Option<u8>) -> Result<(), HostError> {
         let file = writer.file().try_clone().map_err(HostError::Descriptor)?;
         self.recorder.attach(file, writer.areas(), priority).map_err(HostError::Refused)
@@ -250,14 +251,14 @@ impl Host {
         Ok(())
     }
 
-    /// Writes `text` into the trace; without it the trace is poorer, not useless.
+    /// Writes `text` into the trace; a failure is only logged.
     pub(crate) fn mark(&self, text: &str) {
         if let Err(failure) = self.recorder.mark(text) {
             log::warn!("{}: {}", failure.object, failure.detail);
         }
     }
 
-    /// Switches tracing off, takes what is left, and asks for what is known only now.
+    /// Switches tracing off, moves the remaining pages, and completes the description.
     pub(crate) fn stop(&mut self) -> Result<HostReport, HostError> {
         let report = self.recorder.stop().map_err(HostError::Refused)?;
         let metadata = &mut self.metadata;
@@ -267,7 +268,7 @@ impl Host {
                 added = metadata.add(piece);
             }
         });
-        // Without command lines a file is poorer, not useless.
+        // Command lines are optional.
         if let Err(failure) = describe {
             log::warn!("{}: {}", failure.object, failure.detail);
         }

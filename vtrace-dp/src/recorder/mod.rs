@@ -1,41 +1,24 @@
-//! `vtrace record`: host and guests armed, started together, stopped, each into its own file.
+//! `vtrace record`: arms the host and the guests, starts them together, stops them, and finishes one file for each.
 //!
-//! From the top down; each module uses only what stands below it:
-//!
-//! | module | what |
+//! | module | what it holds |
 //! |---|---|
-//! | [`background`] | recordings as other processes see them |
-//! | [`run`] | the order of things: carries out what the state machines decide |
-//! | `files` | all files: opened first, finished last |
-//! | [`clocks`] | whose word is taken for a guest's times |
-//! | `recording` | what is known of a recording while it runs |
-//! | [`runs`] | when vCPUs ran, from the host's pages |
-//! | `instances` | the host's other buffers |
-//! | [`error`] | why there is no recording |
-//! | [`guests`] | all guests over one link to the server |
-//! | [`session`] | one guest's part as a state machine without I/O |
-//! | [`host`] | the host's part: instance, pump, ledger |
-//! | `form` | finished files once more: version 6, compressed, with the host's instances |
-//! | `file` | one machine's file while it is recorded |
-//! | [`naming`] | a file's name: what was there before stays until the recording has begun |
-//! | [`behind`] | written while we record, so that the end is near |
-//! | `date` | what makes times of day of the host's clock |
-//! | [`plan`] | what is to be recorded: who, what, where to |
-//! | [`sink`] | which way a guest's pages go to its file |
+//! | [`run`] | the order of a recording: carries out what the state machines decide |
+//! | [`session`] | the state of a running recording, and what all its files share |
+//! | [`plan`] | a validated request: what to record, where to |
+//! | [`clocks`] | how each guest's times become host times: from KVM, or measured |
 //! | [`summary`] | the closing table |
-//! | [`outputs`] | what guests' commands write |
-//! | [`command`] | what runs while we record |
-//! | [`limit`] | when files end a recording |
-//! | [`progress`] | how far all machines are |
-//! | [`silence`] | agents that say nothing for a while |
-//! | [`kvm`] | what KVM says of the guests' TSCs meanwhile |
-//! | [`guest`] | which host threads are a guest's vCPUs |
-//! | [`tsc`] | how the files turn TSC into nanoseconds |
+//! | [`progress`] | how far every machine has come, once a second |
+//! | [`background`] | recordings as other processes see them: the files in the run directory |
+//! | [`command`] | the host's command, which runs while the recording does |
+//! | [`error`] | why there is no recording |
+//! | [`host`] | the host's part: instance, pump, ledger; `host::instances`: its other buffers |
+//! | [`guests`] | all guests over one link to the server; `session`: one guest as a state machine without I/O; `lanes`: its closing ledger; `refusal`: the server's refusals as text; `silence`: agents that do not answer; `command_output`: what `--exec` wrote |
+//! | [`files`] | all files: `output` names and locks one, `machine_file` is written to while recording, `finish`, `finish_guest` and `finish_file` close them, `options` ties them together, `finish_form` repacks, `limit` ends a recording by size, `unreported_pages` counts what a lost server wrote, `date` gives times of day |
 //!
 //! In:    a [`plan::Plan`]; messages of the server
 //! Out:   one trace.dat per machine, a [`summary::Summary`]
-//! Runs:  on the caller's thread; the host's pages move on a thread of their own
-//! Trust: the server; nothing a guest says (texts and counts are bounded by `wire`, sums are checked)
+//! Runs:  on the caller's thread; the host's pages are moved by a thread of their own
+//! Trust: the server. Everything from a guest is bounded by `wire` and checked
 
 pub mod background;
 pub mod clocks;
@@ -44,10 +27,8 @@ pub mod error;
 pub mod files;
 pub mod guests;
 pub mod host;
-mod instances;
 pub mod plan;
 pub mod progress;
 pub mod run;
-pub mod session;
-pub(crate) mod state;
+pub(crate) mod session;
 pub mod summary;

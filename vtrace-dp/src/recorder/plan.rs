@@ -1,4 +1,4 @@
-//! A request to record: who, what, where to. Whoever makes one has validated it ([`crate::cli`]).
+//! A validated request: what to record, where to. `cli` makes it.
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -10,49 +10,49 @@ use crate::{
     trace::write::{Bounds, pack::Form},
 };
 
-/// The trace clock of every machine: the only one whose host and guest readings can be converted exactly.
+/// The default trace clock: the only one whose host and guest readings can be converted exactly.
 pub const CLOCK: &str = "x86-tsc";
 
-/// What to record.
+/// A recording's settings.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Plan {
-    /// The host.
+    /// The host's part.
     pub host: MachinePlan,
     /// Instances of the host, in the order typed.
     pub instances: Vec<InstancePlan>,
     /// The guests, in the order typed.
     pub guests: Vec<GuestPlan>,
-    /// Runs while we record; empty: until Ctrl-C.
+    /// The command to run; empty: record until a stop signal.
     pub command: Vec<OsString>,
-    /// Real-time priority of the host's recorder.
+    /// Real-time priority of the host's pump.
     pub rt: Option<u8>,
     /// Stop after this long.
     pub timeout: Option<Duration>,
     /// How guests' pages are written.
     pub sink: SinkChoice,
-    /// Keep the newest bytes of each lane only, at least so many.
+    /// Keep only the newest pages of each lane, at least this many bytes.
     pub newest_bytes: Option<u64>,
-    /// Stop before a file grows beyond this.
+    /// Stop before a file exceeds this many bytes.
     pub file_bytes_max: Option<u64>,
-    /// Stop a guest before its file grows beyond this.
+    /// Stop a guest before its file exceeds this many bytes.
     pub guest_bytes_max: Option<u64>,
-    /// Guests' times stay their own.
+    /// Guests' files keep the guests' times.
     pub raw_clock: bool,
-    /// What the files are like in the end.
+    /// Version and compression of the finished files.
     pub form: Form,
-    /// A file that is there stays.
+    /// Existing files are not replaced.
     pub no_clobber: bool,
     /// Times are shown as times of day.
     pub date: bool,
     /// A guest that cannot be armed is left out.
     pub keep_going: bool,
-    /// Exit with 3 on any loss.
+    /// Exit status 3 on any loss.
     pub strict: bool,
     /// The closing table as JSON.
     pub json: bool,
     /// No status line and no table.
     pub quiet: bool,
-    /// Where the server is.
+    /// The run directory, with the server's socket.
     pub dir: PathBuf,
 }
 
@@ -61,11 +61,11 @@ pub struct Plan {
 pub struct MachinePlan {
     /// What its ring buffers record.
     pub arm: Arm,
-    /// Its file.
+    /// The path of its file.
     pub output: PathBuf,
 }
 
-/// One more buffer of the host.
+/// An instance of the host.
 #[derive(Clone, PartialEq, Debug)]
 pub struct InstancePlan {
     /// Its name in the file.
@@ -79,43 +79,43 @@ pub struct InstancePlan {
 pub struct GuestPlan {
     /// Its name at the server.
     pub name: String,
-    /// What and where to.
+    /// What it records, and its file.
     pub machine: MachinePlan,
-    /// What its buffer is called in its file; without a name it is the top one.
+    /// The name of its buffer in its file; `None` for the top buffer.
     pub instance: Option<String>,
 }
 
 impl Plan {
-    /// Whether anything of the host would come.
+    /// Whether the host or an instance records anything.
     pub fn host_records(&self) -> bool {
         self.host.records() || !self.instances.is_empty()
     }
 
-    /// What bounds the lanes of every file.
+    /// Limits of the lanes of the host's files.
     pub fn bounds(&self) -> Bounds {
         Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes: self.newest_bytes }
     }
 
-    /// The same for guests' files.
+    /// Limits of the lanes of guests' files.
     pub fn guest_bounds(&self) -> Bounds {
         let lane_bytes_max = [self.file_bytes_max, self.guest_bytes_max].into_iter().flatten().min();
         Bounds { lane_bytes_max, ..self.bounds() }
     }
 }
 
-/// Whether anything would come.
+/// Whether an event or a tracer is enabled.
 pub fn records(arm: &Arm) -> bool {
     !arm.events.is_empty() || !matches!(arm.tracer.name.as_str(), "" | "nop")
 }
 
 impl MachinePlan {
-    /// Whether anything would come.
+    /// Whether an event or a tracer is enabled.
     pub fn records(&self) -> bool {
         records(&self.arm)
     }
 }
 
-/// The clock that a trace clock other than [`CLOCK`] can be compared with; none for those that only the kernel reads.
+/// The POSIX clock that counts like a trace clock; `None` for clocks that user space cannot read.
 pub fn wall_clock(clock: &str) -> Option<ClockId> {
     match clock {
         CLOCK | "mono" => Some(ClockId::CLOCK_MONOTONIC),

@@ -1,14 +1,15 @@
-//! A recording from its plan to its summary: the order of things.
+//! A recording from its plan to its summary, in order.
 //!
 //! In:    a validated [`Plan`]
-//! Out:   files and a [`Summary`]; on an error every guest is let go, the host's instance removed, and a file that
-//!        this run made and did not fill is gone again
+//! Out:   files and a [`Summary`]; after an error every guest is released, the host's instance removed, and new files
+//!        without pages are removed
 //! Runs:  on the caller's thread, which must have opened [`Signals`] before any other thread was started
-//! Full:  a slow disk holds pages back in the rings; the kernels count what they overwrite
-//! Trust: see [`super::session`] and [`super::guests`]
+//! Full:  with a slow disk pages stay in the ring buffers; the kernels count what they overwrite
+//! Trust: see [`super::guests`]
 //!
-//! Order: files opened ─► guests claimed ─► all armed ─► KVM watched ─► clocks measured ─► host started, guests started ─► markers ─►
-//! command ─► markers ─► guests stopped, host stopped ─► guests drained ─► clocks measured ─► KVM's last word ─► guests let go ─► files finished.
+//! Order: open files ─► claim guests ─► arm all ─► watch KVM ─► measure clocks ─► start host, start guests ─► markers ─►
+//! command ─► markers ─► stop guests, stop host ─► drain guests ─► measure clocks ─► end the watch ─► release guests ─►
+//! finish files.
 
 use std::{
     os::fd::AsFd,
@@ -22,15 +23,24 @@ use vtrace_common::{
 };
 
 use super::{
-    command::Command,
+    command::HostCommand,
     error::RecordError,
-    files::{self, limit::FileState, machine_file::MachineFile, output::Output},
-    guests::{Guests, GuestsError, command_output::Line},
-    instances,
+    files::{
+        self, finish,
+        limit::FileState,
+        machine_file::{MachineFile, filled},
+        options::marker,
+        output::OutputFile,
+    },
+    guests::{
+        Guests, GuestsError,
+        command_output::OutputLine,
+        session::{GuestSession, Phase, Trouble},
+    },
+    host::instances,
     plan::Plan,
-    progress::{Counted, MachineProgress},
-    session::{GuestSession, Phase, Trouble},
-    state::{Clocks, Recording},
+    progress::{MachineCounts, MachineProgress},
+    session::{ClockReadings, Recording},
     summary::Summary,
 };
 use crate::{
@@ -41,47 +51,47 @@ use crate::{
     sys::{signal::Signals, tsc},
 };
 
-/// How often agents hear from us and the status line is renewed.
+/// Interval of the status line, of pings and of the limits' checks.
 const TICK: Duration = Duration::from_secs(1);
 
-/// What a status line shows.
+/// How far a recording has come.
 #[derive(Clone, PartialEq, Debug, serde::Serialize)]
 pub struct Progress {
-    /// Since the start.
+    /// Time since the start.
     pub elapsed: Duration,
     /// The host first.
     pub machines: Vec<MachineProgress>,
 }
 
-/// What a person may want to see while it runs.
+/// What is reported while a recording runs.
 #[derive(Clone, PartialEq, Debug)]
 pub enum News {
     /// All machines record.
     Begun,
-    /// How far it is; about once a second.
+    /// How far it has come, about once a second.
     Progress(Progress),
-    /// A guest cannot be recorded; the others are.
+    /// A guest cannot be recorded; the others are (`--keep-going`).
     LeftOut {
-        /// Which guest.
+        /// The guest's name.
         guest: String,
         /// Why.
         trouble: Trouble,
     },
-    /// A guest's command wrote this.
+    /// A guest's command wrote a line.
     Output {
-        /// Which guest.
+        /// The guest's name.
         guest: String,
-        /// What.
-        line: Line,
+        /// The line.
+        line: OutputLine,
     },
 }
 
-/// Who is told.
+/// Receives reports.
 pub type Tell<'a> = &'a mut dyn FnMut(&News);
 
-/// Records.
+/// Records as planned.
 pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary, RecordError> {
-    Command::check(&plan.command)?;
+    HostCommand::check(&plan.command)?;
     let outputs = files::open(plan)?;
     let mut guests = match &plan.guests[..] {
         [] => None,
@@ -89,9 +99,9 @@ pub fn record(plan: &Plan, signals: &Signals, tell: Tell<'_>) -> Result<Summary,
     };
     let result = record_with(plan, signals, &mut guests, outputs, tell);
     if let (Err(_), Some(guests)) = (&result, &mut guests) {
-        // The first error is the one to report; a guest that cannot be let go is freed when the link closes.
+        // The first error is reported. A guest that cannot be released here is freed when the link closes.
         let _ = guests.step_all(GuestSession::abandon);
-        let _ = let_go(guests);
+        let _ = release(guests);
     }
     result
 }
@@ -100,7 +110,7 @@ fn record_with(
     plan: &Plan,
     signals: &Signals,
     guests: &mut Option<Guests>,
-    outputs: Vec<Output>,
+    outputs: Vec<OutputFile>,
     tell: Tell<'_>,
 ) -> Result<Summary, RecordError> {
     let mut recording = Recording::arm(plan, guests)?;
@@ -110,7 +120,7 @@ fn record_with(
 }
 
 impl Recording<'_> {
-    fn go(&mut self, signals: &Signals, mut outputs: Vec<Output>, tell: Tell<'_>) -> Result<Summary, RecordError> {
+    fn go(&mut self, signals: &Signals, mut outputs: Vec<OutputFile>, tell: Tell<'_>) -> Result<Summary, RecordError> {
         self.arm_guests(signals)?;
         self.leave_out(&mut outputs, tell)?;
         let mut files = files::create(self, outputs)?;
@@ -122,17 +132,18 @@ impl Recording<'_> {
         if self.guests.is_some() {
             files::keep_options(self, &mut files);
         }
-        files::keep_options_of(self, &files[0]);
+        files::keep_instance_options(self, &files[0]);
         self.start(&files, signals)?;
-        let command = Command::start(&self.plan.command, &self.bound_to())?;
+        let command = HostCommand::start(&self.plan.command, &self.bound_to())?;
         files::begin(files.iter_mut().chain(instances::files(&mut self.instances)));
         tell(&News::Begun);
-        let behind = files::write_behind(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
+        let write_behind =
+            files::write_behind(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
         let begun = Instant::now();
         let status = self.run_command(command, signals, begun, &mut files, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
         self.surviving(Self::stop_guests)?;
-        // No event of a guest may lie behind the host's last: nobody could say whether its vCPU ran.
+        // The host stops last: for every event of a guest the host's trace shows whether its vCPU ran.
         self.surviving(|recording| recording.wait_guests(Phase::Draining, signals))?;
         let report = self.host.stop()?;
         instances::stop(&mut self.instances)?;
@@ -143,9 +154,9 @@ impl Recording<'_> {
         if let Some(watch) = self.watch.take() {
             self.kvm = watch.finish();
         }
-        self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), let_go).map_err(Into::into))?;
-        drop(behind);
-        Ok(files::finish(self, files, &report, seconds, status))
+        self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), release).map_err(Into::into))?;
+        drop(write_behind);
+        Ok(finish::finish(self, files, &report, seconds, status))
     }
 
     fn arm_guests(&mut self, signals: &Signals) -> Result<(), RecordError> {
@@ -153,8 +164,8 @@ impl Recording<'_> {
         Ok(guests.wait(Phase::Armed, Some(signals))?)
     }
 
-    /// A guest that has trouble before the recording begins stops all, or is left out. `of_machines` has something for the
-    /// host, then for each guest.
+    /// A guest that fails before the recording begins stops all, or is left out (`--keep-going`). `of_machines`: one entry
+    /// for the host, then one per guest; entries of guests that are left out are removed.
     fn leave_out<T>(&mut self, of_machines: &mut Vec<T>, tell: Tell<'_>) -> Result<(), RecordError> {
         let Some(guests) = self.guests.as_mut().filter(|_| self.plan.keep_going) else { return self.refuse_trouble() };
         for index in (0..guests.sessions.len()).rev() {
@@ -162,7 +173,7 @@ impl Recording<'_> {
             let Some(trouble) = session.trouble.clone() else { continue };
             let guest = session.name.clone();
             if guests.sessions.len() == 1 && !self.plan.host_records() {
-                return Err(RecordError::Guest { guest, trouble }); // nothing would be left
+                return Err(RecordError::Guest { guest, trouble }); // no machine would be left
             }
             tell(&News::LeftOut { guest: guest.clone(), trouble: trouble.clone() });
             guests.sessions.remove(index);
@@ -173,13 +184,13 @@ impl Recording<'_> {
         Ok(())
     }
 
-    /// The buffers that the command has to join.
+    /// Directories of the instances that record only this command's processes.
     fn bound_to(&self) -> Vec<&Path> {
         let recorders = std::iter::once(&self.host).chain(self.instances.iter().map(|instance| &instance.host));
         recorders.filter_map(|host| host.recorder.bound_to()).collect()
     }
 
-    /// From now on every change of a guest's TSC is known, where this host's KVM tells it.
+    /// Starts to collect every change of a guest's TSC offset, where this host's KVM can be traced.
     fn watch_kvm(&mut self) {
         let claimed = self.guests.iter().flat_map(|guests| &guests.sessions).filter_map(|guest| guest.claimed.as_ref());
         let mut pids = claimed.map(|claimed| claimed.vmm_pid).peekable();
@@ -192,7 +203,7 @@ impl Recording<'_> {
         }
     }
 
-    /// Does `part` with the watch, which is over when that fails.
+    /// Runs `part` with the watch; an error ends the watch.
     fn with_watch(&mut self, part: fn(&mut Watch) -> Result<(), KvmFault>) {
         if let Some(Err(fault)) = self.watch.as_mut().map(part) {
             self.watch = None;
@@ -209,7 +220,7 @@ impl Recording<'_> {
         Ok(guests.wait(Phase::Ready, Some(signals))?)
     }
 
-    /// Until the recording has begun, one guest in trouble stops all.
+    /// Before the recording begins, the failure of one guest ends it.
     fn refuse_trouble(&self) -> Result<(), RecordError> {
         let sessions = self.guests.iter().flat_map(|guests| &guests.sessions);
         for session in sessions {
@@ -220,44 +231,44 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn measure(&mut self, place: fn(&mut Clocks) -> &mut Vec<Measurement>) -> Result<(), RecordError> {
+    /// Measures the clocks of all guests that work; `readings_at` selects the start or the end.
+    fn measure(&mut self, readings_at: fn(&mut ClockReadings) -> &mut Vec<Measurement>) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        for (index, clocks) in self.clocks.iter_mut().enumerate() {
-            let able = guests.sessions[index].trouble.is_none();
-            if able {
-                *place(clocks) = guests.measure(index)?;
+        for (index, readings) in self.clocks.iter_mut().enumerate() {
+            if guests.sessions[index].trouble.is_none() {
+                *readings_at(readings) = guests.measure(index)?;
             }
         }
         Ok(())
     }
 
     fn start(&mut self, files: &[MachineFile], signals: &Signals) -> Result<(), RecordError> {
-        let marker = files::marker(self.plan, "start");
+        let start_marker = marker(self.plan, "start");
         self.host.attach(&files[0].writer, self.plan.rt)?;
         self.since = HostTsc(tsc::read());
-        self.host.start(&marker)?;
-        instances::start(&mut self.instances, &marker)?;
+        self.host.start(&start_marker)?;
+        instances::start(&mut self.instances, &start_marker)?;
         if let Some(guests) = &mut self.guests {
-            guests.ask_all(Phase::Ready, &ToAgent::Start { marker })?;
+            guests.ask_all(Phase::Ready, &ToAgent::Start { marker: start_marker })?;
             guests.wait(Phase::Running, Some(signals))?;
         }
         self.refuse_trouble()?;
         self.mark_around("common")
     }
 
-    /// Writes a marker in every guest between two on the host: their order in the merged files can be checked.
+    /// Writes a marker in every guest between two on the host: `vtrace check` verifies their order in the merged files.
     fn mark_around(&mut self, word: &str) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
-        self.host.mark(&files::marker(self.plan, &format!("{word} before guests")));
-        guests.mark(files::marker(self.plan, word))?;
-        self.host.mark(&files::marker(self.plan, &format!("{word} after guests")));
+        self.host.mark(&marker(self.plan, &format!("{word} before guests")));
+        guests.mark(marker(self.plan, word))?;
+        self.host.mark(&marker(self.plan, &format!("{word} after guests")));
         Ok(())
     }
 
     /// Runs the command, or waits for Ctrl-C, the time-out, or the end of all guests.
     fn run_command(
         &mut self,
-        mut command: Command,
+        mut command: HostCommand,
         signals: &Signals,
         begun: Instant,
         files: &mut [MachineFile],
@@ -271,12 +282,12 @@ impl Recording<'_> {
             self.surviving(|recording| recording.wait_event(signals, wait))?;
             self.pass_outputs(tell);
             if let Some(status) = command.ended(signals)? {
-                // A Ctrl-C that reached the command and us is one, not a second.
+                // A Ctrl-C that ended the command has reached this process, too: it is not a second one.
                 signals.take_stop();
                 return Ok(status);
             }
-            let over = ends.is_some_and(|ends| ends <= Instant::now()) || self.guest_commands_ended();
-            if signals.take_stop() > 0 || over || self.ended.is_some() || !self.records_anything() {
+            let is_over = ends.is_some_and(|ends| ends <= Instant::now()) || self.guest_commands_ended();
+            if signals.take_stop() > 0 || is_over || self.ended.is_some() || !self.records_anything() {
                 command.stop(signals)?;
                 return Ok(None);
             }
@@ -287,7 +298,7 @@ impl Recording<'_> {
         }
     }
 
-    /// Without a command of the host, the recording ends with those of the guests.
+    /// Without a command on the host, the recording ends with the guests' commands.
     fn guest_commands_ended(&self) -> bool {
         let mut with_commands = self.sessions().filter(|session| !session.outputs.commands().is_empty()).peekable();
         let ended = with_commands.peek().is_some() && with_commands.all(GuestSession::commands_are_over);
@@ -302,7 +313,7 @@ impl Recording<'_> {
         }
     }
 
-    /// A host that records events goes on alone; one that is there only for its guests ends with the last of them.
+    /// A host that records events continues alone; otherwise the recording ends with the last guest.
     fn records_anything(&self) -> bool {
         let guests = self.guests.iter().flat_map(|guests| &guests.sessions);
         self.plan.host_records() || guests.into_iter().any(|session| session.phase() == Phase::Running)
@@ -310,11 +321,11 @@ impl Recording<'_> {
 
     fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        let mut waited = vec![signals.stop(), signals.child()];
-        waited.extend(self.watch.as_ref().map(AsFd::as_fd));
         let live = self.guests.as_mut().filter(|guests| guests.is_live());
-        waited.extend(live.as_ref().map(|guests| guests.link().as_fd()));
-        let mut polled: Vec<PollFd> = waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut descriptors = vec![signals.stop(), signals.child()];
+        descriptors.extend(self.watch.as_ref().map(AsFd::as_fd));
+        descriptors.extend(live.as_ref().map(|guests| guests.link().as_fd()));
+        let mut polled: Vec<PollFd> = descriptors.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         let timeout = PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -326,38 +337,39 @@ impl Recording<'_> {
         Ok(())
     }
 
-    fn on_tick(&mut self, begun: Instant, made: &mut [MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
+    fn on_tick(&mut self, begun: Instant, files: &mut [MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
         self.with_watch(|watch| {
             watch.stamp();
             Ok(())
         });
-        let machines = self.ledgers();
-        let state = |(at, Counted { ledgers, page_bytes, .. }): (usize, &Counted)| {
-            let state = file_state(ledgers, *page_bytes);
-            // What is not written of the host's pages, no file took.
-            let refused = at <= self.instances.len() && ledgers.iter().any(|lane| lane.pages_refused > 0);
-            FileState { failed: state.failed || refused, ..state }
-        };
-        let states: Vec<FileState> = machines.iter().enumerate().map(state).collect();
+        let machines = self.counts();
+        let mut states = Vec::with_capacity(machines.len());
+        for (index, machine) in machines.iter().enumerate() {
+            let mut state = file_state(&machine.ledgers, machine.page_bytes);
+            // A page of the host is refused only when its file cannot take it.
+            let is_host = index <= self.instances.len();
+            state.failed |= is_host && machine.ledgers.iter().any(|lane| lane.pages_refused > 0);
+            states.push(state);
+        }
         self.ended = self.limit.tick(&states);
         self.stop_full_guests()?;
         if self.plan.newest_bytes.is_some() {
-            // Gives the room of older pages back.
-            let (host, guests) = made.split_first_mut().expect("the host has a file");
-            let files = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);
-            files.zip(&machines).for_each(|(file, machine)| {
-                file.drop_older(&files::filled(&machine.ledgers, machine.page_bytes));
-            });
+            // Frees the blocks of older pages.
+            let (host, guests) = files.split_first_mut().expect("the host has a file");
+            let in_order = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);
+            for (file, machine) in in_order.zip(&machines) {
+                file.drop_older(&filled(&machine.ledgers, machine.page_bytes));
+            }
         }
         if let Some(guests) = &mut self.guests {
             guests.ask_ledgers()?;
         }
-        let machines = self.meter.tick(&machines);
-        tell(&News::Progress(Progress { elapsed: begun.elapsed(), machines }));
+        let progress = Progress { elapsed: begun.elapsed(), machines: self.meter.tick(&machines) };
+        tell(&News::Progress(progress));
         Ok(())
     }
 
-    /// Guests that have had their share are stopped in order; the others go on.
+    /// Stops guests at their size limit; the others continue.
     fn stop_full_guests(&mut self) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         for index in self.limit.full_guests(guests.sessions.len()) {
@@ -367,18 +379,28 @@ impl Recording<'_> {
         Ok(())
     }
 
-    /// Of the host, its instances and the guests.
-    fn ledgers(&self) -> Vec<Counted> {
-        let counted = |name, ledgers, page_bytes| Counted { name, ledgers, page_bytes, silent_s: 0 };
-        let host = counted("host".into(), self.host.recorder.ledger(), self.host.armed.page_bytes);
-        let instances = self.instances.iter();
-        let instances = instances.map(|one| counted(one.title(), one.ledger(), one.host.armed.page_bytes));
+    /// The ledgers of the host, its instances and the guests, in this order.
+    fn counts(&self) -> Vec<MachineCounts> {
+        let mut counts = vec![MachineCounts {
+            name: "host".into(),
+            ledgers: self.host.recorder.ledger(),
+            page_bytes: self.host.armed.page_bytes,
+            silent_s: 0,
+        }];
+        for instance in &self.instances {
+            let (name, ledgers) = (instance.title(), instance.ledger());
+            counts.push(MachineCounts { name, ledgers, page_bytes: instance.host.armed.page_bytes, silent_s: 0 });
+        }
         let now = Instant::now();
-        let guests = self.sessions().map(|session| Counted {
-            silent_s: session.silence.lasts(now).as_secs(),
-            ..counted(session.name.clone(), session.ledgers_in_use(), session.page_bytes())
-        });
-        std::iter::once(host).chain(instances).chain(guests).collect()
+        for session in self.sessions() {
+            counts.push(MachineCounts {
+                name: session.name.clone(),
+                ledgers: session.ledgers_in_use(),
+                page_bytes: session.page_bytes(),
+                silent_s: session.silence.lasts(now).as_secs(),
+            });
+        }
+        counts
     }
 
     fn stop_guests(&mut self) -> Result<(), RecordError> {
@@ -386,8 +408,8 @@ impl Recording<'_> {
         Ok(guests.step_all(GuestSession::stop)?)
     }
 
-    /// Waits until the guests have stopped, or until every page is in a file or counted as lost; asked to stop once more,
-    /// it keeps what is there.
+    /// Waits until all guests have reached `phase`. A second stop request keeps the pages that have arrived and waits for
+    /// no agent.
     fn wait_guests(&mut self, phase: Phase, signals: &Signals) -> Result<(), RecordError> {
         let Some(guests) = &mut self.guests else { return Ok(()) };
         match guests.wait(phase, Some(signals)) {
@@ -399,7 +421,7 @@ impl Recording<'_> {
         }
     }
 
-    /// Does `part`. A server that goes away ends the guests' parts, not the recording.
+    /// Runs `part`. A lost server ends the guests' parts, not the recording.
     fn surviving(&mut self, part: impl FnOnce(&mut Self) -> Result<(), RecordError>) -> Result<(), RecordError> {
         match part(self) {
             Err(RecordError::Guests(GuestsError::Link(error))) => {
@@ -413,12 +435,12 @@ impl Recording<'_> {
     }
 }
 
-fn let_go(guests: &mut Guests) -> Result<(), GuestsError> {
+fn release(guests: &mut Guests) -> Result<(), GuestsError> {
     guests.step_all(GuestSession::close)?;
     guests.wait(Phase::Closed, None)
 }
 
-/// How far a machine's file is.
+/// The state of a machine's file.
 fn file_state(ledgers: &[LaneLedger], page_bytes: u32) -> FileState {
     let pages = ledgers.iter().map(|lane| lane.pages_out).fold(0, u64::saturating_add);
     let failed = ledgers.iter().any(|lane| lane.write_errno != 0);

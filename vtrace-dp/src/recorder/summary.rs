@@ -1,8 +1,8 @@
-//! The closing table: what each machine recorded, what was lost and where, and how far its times can be trusted.
+//! The closing table: each machine's pages and events, its losses, and the error bound of its times.
 //!
 //! In:    reports of agents and of the host's pump, ledgers of the server, sizes of files
-//! Out:   text for people, JSON for programs, the note in each file
-//! Trust: an agent's counts are its own; where they do not fit the server's the summary says so
+//! Out:   the table, the same as JSON, the note in each file
+//! Trust: an agent's counts can be wrong; a mismatch with the server's becomes a remark
 
 use std::{fmt, path::PathBuf};
 
@@ -12,105 +12,104 @@ use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
 use super::{files::limit::Ended, guests::command_output::CommandSummary};
 use crate::{clock::vcpus::Vcpu, printable::Nanoseconds, tracefs::stats::Stats};
 
-/// [`ClockSummary::source`]: the kernel's own word.
+/// [`ClockSummary::source`]: KVM's TSC offsets.
 pub const KVM: &str = "kvm";
 /// [`ClockSummary::source`]: round trips over the control port.
 pub const MEASURED: &str = "measured";
-/// [`ClockSummary::source`]: the guest's own, as asked for.
+/// [`ClockSummary::source`]: not converted (`--raw-clock`).
 pub const RAW: &str = "raw";
 
-/// One session.
+/// One recording.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Summary {
-    /// Its number; also in each file's start marker.
+    /// Its id, also in each file's start marker.
     pub session: String,
-    /// From start to stop.
+    /// From start to stop, seconds.
     pub seconds: f64,
     /// The host first, then the guests in the order typed.
     pub machines: Vec<MachineSummary>,
-    /// Why the recording ended before its command, where its files were the reason.
+    /// Set if the files ended the recording.
     pub ended: Option<Ended>,
-    /// How the command ended: its exit code, or 128 + signal.
+    /// The command's exit code, or 128 + signal.
     pub command_status: Option<u8>,
 }
 
 /// One machine.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct MachineSummary {
-    /// `host`, `host:NAME` for an instance of it, or the guest's name.
+    /// `host`, `host:INSTANCE`, or the guest's name.
     pub name: String,
-    /// Its file, if one was made.
+    /// Its file, if there is one.
     pub file: Option<PathBuf>,
-    /// Size of the file.
+    /// Bytes of the file.
     pub bytes: u64,
-    /// One entry a CPU.
+    /// One entry per CPU.
     pub lanes: Vec<LaneSummary>,
-    /// How a guest's pages got into the file: `direct` past the page cache, or `buffered`.
+    /// How a guest's pages were written: `direct` (O_DIRECT) or `buffered`.
     pub sink: Option<&'static str>,
-    /// How its times become host times; empty for the host.
+    /// How its times become host times; `None` for the host.
     pub clock: Option<ClockSummary>,
     /// From the host's start to this guest's, nanoseconds of host time.
     pub start_skew_ns: Option<i64>,
-    /// What was run there (`--exec`), and how it ended.
+    /// Its commands (`--exec`).
     pub commands: Vec<CommandSummary>,
-    /// The longest time, in milliseconds, for which a guest's agent owed an answer while it recorded; it is asked every
-    /// second.
+    /// The longest time for which its agent owed an answer, ms. Agents are asked every second.
     pub silence_ms_max: u64,
-    /// Its part did not go to its end.
+    /// Its part ended early, or its file is not as it should be.
     pub failed: bool,
-    /// What went wrong, and what a reader has to know.
+    /// Failures, and facts that a reader of the file needs.
     pub remarks: Vec<String>,
 }
 
 /// How guest time becomes host time.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct ClockSummary {
-    /// `kvm`: the kernel's own word; `measured`: round trips over the control port; `raw`: the guest's times stay its own.
+    /// [`KVM`], [`MEASURED`] or [`RAW`].
     pub source: String,
-    /// vCPUs it is known of.
+    /// Number of vCPUs whose offsets are known.
     pub vcpus: usize,
-    /// No converted time is further from the truth than this.
+    /// Largest error of a converted time, nanoseconds.
     pub bound_ns: u64,
-    /// Events that may be as far off as that, where the guest's TSC was moved; of rewritten files.
+    /// Events whose time can have that error, because the guest's TSC was moved; of rewritten files.
     pub uncertain_events: u64,
     /// The offset was the same at start and end.
     pub steady: bool,
-    /// Stretches with one offset and ratio, of the vCPU with the most; 0 where KVM's word is not known.
+    /// Segments of the vCPU with the most; 0 if KVM's offsets are not known.
     pub segments: usize,
-    /// What KVM said, whether the file's times follow it or not.
+    /// KVM's offsets, even if the file's times do not use them.
     pub kvm: Vec<Vcpu>,
-    /// Why the times do not follow KVM.
+    /// Why KVM's offsets are not used.
     pub why_measured: Option<String>,
 }
 
-/// One CPU. `pages_in == pages_out + pages_lost`.
+/// The ledger of one CPU. `pages_in == pages_out + pages_lost`.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct LaneSummary {
-    /// Which.
+    /// The CPU.
     pub cpu: u32,
-    /// Pages taken out of its ring buffer.
+    /// Pages taken from its ring buffer.
     pub pages_in: u64,
-    /// Of those: in the file.
+    /// Of those: written to the file.
     pub pages_out: u64,
-    /// Of those: older ones that went to make room, where only the newest are kept.
+    /// Of those: replaced by newer ones (`-m`).
     pub pages_old: u64,
-    /// Pages that the file has more: host times can need more room than the guest's.
+    /// Pages added when host times needed more space than the guest's.
     pub pages_added: u64,
-    /// Pages in between.
+    /// Pages lost between ring buffer and file.
     pub pages_lost: u64,
-    /// Of those: taken by the agent and not sent.
+    /// Of those: lost in the agent (the host's: in the pump).
     pub pages_lost_agent: u64,
-    /// Of those: sent and never arrived.
+    /// Of those: sent and not received.
     pub pages_lost_transport: u64,
-    /// Bytes that were sent and never came.
+    /// Bytes sent and not received.
     pub bytes_missing: u64,
-    /// Of those pages: arrived and not written.
+    /// Of the lost pages: received and not written.
     pub pages_lost_refused: u64,
-    /// Events the kernel counted as read.
+    /// Events read, by the kernel's count.
     pub events: u64,
-    /// Events the kernel lost: overwritten, dropped.
+    /// Events overwritten or dropped, by the kernel's count.
     pub events_lost: u64,
-    /// First error of a write, 0 if none failed.
+    /// `errno` of the first failed write; 0 if none.
     pub write_errno: i32,
 }
 
@@ -130,7 +129,7 @@ pub struct Totals {
 }
 
 impl LaneSummary {
-    /// A lane whose pages never left our own process.
+    /// A lane of the host.
     pub fn host(report: &LaneReport) -> Self {
         assert_eq!(report.pages_tapped, report.pages_sent + report.pages_lost, "{}: pages unaccounted for", report.cpu);
         let (events, events_lost) = events(report);
@@ -146,17 +145,16 @@ impl LaneSummary {
         }
     }
 
-    /// A CPU that came online later: nobody took what it recorded.
+    /// A CPU without a lane: all its events count as lost.
     pub fn late(report: &LaneReport) -> Self {
         let stats = Stats::parse(&report.stats_after).unwrap_or_default();
         Self { cpu: report.cpu.0, events_lost: stats.recorded(), ..Self::default() }
     }
 
-    /// A guest's lane: what its agent says against what the server wrote. The second value is false if the two
-    /// cannot both be true.
+    /// A guest's lane, from the agent's report and the server's ledger. The second value is false if they contradict.
     pub fn guest(report: Option<&LaneReport>, ledger: &LaneLedger) -> (Self, bool) {
         let (events, events_lost) = report.map(events).unwrap_or_default();
-        // An agent that counts fewer than came is wrong; the sum holds all the same.
+        // An agent that reports fewer pages than arrived is wrong; the sum still holds.
         let tapped = report.map_or(ledger.pages_in, |report| report.pages_tapped);
         let pages_in = tapped.max(ledger.pages_in);
         let pages_lost_agent = report.map_or(0, |report| report.pages_lost);
@@ -182,7 +180,7 @@ impl LaneSummary {
     }
 }
 
-/// Events read and lost in between. Text that is not the kernel's counts as nothing.
+/// Events read and lost between the two statistics of a report. Invalid text counts as zeros.
 fn events(report: &LaneReport) -> (u64, u64) {
     let [before, after] =
         [&report.stats_before, &report.stats_after].map(|text| Stats::parse(text).unwrap_or_default());
@@ -208,7 +206,7 @@ impl Summary {
         self.machines.iter().map(MachineSummary::totals).any(|sum| sum.pages_lost > 0 || sum.events_lost > 0)
     }
 
-    /// Whether a machine's part did not go to its end.
+    /// Whether a machine's part failed.
     pub fn failed(&self) -> bool {
         self.machines.iter().any(|machine| machine.failed)
     }
@@ -305,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn every_lost_page_has_a_place_where_it_was_lost() {
+    fn every_lost_page_has_a_cause() {
         let (lane, balanced) = LaneSummary::guest(Some(&report(10, 9)), &ledger(7, 6));
         assert!(balanced);
         assert_eq!((lane.pages_in, lane.pages_out, lane.pages_lost), (10, 6, 4));
@@ -313,14 +311,14 @@ mod tests {
     }
 
     #[test]
-    fn agent_that_counts_fewer_pages_than_came_is_found_out() {
+    fn agent_that_reports_fewer_pages_than_arrived_is_detected() {
         assert!(!LaneSummary::guest(Some(&report(5, 5)), &ledger(6, 6)).1);
         let impossible = LaneReport { pages_tapped: u64::MAX, pages_sent: 3, ..LaneReport::default() };
         assert!(!LaneSummary::guest(Some(&impossible), &ledger(3, 3)).1);
     }
 
     #[test]
-    fn lane_without_a_report_shows_what_the_server_saw() {
+    fn lane_without_a_report_shows_the_servers_ledger() {
         let (lane, balanced) = LaneSummary::guest(None, &ledger(6, 5));
         assert!(balanced);
         assert_eq!((lane.pages_in, lane.pages_lost), (6, 1));
@@ -355,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn clock_says_whose_word_it_is_and_why() {
+    fn clock_names_its_source_and_the_reason() {
         let kvm = ClockSummary { source: KVM.into(), vcpus: 1, segments: 4, steady: true, ..Default::default() };
         assert_eq!(kvm.to_string(), "kvm, 1 vCPU, 4 segments, exact");
         let some = ClockSummary { uncertain_events: 12, bound_ns: 3140, ..kvm.clone() };

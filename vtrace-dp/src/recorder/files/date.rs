@@ -1,11 +1,11 @@
-//! Times of day: what a stock reader adds to every time of a file (DATE).
+//! The DATE option: the offset that a stock reader adds to every time of a file to show times of day.
 //!
 //! In:    the trace clock, its scale
 //! Out:   the option, the same for all files of a session
 //! Runs:  on record's thread
 //! Trust: the kernel's clocks
 //!
-//! The wall clock may be set while a recording runs; what holds when the option is made holds for the whole file.
+//! The wall clock can be set while a recording runs: the offset at the end of the recording holds for the whole file.
 
 use std::time::Duration;
 
@@ -20,17 +20,26 @@ use crate::{
 
 const READINGS: usize = 64;
 
-/// The option for files whose times are those of `clock`; none for a clock that only the kernel reads.
+/// The option for files with the trace clock `clock`; `None` for clocks that user space cannot read.
 pub(crate) fn option(clock: &str, scale: &Scale) -> Option<TraceOption> {
     let other = wall_clock(clock)?;
-    let read = || if clock == CLOCK { scale.ns(tsc::read()) } else { ns(other) };
-    // The tightest of some: the wall clock was read somewhere between.
-    let readings = (0..READINGS).map(|_| {
-        let (before, wall, after) = (read(), ns(ClockId::CLOCK_REALTIME), read());
-        (after.wrapping_sub(before), wall.wrapping_sub(before.wrapping_add(after.wrapping_sub(before) / 2)))
-    });
-    let (_, offset_ns) = readings.min_by_key(|(window, _)| *window)?;
+    let mut tightest: Option<(u64, u64)> = None;
+    for _ in 0..READINGS {
+        let before = trace_clock_ns(clock, other, scale);
+        let wall = ns(ClockId::CLOCK_REALTIME);
+        let window = trace_clock_ns(clock, other, scale).wrapping_sub(before);
+        // The reading with the shortest window is the most exact: the wall clock was read inside it.
+        if tightest.is_none_or(|(shortest, _)| window < shortest) {
+            tightest = Some((window, wall.wrapping_sub(before.wrapping_add(window / 2))));
+        }
+    }
+    let (_, offset_ns) = tightest?;
     Some(TraceOption::Date(format!("{:#x}", offset_ns / 1000)))
+}
+
+/// The trace clock now: from the TSC, or from `other`, which counts like it.
+fn trace_clock_ns(clock: &str, other: ClockId, scale: &Scale) -> u64 {
+    if clock == CLOCK { scale.ns(tsc::read()) } else { ns(other) }
 }
 
 fn ns(clock: ClockId) -> u64 {

@@ -1,10 +1,10 @@
-//! A finished file gets the form that was asked for: another version, compressed, with the host's instances in it; or it
-//! is written anew because somebody may still write to it as it is.
+//! Rewrites a finished file in the form that was asked for: another version, compressed, with the host's instances in
+//! it; or as a new inode, where a server may still write to the old one.
 //!
 //! In:    a finished file, finished files of instances
-//! Out:   one file of the same name; the parts are gone
-//! Runs:  on record's thread, behind everything else
-//! Full:  a disk without room for both leaves the files as they were, and that is said
+//! Out:   one file of the same name; the parts are removed
+//! Runs:  on record's thread, as the last step
+//! Full:  a disk without room for both leaves the files as they were, with an error
 //! Trust: as [`crate::trace::write::pack`]
 
 use std::{
@@ -14,12 +14,9 @@ use std::{
 };
 
 use super::output::new_path;
-use crate::{
-    printable::chain,
-    trace::{
-        format::compressed::Compression,
-        write::pack::{Form, Version, pack, pack_instance},
-    },
+use crate::trace::{
+    format::compressed::Compression,
+    write::pack::{Form, PackFault, Version, pack, pack_instance},
 };
 
 /// A finished file of an instance.
@@ -30,14 +27,47 @@ pub(crate) struct PartFile {
     pub(crate) file: File,
 }
 
-/// What a finished file is to become.
+/// The form that a finished file is to have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Wanted<'a> {
+pub(crate) struct WantedForm<'a> {
     pub(crate) form: Form,
-    /// Its pages are those of an instance of this name; the top one is empty.
+    /// Its pages belong to an instance of this name; the top buffer is empty.
     pub(crate) instance: Option<&'a str>,
-    /// It is written to another inode in any case: whoever has this one open reaches it no more.
+    /// It is written to a new inode in any case: a server may have the old one open.
     pub(crate) anew: bool,
+}
+
+/// Why a finished file keeps its form.
+#[derive(Debug, thiserror::Error)]
+#[error("{} {}{}", .path.display(), if is_plain(*.form) { "stays as it is" } else { "stays version 7, not compressed" }, remaining(.parts))]
+pub(crate) struct ReformError {
+    path: PathBuf,
+    form: Form,
+    /// Files of instances that stay.
+    parts: Vec<PathBuf>,
+    source: ReformCause,
+}
+
+/// The operation that failed.
+#[derive(Debug, thiserror::Error)]
+enum ReformCause {
+    #[error("{what}")]
+    File { what: &'static str, source: io::Error },
+    #[error(transparent)]
+    Pack(#[from] PackFault),
+}
+
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> ReformCause {
+    move |source| ReformCause::File { what, source }
+}
+
+/// Where the instances are, as the end of a message.
+fn remaining(parts: &[PathBuf]) -> String {
+    if parts.is_empty() {
+        return String::new();
+    }
+    let paths: Vec<String> = parts.iter().map(|path| path.display().to_string()).collect();
+    format!(" (its instances are in {})", paths.join(", "))
 }
 
 /// Whether a file has this form when it is finished.
@@ -45,26 +75,19 @@ fn is_plain(form: Form) -> bool {
     form.version == Version::V7 && form.compression == Compression::None
 }
 
-/// Makes the file at `path` what is wanted, and says how large it is then; nothing if it is that already.
-///
-/// # Errors
-/// Why it stays as it is, in words.
+/// Rewrites the file at `path` in the wanted form. Its new size in bytes; `None` if it has that form already.
 pub(crate) fn reform(
     path: &Path,
     file: &File,
     parts: Vec<PartFile>,
-    wanted: Wanted<'_>,
-) -> Result<Option<u64>, String> {
-    let Wanted { form, instance, anew } = wanted;
-    if is_plain(form) && parts.is_empty() && instance.is_none() && !anew {
+    wanted: WantedForm<'_>,
+) -> Result<Option<u64>, ReformError> {
+    let form = wanted.form;
+    if is_plain(form) && parts.is_empty() && wanted.instance.is_none() && !wanted.anew {
         return Ok(None);
     }
     let new = new_path(path);
-    let packed = write_new(&new, file, &parts, wanted).and_then(|bytes| {
-        fs::rename(&new, path).map_err(|error| error.to_string())?;
-        Ok(bytes)
-    });
-    match packed {
+    match replace(path, &new, file, &parts, wanted) {
         Ok(bytes) => {
             for part in parts {
                 if let Err(error) = fs::remove_file(&part.path) {
@@ -73,39 +96,48 @@ pub(crate) fn reform(
             }
             Ok(Some(bytes))
         }
-        Err(why) => {
-            // It may not be there at all.
+        Err(source) => {
+            // Best effort: it may not have been created.
             let _ = fs::remove_file(&new);
-            let kept: Vec<String> = parts.iter().map(|part| part.path.display().to_string()).collect();
-            let kept =
-                if kept.is_empty() { String::new() } else { format!("; its instances are in {}", kept.join(", ")) };
-            let stays = if is_plain(form) { "stays as it is" } else { "stays version 7, not compressed" };
-            Err(format!("{} {stays}: {why}{kept}", path.display()))
+            let parts = parts.into_iter().map(|part| part.path).collect();
+            Err(ReformError { path: path.into(), form, parts, source })
         }
     }
 }
 
-fn write_new(new: &Path, file: &File, parts: &[PartFile], wanted: Wanted<'_>) -> Result<u64, String> {
-    let text = |error: io::Error| error.to_string();
-    let out = File::options().read(true).write(true).create(true).truncate(true).open(new).map_err(text)?;
-    out.set_permissions(file.metadata().map_err(text)?.permissions()).map_err(text)?;
+fn replace(
+    path: &Path,
+    new: &Path,
+    file: &File,
+    parts: &[PartFile],
+    wanted: WantedForm<'_>,
+) -> Result<u64, ReformCause> {
+    let bytes = write_new(new, file, parts, wanted)?;
+    fs::rename(new, path).map_err(failed("rename"))?;
+    Ok(bytes)
+}
+
+fn write_new(new: &Path, file: &File, parts: &[PartFile], wanted: WantedForm<'_>) -> Result<u64, ReformCause> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(true);
+    let out = options.open(new).map_err(failed("create a new file"))?;
+    let permissions = file.metadata().map_err(failed("read permissions"))?.permissions();
+    out.set_permissions(permissions).map_err(failed("set permissions"))?;
+    let top = file.try_clone().map_err(failed("dup"))?;
     if let Some(name) = wanted.instance {
-        let file = file.try_clone().map_err(text)?;
-        return pack_instance(file, name, wanted.form, &out).map_err(|fault| chain(&fault));
+        return Ok(pack_instance(top, name, wanted.form, &out)?);
     }
-    let clone = |part: &PartFile| Ok::<_, io::Error>((part.name.clone(), part.file.try_clone()?));
-    let clones = parts.iter().map(clone).collect::<io::Result<Vec<_>>>().map_err(text)?;
-    let named: Vec<(&str, File)> = clones
-        .iter()
-        .map(|(name, file)| Ok((name.as_str(), file.try_clone()?)))
-        .collect::<io::Result<_>>()
-        .map_err(text)?;
-    pack(file.try_clone().map_err(text)?, &named, wanted.form, &out).map_err(|fault| chain(&fault))
+    let mut named = Vec::new();
+    for part in parts {
+        named.push((part.name.as_str(), part.file.try_clone().map_err(failed("dup"))?));
+    }
+    Ok(pack(top, &named, wanted.form, &out)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::printable::chain;
 
     #[test]
     fn file_that_cannot_be_read_stays_as_it_was_and_says_where_its_parts_are() {
@@ -115,9 +147,11 @@ mod tests {
         let part = folder.path().join("trace.dat.irqs.part");
         fs::write(&part, "none").unwrap();
         let parts = vec![PartFile { name: "irqs".into(), path: part.clone(), file: File::open(&part).unwrap() }];
-        let said = reform(&path, &File::open(&path).unwrap(), parts, Wanted::default()).unwrap_err();
-        assert!(said.contains("stays as it is: not a trace.dat"), "{said}");
-        assert!(said.ends_with("trace.dat.irqs.part"), "{said}");
+        let error = reform(&path, &File::open(&path).unwrap(), parts, WantedForm::default()).unwrap_err();
+        let said = chain(&error);
+        assert!(said.contains("stays as it is"), "{said}");
+        assert!(said.contains("not a trace.dat"), "{said}");
+        assert!(said.contains("trace.dat.irqs.part)"), "{said}");
         assert_eq!(fs::read(&path).unwrap(), b"no trace");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
     }

@@ -1,14 +1,13 @@
-//! When a recording, or a guest's part of it, has to stop because of its files: one has grown to its limit, or cannot grow
-//! any more.
+//! Ends a recording, or a guest's part of it, when a file reaches its size limit or cannot grow.
 //!
 //! In:    once a tick, the bytes of every file so far and whether a write has failed
-//! Out:   [`Ended`], if it is time; the guests that have had their share
+//! Out:   [`Ended`] if the recording has to stop; the guests whose part has to stop
 //! Runs:  pure
 //!
-//! What `--max-file` guarantees: no lane takes more than the limit (its area ends there), and the recording stops at
-//! the tick that expects the next one to pass it. So a file may pass the limit by what its machine records faster in
-//! the last second than in the one before, and by what is in the ring buffers when it stops. `--max-guest-bytes` is the
-//! same for each guest's file, and ends that guest's part only.
+//! `--max-file` guarantees that no lane takes more than the limit (its area ends there), and that the recording stops at
+//! the tick that expects the next one to exceed it. A file can exceed the limit by the increase of its rate in the last
+//! second, and by the contents of the ring buffers at the stop. `--max-guest-bytes` is the same for each guest's file,
+//! and ends that guest's part only.
 
 use serde::Serialize;
 
@@ -18,11 +17,11 @@ use serde::Serialize;
 pub enum Ended {
     /// A file has reached `--max-file`.
     FileSize,
-    /// Pages cannot be written, most likely because the disk is full.
+    /// A write failed, most likely because the disk is full.
     CannotWrite,
 }
 
-/// One machine's file, as far as it is known.
+/// One machine's file at a tick.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FileState {
     /// Bytes of pages in it.
@@ -31,36 +30,37 @@ pub struct FileState {
     pub failed: bool,
 }
 
-/// Remembers how fast files grow.
+/// The growth of all files.
 #[derive(Debug, Default)]
 pub struct Limit {
     bytes_max: Option<u64>,
     guest_bytes_max: Option<u64>,
     last: Vec<u64>,
-    /// What each file will have at the next tick.
+    /// Expected bytes of each file at the next tick.
     expected: Vec<u64>,
 }
 
 impl Limit {
-    /// No file, and no guest's file, shall be larger than this.
+    /// Limits for every file, and for guests' files, in bytes.
     pub fn new(bytes_max: Option<u64>, guest_bytes_max: Option<u64>) -> Self {
         Self { bytes_max, guest_bytes_max, ..Self::default() }
     }
 
-    /// Of so many guests, whose files are the last: those, counted from 0, whose part has to stop, as of the last tick.
+    /// Indices of the guests whose part has to stop, as of the last tick. `guests`: their number; their files are the last.
     pub fn full_guests(&self, guests: usize) -> Vec<usize> {
         let Some(bytes_max) = self.guest_bytes_max else { return Vec::new() };
-        let guests = self.expected.iter().skip(self.expected.len().saturating_sub(guests)).enumerate();
-        guests.filter(|(_, expected)| **expected >= bytes_max).map(|(guest, _)| guest).collect()
+        let first = self.expected.len().saturating_sub(guests);
+        let of_guests = self.expected.iter().skip(first).enumerate();
+        of_guests.filter(|(_, expected)| **expected >= bytes_max).map(|(guest, _)| guest).collect()
     }
 
-    /// A tick has passed; the host's file is the first.
+    /// Takes the files' sizes at a tick, the host's first.
     pub fn tick(&mut self, files: &[FileState]) -> Option<Ended> {
-        let grown = |(index, file): (usize, &FileState)| {
+        self.expected = Vec::with_capacity(files.len());
+        for (index, file) in files.iter().enumerate() {
             let before = self.last.get(index).copied().unwrap_or(0);
-            file.bytes.saturating_add(file.bytes.saturating_sub(before))
-        };
-        self.expected = files.iter().enumerate().map(grown).collect();
+            self.expected.push(file.bytes.saturating_add(file.bytes.saturating_sub(before)));
+        }
         let expected = self.expected.iter().copied().max().unwrap_or(0);
         self.last = files.iter().map(|file| file.bytes).collect();
         if files.iter().any(|file| file.failed) {
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn guest_that_has_had_its_share_stops_alone() {
+    fn guest_at_its_limit_stops_alone() {
         let mut limit = Limit::new(None, Some(100));
         assert_eq!(limit.tick(&files([500, 40])), None);
         assert!(limit.full_guests(1).is_empty(), "the host is not bound by it");

@@ -1,16 +1,17 @@
-//! One machine's file while it is recorded: pages have their places in it, and what is known is kept in it.
+//! One machine's file while it is being recorded: areas for its lanes' pages, options stored early.
 //!
 //! In:    an opened file, a description and lanes; options as they become known
-//! Out:   a [`Writer`] whose areas pages go to
-//! Runs:  on record's thread; others write into the areas meanwhile
-//! Full:  as [`crate::trace::write`]
-//! Trust: as [`crate::trace::write`]
+//! Out:   a [`Writer`] whose areas receive the pages
+//! Runs:  on record's thread; the pump and the server write into the areas at the same time
 
 use std::fs::File;
 
-use vtrace_common::{ids::Cpu, wire::agent::Armed};
+use vtrace_common::{
+    ids::Cpu,
+    wire::{agent::Armed, client::LaneLedger},
+};
 
-use super::output::{FileError, Output};
+use super::output::{FileError, OutputFile};
 use crate::{
     ftrace::metadata::Metadata,
     printable::chain,
@@ -24,10 +25,10 @@ use crate::{
 /// A file that pages are being written to.
 #[derive(Debug)]
 pub(crate) struct MachineFile {
-    pub(crate) output: Output,
+    pub(crate) output: OutputFile,
     pub(crate) trace_id: u64,
     pub(crate) writer: Writer,
-    /// A guest's file once more, past the page cache, if it is written so.
+    /// A guest's file opened with O_DIRECT, if its pages bypass the page cache.
     pub(crate) direct: Option<File>,
 }
 
@@ -36,7 +37,7 @@ impl MachineFile {
     pub(crate) fn create(
         metadata: &Metadata,
         armed: &Armed,
-        output: Output,
+        output: OutputFile,
         bounds: Bounds,
     ) -> Result<Self, FileError> {
         let failed = |source| FileError { path: output.path().into(), what: "write", source };
@@ -46,17 +47,22 @@ impl MachineFile {
         Ok(Self { output, trace_id: random() | 1, writer, direct: None })
     }
 
-    /// Keeps options in it. A file that cannot keep them is no worse if its recording ends well.
+    /// Stores options for `restore`. A failure is only logged: a recording that ends in order writes them again.
     pub(crate) fn keep(&mut self, options: &[TraceOption]) {
         if let Err(fault) = self.writer.update_options(options) {
             log::warn!("{}: {}", self.output.path().display(), chain(&fault));
         }
     }
 
-    /// Gives the room of pages back that are too old, when so many bytes were written to each lane.
+    /// Frees the blocks of pages that are too old; `written`: bytes written to each lane so far.
     pub(crate) fn drop_older(&mut self, written: &[(Cpu, u64)]) {
         if let Err(error) = self.writer.drop_older(written) {
-            log::debug!("{}: old pages keep their room: {error}", self.output.path().display());
+            log::debug!("{}: old pages keep their blocks: {error}", self.output.path().display());
         }
     }
+}
+
+/// Bytes that were written to each lane's area.
+pub(crate) fn filled(ledgers: &[LaneLedger], page_bytes: u32) -> Vec<(Cpu, u64)> {
+    ledgers.iter().map(|ledger| (ledger.cpu, ledger.pages_out * u64::from(page_bytes))).collect()
 }

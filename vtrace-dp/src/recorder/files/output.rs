@@ -39,7 +39,7 @@ pub struct FileError {
 
 /// A file that is open, locked and empty.
 #[derive(Debug)]
-pub(crate) struct Output {
+pub(crate) struct OutputFile {
     path: PathBuf,
     new: PathBuf,
     /// Pages go there.
@@ -51,7 +51,7 @@ pub(crate) struct Output {
     begun: bool,
 }
 
-impl Drop for Output {
+impl Drop for OutputFile {
     fn drop(&mut self) {
         if !self.begun {
             // Best effort: an empty file that stays is not worth a second error.
@@ -60,7 +60,7 @@ impl Drop for Output {
     }
 }
 
-impl Output {
+impl OutputFile {
     /// Makes the file. What is at `path` is not touched.
     pub(crate) fn open(path: &Path) -> Result<Self, FileError> {
         let failed = |source| FileError { path: path.into(), what: "open", source };
@@ -150,10 +150,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.dat");
         fs::write(&path, "before").unwrap();
-        drop(Output::open(&path).unwrap());
+        drop(OutputFile::open(&path).unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"before");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
-        let mut output = Output::open(&path).unwrap();
+        let mut output = OutputFile::open(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"before");
         output.begin();
         drop(output);
@@ -165,9 +165,9 @@ mod tests {
     fn file_that_must_not_be_replaced_is_not_even_if_it_comes_meanwhile() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.dat");
-        let mut output = Output::open_new(&path).unwrap();
+        let mut output = OutputFile::open_new(&path).unwrap();
         fs::write(&path, "somebody's").unwrap();
-        assert_eq!(Output::open_new(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(OutputFile::open_new(&path).unwrap_err().source.kind(), io::ErrorKind::AlreadyExists);
         output.begin();
         assert_eq!(fs::read(&path).unwrap(), b"somebody's");
         assert_eq!(output.path(), new_path(&path), "the recording keeps its first name");
@@ -178,10 +178,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.dat");
         for there in [false, true] {
-            let mut first = Output::open(&path).unwrap();
-            assert_eq!(Output::open(&path).unwrap_err().source.kind(), io::ErrorKind::ResourceBusy, "{there}");
+            let mut first = OutputFile::open(&path).unwrap();
+            assert_eq!(OutputFile::open(&path).unwrap_err().source.kind(), io::ErrorKind::ResourceBusy, "{there}");
             first.begin();
-            assert_eq!(Output::open(&path).unwrap_err().source.kind(), io::ErrorKind::ResourceBusy, "{there}");
+            assert_eq!(OutputFile::open(&path).unwrap_err().source.kind(), io::ErrorKind::ResourceBusy, "{there}");
         }
     }
 
@@ -191,7 +191,7 @@ mod tests {
         let (path, link) = (folder.path().join("real.dat"), folder.path().join("link.dat"));
         fs::write(&path, "before").unwrap();
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        Output::open(&link).unwrap().begin();
+        OutputFile::open(&link).unwrap().begin();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(fs::read(&path).unwrap(), b"");
     }
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn what_is_not_a_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(Output::open(folder.path()).is_err());
-        assert!(Output::open(Path::new("/dev/null")).is_err());
+        assert!(OutputFile::open(folder.path()).is_err());
+        assert!(OutputFile::open(Path::new("/dev/null")).is_err());
     }
 }

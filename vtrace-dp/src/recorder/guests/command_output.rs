@@ -1,25 +1,24 @@
-//! What a guest's commands write, as whole lines for a person.
+//! Output of a guest's commands (`--exec`), as whole lines.
 //!
-//! In:    pieces of output as they come, how each command ended
+//! In:    pieces of output as they arrive, exit statuses
 //! Out:   lines; the state of each command
-//! Full:  a line longer than [`LINE_BYTES_MAX`] is cut into several; what is kept is bounded by that and by what one
-//!        look at the link can bring
-//! Trust: nothing: control characters would move a terminal's cursor, so they are replaced
+//! Full:  a line longer than [`LINE_BYTES_MAX`] is split; memory is bounded by that and by the messages taken at a time
+//! Trust: nothing: control characters are replaced
 
 use serde::Serialize;
 use vtrace_common::wire::agent::{CommandRequest, Output};
 
 use crate::printable::printable_bytes;
 
-/// Bytes of one line that is shown.
+/// Longest line.
 const LINE_BYTES_MAX: usize = 4096;
 
-/// A line that a command wrote.
+/// One line of a command's output.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Line {
-    /// To standard error, not to standard output.
+pub struct OutputLine {
+    /// Written to standard error.
     pub is_error: bool,
-    /// Without its end; nothing in it moves a cursor.
+    /// Without the newline and without control characters.
     pub text: String,
 }
 
@@ -30,21 +29,21 @@ pub struct CommandSummary {
     pub command: String,
     /// Its exit code, or 128 + signal; empty if it had not ended when recording did.
     pub status: Option<u8>,
-    /// Bytes it wrote that were not passed on.
+    /// Bytes of its output that the agent discarded.
     pub output_dropped_bytes: u64,
 }
 
 /// The commands of one guest.
 #[derive(Debug)]
-pub struct Outputs {
+pub struct CommandOutputs {
     commands: Vec<CommandSummary>,
-    /// What has come of a line, for standard output and standard error of each command.
+    /// The unfinished lines of each command: standard output, standard error.
     partial: Vec<[Vec<u8>; 2]>,
-    lines: Vec<Line>,
+    lines: Vec<OutputLine>,
 }
 
-impl Outputs {
-    /// For the commands of a request.
+impl CommandOutputs {
+    /// The commands of a request, before they run.
     pub fn new(requests: &[CommandRequest]) -> Self {
         let summary = |request: &CommandRequest| CommandSummary {
             command: request.words.join(" "),
@@ -55,7 +54,7 @@ impl Outputs {
         Self { commands: requests.iter().map(summary).collect(), partial, lines: Vec::new() }
     }
 
-    /// Takes a piece. One of a command that was not asked for is passed over.
+    /// Takes a piece of output. Pieces of unknown commands are ignored.
     pub fn take(&mut self, output: &Output) {
         let place = usize::try_from(output.command).ok().and_then(|index| self.partial.get_mut(index));
         let Some(partial) = place.map(|both| &mut both[usize::from(output.is_error)]) else { return };
@@ -64,7 +63,7 @@ impl Outputs {
                 partial.push(*byte);
             }
             if *byte == b'\n' || partial.len() >= LINE_BYTES_MAX {
-                self.lines.push(Line { is_error: output.is_error, text: shown(partial) });
+                self.lines.push(OutputLine { is_error: output.is_error, text: shown(partial) });
                 partial.clear();
             }
         }
@@ -75,7 +74,7 @@ impl Outputs {
         let Some(index) = usize::try_from(command).ok().filter(|index| *index < self.commands.len()) else { return };
         for (is_error, partial) in [false, true].into_iter().zip(&mut self.partial[index]) {
             if !partial.is_empty() {
-                self.lines.push(Line { is_error, text: shown(partial) });
+                self.lines.push(OutputLine { is_error, text: shown(partial) });
                 partial.clear();
             }
         }
@@ -85,22 +84,22 @@ impl Outputs {
     }
 
     /// Whole lines since the last call.
-    pub fn lines(&mut self) -> Vec<Line> {
+    pub fn lines(&mut self) -> Vec<OutputLine> {
         std::mem::take(&mut self.lines)
     }
 
-    /// There are commands, and all have ended.
+    /// Whether there are commands and all have ended.
     pub fn all_ended(&self) -> bool {
         !self.commands.is_empty() && self.commands.iter().all(|command| command.status.is_some())
     }
 
-    /// How each stands.
+    /// The state of each command.
     pub fn commands(&self) -> &[CommandSummary] {
         &self.commands
     }
 }
 
-/// A line without the return that stands before its end.
+/// A line without a trailing carriage return, printable.
 fn shown(line: &[u8]) -> String {
     printable_bytes(line.strip_suffix(b"\r").unwrap_or(line))
 }
@@ -111,8 +110,8 @@ mod tests {
 
     use super::*;
 
-    fn outputs() -> Outputs {
-        Outputs::new(&[CommandRequest { words: vec!["app".into(), "foo".into()] }])
+    fn outputs() -> CommandOutputs {
+        CommandOutputs::new(&[CommandRequest { words: vec!["app".into(), "foo".into()] }])
     }
 
     fn piece(is_error: bool, bytes: &[u8]) -> Output {

@@ -1,13 +1,17 @@
-//! All guests of a session over one link to the server: sends what their state machines want, feeds them what comes.
+//! All guests of a recording over one link to the server: carries messages between the server and the sessions' state
+//! machines.
 //!
-//! In:    messages of the server, signals of a person
-//! Out:   requests; sessions that have reached a phase or have trouble
+//! In:    messages of the server, stop signals
+//! Out:   requests; sessions that have reached a phase or failed
 //! Runs:  on record's thread
-//! Full:  a server that does not read blocks a send for at most the socket's timeout, one that does not answer is waited
-//!        for for [`ANSWER_MAX`]; then the link is lost
-//! Trust: the server; guests only through [`super::session`]
+//! Full:  a server that does not read blocks a send for at most the socket's timeout; one that does not answer for
+//!        [`ANSWER_MAX`] counts as lost
+//! Trust: the server; guests only through [`session`]
 
 pub mod command_output;
+pub(crate) mod lanes;
+pub mod refusal;
+pub mod session;
 pub mod silence;
 
 use std::{
@@ -25,61 +29,59 @@ use vtrace_common::{
     },
 };
 
-use super::{
-    plan::GuestPlan,
-    session::{GuestSession, Phase},
-};
+use self::session::{GuestSession, Phase};
+use super::plan::GuestPlan;
 use crate::{
     clock::sync::{Measurement, Round},
     server::link::{Link, LinkError},
     sys::signal::Signals,
 };
 
-/// A guest that says nothing of use for this long, where an answer is due, is given up.
+/// A guest that makes no progress for this long, where an answer is due, has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// A server that does not say for this long how far it is, which takes it no time, is stopped.
+/// A server that owes a ledger for this long is stopped or hangs.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
-/// A guest that was told to stop may be silent for this long: it may be paused, or hang.
+/// After a stop request, a guest may be silent for this long: it may be paused.
 const STOP_SILENCE_MAX: Duration = Duration::from_secs(20);
-/// A guest may take this long to move what was in its ring buffers when it was stopped.
+/// A stopped guest may take this long to move the pages left in its ring buffers.
 const DRAIN_MAX: Duration = Duration::from_secs(300);
-/// A marker is not waited for longer: the guest may be paused.
+/// Longest wait for a marker: the guest may be paused.
 const MARK_MAX: Duration = Duration::from_secs(5);
-/// Nor is the measurement of a guest's clock, at either end.
+/// Longest measurement of a guest's clock, at either end.
 const MEASURE_MAX: Duration = Duration::from_secs(10);
-/// How often agents hear from us: they give up a session whose host is silent for ten seconds.
+/// Interval of pings: agents end a session after ten seconds without a message from the host.
 const PING_EVERY: Duration = Duration::from_secs(1);
-/// Messages taken before something else gets its turn.
+/// Messages taken before signals and the watch are checked again.
 const MESSAGES_MAX: usize = 256;
-/// A probe that is not answered in this time is not waited for.
+/// Longest wait for a probe's answer.
 const ECHO_MAX: Duration = Duration::from_secs(2);
-/// Round trips of one session's measurement, shared among its vCPUs.
+/// Round trips of one measurement, divided among the guest's vCPUs.
 const ROUNDS_WANTED: usize = 256;
 
-/// Why the guests cannot go on together.
+/// Why the link to the guests failed.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestsError {
-    /// The server is gone or was never there.
+    /// The server does not run or went away.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// The server refused something that belongs to no guest.
+    /// The server refused a request that belongs to no guest.
     #[error("the server refused: {0:?}")]
     Refused(Refusal),
-    /// Ctrl-C before the recording began.
+    /// A stop signal before the recording began.
     #[error("interrupted")]
     Interrupted,
 }
 
-/// The guests of a session.
+/// The guests of a recording.
 #[derive(Debug)]
 pub struct Guests {
     link: Link,
     /// In the order typed.
     pub sessions: Vec<GuestSession>,
     probes: u32,
-    heard: Instant,
+    progress_at: Instant,
     pinged: Instant,
-    /// Since when the server owes us a ledger.
+    /// Since when the server has owed a ledger.
     owed: Option<Instant>,
     answer_max: Duration,
     stop_silence_max: Duration,
@@ -92,7 +94,7 @@ impl Guests {
             link: Link::connect(dir)?,
             sessions: Vec::new(),
             probes: 0,
-            heard: Instant::now(),
+            progress_at: Instant::now(),
             pinged: Instant::now(),
             owed: None,
             answer_max: ANSWER_MAX,
@@ -106,18 +108,18 @@ impl Guests {
         Ok(guests)
     }
 
-    /// The link, to be polled.
+    /// The link, to be polled for input.
     pub fn link(&self) -> &Link {
         &self.link
     }
 
-    /// Takes messages until every guest has reached `phase`; one that stays silent gets trouble and moves on.
+    /// Takes messages until every guest has reached `phase`. A guest that stays silent fails, which also ends the wait for it.
     pub fn wait(&mut self, phase: Phase, signals: Option<&Signals>) -> Result<(), GuestsError> {
         let begun = Instant::now();
-        self.heard = begun;
+        self.progress_at = begun;
         let patience = if phase >= Phase::Draining { DRAIN_MAX } else { SILENCE_MAX };
         if phase == Phase::Draining {
-            self.tell_who_is_silent();
+            self.warn_of_silent();
         }
         while self.sessions.iter().any(|session| session.phase() < phase) {
             if signals.is_some_and(|signals| signals.take_stop() > 0) {
@@ -125,40 +127,39 @@ impl Guests {
             }
             self.take(Duration::from_millis(200))?;
             self.give_up_silent(begun)?;
-            if self.heard.elapsed() > patience {
+            if self.progress_at.elapsed() > patience {
                 self.give_up_below(phase, patience)?;
             }
         }
         Ok(())
     }
 
-    /// A person who wants to stop hears whom that waits for.
-    fn tell_who_is_silent(&self) {
+    /// Names the silent guests that a stop has to wait for.
+    fn warn_of_silent(&self) {
         let (now, seconds) = (Instant::now(), self.stop_silence_max.as_secs());
         let stopping = self.sessions.iter().filter(|session| session.phase() == Phase::Stopping);
         for session in stopping.filter(|session| session.silence.lasts(now) >= silence::SHOWN) {
             let silent = session.silence.lasts(now).as_secs();
             log::warn!(
-                "{}: silent for {silent} s; waited for, {seconds} s at most: Ctrl-C once more keeps what came",
+                "{}: silent for {silent} s; waiting for at most {seconds} s: a second Ctrl-C keeps the pages that have arrived",
                 session.name
             );
         }
     }
 
-    /// Guests that were told to stop, at `begun` or before, and say nothing, not even that they are there.
+    /// Fails guests that have not answered since the stop request (`begun` or before).
     fn give_up_silent(&mut self, begun: Instant) -> Result<(), GuestsError> {
         let (now, most) = (Instant::now(), self.stop_silence_max);
         let stopping = self.sessions.iter_mut().filter(|session| session.phase() == Phase::Stopping);
-        let silent = stopping.filter(|session| session.silence.lasts(now).min(now - begun) >= most);
-        let requests = silent.flat_map(|session| {
+        let mut requests = Vec::new();
+        for session in stopping.filter(|session| session.silence.lasts(now).min(now - begun) >= most) {
             session.silence.ends(now);
-            session.silent(most.as_secs())
-        });
-        let requests = requests.collect();
+            requests.extend(session.silent(most.as_secs()));
+        }
         self.send(requests)
     }
 
-    /// Has every running guest write a marker, and waits until they have, but not for ever.
+    /// Has every running guest write a marker, and waits for the answers, at most [`MARK_MAX`].
     pub fn mark(&mut self, text: String) -> Result<(), GuestsError> {
         self.ask_all(Phase::Running, &ToAgent::Mark { text })?;
         self.sessions.iter_mut().for_each(GuestSession::mark_asked);
@@ -169,12 +170,12 @@ impl Guests {
         Ok(())
     }
 
-    /// Whether anybody is left to hear from.
+    /// Whether any session has not ended.
     pub fn is_live(&self) -> bool {
         self.sessions.iter().any(|session| session.phase() < Phase::Closed)
     }
 
-    /// Takes what has come, up to a bound: a guest that floods must not hold up the rest.
+    /// Takes the messages that have arrived, at most [`MESSAGES_MAX`]: a guest cannot keep this thread busy.
     pub fn take_all(&mut self) -> Result<(), GuestsError> {
         for _ in 0..MESSAGES_MAX {
             if !self.take(Duration::ZERO)? {
@@ -184,7 +185,7 @@ impl Guests {
         Ok(())
     }
 
-    /// Takes one message if one comes within `wait`. True if one came.
+    /// Takes one message if one arrives within `wait`. True if one did.
     pub fn take(&mut self, wait: Duration) -> Result<bool, GuestsError> {
         if self.pinged.elapsed() >= PING_EVERY {
             self.pinged = Instant::now();
@@ -202,16 +203,16 @@ impl Guests {
         };
         let Some(session) = self.sessions.iter_mut().find(|session| session.name == name) else { return Ok(true) };
         if is_progress(&message) {
-            self.heard = Instant::now();
+            self.progress_at = Instant::now();
         }
-        let is_agents = matches!(message, FromServer::Agent { .. } | FromServer::Echo { .. });
+        let is_agent = matches!(message, FromServer::Agent { .. } | FromServer::Echo { .. });
         let effects = session.on(message);
-        session.heard(is_agents, Instant::now());
+        session.received(is_agent, Instant::now());
         self.send(effects)?;
         Ok(true)
     }
 
-    /// Sends what a state machine wants to say.
+    /// Sends the requests of a state machine.
     pub fn send(&mut self, requests: Vec<ToServer>) -> Result<(), GuestsError> {
         requests.iter().try_for_each(|request| self.link.send(request).map_err(Into::into))
     }
@@ -223,32 +224,32 @@ impl Guests {
         self.send(requests)
     }
 
-    /// Tells the server where the pages of guest `index` go: descriptors of one file, the second past the page cache.
+    /// Gives the server the areas and the file of guest `index`: one descriptor, and optionally a second with O_DIRECT.
     pub fn send_lanes(&mut self, index: usize, areas: &[Area], files: &[&File]) -> Result<(), GuestsError> {
         let Some(request) = self.sessions[index].lanes(areas) else { return Ok(()) };
         Ok(self.link.send_with_files(&request, files)?)
     }
 
-    /// Applies one step of the state machine to every guest and sends what it wants.
+    /// Applies one step of the state machine to every guest and sends the resulting requests.
     pub fn step_all(&mut self, step: fn(&mut GuestSession) -> Vec<ToServer>) -> Result<(), GuestsError> {
         let requests = self.sessions.iter_mut().flat_map(step).collect();
         self.send(requests)
     }
 
-    /// Lets every agent of a session that is under way hear from us.
+    /// Pings the agent of every active session.
     fn ping(&mut self) -> Result<(), GuestsError> {
-        // One that is done before the others is let go with them.
-        let is_under_way = |phase| (Phase::Arming..=Phase::Drained).contains(&phase);
-        let asked = self.sessions.iter_mut().filter(|session| is_under_way(session.phase()));
-        let requests = asked.map(|session| {
-            session.pinged(self.pinged);
-            session.ask(ToAgent::Ping { id: self.probes })
-        });
-        let requests = requests.collect();
+        // A session that drained before the others stays active until all are released.
+        let mut requests = Vec::new();
+        for session in &mut self.sessions {
+            if (Phase::Arming..=Phase::Drained).contains(&session.phase()) {
+                session.pinged(self.pinged);
+                requests.push(session.ask(ToAgent::Ping { id: self.probes }));
+            }
+        }
         self.send(requests)
     }
 
-    /// Asks the server what has come so far.
+    /// Asks the server for the ledgers of all running guests.
     pub fn ask_ledgers(&mut self) -> Result<(), GuestsError> {
         let running = self.sessions.iter().filter(|session| session.phase() == Phase::Running);
         let requests: Vec<_> = running.map(|session| ToServer::Ledger { guest: session.name.clone() }).collect();
@@ -258,7 +259,7 @@ impl Guests {
         self.send(requests)
     }
 
-    /// A server that is stopped (SIGSTOP) has a socket that takes what is sent, for a long time.
+    /// Detects a stopped server (SIGSTOP): its socket still accepts messages.
     fn check_server(&self) -> Result<(), GuestsError> {
         let waited = self.owed.map_or(Duration::ZERO, |since| since.elapsed());
         if waited <= self.answer_max {
@@ -267,7 +268,7 @@ impl Guests {
         Err(LinkError::Stalled { pid: self.link.peer().pid, waited }.into())
     }
 
-    /// Measures each vCPU's clock against the host's by round trips. A vCPU that does not answer is left out.
+    /// Measures each vCPU's clock against the host's by round trips. vCPUs that do not answer are left out.
     pub fn measure(&mut self, index: usize) -> Result<Vec<Measurement>, GuestsError> {
         let cpus = self.sessions[index].lanes_in_use();
         let rounds = (ROUNDS_WANTED / cpus.len().max(1)).clamp(8, CLOCK_ROUNDS_MAX);
@@ -312,20 +313,20 @@ impl Guests {
     }
 
     fn give_up_below(&mut self, phase: Phase, patience: Duration) -> Result<(), GuestsError> {
-        self.heard = Instant::now();
+        self.progress_at = Instant::now();
         let silent = self.sessions.iter_mut().filter(|session| session.phase() < phase);
         let requests = silent.flat_map(|session| session.silent(patience.as_secs())).collect();
         self.send(requests)
     }
 }
 
-/// Whether a message brings a session on. An agent that only says that it is there is not waited for.
+/// Whether a message is progress of its session: pongs and markers are not.
 fn is_progress(message: &FromServer) -> bool {
     let FromServer::Agent { answer, .. } = message else { return !matches!(message, FromServer::Ledger { .. }) };
     !matches!(answer, FromAgent::Pong { .. } | FromAgent::Marked { .. } | FromAgent::Machine(_))
 }
 
-/// Whose message it is.
+/// The guest that a message is about.
 fn guest_of(message: &FromServer) -> Option<&str> {
     match message {
         FromServer::Claimed(claimed) => Some(&claimed.guest),

@@ -1,19 +1,18 @@
-//! How long an agent leaves us without an answer: it, or its guest, is paused, asleep, hung, or dead.
+//! Times for which an agent owes an answer: it, or its guest, is paused, suspended, hung or dead.
 //!
-//! In:    when it was asked, when it said something
-//! Out:   how long it has been silent, the longest time, words for people
+//! In:    when it was asked, when it answered
+//! Out:   the current and the longest silence, and their texts
 //! Runs:  pure
-//! Trust: nothing to trust: silence is what is measured
 
 use std::{
     fmt,
     time::{Duration, Instant},
 };
 
-/// A shorter silence is not worth a word: agents are asked every second.
+/// Shortest silence that is reported: agents are asked every second.
 pub const SHOWN: Duration = Duration::from_secs(5);
 
-/// One agent's.
+/// The silence of one agent.
 #[derive(Clone, Debug, Default)]
 pub struct Silence {
     asked: Option<Instant>,
@@ -21,47 +20,47 @@ pub struct Silence {
 }
 
 impl Silence {
-    /// It has to say something from `now` on, unless it had to already.
+    /// It was asked: from `now` on it owes an answer, unless it did already.
     pub fn asked(&mut self, now: Instant) {
         self.asked.get_or_insert(now);
     }
 
-    /// It has said something, or is not asked any more.
+    /// It answered, or is not asked any more.
     pub fn ends(&mut self, now: Instant) {
         self.longest = self.longest(now);
         self.asked = None;
     }
 
-    /// Nobody can say any more whether it has answered.
+    /// Whether it has answered is not known any more.
     pub fn forget(&mut self) {
         self.asked = None;
     }
 
-    /// For how long it has owed an answer.
+    /// Time for which it has owed an answer.
     pub fn lasts(&self, now: Instant) -> Duration {
         self.asked.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    /// The longest time that it has owed one.
+    /// The longest such time.
     pub fn longest(&self, now: Instant) -> Duration {
         self.longest.max(self.lasts(now))
     }
 }
 
-/// What is said of a silence of so many seconds, if anything: `, silent for 35 s`.
-pub(crate) struct Said(pub(crate) u64);
+/// The end of a status line, `, silent for 35 s`, or nothing below [`SHOWN`]. The field: seconds.
+pub(crate) struct SilenceSuffix(pub(crate) u64);
 
-impl fmt::Display for Said {
+impl fmt::Display for SilenceSuffix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0 >= SHOWN.as_secs() { write!(f, ", silent for {} s", self.0) } else { Ok(()) }
     }
 }
 
-/// What the closing table says of the longest silence.
+/// The remark in the closing table about the longest silence.
 pub(crate) fn remark(longest: Duration) -> Option<String> {
     let seconds = longest.as_secs();
-    let why = "it was paused, asleep or hung, or its agent was";
-    (longest >= SHOWN).then(|| format!("its agent said nothing for {seconds} s: {why}"))
+    let why = "it or its agent was paused, suspended or hung";
+    (longest >= SHOWN).then(|| format!("its agent did not answer for {seconds} s: {why}"))
 }
 
 #[cfg(test)]
@@ -69,10 +68,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn silence_counts_from_the_first_question_that_is_not_answered() {
+    fn silence_counts_from_the_first_unanswered_question() {
         let (begun, mut silence) = (Instant::now(), Silence::default());
         let at = |seconds| begun + Duration::from_secs(seconds);
-        assert_eq!(silence.lasts(at(100)), Duration::ZERO, "nobody has asked");
+        assert_eq!(silence.lasts(at(100)), Duration::ZERO, "not asked yet");
         for seconds in 0..=7 {
             silence.asked(at(seconds));
         }
@@ -85,9 +84,12 @@ mod tests {
     }
 
     #[test]
-    fn short_silences_are_not_worth_a_word() {
-        assert_eq!((Said(4).to_string(), Said(35).to_string()), (String::new(), ", silent for 35 s".into()));
+    fn short_silences_are_not_reported() {
+        assert_eq!(
+            (SilenceSuffix(4).to_string(), SilenceSuffix(35).to_string()),
+            (String::new(), ", silent for 35 s".into())
+        );
         assert_eq!(remark(Duration::from_millis(4999)), None);
-        assert!(remark(Duration::from_millis(35_900)).is_some_and(|said| said.contains("said nothing for 35 s")));
+        assert!(remark(Duration::from_millis(35_900)).is_some_and(|said| said.contains("did not answer for 35 s")));
     }
 }

@@ -19,7 +19,7 @@ use vtrace_common::{
 
 use super::*;
 use crate::{
-    recorder::{plan::MachinePlan, session::Trouble},
+    recorder::{guests::session::Trouble, plan::MachinePlan},
     server::CONTROL_SOCKET,
 };
 

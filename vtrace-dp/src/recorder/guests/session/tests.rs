@@ -7,6 +7,7 @@ use vtrace_common::{
 };
 
 use super::*;
+use crate::recorder::guests::lanes::guest_lanes;
 
 const GUEST: &str = "guest1";
 
