@@ -1,15 +1,15 @@
 //! Host lanes beside stock `trace-cmd record`: the same events, from the same load.
 //!
 //! In:    a load of this process's own: a thread for each CPU makes a fixed number of system calls that nothing else
-//!        makes, in bursts that both can follow, or writes a fixed number of markers as fast as it can
-//! Out:   CPU seconds of the whole recording program and its children per GiB of events (start, description and end
-//!        included), what they cost without a load, and the share of events that was lost
-//! Runs:  both programs as a person would run them, stopped with Ctrl-C; one after the other, in turns
-//! Trust: a side that says nothing of losses where there are none is not compared: its own count is asked for
+//!        makes, in bursts with a pause between them, or writes a fixed number of markers as fast as it can
+//! Out:   CPU seconds of the recording program and its children (start, description and end included) for each GiB of
+//!        events in its file, what an idle recording costs, and the share of events that each side lost
+//! Runs:  both programs as a person runs them, stopped with Ctrl-C, in turns. Each pair runs once: no pair is repeated
+//!        because a side lost events; the losses of both sides are rows of their own
+//! Trust: each side's own count of lost events
 //!
-//! Where this machine forbids files that trace-cmd insists on (`ftrace_enabled`, `set_ftrace_*`), it sees others in
-//! their place, in a mount namespace of its own.
-#![expect(clippy::print_stderr, reason = "a pair that is repeated is no figure, and no secret")]
+//! Where this machine forbids files that trace-cmd requires (`ftrace_enabled`, `set_ftrace_*`), a mount namespace
+//! shows it empty files in their place.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -35,25 +35,26 @@ use vtrace_dp::tracefs::{Tracefs, online_cpus};
 
 use crate::row::Row;
 
-/// The events of [`Load::Calls`]; nobody else makes this call.
+/// The events of [`Load::Calls`]: a system call that no other program makes.
 const EVENTS: [&str; 2] = ["syscalls:sys_enter_process_vm_readv", "syscalls:sys_exit_process_vm_readv"];
-/// Of both events together in the ring buffer: 64 and 24 bytes of record, 4 of header each.
+/// Bytes of one call in the ring buffer: records of 64 and 24 bytes, each with a header of 4.
 const CALL_BYTES: f64 = 96.0;
+/// Events of one call.
+const CALL_EVENTS: f64 = 2.0;
 const GIB: f64 = 1_073_741_824.0;
 const MARKER: [u8; 1000] = [b'm'; 1000];
-/// Calls between two pauses: 94 KiB of events, so that both recorders can keep up on a machine of two CPUs.
+/// Calls between two pauses: 94 KiB of events, a rate that both recorders can sustain on two CPUs.
 const BURST: u32 = 1000;
 const PAUSE: Duration = Duration::from_millis(1);
-/// Ring buffer of each CPU, for both: room for what comes while the other CPU's recorder is having its turn.
+/// Ring buffer of each CPU, for both sides, KiB.
 const BUFFER: [&str; 2] = ["-b", "4096"];
-const TRIES_MAX: u32 = 5;
 const READY_MAX: Duration = Duration::from_secs(30);
-/// Where ftrace is kept from, an empty file does instead; `$1` is that file.
+/// Mounts the empty file `$1` over each ftrace file that cannot be written, then runs trace-cmd.
 const STOCK: &str = "for file in /proc/sys/kernel/ftrace_enabled \
      $(ls -d /sys/kernel/tracing/set_ftrace_* /sys/kernel/tracing/set_graph_*); \
      do cat $file >$file || mount --bind $1 $file; done 2>/dev/null; shift; exec trace-cmd record \"$@\"";
 
-/// Who records.
+/// The recording program.
 #[derive(Clone, Copy)]
 enum Side {
     Stock,
@@ -64,17 +65,17 @@ enum Side {
 #[derive(Clone, Copy)]
 enum Load {
     Nothing,
-    /// So many system calls: two events each.
+    /// A number of system calls on each CPU, two events each.
     Calls(u32),
-    /// So many markers, into the recorder's own buffers.
+    /// A number of markers on each CPU, written to the recorder's own buffers.
     Markers(u32),
 }
 
-/// What a recording took.
+/// What a recording cost.
 struct Cost {
     cpu_s: f64,
     stop_s: f64,
-    lost: u64,
+    events_lost: u64,
 }
 
 /// Measures `rounds` of each comparison.
@@ -83,41 +84,47 @@ pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
     let (calls, markers) = (amount("CALLS", 8_000_000)?, amount("MARKERS", 1_000_000)?);
     let mut rows = Vec::new();
     for round in 0..rounds {
-        let both =
-            |metric, unit, figures: [f64; 2]| Row::new("hostlanes", metric, round, unit, figures).beside("trace-cmd");
-        let ours_alone = record(&vtrace, (Side::Ours, &[]), Load::Nothing)?;
-        let stock_alone = record(&vtrace, (Side::Stock, &[]), Load::Nothing)?;
-        rows.push(both("start and end cpu", "s", [ours_alone.cpu_s, stock_alone.cpu_s]));
-        for (subbuf, names) in [
-            (&[][..], ["cpu, 4 KiB pages", "net cpu, 4 KiB pages", "stop to a file, 4 KiB pages"]),
-            (&["--subbuf-size", "64"], ["cpu, 64 KiB pages", "net cpu, 64 KiB pages", "stop to a file, 64 KiB pages"]),
-        ] {
-            let (ours, stock) = lossless_pair(&vtrace, subbuf, Load::Calls(calls))?;
-            let gib = f64::from(calls) * lanes()? * CALL_BYTES / GIB;
-            let net = [ours.cpu_s - ours_alone.cpu_s, stock.cpu_s - stock_alone.cpu_s];
-            rows.push(both(names[0], "s/GiB", [ours.cpu_s / gib, stock.cpu_s / gib]));
-            rows.push(both(names[1], "s/GiB", net.map(|cpu_s| cpu_s / gib)));
-            rows.push(both(names[2], "s", [ours.stop_s, stock.stop_s]));
+        let ours = record(&vtrace, (Side::Ours, &[]), Load::Nothing)?;
+        let stock = record(&vtrace, (Side::Stock, &[]), Load::Nothing)?;
+        let idle_s = [ours.cpu_s, stock.cpu_s];
+        rows.push(row(round, "start and end cpu", "s", idle_s));
+        for (options, pages) in [(&[][..], "4 KiB pages"), (&["--subbuf-size", "64"], "64 KiB pages")] {
+            let ours = record(&vtrace, (Side::Ours, options), Load::Calls(calls))?;
+            let stock = record(&vtrace, (Side::Stock, &[]), Load::Calls(calls))?;
+            rows.extend(call_rows(round, pages, calls, [&ours, &stock], idle_s)?);
         }
-        let share = |cost: &Cost| Ok::<_, anyhow::Error>(real(cost.lost)? / (f64::from(markers) * lanes()?));
-        let ours = record(&vtrace, (Side::Ours, &["--rt=1"]), Load::Markers(markers))?;
-        let stock = record(&vtrace, (Side::Stock, &["-r", "1"]), Load::Markers(markers))?;
-        rows.push(both("events lost", "of 1", [share(&ours)?, share(&stock)?]));
+        for (options, name) in [([&[][..], &[]], "markers"), ([&["--rt=1"], &["-r", "1"]], "markers, real time")] {
+            let ours = record(&vtrace, (Side::Ours, options[0]), Load::Markers(markers))?;
+            let stock = record(&vtrace, (Side::Stock, options[1]), Load::Markers(markers))?;
+            let events = f64::from(markers) * lanes()?;
+            rows.push(row(round, &format!("events lost, {name}"), "of 1", shares([&ours, &stock], events)?));
+        }
     }
     Ok(rows)
 }
 
-/// The same load for both, again if a busy machine made one of them lose events: then they did not do the same.
-fn lossless_pair(vtrace: &Path, options: &[&str], load: Load) -> Result<(Cost, Cost)> {
-    for _ in 0..TRIES_MAX {
-        let ours = record(vtrace, (Side::Ours, options), load)?;
-        let stock = record(vtrace, (Side::Stock, &[]), load)?;
-        if (ours.lost, stock.lost) == (0, 0) {
-            return Ok((ours, stock));
-        }
-        eprintln!("again: {} and {} events were lost", ours.lost, stock.lost);
-    }
-    bail!("events were lost in each of {TRIES_MAX} pairs: this machine is too busy")
+/// The figures of a pair of recordings of [`Load::Calls`], ours first.
+fn call_rows(round: u32, pages: &str, calls: u32, pair: [&Cost; 2], idle_s: [f64; 2]) -> Result<Vec<Row>> {
+    let events = f64::from(calls) * lanes()? * CALL_EVENTS;
+    let lost = shares(pair, events)?;
+    let gib = lost.map(|share| (1.0 - share) * events / CALL_EVENTS * CALL_BYTES / GIB);
+    let [ours, stock] = pair;
+    let net_s = [ours.cpu_s - idle_s[0], stock.cpu_s - idle_s[1]];
+    Ok(vec![
+        row(round, &format!("events lost, {pages}"), "of 1", lost),
+        row(round, &format!("cpu, {pages}"), "s/GiB", [ours.cpu_s / gib[0], stock.cpu_s / gib[1]]),
+        row(round, &format!("net cpu, {pages}"), "s/GiB", [net_s[0] / gib[0], net_s[1] / gib[1]]),
+        row(round, &format!("stop to a file, {pages}"), "s", [ours.stop_s, stock.stop_s]),
+    ])
+}
+
+/// The share of `events` that each side lost.
+fn shares([ours, stock]: [&Cost; 2], events: f64) -> Result<[f64; 2]> {
+    Ok([real(ours.events_lost)? / events, real(stock.events_lost)? / events])
+}
+
+fn row(round: u32, metric: &str, unit: &str, figures: [f64; 2]) -> Row {
+    Row::new("hostlanes", metric, round, unit, figures).beside("trace-cmd")
 }
 
 /// `VTRACE_BENCH_NAME`, for machines on which the usual amount says too little or takes too long.
@@ -173,8 +180,8 @@ fn record_in(folder: &Path, vtrace: &Path, (side, options): (Side, &[&str]), loa
     loaded?;
     let (out, said) = (fs::read_to_string(folder.join("out"))?, fs::read_to_string(folder.join("said"))?);
     ensure!(status.success(), "{status}: {said}");
-    let lost = side.lost(&out, &said)?;
-    Ok(Cost { cpu_s: cpu_of_children()? - used, stop_s: stopped.elapsed().as_secs_f64(), lost })
+    let events_lost = side.events_lost(&out, &said)?;
+    Ok(Cost { cpu_s: cpu_of_children()? - used, stop_s: stopped.elapsed().as_secs_f64(), events_lost })
 }
 
 /// CPU time of all processes that have ended and were waited for, theirs included.
@@ -226,7 +233,7 @@ impl Side {
         bail!("no tracing after {READY_MAX:?}")
     }
 
-    fn lost(self, out: &str, said: &str) -> Result<u64> {
+    fn events_lost(self, out: &str, said: &str) -> Result<u64> {
         match self {
             Self::Ours => {
                 let summary: serde_json::Value = serde_json::from_str(out)?;
@@ -278,7 +285,7 @@ impl Load {
             Self::Nothing => {}
             Self::Calls(count) => {
                 for number in 1..=count {
-                    // Reads nothing from nobody: the cheapest call with six arguments.
+                    // An empty transfer: the cheapest call with six arguments.
                     let _ = process_vm_readv(Pid::this(), &mut [], &[]);
                     if number.is_multiple_of(BURST) {
                         sleep(PAUSE);
