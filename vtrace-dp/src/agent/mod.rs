@@ -94,8 +94,8 @@ pub struct AgentConfig {
     pub tee: Option<PathBuf>,
     /// Verification: trace even where the driver has no VIRTIO_RING_F_INDIRECT_DESC. Pages are lost, and counted.
     pub without_indirect: bool,
-    /// The owner's rules; a file that is not there has none.
-    pub policy: PathBuf,
+    /// The file with the owner's rules, which has to exist; if `None`, `/etc/vtrace/agent.toml`, which need not.
+    pub policy: Option<PathBuf>,
     /// What may be run, instead of what the file says.
     pub exec: Option<policy::Exec>,
     /// The CPUs that the agent itself runs on (`0-3,8`), not what it runs for a host; else those it inherits.
@@ -110,7 +110,7 @@ impl Default for AgentConfig {
             once: false,
             tee: None,
             without_indirect: false,
-            policy: policy::FILE.into(),
+            policy: None,
             exec: None,
             cpus: None,
         }

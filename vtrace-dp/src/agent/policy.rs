@@ -3,16 +3,19 @@
 //! In:    `/etc/vtrace/agent.toml` and the agent's own flags; an [`Arm`]
 //! Out:   the [`Arm`] that may be done, or a [`Failure`] (`NotAllowed`, `Memory`) that names the rule
 //! Runs:  when the agent starts (the file), at each `Arm`
-//! Trust: the file; nothing of the request
+//! Trust: the file; nothing of the request. What a request may make the agent write to tracefs is in [`writes`]
 //!
 //! ```toml
 //! exec = ["perf", "/usr/local/bin/load"]  # programs a host may run, or "any"; without it: none
 //! user = "nobody"                         # whom they run as; without it: the agent's own
 //! kallsyms = false                        # addresses stay numbers; without it: true
-//! buffer_mib_max = 256                    # ring buffers of all CPUs together; without it: a quarter of the memory
+//! buffer_mib_max = 256                    # ring buffers of all CPUs, snapshot and hist triggers together; without it:
+//!                                         # a quarter of the memory
 //! events_denied = ["syscalls", "kvm:*"]   # never switched on; `all` means all others
 //! tracers_allowed = ["nop", "function"]   # without it: all that the kernel has
 //! ```
+
+mod writes;
 
 use std::{fs, io, path::PathBuf};
 
@@ -26,37 +29,39 @@ use crate::{
     },
     tracefs::Tracefs,
 };
+use writes::{Demand, Restrictions};
 
-/// Where the file is when nobody says otherwise.
-pub(super) const FILE: &str = "/etc/vtrace/agent.toml";
-/// Triggers that switch on other events (Documentation/trace/events.rst, 6.2).
-const SWITCHING_TRIGGERS: [&str; 4] = ["enable_event", "disable_event", "enable_hist", "disable_hist"];
+/// The file that is read when no other is named.
+const FILE: &str = "/etc/vtrace/agent.toml";
+/// A CPU's ring buffer where the request leaves its size to the kernel (`TRACE_BUF_SIZE_DEFAULT`), and the smallest.
+const BUFFER_KB_DEFAULT: u64 = 1408;
+const BUFFER_KB_MIN: u64 = 8;
 
 /// Why a policy cannot be read. The agent does not run without the rules it was given.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyFault {
-    /// The file is there and cannot be read.
+    /// The file cannot be read, or was named and does not exist.
     #[error("{path}")]
     Read {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// What the kernel said.
         source: io::Error,
     },
-    /// It is not what it should be.
+    /// The file is not TOML, or has a key or value that is not known.
     #[error("{path}: {detail}")]
     Parse {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// Line and reason.
         detail: String,
     },
-    /// The user it names does not exist.
+    /// `user` does not exist on this machine.
     #[error("{path}: no user {user:?}")]
     User {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Who.
+        /// The name in it.
         user: String,
     },
 }
@@ -104,11 +109,14 @@ enum WrittenExec {
 }
 
 impl Policy {
-    /// The rules of the file, if there is one, under the agent's flags: `exec` of a flag replaces the file's.
-    pub(super) fn load(path: PathBuf, exec: Option<Exec>) -> Result<Self, PolicyFault> {
+    /// The rules of the file under the agent's flags: `exec` of a flag replaces the file's. A file that was named has to
+    /// be there; [`FILE`], which is read otherwise, need not.
+    pub(super) fn load(named: Option<PathBuf>, exec: Option<Exec>) -> Result<Self, PolicyFault> {
+        let may_be_absent = named.is_none();
+        let path = named.unwrap_or_else(|| FILE.into());
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) if may_be_absent && error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(source) => return Err(PolicyFault::Read { path, source }),
         };
         let mut policy = Self::parse(&text, path)?;
@@ -144,16 +152,11 @@ impl Policy {
         })
     }
 
-    /// What may be done of a request, on a machine with so many CPUs.
+    /// What may be done of a request, on a machine with `cpus` CPUs.
     pub(super) fn check(&self, mut arm: Arm, tracefs: &Tracefs, cpus: usize) -> Result<Arm, Failure> {
         arm.kallsyms &= self.kallsyms;
         for command in &arm.commands {
             self.check_command(command)?;
-        }
-        let asked_kb = u64::from(arm.buffer_kb).saturating_mul(u64::try_from(cpus).unwrap_or(u64::MAX));
-        if asked_kb > self.buffer_kb_max {
-            let detail = format!("{} KiB a CPU for {cpus} CPUs: {} KiB are allowed", arm.buffer_kb, self.buffer_kb_max);
-            return Err(Failure::new(FailureKind::Memory, "buffer", &detail));
         }
         let tracer = arm.tracer.name.as_str();
         if let Some(allowed) = &self.tracers_allowed
@@ -162,15 +165,34 @@ impl Policy {
         {
             return Err(not_allowed(tracer, &format!("tracers allowed are: {}", allowed.join(", "))));
         }
-        if self.events_denied.is_empty() {
-            return Ok(arm);
+        let restrictions =
+            Restrictions { denies_events: !self.events_denied.is_empty(), tracers: self.tracers_allowed.as_deref() };
+        let demand = writes::check(&arm, restrictions, &mut |event| tracefs.count_events(event))?;
+        arm.buffer_kb = self.buffer_kb(arm.buffer_kb, cpus, demand)?;
+        if self.events_denied.is_empty() { Ok(arm) } else { tracefs.without_denied(arm, &self.events_denied) }
+    }
+
+    /// The size of each CPU's ring buffer, in KiB: `asked_kb`, or for 0 the kernel's own or what fits.
+    fn buffer_kb(&self, asked_kb: u32, cpus: usize, demand: Demand) -> Result<u32, Failure> {
+        let cpus = u64::try_from(cpus).unwrap_or(u64::MAX).max(1);
+        let buffers = if demand.has_snapshot { cpus.saturating_mul(2) } else { cpus };
+        let left_kb = self.buffer_kb_max.saturating_sub(demand.hist_kb);
+        if asked_kb == 0 && left_kb >= buffers.saturating_mul(BUFFER_KB_MIN) {
+            let fitting_kb = left_kb / buffers;
+            let is_small = fitting_kb < BUFFER_KB_DEFAULT;
+            return Ok(if is_small { u32::try_from(fitting_kb).unwrap_or(u32::MAX) } else { 0 });
         }
-        for trigger in arm.events.iter().flat_map(|event| &event.triggers) {
-            if SWITCHING_TRIGGERS.iter().any(|word| trigger.contains(word)) {
-                return Err(not_allowed(trigger, "a trigger may not switch events while some are denied"));
-            }
+        if asked_kb > 0 && u64::from(asked_kb).saturating_mul(buffers) <= left_kb {
+            return Ok(asked_kb);
         }
-        tracefs.without_denied(arm, &self.events_denied)
+        let twice = if demand.has_snapshot { ", twice for the snapshot" } else { "" };
+        let tables = match demand.hist_kb {
+            0 => String::new(),
+            kb => format!(" and {kb} KiB for hist triggers"),
+        };
+        let allowed_kb = self.buffer_kb_max;
+        let detail = format!("{asked_kb} KiB a CPU for {cpus} CPUs{twice}{tables}: {allowed_kb} KiB are allowed");
+        Err(Failure::new(FailureKind::Memory, "buffer", &detail))
     }
 
     fn check_command(&self, command: &CommandRequest) -> Result<(), Failure> {
@@ -229,7 +251,7 @@ mod tests {
 
     #[test]
     fn without_a_file_nothing_is_run() {
-        let policy = Policy::load("/nonexistent/agent.toml".into(), None).unwrap();
+        let policy = policy("").unwrap();
         let failure = policy.check_command(&command("true")).unwrap_err();
         assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NotAllowed, "true"));
     }
@@ -256,6 +278,26 @@ mod tests {
         assert!(policy("exec = \"all\"").unwrap_err().contains("\"any\" or a list"));
         assert!(policy("\nevents_denid = []").unwrap_err().contains("line 2"));
         assert!(policy("user = \"nobody-of-this-name\"").unwrap_err().contains("no user"));
+    }
+
+    #[test]
+    fn file_that_is_named_and_does_not_exist_is_refused() {
+        let fault = Policy::load(Some("/nonexistent/agent.toml".into()), None).unwrap_err();
+        assert!(matches!(fault, PolicyFault::Read { .. }) && fault.to_string() == "/nonexistent/agent.toml");
+    }
+
+    #[test]
+    fn memory_of_triggers_keeps_to_the_bound_of_the_ring_buffers() {
+        let policy = policy("buffer_mib_max = 16").unwrap();
+        let table = |hist_kb| Demand { hist_kb, has_snapshot: false };
+        let snapshot = Demand { hist_kb: 0, has_snapshot: true };
+        assert_eq!(policy.buffer_kb(8192, 2, Demand::default()), Ok(8192));
+        assert_eq!(policy.buffer_kb(4096, 2, snapshot), Ok(4096));
+        assert_eq!(policy.buffer_kb(0, 2, table(2048)), Ok(0));
+        for (asked_kb, demand) in [(8192, table(1)), (8192, snapshot), (0, table(131_072)), (0, table(u64::MAX))] {
+            assert_eq!(policy.buffer_kb(asked_kb, 2, demand).unwrap_err().kind, FailureKind::Memory, "{demand:?}");
+        }
+        assert_eq!(policy.buffer_kb(0, 2, table(15 << 10)), Ok(512), "the kernel's own size would not fit");
     }
 
     #[test]

@@ -362,7 +362,7 @@ pub struct SetupArgs {
 /// `vtrace agent`
 #[derive(ClapArgs, Debug)]
 pub struct AgentArgs {
-    /// Keep a copy of every page in DIR/cpuN.raw (to verify the road; halves its speed)
+    /// Keep a copy of every page in DIR/cpuN.raw (to verify the transfer; halves its speed)
     #[arg(long, value_name = "DIR")]
     pub tee: Option<PathBuf>,
     /// Run any command a host asks for (otherwise those that the policy names)
@@ -374,9 +374,9 @@ pub struct AgentArgs {
     /// Run the agent itself, not what hosts run, on these CPUs, such as 0-3,8 (otherwise wherever it may)
     #[arg(long, value_name = "LIST")]
     pub agent_cpus: Option<String>,
-    /// What a host may ask
-    #[arg(long, value_name = "FILE", default_value = "/etc/vtrace/agent.toml")]
-    pub policy: PathBuf,
+    /// What a host may ask: a file that must exist [default: /etc/vtrace/agent.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
 }
 
 /// `vtrace check HOST GUEST…`

@@ -37,7 +37,7 @@ use nix::{
 use vtrace_common::{
     ids::Cpu,
     limits::{NEAR_MAX, PIECE_BYTES_MAX, TEXT_BYTES_MAX},
-    wire::agent::{Arm, Failure, FailureKind, OfferPiece, Offered},
+    wire::agent::{Arm, EventRequest, Failure, FailureKind, OfferPiece, Offered},
 };
 
 pub use cpus::{online_cpus, parse_cpus, possible_cpus};
@@ -131,6 +131,16 @@ impl Tracefs {
         let available = events::Events::parse(&read(&self.root.join("available_events"))?);
         events::leave_out(&available, &mut arm.events, denied)?;
         Ok(arm)
+    }
+
+    /// How many events of this kernel a request means.
+    ///
+    /// # Errors
+    /// `NoSuchEvent` when it means none; `Kernel`
+    pub fn count_events(&self, request: &EventRequest) -> Result<u64, Failure> {
+        let available = events::Events::parse(&read(&self.root.join("available_events"))?);
+        let count = available.choose(std::slice::from_ref(request))?.count();
+        Ok(u64::try_from(count).unwrap_or(u64::MAX))
     }
 
     /// Removes instances whose owner (the process id in the name) is dead. Returns how many.
