@@ -27,6 +27,7 @@ use super::{
     late_cpus::{Come, Spares},
     link::Gone,
     port::Ports,
+    process_tree::end_orphans,
     pump::Pump,
 };
 use crate::{
@@ -228,7 +229,11 @@ impl Work {
 
     /// Abandons what is on its way and removes the instance.
     pub(super) fn remove(self) {
-        drop((self.commands, self.pump));
+        if !self.commands.is_empty() {
+            drop(self.commands);
+            end_orphans();
+        }
+        drop(self.pump);
         if let Err(failure) = self.instance.remove() {
             log::error!("{} stays: {}", failure.object, failure.detail);
         }

@@ -4,8 +4,8 @@
 //! Out:   what they write, in pieces; how they ended
 //! Runs:  on the control thread; their descriptors are in its epoll set
 //! Full:  beyond `limits::OUTPUT_TOTAL_BYTES_MAX` a command's output is read, counted and thrown away
-//! Trust: nothing: a command may write anything, never end, and leave children behind: all of its process group is
-//!        killed with the session
+//! Trust: nothing: a command may write anything, never end, and start processes that outlive it: all of them are killed
+//!        with the session ([`super::process_tree`])
 
 use std::{
     io::{self, ErrorKind, Read},
@@ -30,7 +30,8 @@ use vtrace_common::{
     wire::agent::{CommandRequest, Failure, FailureKind, FromAgent, Output},
 };
 
-use crate::sys::{account::Account, program, signal::unblock_in};
+use super::process_tree::ControlGroup;
+use crate::sys::{account::Account, oom, program, signal::unblock_in};
 
 /// A command that was started.
 #[derive(Debug)]
@@ -41,7 +42,12 @@ pub(super) struct Running {
     told_bytes: u64,
     dropped_bytes: u64,
     ended: bool,
+    /// All that it has started, where the kernel has control groups.
+    group: Option<ControlGroup>,
 }
+
+/// How soon the kernel ends a command when memory runs out, whatever the agent's own score is.
+const SCORE: i16 = 0;
 
 /// What of a command can be waited for: its place in a list is its tag.
 pub(super) const STREAMS: [Stream; 3] = [Stream::Out, Stream::Error, Stream::End];
@@ -65,12 +71,11 @@ impl Running {
         user: Option<Account>,
         buffer: Option<&Path>,
     ) -> Result<Self, Failure> {
-        let mut command = program::command(&request.words, buffer);
+        let mut command = program::command_as(&request.words, buffer, user);
         unblock_in(&mut command);
+        oom::set_score_in(&mut command, SCORE);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-        if let Some(user) = user {
-            command.uid(user.uid).gid(user.gid);
-        }
+        let group = ControlGroup::make(&mut command);
         let refused = |error: io::Error| Failure {
             kind: if error.kind() == ErrorKind::NotFound { FailureKind::NoSuchProgram } else { FailureKind::Kernel },
             object: request.words.first().cloned().unwrap_or_default(),
@@ -79,7 +84,7 @@ impl Running {
         };
         let child = command.spawn().map_err(refused)?;
         let end = program::watch(&child).map_err(refused)?;
-        let running = Self { index, child, end, told_bytes: 0, dropped_bytes: 0, ended: false };
+        let running = Self { index, child, end, told_bytes: 0, dropped_bytes: 0, ended: false, group };
         for stream in [Stream::Out, Stream::Error] {
             let fd = running.fd(stream).expect("both were piped");
             fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| refused(errno.into()))?;
@@ -177,6 +182,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.signal(Signal::SIGKILL);
+        drop(self.group.take());
         let _ = self.child.wait();
     }
 }
@@ -228,8 +234,21 @@ mod tests {
     }
 
     #[test]
-    fn dropped_command_takes_its_children_along() {
-        let mut running = start(&["sh", "-c", "sleep 1000 & echo $!; wait"]);
+    fn children_of_a_command_end_with_it() {
+        first_child_ends_with_the_command("sleep 1000 & echo $!; wait");
+    }
+
+    #[test]
+    fn child_in_a_session_of_its_own_ends_with_the_command() {
+        if ControlGroup::make(&mut std::process::Command::new("true")).is_none() {
+            return println!("skipped: no cgroup.kill here");
+        }
+        first_child_ends_with_the_command("setsid sleep 1000 & echo $!; wait");
+        first_child_ends_with_the_command("setsid sh -c 'sleep 1000 & echo $!; wait' & sleep 0.1");
+    }
+
+    fn first_child_ends_with_the_command(script: &str) {
+        let mut running = start(&["sh", "-c", script]);
         let begun = Instant::now();
         let told = loop {
             if let Some(FromAgent::Output(output)) = running.read(Stream::Out) {

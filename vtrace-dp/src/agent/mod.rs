@@ -36,6 +36,7 @@ mod link;
 mod machine;
 pub mod policy;
 mod port;
+mod process_tree;
 mod pump;
 mod session;
 #[cfg(feature = "testing")]
@@ -61,12 +62,13 @@ use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 use self::cpu_placement::Place;
 pub use self::cpu_placement::PlaceFault;
 use crate::{
-    sys::{SysError, limit::allow_descriptors},
+    sys::{SysError, limit::allow_descriptors, oom},
     tracefs::{Tracefs, online_cpus, possible_cpus},
 };
 use control::{Control, End, Options};
 use policy::Policy;
 use port::{Found, Held, Ports, Uevents};
+use process_tree::adopt_orphans;
 
 /// How long data ports may come after the control port before the host is answered without them.
 const LANES_WAIT: Duration = Duration::from_millis(500);
@@ -79,6 +81,9 @@ const DYING_LOOK: Duration = Duration::from_millis(50);
 const LANE_DESCRIPTORS: u64 = 6;
 /// What else an agent has open.
 const OTHER_DESCRIPTORS: u64 = 64;
+
+/// The agent's own score when memory runs out (proc_pid_oom_score_adj(5)): among the last to be ended.
+const SCORE: i16 = -900;
 
 /// How to run an agent.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -168,6 +173,11 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         held: Held::default(),
     };
     let policy = Policy::load(config.policy, config.exec)?;
+    // Ended by the kernel, an agent would leave its ring buffers, the memory that is wanted.
+    if let Err(error) = oom::set_score(SCORE) {
+        log::debug!("oom_score_adj stays: {error}");
+    }
+    adopt_orphans();
     let AgentConfig { tee, once, without_indirect, .. } = config;
     let options = Options { tee, once, without_indirect, policy, place };
     while let Some(port) = open_control(&ports, &news, &quit)? {

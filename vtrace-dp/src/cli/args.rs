@@ -259,12 +259,18 @@ pub struct MachineArgs {
     pub exec: Vec<OsString>,
 }
 
-/// `vtrace launch --buffer DIR -- COMMAND`
+/// `vtrace launch [--buffer DIR] [--uid N --gid N] -- COMMAND`
 #[derive(ClapArgs, Debug)]
 pub struct LaunchArgs {
     /// A tracefs buffer that is bound to processes
-    #[arg(long, value_name = "DIR", required = true)]
+    #[arg(long, value_name = "DIR")]
     pub buffer: Vec<PathBuf>,
+    /// The user to become, by number
+    #[arg(long, value_name = "N", requires = "gid")]
+    pub uid: Option<u32>,
+    /// Its group, by number
+    #[arg(long, value_name = "N", requires = "uid")]
+    pub gid: Option<u32>,
     /// What to become
     #[arg(value_name = "COMMAND", trailing_var_arg = true, required = true)]
     pub command: Vec<OsString>,

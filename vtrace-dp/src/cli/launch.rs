@@ -1,6 +1,7 @@
-//! `vtrace launch`: a process that is in the list of traced ones before it becomes the command.
+//! `vtrace launch`: joins the processes that are traced, becomes another user if asked to, then becomes the command.
 //!
-//! A process cannot be put there by another one in time: its first instructions would be missing.
+//! Another process cannot add it in time: its first instructions would be missing. Only root may write to tracefs, so the
+//! user changes last.
 
 use std::{os::unix::process::CommandExt, process};
 
@@ -17,7 +18,12 @@ pub(super) fn run(args: &LaunchArgs) -> Result<u8, Complaint> {
         .iter()
         .try_for_each(|buffer| tracefs::join(buffer))
         .map_err(|failure| Complaint::new(failure.object, failure.detail, "is the recording still running?"))?;
-    let error = process::Command::new(program).args(arguments).exec();
+    let mut command = process::Command::new(program);
+    command.args(arguments);
+    if let (Some(uid), Some(gid)) = (args.uid, args.gid) {
+        command.uid(uid).gid(gid);
+    }
+    let error = command.exec();
     let status = if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { FAILED };
     let mut complaint = Complaint::new(program.display(), error, "");
     complaint.status = status;

@@ -12,6 +12,7 @@ pub mod cpuid;
 pub mod daemon;
 pub mod direct;
 pub mod limit;
+pub mod oom;
 pub mod perf;
 pub mod program;
 pub mod realtime;
