@@ -22,11 +22,11 @@ use vtrace_common::{
 };
 
 use super::{
-    command::Running,
+    command::RunningCommand,
     lane_io::{LaneEnd, PumpError},
-    late_cpus::{Come, Spares},
-    link::Gone,
-    port::Ports,
+    late_cpus::{LateCpus, LateLane},
+    link::HostGone,
+    port::SerialPorts,
     process_tree::end_orphans,
     pump::Pump,
 };
@@ -44,7 +44,7 @@ pub(super) enum Refused {
     /// The request cannot be met: the host is told.
     Failed(Failure),
     /// There is nobody to tell.
-    Gone(Gone),
+    Gone(HostGone),
 }
 
 impl From<Failure> for Refused {
@@ -53,38 +53,38 @@ impl From<Failure> for Refused {
     }
 }
 
-impl From<Gone> for Refused {
-    fn from(gone: Gone) -> Self {
+impl From<HostGone> for Refused {
+    fn from(gone: HostGone) -> Self {
         Self::Gone(gone)
     }
 }
 
 /// How messages reach the host.
-pub(super) type Tell<'a> = &'a dyn Fn(&FromAgent) -> Result<(), Gone>;
+pub(super) type SendToHost<'a> = &'a dyn Fn(&FromAgent) -> Result<(), HostGone>;
 
 /// An armed session.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct ArmedSession {
     // Fields are dropped in this order.
     /// What runs for the host, by its place in the request.
-    pub(super) commands: Vec<Running>,
+    pub(super) commands: Vec<RunningCommand>,
     requests: Vec<CommandRequest>,
     own_only: bool,
     pump: Option<Pump>,
-    spares: Spares,
+    late_cpus: LateCpus,
     ends: Vec<LaneEnd>,
     stats_before: Vec<(Cpu, String)>,
     instance: Instance,
 }
 
-impl Work {
+impl ArmedSession {
     /// Makes everything `arm` asks for, describes the machine, says `Armed`. Nothing is left of a failed one.
     pub(super) fn arm(
         arm: &Arm,
-        ports: &Ports,
+        ports: &SerialPorts,
         without_indirect: bool,
         tee: Option<&Path>,
-        tell: Tell<'_>,
+        tell: SendToHost<'_>,
     ) -> Result<Self, Refused> {
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
         let instance = instance(&name, arm, tell)?;
@@ -92,11 +92,11 @@ impl Work {
         for cpu in instance.cpus() {
             lanes.push((instance.tap(*cpu)?, found.open(*cpu, without_indirect)?));
         }
-        let spares = Spares::find(&instance, ports, &found, without_indirect);
+        let late_cpus = LateCpus::find(&instance, ports, &found, without_indirect);
         described(|each| instance.describe(arm.kallsyms, each), tell)?;
         let armed = Armed {
-            lanes: [instance.cpus(), spares.cpus()].concat(),
-            spare: spares.cpus().to_vec(),
+            lanes: [instance.cpus(), late_cpus.cpus()].concat(),
+            spare: late_cpus.cpus().to_vec(),
             page_bytes: instance.page_bytes(),
             clock: instance.clock(),
             events: instance.events(),
@@ -105,23 +105,23 @@ impl Work {
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
         let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
         let (pump, ends) = (Some(pump), Vec::new());
-        let work = Self { commands, requests, own_only, pump, spares, ends, stats_before, instance };
+        let work = Self { commands, requests, own_only, pump, late_cpus, ends, stats_before, instance };
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
 
-    /// Readable when the pump has ended; `None` once [`Work::pumped`] was called.
+    /// Readable when the pump has ended; `None` once [`ArmedSession::pumped`] was called.
     pub(super) fn done(&self) -> Option<BorrowedFd<'_>> {
         self.pump.as_ref().map(Pump::done)
     }
 
     /// Begins the lanes of CPUs that have come online. Only while a host is there: it is told of each port.
     pub(super) fn look(&mut self) {
-        let come = self.spares.come(&self.instance);
+        let come = self.late_cpus.come(&self.instance);
         self.begin(come);
     }
 
-    fn begin(&mut self, come: Vec<Come>) {
+    fn begin(&mut self, come: Vec<LateLane>) {
         for (cpu, lane) in come {
             let Some(pump) = &mut self.pump else { return };
             match lane.and_then(|lane| pump.join_lane(lane).map_err(refused)) {
@@ -146,7 +146,7 @@ impl Work {
     pub(super) fn start_commands(&mut self, user: Option<Account>) -> Result<(), Failure> {
         let buffer = self.own_only.then(|| self.instance.path());
         for (index, request) in (0..).zip(&self.requests) {
-            self.commands.push(Running::start(index, request, user, buffer)?);
+            self.commands.push(RunningCommand::start(index, request, user, buffer)?);
         }
         Ok(())
     }
@@ -158,12 +158,12 @@ impl Work {
         Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
     }
 
-    /// Tracing off; the pump moves what is left, then [`Work::done`] is readable.
+    /// Tracing off; the pump moves what is left, then [`ArmedSession::done`] is readable.
     pub(super) fn drain(&mut self) {
         if let Err(failure) = self.instance.set_tracing(false) {
             log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
         }
-        let come = self.spares.come_at_last(&self.instance);
+        let come = self.late_cpus.arrived_before_end(&self.instance);
         self.begin(come);
         if let Some(pump) = &self.pump {
             pump.drain();
@@ -181,15 +181,15 @@ impl Work {
     }
 
     /// Says what the lanes did, the command lines, and `Stopped`.
-    pub(super) fn report(&self, tell: Tell<'_>) -> Result<(), Refused> {
+    pub(super) fn report(&self, tell: SendToHost<'_>) -> Result<(), Refused> {
         for (cpu, stats_before) in &self.stats_before {
             self.report_lane(*cpu, stats_before, tell)?;
         }
-        let spares = self.spares.cpus();
-        for cpu in spares {
+        let late_cpus = self.late_cpus.cpus();
+        for cpu in late_cpus {
             self.report_lane(*cpu, "", tell)?;
         }
-        let portless = self.instance.absent_cpus().into_iter().filter(|cpu| !spares.contains(cpu));
+        let portless = self.instance.absent_cpus().into_iter().filter(|cpu| !late_cpus.contains(cpu));
         for cpu in portless.filter(|cpu| self.instance.has_recorded(*cpu)) {
             log::warn!("{cpu} came online after the start: it is not recorded");
             let stats_after = self.instance.stats(cpu);
@@ -200,10 +200,10 @@ impl Work {
         Ok(())
     }
 
-    fn report_lane(&self, cpu: Cpu, stats_before: &str, tell: Tell<'_>) -> Result<(), Gone> {
+    fn report_lane(&self, cpu: Cpu, stats_before: &str, tell: SendToHost<'_>) -> Result<(), HostGone> {
         let nothing = || LaneEnd::nothing(cpu, String::new());
         let end = self.ends.iter().find(|end| end.cpu == cpu).cloned().unwrap_or_else(nothing);
-        let has_come = !self.spares.is_absent(cpu);
+        let has_come = !self.late_cpus.is_absent(cpu);
         let stats_after = if has_come { self.instance.stats(cpu) } else { String::new() };
         let report = LaneReport {
             cpu,
@@ -214,7 +214,7 @@ impl Work {
             stats_before: stats_before.into(),
             stats_after,
             trouble: end.trouble,
-            apic: self.spares.apic(cpu),
+            apic: self.late_cpus.apic(cpu),
         };
         if has_come {
             log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
@@ -241,7 +241,7 @@ impl Work {
 }
 
 /// Makes the instance, and says now and then how far it is.
-fn instance(name: &str, arm: &Arm, tell: Tell<'_>) -> Result<Instance, Refused> {
+fn instance(name: &str, arm: &Arm, tell: SendToHost<'_>) -> Result<Instance, Refused> {
     let (mut said, mut told) = (Instant::now(), Ok(()));
     let made = Tracefs::find_or_mount()?.arm_telling(name, arm, &mut |events| {
         if said.elapsed() >= ARMING_EVERY && told.is_ok() {
@@ -264,7 +264,7 @@ fn refused(error: PumpError) -> Failure {
 /// Passes pieces on; the first failure to tell one is the answer.
 fn described(
     describe: impl FnOnce(&mut dyn FnMut(Piece)) -> Result<(), Failure>,
-    tell: Tell<'_>,
+    tell: SendToHost<'_>,
 ) -> Result<(), Refused> {
     let mut told = Ok(());
     describe(&mut |piece| {

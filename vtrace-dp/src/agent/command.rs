@@ -35,11 +35,11 @@ use crate::sys::{account::Account, oom, program, signal::unblock_in};
 
 /// A command that was started.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(super) struct RunningCommand {
     index: u32,
     child: Child,
     end: OwnedFd,
-    told_bytes: u64,
+    sent_bytes: u64,
     dropped_bytes: u64,
     ended: bool,
     /// All that it has started, where the kernel has control groups.
@@ -63,7 +63,7 @@ pub(super) enum Stream {
     End,
 }
 
-impl Running {
+impl RunningCommand {
     /// Starts a command in a process group of its own. With a `buffer` it is among the processes traced there.
     pub(super) fn start(
         index: u32,
@@ -84,7 +84,7 @@ impl Running {
         };
         let child = command.spawn().map_err(refused)?;
         let end = program::watch(&child).map_err(refused)?;
-        let running = Self { index, child, end, told_bytes: 0, dropped_bytes: 0, ended: false, group };
+        let running = Self { index, child, end, sent_bytes: 0, dropped_bytes: 0, ended: false, group };
         for stream in [Stream::Out, Stream::Error] {
             let fd = running.fd(stream).expect("both were piped");
             fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| refused(errno.into()))?;
@@ -122,12 +122,12 @@ impl Running {
                     return None;
                 }
                 Ok(count) => {
-                    let count_told = u64::try_from(count).expect("usize has at most 64 bits");
-                    if self.told_bytes + count_told > OUTPUT_TOTAL_BYTES_MAX {
-                        self.dropped_bytes += count_told;
+                    let count_sent = u64::try_from(count).expect("usize has at most 64 bits");
+                    if self.sent_bytes + count_sent > OUTPUT_TOTAL_BYTES_MAX {
+                        self.dropped_bytes += count_sent;
                         continue;
                     }
-                    self.told_bytes += count_told;
+                    self.sent_bytes += count_sent;
                     bytes.truncate(count);
                     let is_error = stream != Stream::Out;
                     return Some(FromAgent::Output(Output { command: self.index, is_error, bytes }));
@@ -179,7 +179,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         self.signal(Signal::SIGKILL);
         drop(self.group.take());
@@ -193,12 +193,12 @@ mod tests {
 
     use super::*;
 
-    fn start(line: &[&str]) -> Running {
+    fn start(line: &[&str]) -> RunningCommand {
         let words = line.iter().map(|word| (*word).into()).collect();
-        Running::start(3, &CommandRequest { words }, None, None).unwrap()
+        RunningCommand::start(3, &CommandRequest { words }, None, None).unwrap()
     }
 
-    fn all(running: &mut Running) -> (Vec<FromAgent>, FromAgent) {
+    fn all(running: &mut RunningCommand) -> (Vec<FromAgent>, FromAgent) {
         let (mut told, begun) = (Vec::new(), Instant::now());
         loop {
             for stream in [Stream::Out, Stream::Error] {
@@ -227,10 +227,10 @@ mod tests {
         let (told, end) = all(&mut start(&["sh", "-c", "head -c 3000000 /dev/zero"]));
         let bytes: usize =
             told.iter().map(|told| if let FromAgent::Output(output) = told { output.bytes.len() } else { 0 }).sum();
-        let told_bytes = u64::try_from(bytes).unwrap();
-        assert!(told_bytes <= OUTPUT_TOTAL_BYTES_MAX);
+        let sent_bytes = u64::try_from(bytes).unwrap();
+        assert!(sent_bytes <= OUTPUT_TOTAL_BYTES_MAX);
         let FromAgent::Exited { output_dropped_bytes, .. } = end else { panic!("{end:?}") };
-        assert_eq!(told_bytes + output_dropped_bytes, 3_000_000);
+        assert_eq!(sent_bytes + output_dropped_bytes, 3_000_000);
     }
 
     #[test]
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn program_that_is_not_there_is_said() {
         let words = vec!["no-such-program-here".into()];
-        let failure = Running::start(0, &CommandRequest { words }, None, None).unwrap_err();
+        let failure = RunningCommand::start(0, &CommandRequest { words }, None, None).unwrap_err();
         assert_eq!(failure.kind, FailureKind::NoSuchProgram);
     }
 }

@@ -1,7 +1,7 @@
 //! The control loop: hears the host, does what its session allows, answers.
 //!
 //! In:    frames on the control port, the pump's end, the wish to quit
-//! Out:   answers; [`End`] says why the loop is over
+//! Out:   answers; [`ControlEnd`] says why the loop is over
 //! Runs:  on the main thread; sleeps in epoll. Idle: no wake-ups. In a session: one per message of the host
 //! Full:  one request at a time; the host's next ones wait in the port
 //! Trust: nothing of the host but its right to ask; a host that is silent in a session for 10 s is gone
@@ -32,14 +32,14 @@ use vtrace_common::{
 };
 
 use super::{
-    armed::{Refused, Work},
-    command::{Running, STREAMS, Stream},
-    cpu_placement::Place,
-    link::{Gone, HOST_SILENCE, Heard, LAST_SILENCE, Link},
+    armed::{ArmedSession, Refused},
+    command::{RunningCommand, STREAMS, Stream},
+    cpu_placement::CpuPlacement,
+    link::{HOST_SILENCE, HostGone, LAST_SILENCE, Link, LinkRead},
     machine,
     policy::Policy,
-    port::Ports,
-    session::{Effect, Outcome, State},
+    port::SerialPorts,
+    session::{Effect, SessionOutcome, SessionState},
 };
 use crate::{
     sys::{SysError, tsc},
@@ -48,7 +48,7 @@ use crate::{
 
 /// Why the loop is over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum End {
+pub(super) enum ControlEnd {
     /// It was asked to quit.
     Asked,
     /// The control port is gone; another may come.
@@ -59,7 +59,7 @@ pub(super) enum End {
 
 /// What the loop is told once.
 #[derive(Debug)]
-pub(super) struct Options {
+pub(super) struct ControlOptions {
     /// Copies of the pages go there.
     pub(super) tee: Option<PathBuf>,
     /// Serve one session.
@@ -69,12 +69,12 @@ pub(super) struct Options {
     /// What may be asked.
     pub(super) policy: Policy,
     /// Where the agent runs, and commands do not.
-    pub(super) place: Place,
+    pub(super) place: CpuPlacement,
 }
 
 /// How far the greetings are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Greeting {
+enum HelloState {
     /// No host is there.
     Absent,
     /// We have said hello.
@@ -93,17 +93,17 @@ const COMMANDS: u64 = 16;
 
 /// The loop's state.
 pub(super) struct Control<'a> {
-    options: &'a Options,
-    ports: &'a Ports,
+    options: &'a ControlOptions,
+    ports: &'a SerialPorts,
     quit: BorrowedFd<'a>,
     epoll: Epoll,
     link: Link,
-    greeting: Greeting,
-    state: State,
-    work: Option<Work>,
+    hello_state: HelloState,
+    state: SessionState,
+    work: Option<ArmedSession>,
     heard: Instant,
     /// Its silence was noticed then.
-    doubted: Option<Instant>,
+    silent_since: Option<Instant>,
     served: bool,
     affinity: CpuSet,
     pinned: Option<Cpu>,
@@ -113,8 +113,8 @@ impl<'a> Control<'a> {
     /// A loop over an open, non-blocking control port that ends when `quit` becomes readable.
     pub(super) fn new(
         port: OwnedFd,
-        ports: &'a Ports,
-        options: &'a Options,
+        ports: &'a SerialPorts,
+        options: &'a ControlOptions,
         quit: BorrowedFd<'a>,
     ) -> Result<Self, SysError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(SysError::of("epoll_create1"))?;
@@ -130,11 +130,11 @@ impl<'a> Control<'a> {
             quit,
             epoll,
             link,
-            greeting: Greeting::Absent,
-            state: State::default(),
+            hello_state: HelloState::Absent,
+            state: SessionState::default(),
             work: None,
             heard: Instant::now(),
-            doubted: None,
+            silent_since: None,
             served: false,
             affinity,
             pinned: None,
@@ -142,29 +142,29 @@ impl<'a> Control<'a> {
     }
 
     /// Serves hosts until there is a reason to end. Whatever the reason: nothing is left in tracefs.
-    pub(super) fn serve(mut self) -> Result<End, SysError> {
+    pub(super) fn serve(mut self) -> Result<ControlEnd, SysError> {
         let end = self.run();
         self.remove();
         end
     }
 
-    fn run(&mut self) -> Result<End, SysError> {
+    fn run(&mut self) -> Result<ControlEnd, SysError> {
         // The port may have been open at the host before it was here: no edge will say so.
-        let mut gone = self.hear_all().err();
+        let mut gone = self.read_requests().err();
         loop {
             match gone.take() {
-                Some(Gone::Asked) => return Ok(End::Asked),
-                Some(reason @ Gone::Unplugged(_)) => {
+                Some(HostGone::Asked) => return Ok(ControlEnd::Asked),
+                Some(reason @ HostGone::Unplugged(_)) => {
                     log::warn!("{reason}");
-                    return Ok(End::Unplugged);
+                    return Ok(ControlEnd::Unplugged);
                 }
-                Some(Gone::Absent) => gone = self.host_is_absent(),
-                Some(reason @ (Gone::Stalled | Gone::Replaced)) => self.drop_session(reason),
-                Some(Gone::Silent) => gone = self.give_up(),
+                Some(HostGone::Absent) => gone = self.host_is_absent(),
+                Some(reason @ (HostGone::Stalled | HostGone::Replaced)) => self.drop_session(reason),
+                Some(HostGone::Silent) => gone = self.drop_silent_host(),
                 None => {}
             }
             if self.options.once && self.served {
-                return Ok(End::Served);
+                return Ok(ControlEnd::Served);
             }
             gone = match gone {
                 None => self.turn()?.err(),
@@ -174,20 +174,20 @@ impl<'a> Control<'a> {
     }
 
     /// Sleeps until something has happened, and does it.
-    fn turn(&mut self) -> Result<Result<(), Gone>, SysError> {
+    fn turn(&mut self) -> Result<Result<(), HostGone>, SysError> {
         let mut events = [EpollEvent::empty(); 8];
-        let count = match self.epoll.wait(&mut events, self.patience()) {
+        let count = match self.epoll.wait(&mut events, self.wait_max()) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(SysError::of("epoll_wait")(errno)),
         };
         let happened = |tag| events[..count].iter().any(|event| event.data() == tag);
         if happened(QUIT) {
-            return Ok(Err(Gone::Asked));
+            return Ok(Err(HostGone::Asked));
         }
         let mut result = Ok(());
         if happened(PORT) {
-            result = self.hear_all();
+            result = self.read_requests();
         }
         for tag in events[..count].iter().filter_map(|event| event.data().checked_sub(COMMANDS)) {
             if result.is_ok() {
@@ -198,29 +198,31 @@ impl<'a> Control<'a> {
             result = self.pump_has_ended();
         }
         if result.is_ok() && self.work.is_some() {
-            result = self.watch_silence();
+            result = self.check_silence();
         }
         Ok(result)
     }
 
     /// A machine that was stopped, and whose clock went on, finds a long silence behind it that was none: the end of it has
     /// to pass while we look.
-    fn watch_silence(&mut self) -> Result<(), Gone> {
+    fn check_silence(&mut self) -> Result<(), HostGone> {
         let first = HOST_SILENCE - LAST_SILENCE;
         match self.heard.elapsed() {
             silent if silent < first => {}
-            _ if self.doubted.is_none() => self.doubted = Some(Instant::now()),
-            _ if self.doubted.is_some_and(|since| since.elapsed() >= LAST_SILENCE) => return Err(Gone::Silent),
+            _ if self.silent_since.is_none() => self.silent_since = Some(Instant::now()),
+            _ if self.silent_since.is_some_and(|since| since.elapsed() >= LAST_SILENCE) => {
+                return Err(HostGone::Silent);
+            }
             _ => {}
         }
         Ok(())
     }
 
-    fn patience(&self) -> EpollTimeout {
+    fn wait_max(&self) -> EpollTimeout {
         if self.work.is_none() {
             return EpollTimeout::NONE;
         }
-        let left = match self.doubted {
+        let left = match self.silent_since {
             Some(since) => LAST_SILENCE.saturating_sub(since.elapsed()),
             None => (HOST_SILENCE - LAST_SILENCE).saturating_sub(self.heard.elapsed()),
         } + Duration::from_millis(1);
@@ -228,29 +230,29 @@ impl<'a> Control<'a> {
     }
 
     /// Reads all there is and does it.
-    fn hear_all(&mut self) -> Result<(), Gone> {
+    fn read_requests(&mut self) -> Result<(), HostGone> {
         loop {
             // Bytes may come before the news that their host has opened the port: an answer would go nowhere.
-            if self.greeting == Greeting::Absent && self.link.is_hung_up() {
+            if self.hello_state == HelloState::Absent && self.link.is_hung_up() {
                 return Ok(());
             }
             let heard = self.link.hear()?;
-            if self.greeting == Greeting::Absent {
-                self.greeting = Greeting::Said;
-                self.say_hello()?;
+            if self.hello_state == HelloState::Absent {
+                self.hello_state = HelloState::Said;
+                self.send_hello()?;
             }
-            let Heard::Bytes(stamp) = heard else { return Ok(()) };
+            let LinkRead::Bytes(stamp) = heard else { return Ok(()) };
             self.take_frames(stamp)?;
             // Arming and reporting can take longer than a host may be silent: that is not its silence.
-            self.has_heard();
+            self.host_is_alive();
         }
     }
 
-    fn has_heard(&mut self) {
-        (self.heard, self.doubted) = (Instant::now(), None);
+    fn host_is_alive(&mut self) {
+        (self.heard, self.silent_since) = (Instant::now(), None);
     }
 
-    fn take_frames(&mut self, stamp: GuestTsc) -> Result<(), Gone> {
+    fn take_frames(&mut self, stamp: GuestTsc) -> Result<(), HostGone> {
         loop {
             match self.link.next_frame() {
                 Ok(Some(frame)) => self.take_frame(&frame, stamp)?,
@@ -263,16 +265,16 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn take_frame(&mut self, frame: &Frame, stamp: GuestTsc) -> Result<(), Gone> {
+    fn take_frame(&mut self, frame: &Frame, stamp: GuestTsc) -> Result<(), HostGone> {
         if frame.family == Family::Hello {
             return match frame.open::<Hello>() {
-                Ok(hello) => self.greet(&hello),
+                Ok(hello) => self.take_hello(&hello),
                 Err(fault) => self.refuse_frame(&fault.to_string()),
             };
         }
         match frame.open::<ToAgent>() {
-            Ok(_) if self.greeting == Greeting::Said => self.refuse_frame("a request before the hello"),
-            Ok(_) if self.greeting != Greeting::Met => {
+            Ok(_) if self.hello_state == HelloState::Said => self.refuse_frame("a request before the hello"),
+            Ok(_) if self.hello_state != HelloState::Met => {
                 self.refuse_frame(&format!("this agent speaks wire version {VERSION} only"))
             }
             Ok(request) => self.request(request, stamp),
@@ -280,14 +282,14 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn greet(&mut self, hello: &Hello) -> Result<(), Gone> {
-        self.drop_session(Gone::Replaced);
+    fn take_hello(&mut self, hello: &Hello) -> Result<(), HostGone> {
+        self.drop_session(HostGone::Replaced);
         self.release();
-        if self.greeting != Greeting::Said {
-            self.say_hello()?;
+        if self.hello_state != HelloState::Said {
+            self.send_hello()?;
         }
         if !hello.speaks_ours() {
-            self.greeting = Greeting::Foreign;
+            self.hello_state = HelloState::Foreign;
             let (min, max) = (hello.version_min, hello.version_max);
             log::error!(
                 "the host ({}) speaks wire versions {min} to {max}, this agent speaks {VERSION}: its requests are refused",
@@ -295,16 +297,16 @@ impl<'a> Control<'a> {
             );
             return Ok(());
         }
-        self.greeting = Greeting::Met;
+        self.hello_state = HelloState::Met;
         log::info!("the host is {}", hello.software);
         self.tell(&FromAgent::Machine(machine::describe(self.ports.lanes().cpus())))
     }
 
-    fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), Gone> {
+    fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), HostGone> {
         if !matches!(request, ToAgent::Probe { .. }) {
             self.unpin();
             // About once a second, as a host that is there pings.
-            self.work.iter_mut().for_each(Work::look);
+            self.work.iter_mut().for_each(ArmedSession::look);
         }
         self.release();
         let done = match self.state.on(request) {
@@ -323,7 +325,7 @@ impl<'a> Control<'a> {
             Err(Refused::Gone(gone)) => Err(gone),
             Err(Refused::Failed(failure)) => {
                 self.release();
-                self.tell_failure(failure)
+                self.send_failure(failure)
             }
         }
     }
@@ -336,22 +338,23 @@ impl<'a> Control<'a> {
     }
 
     fn arm(&mut self, arm: Arm) -> Result<(), Refused> {
-        let Options { tee, without_indirect, policy, .. } = self.options;
+        let ControlOptions { tee, without_indirect, policy, .. } = self.options;
         let cpus = online_cpus().map_or(1, |cpus| cpus.len());
         let arm = &policy.check(arm, &Tracefs::find_or_mount()?, cpus)?;
-        let work = Work::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
+        let work =
+            ArmedSession::arm(arm, self.ports, *without_indirect, tee.as_deref(), &|message| self.tell(message))?;
         let done = work.done().expect("it has just been started");
         let watched = self.epoll.add(done, EpollEvent::new(EpollFlags::EPOLLIN, PUMP));
         watched.map_err(unwatched)?;
         log::info!("session {:#x} is armed", arm.session);
         self.work = Some(work);
-        self.state = self.state.after(Outcome::Armed);
+        self.state = self.state.after(SessionOutcome::Armed);
         Ok(())
     }
 
     fn start(&mut self, marker: &str) -> Result<(), Refused> {
         let started = self.armed().start(marker)?;
-        self.state = self.state.after(Outcome::Started);
+        self.state = self.state.after(SessionOutcome::Started);
         self.tell(&started)?;
         self.start_commands()
     }
@@ -359,8 +362,8 @@ impl<'a> Control<'a> {
     /// Starts what the host wants run. One that does not start is a failure of the session.
     fn start_commands(&mut self) -> Result<(), Refused> {
         let Some(work) = &mut self.work else { return Ok(()) };
-        let Options { place, policy, .. } = self.options;
-        place.outside(|| work.start_commands(policy.user))?;
+        let ControlOptions { place, policy, .. } = self.options;
+        place.with_inherited_cpus(|| work.start_commands(policy.user))?;
         for (index, command) in work.commands.iter().enumerate() {
             for (place, stream) in STREAMS.into_iter().enumerate() {
                 let Some(fd) = command.fd(stream) else { continue };
@@ -373,7 +376,7 @@ impl<'a> Control<'a> {
     }
 
     /// Passes on what a command has written, or how it ended. An output leaves the epoll set when it is closed.
-    fn pass_output(&mut self, tag: usize) -> Result<(), Gone> {
+    fn pass_output(&mut self, tag: usize) -> Result<(), HostGone> {
         let stream = STREAMS[tag % STREAMS.len()];
         let commands = self.work.as_mut().map(|work| &mut work.commands);
         let Some(command) = commands.and_then(|commands| commands.get_mut(tag / STREAMS.len())) else { return Ok(()) };
@@ -417,10 +420,10 @@ impl<'a> Control<'a> {
     }
 
     fn drain(&mut self) -> Result<(), Refused> {
-        let work = self.work.as_mut().expect("State::on allows this only while a session exists");
-        work.commands.iter().for_each(Running::stop);
+        let work = self.work.as_mut().expect("SessionState::on allows this only while a session exists");
+        work.commands.iter().for_each(RunningCommand::stop);
         work.drain();
-        self.state = self.state.after(Outcome::Draining);
+        self.state = self.state.after(SessionOutcome::Draining);
         match self.armed().done() {
             Some(_) => Ok(()), // the report follows when the pump has ended
             None => self.report(),
@@ -430,7 +433,7 @@ impl<'a> Control<'a> {
     fn close(&mut self) -> Result<(), Refused> {
         self.served |= self.work.is_some();
         // The host was heard just now; an instance may take a second to go.
-        self.work.iter_mut().for_each(Work::abandon);
+        self.work.iter_mut().for_each(ArmedSession::abandon);
         self.ports.release();
         self.remove();
         Ok(self.tell(&FromAgent::Closed)?)
@@ -438,52 +441,52 @@ impl<'a> Control<'a> {
 
     fn report(&mut self) -> Result<(), Refused> {
         self.armed().report(&|message| self.tell(message))?;
-        self.state = self.state.after(Outcome::Reported);
+        self.state = self.state.after(SessionOutcome::Reported);
         Ok(())
     }
 
-    fn pump_has_ended(&mut self) -> Result<(), Gone> {
+    fn pump_has_ended(&mut self) -> Result<(), HostGone> {
         let Some(work) = &mut self.work else { return Ok(()) };
         if let Some(done) = work.done() {
             self.epoll.delete(done).expect("it was added when it was made");
         }
         work.pumped();
-        if self.state != State::Stopping {
+        if self.state != SessionState::Stopping {
             return Ok(()); // in trouble, which is logged; the report comes with the stop
         }
         let reported = self.report();
-        self.has_heard();
+        self.host_is_alive();
         match reported {
             Ok(()) => Ok(()),
             Err(Refused::Gone(gone)) => Err(gone),
-            Err(Refused::Failed(failure)) => self.tell_failure(failure),
+            Err(Refused::Failed(failure)) => self.send_failure(failure),
         }
     }
 
-    fn armed(&self) -> &Work {
-        self.work.as_ref().expect("State::on allows this only while a session exists")
+    fn armed(&self) -> &ArmedSession {
+        self.work.as_ref().expect("SessionState::on allows this only while a session exists")
     }
 
     /// A host that hangs up on a session is waited for a little: in a machine that slept, it was never gone. Should it be
     /// another, it says hello.
-    fn host_is_absent(&mut self) -> Option<Gone> {
+    fn host_is_absent(&mut self) -> Option<HostGone> {
         if self.work.is_some() {
             match self.link.returns(self.quit) {
-                Ok(true) => match self.hear_all() {
-                    Err(Gone::Absent) => {}
+                Ok(true) => match self.read_requests() {
+                    Err(HostGone::Absent) => {}
                     heard => return heard.err(),
                 },
                 Ok(false) => {}
                 Err(gone) => return Some(gone),
             }
         }
-        self.drop_session(Gone::Absent);
+        self.drop_session(HostGone::Absent);
         self.link.reset();
-        self.greeting = Greeting::Absent;
+        self.hello_state = HelloState::Absent;
         None
     }
 
-    fn drop_session(&mut self, reason: Gone) {
+    fn drop_session(&mut self, reason: HostGone) {
         if self.work.is_some() {
             log::warn!("the session is dropped: {reason}");
             self.served = true;
@@ -492,10 +495,10 @@ impl<'a> Control<'a> {
     }
 
     /// The host is silent. Should it only be slow, it is told: it must not wait for a report that never comes.
-    fn give_up(&mut self) -> Option<Gone> {
-        self.drop_session(Gone::Silent);
-        let failure = Failure::new(FailureKind::State, "session", &Gone::Silent.to_string());
-        self.tell_failure(failure).err()
+    fn drop_silent_host(&mut self) -> Option<HostGone> {
+        self.drop_session(HostGone::Silent);
+        let failure = Failure::new(FailureKind::State, "session", &HostGone::Silent.to_string());
+        self.send_failure(failure).err()
     }
 
     fn remove(&mut self) {
@@ -503,24 +506,24 @@ impl<'a> Control<'a> {
         if let Some(work) = self.work.take() {
             work.remove();
         }
-        self.state = self.state.after(Outcome::Removed);
+        self.state = self.state.after(SessionOutcome::Removed);
     }
 
-    fn say_hello(&self) -> Result<(), Gone> {
+    fn send_hello(&self) -> Result<(), HostGone> {
         self.link.send(&Hello::ours(concat!("vtrace agent ", env!("CARGO_PKG_VERSION"))), self.quit)
     }
 
-    fn tell(&self, message: &FromAgent) -> Result<(), Gone> {
+    fn tell(&self, message: &FromAgent) -> Result<(), HostGone> {
         self.link.send(message, self.quit)
     }
 
-    fn tell_failure(&self, failure: Failure) -> Result<(), Gone> {
+    fn send_failure(&self, failure: Failure) -> Result<(), HostGone> {
         log::warn!("refused: {:?}: {}: {}", failure.kind, failure.object, failure.detail);
         self.tell(&FromAgent::Failed(failure))
     }
 
-    fn refuse_frame(&self, detail: &str) -> Result<(), Gone> {
-        self.tell_failure(Failure::new(FailureKind::State, "message", detail))
+    fn refuse_frame(&self, detail: &str) -> Result<(), HostGone> {
+        self.send_failure(Failure::new(FailureKind::State, "message", detail))
     }
 
     fn pin(&mut self, cpu: Cpu) -> Result<(), Errno> {

@@ -2,7 +2,7 @@
 //!
 //! In:    a list of CPUs, as `--agent-cpus` names them
 //! Out:   the calling thread and those it starts from now on run there
-//! Runs:  once, before any other thread exists; [`Place::outside`] for each command of a host
+//! Runs:  once, before any other thread exists; [`CpuPlacement::with_inherited_cpus`] for each command of a host
 //! Full:  does not apply
 //! Trust: the kernel: which CPUs are online
 
@@ -20,7 +20,7 @@ const SELF: Pid = Pid::from_raw(0);
 
 /// Why the agent cannot run where it was told to.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum PlaceFault {
+pub enum CpuPlacementFault {
     /// No list of CPUs.
     #[error("{0} is no list of CPUs such as 0-3,8")]
     List(String),
@@ -44,25 +44,25 @@ pub enum PlaceFault {
 
 /// Where the agent runs, and where it would have run.
 #[derive(Debug, Default)]
-pub(super) struct Place {
+pub(super) struct CpuPlacement {
     /// Its own CPUs and those it has inherited; none when it stays where it is.
     sets: Option<(CpuSet, CpuSet)>,
 }
 
-impl Place {
+impl CpuPlacement {
     /// Moves the calling thread, and all it will start, to the CPUs of `list`; without one nothing moves.
     ///
     /// # Errors
-    /// [`PlaceFault`]; then nothing has moved.
-    pub(super) fn take(list: Option<&str>) -> Result<Self, PlaceFault> {
+    /// [`CpuPlacementFault`]; then nothing has moved.
+    pub(super) fn take(list: Option<&str>) -> Result<Self, CpuPlacementFault> {
         let Some(list) = list else { return Ok(Self::default()) };
-        let cpus = parse_cpus(list).ok_or_else(|| PlaceFault::List(list.into()))?;
+        let cpus = parse_cpus(list).ok_or_else(|| CpuPlacementFault::List(list.into()))?;
         let online = online_cpus().unwrap_or_default();
         if let Some(cpu) = cpus.iter().find(|cpu| !online.contains(cpu)) {
             let online = online.iter().map(|cpu| cpu.0.to_string()).collect::<Vec<_>>().join(",");
-            return Err(PlaceFault::Offline { cpu: *cpu, online });
+            return Err(CpuPlacementFault::Offline { cpu: *cpu, online });
         }
-        let refused = |source| PlaceFault::Refused { asked: list.into(), source };
+        let refused = |source| CpuPlacementFault::Refused { asked: list.into(), source };
         let inherited = sched_getaffinity(SELF).map_err(refused)?;
         let mut own = CpuSet::new();
         for cpu in cpus {
@@ -73,7 +73,7 @@ impl Place {
     }
 
     /// Runs `start` where the agent would run by itself: what it starts is no part of the agent.
-    pub(super) fn outside<T>(&self, start: impl FnOnce() -> T) -> T {
+    pub(super) fn with_inherited_cpus<T>(&self, start: impl FnOnce() -> T) -> T {
         let Some((own, inherited)) = &self.sets else { return start() };
         // CPUs may have gone offline meanwhile: then the kernel has moved the thread itself, and it stays there.
         let moved = sched_setaffinity(SELF, inherited);
@@ -105,10 +105,10 @@ mod tests {
         apart(|| {
             let before = sched_getaffinity(SELF).unwrap();
             let cpu = *online_cpus().unwrap().last().unwrap();
-            let place = Place::take(Some(&cpu.0.to_string())).unwrap();
+            let place = CpuPlacement::take(Some(&cpu.0.to_string())).unwrap();
             assert!(is_on(cpu));
             assert!(apart(move || is_on(cpu)));
-            assert_eq!(place.outside(|| apart(|| sched_getaffinity(SELF).unwrap())), before);
+            assert_eq!(place.with_inherited_cpus(|| apart(|| sched_getaffinity(SELF).unwrap())), before);
             assert!(is_on(cpu), "the agent itself has come back");
         });
     }
@@ -117,7 +117,7 @@ mod tests {
     fn agent_without_a_list_stays_where_it_is() {
         apart(|| {
             let before = sched_getaffinity(SELF).unwrap();
-            Place::take(None).unwrap().outside(|| ());
+            CpuPlacement::take(None).unwrap().with_inherited_cpus(|| ());
             assert_eq!(sched_getaffinity(SELF).unwrap(), before);
         });
     }
@@ -126,7 +126,7 @@ mod tests {
     fn cpu_that_is_not_online_is_named_and_nothing_moves() {
         apart(|| {
             let before = sched_getaffinity(SELF).unwrap();
-            let fault = Place::take(Some("0,4000")).unwrap_err();
+            let fault = CpuPlacement::take(Some("0,4000")).unwrap_err();
             assert!(fault.to_string().starts_with("cpu4000 is not online (online are 0"), "{fault}");
             assert_eq!(sched_getaffinity(SELF).unwrap(), before);
         });
@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn list_that_is_none_is_refused() {
         for list in ["", "a", "3-1", "0-", "0,,1", "99999"] {
-            assert_eq!(Place::take(Some(list)).unwrap_err(), PlaceFault::List(list.into()));
+            assert_eq!(CpuPlacement::take(Some(list)).unwrap_err(), CpuPlacementFault::List(list.into()));
         }
     }
 }

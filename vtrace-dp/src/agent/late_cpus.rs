@@ -1,4 +1,4 @@
-//! Lanes of CPUs that are offline when a session is armed, and come online while it runs.
+//! DataPorts of CPUs that are offline when a session is armed, and come online while it runs.
 //!
 //! In:    an instance, ports; which CPUs are online
 //! Out:   taps and ports of CPUs that have come, each once
@@ -19,17 +19,17 @@ use vtrace_common::{ids::Cpu, limits::LANES_MAX, wire::agent::Failure};
 
 use super::{
     machine,
-    port::{Lanes, Ports},
+    port::{DataPorts, SerialPorts},
 };
 use crate::tracefs::{Instance, Tap, online_cpus};
 
 /// A CPU that has come: its tap and its port, or why it cannot be recorded.
-pub(super) type Come = (Cpu, Result<(Tap, OwnedFd), Failure>);
+pub(super) type LateLane = (Cpu, Result<(Tap, OwnedFd), Failure>);
 
 /// The CPUs that may come.
 #[derive(Debug)]
-pub(super) struct Spares {
-    ports: Ports,
+pub(super) struct LateCpus {
+    ports: SerialPorts,
     without_indirect: bool,
     cpus: Vec<Cpu>,
     /// Those that have not come yet.
@@ -40,9 +40,14 @@ pub(super) struct Spares {
     apics: Vec<(Cpu, u32)>,
 }
 
-impl Spares {
+impl LateCpus {
     /// The CPUs that `instance` was not made for, that may come and have a port in `found`.
-    pub(super) fn find(instance: &Instance, ports: &Ports, found: &Lanes<'_>, without_indirect: bool) -> Self {
+    pub(super) fn find(
+        instance: &Instance,
+        ports: &SerialPorts,
+        found: &DataPorts<'_>,
+        without_indirect: bool,
+    ) -> Self {
         let is_usable = |cpu: &Cpu| found.is_usable(*cpu, without_indirect);
         let mut cpus: Vec<Cpu> = instance.absent_cpus().into_iter().filter(is_usable).collect();
         cpus.truncate(LANES_MAX.saturating_sub(instance.cpus().len()));
@@ -56,7 +61,7 @@ impl Spares {
     }
 
     /// Those that have come since it was asked last; none once tracing was found off.
-    pub(super) fn come(&mut self, instance: &Instance) -> Vec<Come> {
+    pub(super) fn come(&mut self, instance: &Instance) -> Vec<LateLane> {
         if self.absent.is_empty() || self.is_over {
             return Vec::new();
         }
@@ -65,12 +70,12 @@ impl Spares {
     }
 
     /// Tracing is off: those that have come and were not heard of. None follow.
-    pub(super) fn come_at_last(&mut self, instance: &Instance) -> Vec<Come> {
+    pub(super) fn arrived_before_end(&mut self, instance: &Instance) -> Vec<LateLane> {
         self.is_over = true;
         self.open(instance, |cpu| instance.has_recorded(cpu))
     }
 
-    fn open(&mut self, instance: &Instance, has_come: impl Fn(Cpu) -> bool) -> Vec<Come> {
+    fn open(&mut self, instance: &Instance, has_come: impl Fn(Cpu) -> bool) -> Vec<LateLane> {
         let come: Vec<Cpu> = self.absent.extract_if(.., |cpu| has_come(*cpu)).collect();
         if come.is_empty() {
             return Vec::new();
@@ -115,9 +120,9 @@ mod tests {
     }
 
     /// CPUs as if they had been offline.
-    fn spares(ports: &Ports, cpus: &[Cpu]) -> Spares {
+    fn late_cpus(ports: &SerialPorts, cpus: &[Cpu]) -> LateCpus {
         let (ports, cpus, absent) = (ports.clone(), cpus.to_vec(), cpus.to_vec());
-        Spares { ports, without_indirect: false, cpus, absent, is_over: false, apics: Vec::new() }
+        LateCpus { ports, without_indirect: false, cpus, absent, is_over: false, apics: Vec::new() }
     }
 
     #[test]
@@ -130,7 +135,7 @@ mod tests {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         for (place, indirect, wanted) in [("a", true, &absent[..]), ("b", false, &[])] {
             let ports = fifo_ports(&root.path().join(place), &names, &features(indirect));
-            let found = Spares::find(&instance, &ports, &ports.lanes(), false);
+            let found = LateCpus::find(&instance, &ports, &ports.lanes(), false);
             assert_eq!(found.cpus(), wanted);
         }
         instance.remove().unwrap();
@@ -142,12 +147,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let ports = fifo_ports(root.path(), &["trace-path-cpu0"], &features(true));
         let (online, never) = (instance.cpus()[0], Cpu(4095));
-        let mut spares = spares(&ports, &[online, never]);
-        let come = spares.come(&instance);
+        let mut late_cpus = late_cpus(&ports, &[online, never]);
+        let come = late_cpus.come(&instance);
         assert!(matches!(&come[..], [(cpu, Ok((tap, _)))] if (*cpu, tap.cpu) == (online, online)), "{come:?}");
-        assert_eq!((spares.is_absent(online), spares.is_absent(never)), (false, true));
-        assert_eq!(spares.apic(online).is_some(), !machine::apics_now().is_empty());
-        assert!(spares.come(&instance).is_empty() && spares.come_at_last(&instance).is_empty());
+        assert_eq!((late_cpus.is_absent(online), late_cpus.is_absent(never)), (false, true));
+        assert_eq!(late_cpus.apic(online).is_some(), !machine::apics_now().is_empty());
+        assert!(late_cpus.come(&instance).is_empty() && late_cpus.arrived_before_end(&instance).is_empty());
         drop(come);
         instance.remove().unwrap();
     }
@@ -157,11 +162,11 @@ mod tests {
         let Some(instance) = instance("last") else { return };
         let root = tempfile::tempdir().unwrap();
         let ports = fifo_ports(root.path(), &[], &features(true));
-        let mut spares = spares(&ports, instance.cpus());
+        let mut late_cpus = late_cpus(&ports, instance.cpus());
         instance.set_tracing(true).unwrap();
         instance.mark("somewhere").unwrap();
         instance.set_tracing(false).unwrap();
-        let come = spares.come_at_last(&instance);
+        let come = late_cpus.arrived_before_end(&instance);
         assert!(matches!(&come[..], [(_, Err(refused))] if refused.kind == FailureKind::NoPort), "{come:?}");
         instance.remove().unwrap();
     }

@@ -40,7 +40,7 @@ const RETURN_LOOK: Duration = Duration::from_millis(10);
 
 /// Why nothing can be said to the host any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub(super) enum Gone {
+pub(super) enum HostGone {
     /// No host has the port open; one may come.
     #[error("no host has the control port open")]
     Absent,
@@ -63,7 +63,7 @@ pub(super) enum Gone {
 
 /// What a read gave.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Heard {
+pub(super) enum LinkRead {
     /// Bytes, which had come at this time.
     Bytes(GuestTsc),
     /// Nothing now: a host is there.
@@ -77,13 +77,13 @@ pub(super) struct Link {
     decoder: Decoder,
     buffer: Vec<u8>,
     /// The end of a message that a stalled host has not taken: it goes before everything else.
-    owed: RefCell<Vec<u8>>,
+    unsent: RefCell<Vec<u8>>,
 }
 
 impl Link {
     /// Takes a non-blocking port.
     pub(super) fn new(port: OwnedFd) -> Self {
-        Self { port: port.into(), decoder: Decoder::default(), buffer: vec![0; 4096], owed: RefCell::default() }
+        Self { port: port.into(), decoder: Decoder::default(), buffer: vec![0; 4096], unsent: RefCell::default() }
     }
 
     /// Whether no host has the port open. A change is an edge for epoll.
@@ -94,7 +94,7 @@ impl Link {
     }
 
     /// Waits a little for a host that has hung up; whether it is there again.
-    pub(super) fn returns(&self, quit: BorrowedFd<'_>) -> Result<bool, Gone> {
+    pub(super) fn returns(&self, quit: BorrowedFd<'_>) -> Result<bool, HostGone> {
         let begun = Instant::now();
         while self.is_hung_up() {
             if begun.elapsed() >= RETURN_MAX {
@@ -103,26 +103,26 @@ impl Link {
             let mut fds = [PollFd::new(quit, PollFlags::POLLIN)];
             let timeout = PollTimeout::try_from(RETURN_LOOK).expect("ten milliseconds");
             if poll(&mut fds, timeout) == Ok(1) {
-                return Err(Gone::Asked);
+                return Err(HostGone::Asked);
             }
         }
         Ok(true)
     }
 
     /// Reads once.
-    pub(super) fn hear(&mut self) -> Result<Heard, Gone> {
+    pub(super) fn hear(&mut self) -> Result<LinkRead, HostGone> {
         match self.port.read(&mut self.buffer) {
-            Ok(0) => Err(Gone::Absent),
+            Ok(0) => Err(HostGone::Absent),
             Ok(count) => {
                 let stamp = GuestTsc(tsc::read());
                 self.decoder.push(&self.buffer[..count]);
-                Ok(Heard::Bytes(stamp))
+                Ok(LinkRead::Bytes(stamp))
             }
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO)) {
-                Errno::EAGAIN => Ok(Heard::Nothing),
+                Errno::EAGAIN => Ok(LinkRead::Nothing),
                 Errno::EINTR => self.hear(),
-                Errno::ECONNRESET | Errno::EPIPE => Err(Gone::Absent),
-                errno => Err(Gone::Unplugged(errno)),
+                Errno::ECONNRESET | Errno::EPIPE => Err(HostGone::Absent),
+                errno => Err(HostGone::Unplugged(errno)),
             },
         }
     }
@@ -139,51 +139,51 @@ impl Link {
     /// Forgets what was read and what was not taken: another host speaks from now on.
     pub(super) fn reset(&mut self) {
         self.decoder.reset();
-        self.owed.take();
+        self.unsent.take();
     }
 
     /// Writes one message. Gives up when `quit` is readable.
-    pub(super) fn send<M: Message>(&self, message: &M, quit: BorrowedFd<'_>) -> Result<(), Gone> {
-        let mut owed = self.owed.borrow_mut();
-        self.write(&mut owed, quit)?;
-        *owed = encode(message).expect("our own messages keep to their bounds");
-        let whole = owed.len();
-        let written = self.write(&mut owed, quit);
-        if owed.len() == whole {
-            owed.clear(); // nothing of it is in the stream: nothing has to be finished
+    pub(super) fn send<M: Message>(&self, message: &M, quit: BorrowedFd<'_>) -> Result<(), HostGone> {
+        let mut unsent = self.unsent.borrow_mut();
+        self.write(&mut unsent, quit)?;
+        *unsent = encode(message).expect("our own messages keep to their bounds");
+        let whole = unsent.len();
+        let written = self.write(&mut unsent, quit);
+        if unsent.len() == whole {
+            unsent.clear(); // nothing of it is in the stream: nothing has to be finished
         }
         written
     }
 
     /// Writes until nothing of `bytes` is left.
-    fn write(&self, bytes: &mut Vec<u8>, quit: BorrowedFd<'_>) -> Result<(), Gone> {
+    fn write(&self, bytes: &mut Vec<u8>, quit: BorrowedFd<'_>) -> Result<(), HostGone> {
         while !bytes.is_empty() {
             match unistd::write(&self.port, bytes) {
                 Ok(count) => drop(bytes.drain(..count)),
                 Err(Errno::EAGAIN) => self.wait_writable(quit)?,
                 Err(Errno::EINTR) => {}
-                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Gone::Absent),
-                Err(errno) => return Err(Gone::Unplugged(errno)),
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(HostGone::Absent),
+                Err(errno) => return Err(HostGone::Unplugged(errno)),
             }
         }
         Ok(())
     }
 
-    fn wait_writable(&self, quit: BorrowedFd<'_>) -> Result<(), Gone> {
+    fn wait_writable(&self, quit: BorrowedFd<'_>) -> Result<(), HostGone> {
         let mut fds = [PollFd::new(self.port.as_fd(), PollFlags::POLLOUT), PollFd::new(quit, PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(HOST_SILENCE).expect("ten seconds are milliseconds");
         match poll(&mut fds, timeout) {
-            Ok(0) => return Err(Gone::Stalled),
+            Ok(0) => return Err(HostGone::Stalled),
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(()),
-            Err(errno) => return Err(Gone::Unplugged(errno)),
+            Err(errno) => return Err(HostGone::Unplugged(errno)),
         }
         let said = |fd: &PollFd<'_>, flags| fd.revents().is_some_and(|events| events.intersects(flags));
         if said(&fds[1], PollFlags::POLLIN) {
-            return Err(Gone::Asked);
+            return Err(HostGone::Asked);
         }
         let hung_up = said(&fds[0], PollFlags::POLLHUP) && !said(&fds[0], PollFlags::POLLOUT);
-        if !hung_up || self.returns(quit)? { Ok(()) } else { Err(Gone::Absent) }
+        if !hung_up || self.returns(quit)? { Ok(()) } else { Err(HostGone::Absent) }
     }
 }
 

@@ -59,15 +59,15 @@ use nix::{
 };
 use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 
-use self::cpu_placement::Place;
-pub use self::cpu_placement::PlaceFault;
+use self::cpu_placement::CpuPlacement;
+pub use self::cpu_placement::CpuPlacementFault;
 use crate::{
     sys::{SysError, limit::allow_descriptors, oom},
     tracefs::{Tracefs, online_cpus, possible_cpus},
 };
-use control::{Control, End, Options};
+use control::{Control, ControlEnd, ControlOptions};
 use policy::Policy;
-use port::{Found, Held, Ports, Uevents};
+use port::{FoundPort, HeldPorts, SerialPorts, Uevents};
 use process_tree::adopt_orphans;
 
 /// How long data ports may come after the control port before the host is answered without them.
@@ -92,7 +92,7 @@ pub struct AgentConfig {
     pub control_port: String,
     /// What the names of data ports begin with; the CPU's number follows.
     pub lane_port_prefix: String,
-    /// End after one session instead of waiting for the next host.
+    /// ControlEnd after one session instead of waiting for the next host.
     pub once: bool,
     /// Verification: a copy of every page goes to `DIR/cpuN.raw` before it goes to its port. Its sha256 and that of
     /// what the host received agree, or pages were lost. Costs as much as the sending.
@@ -146,7 +146,7 @@ pub enum AgentError {
     Policy(#[from] policy::PolicyFault),
     /// It cannot run on the CPUs it was told to.
     #[error("the agent's own CPUs")]
-    Place(#[from] PlaceFault),
+    CpuPlacement(#[from] CpuPlacementFault),
     /// Something every Linux has was refused.
     #[error(transparent)]
     System(#[from] SysError),
@@ -158,19 +158,19 @@ pub enum AgentError {
 /// # Errors
 /// [`AgentError`]; a host that goes, or a port that is unplugged, is none.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
-    let place = Place::take(config.cpus.as_deref())?;
+    let place = CpuPlacement::take(config.cpus.as_deref())?;
     let quit = signals()?;
     let news = Uevents::listen()?;
     let cpus = possible_cpus().map_or(0, |cpus| u64::try_from(cpus.len().min(LANES_MAX)).unwrap_or(u64::MAX));
     if let Err(error) = allow_descriptors(cpus.saturating_mul(LANE_DESCRIPTORS).saturating_add(OTHER_DESCRIPTORS)) {
         log::warn!("{cpus} CPUs may be too many: {error}");
     }
-    let ports = Ports {
+    let ports = SerialPorts {
         class: "/sys/class/virtio-ports".into(),
         nodes: "/dev".into(),
         control: config.control_port,
         lane_prefix: config.lane_port_prefix,
-        held: Held::default(),
+        held: HeldPorts::default(),
     };
     let policy = Policy::load(config.policy, config.exec)?;
     // Ended by the kernel, an agent would leave its ring buffers, the memory that is wanted.
@@ -179,14 +179,14 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     }
     adopt_orphans();
     let AgentConfig { tee, once, without_indirect, .. } = config;
-    let options = Options { tee, once, without_indirect, policy, place };
+    let options = ControlOptions { tee, once, without_indirect, policy, place };
     while let Some(port) = open_control(&ports, &news, &quit)? {
         // Only the owner of the control port may clean up: another agent's instance is not stale.
         // Again after a port that was unplugged: what was busy then may have stayed.
         remove_stale();
         match Control::new(port, &ports, &options, quit.as_fd())?.serve()? {
-            End::Unplugged => {}
-            End::Asked | End::Served => break,
+            ControlEnd::Unplugged => {}
+            ControlEnd::Asked | ControlEnd::Served => break,
         }
     }
     Ok(())
@@ -201,7 +201,7 @@ fn signals() -> Result<SignalFd, SysError> {
 }
 
 /// Waits for the control port and opens it; `None` when asked to quit.
-fn open_control(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<Option<OwnedFd>, AgentError> {
+fn open_control(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<Option<OwnedFd>, AgentError> {
     let mut said = false;
     let dead_by = Instant::now() + DYING_MAX;
     loop {
@@ -225,7 +225,7 @@ fn open_control(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<Option
 }
 
 /// `None` when the port goes away while it is being opened.
-fn try_open(ports: &Ports, found: &Found) -> Result<Option<OwnedFd>, AgentError> {
+fn try_open(ports: &SerialPorts, found: &FoundPort) -> Result<Option<OwnedFd>, AgentError> {
     match ports.open_control(found) {
         Ok(port) => Ok(Some(port)),
         Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -238,8 +238,8 @@ fn try_open(ports: &Ports, found: &Found) -> Result<Option<OwnedFd>, AgentError>
     }
 }
 
-/// Ports of one device come one by one: waits a little until every CPU has its own. False when asked to quit.
-fn await_lanes(ports: &Ports, news: &Uevents, quit: &SignalFd) -> Result<bool, SysError> {
+/// SerialPorts of one device come one by one: waits a little until every CPU has its own. False when asked to quit.
+fn await_lanes(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<bool, SysError> {
     let cpus = online_cpus().unwrap_or_default();
     let until = Instant::now() + LANES_WAIT;
     let complete = |lanes: Vec<Cpu>| cpus.iter().all(|cpu| lanes.contains(cpu));

@@ -92,8 +92,8 @@ pub(super) struct Policy {
 /// The file as it is written.
 #[derive(Deserialize, Default, Debug)]
 #[serde(deny_unknown_fields, default)]
-struct Written {
-    exec: Option<WrittenExec>,
+struct PolicyFile {
+    exec: Option<ExecEntry>,
     user: Option<String>,
     kallsyms: Option<bool>,
     buffer_mib_max: Option<u64>,
@@ -103,7 +103,7 @@ struct Written {
 
 #[derive(Deserialize, Debug)]
 #[serde(untagged)]
-enum WrittenExec {
+enum ExecEntry {
     Word(String),
     Only(Vec<String>),
 }
@@ -125,15 +125,15 @@ impl Policy {
     }
 
     pub(super) fn parse(text: &str, path: PathBuf) -> Result<Self, PolicyFault> {
-        let written: Written = match toml::from_str(text) {
+        let written: PolicyFile = match toml::from_str(text) {
             Ok(written) => written,
             Err(error) => return Err(PolicyFault::Parse { path, detail: error.to_string() }),
         };
         let exec = match written.exec {
             None => Exec::Never,
-            Some(WrittenExec::Only(programs)) => Exec::Only(programs),
-            Some(WrittenExec::Word(word)) if word == "any" => Exec::Any,
-            Some(WrittenExec::Word(word)) => {
+            Some(ExecEntry::Only(programs)) => Exec::Only(programs),
+            Some(ExecEntry::Word(word)) if word == "any" => Exec::Any,
+            Some(ExecEntry::Word(word)) => {
                 let detail = format!("exec = {word:?}: \"any\" or a list of programs");
                 return Err(PolicyFault::Parse { path, detail });
             }

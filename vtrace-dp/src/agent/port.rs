@@ -6,7 +6,7 @@
 //! Full:  uevents that were lost (ENOBUFS) count as news
 //! Trust: the kernel; names come from the host and are only compared
 //!
-//! Data ports are closed only while a host is there (see [`Ports::release`]). A small guest has no udev: names are looked
+//! Data ports are closed only while a host is there (see [`SerialPorts::release`]). A small guest has no udev: names are looked
 //! up in sysfs, nodes come from devtmpfs or are made here.
 
 use std::{
@@ -40,7 +40,7 @@ const INDIRECT_DESC: usize = 28;
 
 /// Where ports are looked for.
 #[derive(Clone, Debug)]
-pub(super) struct Ports {
+pub(super) struct SerialPorts {
     /// `/sys/class/virtio-ports`.
     pub(super) class: PathBuf,
     /// `/dev`.
@@ -50,43 +50,43 @@ pub(super) struct Ports {
     /// What the names of data ports begin with; the CPU's number follows.
     pub(super) lane_prefix: String,
     /// The data ports that are not closed yet.
-    pub(super) held: Held,
+    pub(super) held: HeldPorts,
 }
 
-/// Data ports once more, so that none is closed before [`Ports::release`]. Clones share them.
+/// Data ports once more, so that none is closed before [`SerialPorts::release`]. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Held(Arc<Mutex<Vec<OwnedFd>>>);
+pub(super) struct HeldPorts(Arc<Mutex<Vec<OwnedFd>>>);
 
 /// The data ports there were when somebody looked: a guest has as many as CPUs, and the name of each is a file to read.
 #[derive(Debug)]
-pub(super) struct Lanes<'a> {
-    ports: &'a Ports,
-    found: BTreeMap<Cpu, Found>,
+pub(super) struct DataPorts<'a> {
+    ports: &'a SerialPorts,
+    found: BTreeMap<Cpu, FoundPort>,
 }
 
 /// A port that exists.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Found {
+pub(super) struct FoundPort {
     /// As the host named it.
     pub(super) name: String,
     /// `vportNpM`.
     node: String,
 }
 
-impl Ports {
+impl SerialPorts {
     /// The control port, if it exists.
-    pub(super) fn control(&self) -> Option<Found> {
+    pub(super) fn control(&self) -> Option<FoundPort> {
         self.all().into_iter().find(|port| port.name == self.control)
     }
 
     /// The data ports, on whichever devices they are.
-    pub(super) fn lanes(&self) -> Lanes<'_> {
+    pub(super) fn lanes(&self) -> DataPorts<'_> {
         let found = self.all().into_iter().filter_map(|port| Some((self.cpu(&port)?, port))).collect();
-        Lanes { ports: self, found }
+        DataPorts { ports: self, found }
     }
 
     /// Opens the control port, non-blocking.
-    pub(super) fn open_control(&self, found: &Found) -> io::Result<OwnedFd> {
+    pub(super) fn open_control(&self, found: &FoundPort) -> io::Result<OwnedFd> {
         self.open(found, libc::O_NONBLOCK)
     }
 
@@ -101,7 +101,7 @@ impl Ports {
     }
 
     /// A process that has a port open, as far as this user may look.
-    pub(super) fn holder(&self, found: &Found) -> Option<u32> {
+    pub(super) fn holder(&self, found: &FoundPort) -> Option<u32> {
         let node = self.nodes.join(&found.node);
         let processes = fs::read_dir("/proc").ok()?.flatten();
         let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -111,7 +111,7 @@ impl Ports {
         })
     }
 
-    fn open(&self, found: &Found, flags: i32) -> io::Result<OwnedFd> {
+    fn open(&self, found: &FoundPort, flags: i32) -> io::Result<OwnedFd> {
         let node = self.nodes.join(&found.node);
         let mut options = fs::OpenOptions::new();
         options.read(true).write(true).custom_flags(flags | libc::O_CLOEXEC);
@@ -126,7 +126,7 @@ impl Ports {
     }
 
     /// Makes the device node that devtmpfs would have made.
-    fn make_node(&self, found: &Found, node: &Path) -> io::Result<()> {
+    fn make_node(&self, found: &FoundPort, node: &Path) -> io::Result<()> {
         let numbers = fs::read_to_string(self.class.join(&found.node).join("dev"))?;
         let parsed = numbers.trim().split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
         let (major, minor) = parsed.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
@@ -134,11 +134,11 @@ impl Ports {
         Ok(())
     }
 
-    fn all(&self) -> Vec<Found> {
+    fn all(&self) -> Vec<FoundPort> {
         let Ok(entries) = fs::read_dir(&self.class) else { return Vec::new() };
         let nodes = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         // A port has no name until its host has sent one.
-        nodes.filter_map(|node| Some(Found { name: self.attribute(&node, "name")?, node })).collect()
+        nodes.filter_map(|node| Some(FoundPort { name: self.attribute(&node, "name")?, node })).collect()
     }
 
     fn attribute(&self, node: &str, name: &str) -> Option<String> {
@@ -146,30 +146,30 @@ impl Ports {
         Some(text.trim_end_matches('\n').into())
     }
 
-    fn has_indirect(&self, found: &Found) -> bool {
+    fn has_indirect(&self, found: &FoundPort) -> bool {
         let features = self.attribute(&found.node, "device/features");
         features.is_some_and(|bits| bits.as_bytes().get(INDIRECT_DESC) == Some(&b'1'))
     }
 
-    fn cpu(&self, port: &Found) -> Option<Cpu> {
+    fn cpu(&self, port: &FoundPort) -> Option<Cpu> {
         let number = port.name.strip_prefix(&self.lane_prefix)?;
         // "+1" and "007" are names of something else.
         number.parse().ok().map(Cpu).filter(|cpu| cpu.0.to_string() == number)
     }
 }
 
-impl Lanes<'_> {
+impl DataPorts<'_> {
     /// The CPUs that have a data port, in order.
     pub(super) fn cpus(&self) -> Vec<Cpu> {
         self.found.keys().copied().collect()
     }
 
-    /// Whether the data port of `cpu` is there and can be used; `without_indirect` as for [`Lanes::open`].
+    /// Whether the data port of `cpu` is there and can be used; `without_indirect` as for [`DataPorts::open`].
     pub(super) fn is_usable(&self, cpu: Cpu, without_indirect: bool) -> bool {
         self.found.get(&cpu).is_some_and(|found| without_indirect || self.ports.has_indirect(found))
     }
 
-    /// Opens the data port of `cpu` for splices that block. It stays open until [`Ports::release`].
+    /// Opens the data port of `cpu` for splices that block. It stays open until [`SerialPorts::release`].
     ///
     /// # Errors
     /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
@@ -190,7 +190,7 @@ impl Lanes<'_> {
     }
 }
 
-/// The kernel's news about devices (netlink, lib/kobject_uevent.c). Ports that come, get their name, or go are there.
+/// The kernel's news about devices (netlink, lib/kobject_uevent.c). SerialPorts that come, get their name, or go are there.
 #[derive(Debug)]
 pub(super) struct Uevents {
     socket: OwnedFd,
@@ -237,13 +237,13 @@ pub(super) mod tests {
     use super::*;
 
     /// A made-up sysfs and /dev: the ports are FIFOs.
-    pub(in crate::agent) fn fifo_ports(root: &Path, names: &[&str], features: &str) -> Ports {
-        let ports = Ports {
+    pub(in crate::agent) fn fifo_ports(root: &Path, names: &[&str], features: &str) -> SerialPorts {
+        let ports = SerialPorts {
             class: root.join("class"),
             nodes: root.join("dev"),
             control: "agent-ctl-path".into(),
             lane_prefix: "trace-path-cpu".into(),
-            held: Held::default(),
+            held: HeldPorts::default(),
         };
         fs::create_dir_all(&ports.nodes).unwrap();
         for (index, name) in names.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! What a session allows: states, and pure answers to requests.
 //!
 //! In:    requests of the host, outcomes of what was done
-//! Out:   the one thing to do next ([`Effect`]); whoever does it reports an [`Outcome`]
+//! Out:   the one thing to do next ([`Effect`]); whoever does it reports an [`SessionOutcome`]
 //! Runs:  in the control loop; does nothing itself
 //! Full:  one session at a time: a second `Arm` is refused, never queued
 //! Trust: nothing: any request may come in any state
@@ -23,7 +23,7 @@ use vtrace_common::{
 
 /// Where a session stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) enum State {
+pub(super) enum SessionState {
     /// There is none.
     #[default]
     Idle,
@@ -76,7 +76,7 @@ pub(super) enum Effect {
 
 /// What has been done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Outcome {
+pub(super) enum SessionOutcome {
     /// After [`Effect::Arm`], successfully. A failed one leaves no trace and changes nothing.
     Armed,
     /// After [`Effect::Start`]. A failed one changes nothing.
@@ -89,7 +89,7 @@ pub(super) enum Outcome {
     Removed,
 }
 
-impl State {
+impl SessionState {
     /// What to do for `request` now.
     pub(super) fn on(self, request: ToAgent) -> Effect {
         match (self, request) {
@@ -106,14 +106,16 @@ impl State {
     }
 
     /// Where the session stands after `outcome`.
-    pub(super) fn after(self, outcome: Outcome) -> Self {
+    pub(super) fn after(self, outcome: SessionOutcome) -> Self {
         match (self, outcome) {
-            (Self::Idle, Outcome::Armed) => Self::Armed,
-            (Self::Armed, Outcome::Started) => Self::Running,
-            (Self::Armed | Self::Running, Outcome::Draining) => Self::Stopping,
-            (Self::Stopping, Outcome::Reported) => Self::Stopped,
-            (_, Outcome::Removed) => Self::Idle,
-            (state, outcome) => unreachable!("{outcome:?} cannot follow {state:?}: State::on allows no such effect"),
+            (Self::Idle, SessionOutcome::Armed) => Self::Armed,
+            (Self::Armed, SessionOutcome::Started) => Self::Running,
+            (Self::Armed | Self::Running, SessionOutcome::Draining) => Self::Stopping,
+            (Self::Stopping, SessionOutcome::Reported) => Self::Stopped,
+            (_, SessionOutcome::Removed) => Self::Idle,
+            (state, outcome) => {
+                unreachable!("{outcome:?} cannot follow {state:?}: SessionState::on allows no such effect")
+            }
         }
     }
 
@@ -158,35 +160,35 @@ mod tests {
         ]
     }
 
-    fn outcome(effect: &Effect) -> Option<Outcome> {
+    fn outcome(effect: &Effect) -> Option<SessionOutcome> {
         match effect {
-            Effect::Arm(_) => Some(Outcome::Armed),
-            Effect::Start { .. } => Some(Outcome::Started),
-            Effect::Drain => Some(Outcome::Draining),
-            Effect::Close => Some(Outcome::Removed),
+            Effect::Arm(_) => Some(SessionOutcome::Armed),
+            Effect::Start { .. } => Some(SessionOutcome::Started),
+            Effect::Drain => Some(SessionOutcome::Draining),
+            Effect::Close => Some(SessionOutcome::Removed),
             Effect::Mark { .. } | Effect::Echo { .. } | Effect::Pong { .. } | Effect::Offer | Effect::Refuse(_) => None,
         }
     }
 
     #[test]
     fn whole_session_passes_every_state_in_order() {
-        let mut state = State::default();
+        let mut state = SessionState::default();
         let mut seen = vec![];
         for request in [ToAgent::Arm(Box::default()), ToAgent::Start { marker: "m".into() }, ToAgent::Stop] {
             let done = outcome(&state.on(request)).expect("each of them changes the state");
             state = state.after(done);
             seen.push(state);
         }
-        state = state.after(Outcome::Reported);
-        assert_eq!(seen, [State::Armed, State::Running, State::Stopping]);
-        assert_eq!(state, State::Stopped);
+        state = state.after(SessionOutcome::Reported);
+        assert_eq!(seen, [SessionState::Armed, SessionState::Running, SessionState::Stopping]);
+        assert_eq!(state, SessionState::Stopped);
         assert_eq!(state.on(ToAgent::Close), Effect::Close);
-        assert_eq!(state.after(Outcome::Removed), State::Idle);
+        assert_eq!(state.after(SessionOutcome::Removed), SessionState::Idle);
     }
 
     #[test]
     fn second_arm_is_refused_while_a_session_exists() {
-        for state in [State::Armed, State::Running, State::Stopping, State::Stopped] {
+        for state in [SessionState::Armed, SessionState::Running, SessionState::Stopping, SessionState::Stopped] {
             let Effect::Refuse(failure) = state.on(ToAgent::Arm(Box::default())) else { panic!("{state:?} took it") };
             assert_eq!(failure.kind, FailureKind::State);
         }
@@ -194,7 +196,13 @@ mod tests {
 
     #[test]
     fn close_is_answered_in_every_state() {
-        for state in [State::Idle, State::Armed, State::Running, State::Stopping, State::Stopped] {
+        for state in [
+            SessionState::Idle,
+            SessionState::Armed,
+            SessionState::Running,
+            SessionState::Stopping,
+            SessionState::Stopped,
+        ] {
             assert_eq!(state.on(ToAgent::Close), Effect::Close);
         }
     }
@@ -206,11 +214,11 @@ mod tests {
         fn any_order_of_requests_keeps_at_most_one_session(
             steps in proptest::collection::vec((requests(), any::<bool>(), any::<bool>()), 0..64),
         ) {
-            let mut state = State::default();
+            let mut state = SessionState::default();
             let mut exists = false;
             for (request, fails, drained) in steps {
-                if drained && state == State::Stopping {
-                    state = state.after(Outcome::Reported);
+                if drained && state == SessionState::Stopping {
+                    state = state.after(SessionOutcome::Reported);
                 }
                 let effect = state.on(request.clone());
                 match &effect {
@@ -221,11 +229,11 @@ mod tests {
                 let may_fail = matches!(effect, Effect::Arm(_) | Effect::Start { .. });
                 if let Some(done) = outcome(&effect).filter(|_| !(fails && may_fail)) {
                     state = state.after(done);
-                    exists = done != Outcome::Removed;
+                    exists = done != SessionOutcome::Removed;
                 }
                 if request == ToAgent::Close {
                     prop_assert_eq!(effect, Effect::Close);
-                    prop_assert!(!exists && state == State::Idle);
+                    prop_assert!(!exists && state == SessionState::Idle);
                 }
             }
         }

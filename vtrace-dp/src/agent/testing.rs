@@ -12,7 +12,7 @@ use vtrace_common::{ids::Cpu, wire::agent::Failure};
 
 use super::{
     policy::{Exec, Policy, PolicyFault},
-    port::{Held, Ports},
+    port::{HeldPorts, SerialPorts},
     pump::Pump,
 };
 use crate::tracefs::Tap;
@@ -47,7 +47,7 @@ impl Pumping {
 /// As a session's.
 pub fn open_port(prefix: &str, cpu: Cpu) -> Result<OwnedFd, Failure> {
     let (class, nodes) = ("/sys/class/virtio-ports".into(), "/dev".into());
-    Ports { class, nodes, control: String::new(), lane_prefix: prefix.into(), held: Held::default() }
+    SerialPorts { class, nodes, control: String::new(), lane_prefix: prefix.into(), held: HeldPorts::default() }
         .lanes()
         .open(cpu, false)
 }

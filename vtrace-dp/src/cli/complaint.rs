@@ -149,8 +149,8 @@ impl From<AgentError> for Complaint {
         let remedy = match &error {
             AgentError::Busy { .. } => "one agent serves all hosts: stop the other one",
             AgentError::Port { .. } => "be root",
-            AgentError::Policy(_) => "vtrace agent --policy FILE",
-            AgentError::Place(_) => "vtrace agent --agent-cpus LIST: CPUs that are online",
+            AgentError::Policy(_) => "vtrace agent --policy FILE: a file that exists and has the keys of README",
+            AgentError::CpuPlacement(_) => "vtrace agent --agent-cpus LIST: CPUs that are online",
             AgentError::System(_) => "",
         };
         Self::new("the agent cannot run", chain(&error), remedy)

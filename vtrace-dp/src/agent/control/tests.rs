@@ -30,7 +30,7 @@ struct Rig {
     socket: UnixStream,
     decoder: Decoder,
     quit: Arc<EventFd>,
-    thread: Option<JoinHandle<End>>,
+    thread: Option<JoinHandle<ControlEnd>>,
     session: u64,
     drains: Vec<JoinHandle<()>>,
     /// Bytes that have come out of the ports.
@@ -56,7 +56,8 @@ impl Rig {
         let inside = quit.clone();
         let thread = std::thread::spawn(move || {
             let policy = Policy::load(None, Some(Exec::Only(vec!["sh".into()]))).unwrap();
-            let options = Options { tee: None, once, without_indirect: false, policy, place: Place::default() };
+            let options =
+                ControlOptions { tee: None, once, without_indirect: false, policy, place: CpuPlacement::default() };
             Control::new(theirs.into(), &ports, &options, inside.as_fd()).unwrap().serve().unwrap()
         });
         let session = SESSION.fetch_add(1, Ordering::Relaxed);
@@ -158,7 +159,7 @@ impl Rig {
         Tracefs::find_or_mount().unwrap().root().join("instances").join(name).exists()
     }
 
-    fn finish(mut self) -> End {
+    fn finish(mut self) -> ControlEnd {
         self.quit.write(1).unwrap();
         let end = self.thread.take().unwrap().join().expect("the loop does not panic");
         assert!(!self.instance_exists());
@@ -197,7 +198,7 @@ fn whole_session_is_answered_in_order_and_its_bytes_are_in_the_ports() {
     assert!(!rig.instance_exists());
     rig.drains.drain(..).for_each(|drain| drain.join().unwrap());
     assert_eq!(rig.received.load(Ordering::Relaxed), bytes_sent);
-    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), ControlEnd::Served);
 }
 
 #[test]
@@ -231,7 +232,7 @@ fn driver_without_indirect_descriptors_is_refused_and_the_agent_is_idle_again() 
         assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NoIndirect, "trace-path-cpu0"));
     }
     assert!(!rig.instance_exists());
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -252,7 +253,7 @@ fn host_that_hangs_up_takes_its_session_along() {
     assert!(matches!(rig.ask(&ToAgent::Start { marker: "go".into() }), FromAgent::Started { .. }));
     assert!(rig.instance_exists());
     rig.socket.shutdown(std::net::Shutdown::Both).unwrap();
-    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), ControlEnd::Served);
     assert!(!rig.instance_exists());
 }
 
@@ -265,7 +266,7 @@ fn hello_of_another_host_ends_the_session_of_the_one_before() {
     assert!(rig.next::<Hello>().speaks_ours());
     assert!(matches!(rig.next(), FromAgent::Machine(_)));
     assert!(!rig.instance_exists());
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -274,7 +275,7 @@ fn silent_host_loses_its_session_after_ten_seconds_and_is_told() {
     rig.say(&rig.arm());
     assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
     let begun = Instant::now();
-    assert_eq!(rig.thread.take().unwrap().join().unwrap(), End::Served);
+    assert_eq!(rig.thread.take().unwrap().join().unwrap(), ControlEnd::Served);
     assert!((9.0..90.0).contains(&begun.elapsed().as_secs_f64()), "{:?}", begun.elapsed());
     assert!(!rig.instance_exists());
     let FromAgent::Failed(failure) = rig.next() else { panic!("a host that was only slow is told") };
@@ -302,7 +303,7 @@ fn host_that_reads_nothing_for_ten_seconds_finds_whole_frames_and_an_idle_agent_
     // And are closed once it is heard.
     rig.drains.drain(..).for_each(|drain| drain.join().unwrap());
     assert_eq!(rig.received.load(Ordering::Relaxed), 0);
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -311,7 +312,7 @@ fn agent_that_is_asked_to_quit_removes_its_session() {
     rig.say(&rig.arm_for_markers());
     assert!(matches!(rig.answer(), (FromAgent::Armed(_), _)));
     assert!(matches!(rig.ask(&ToAgent::Start { marker: "go".into() }), FromAgent::Started { .. }));
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -328,7 +329,7 @@ fn host_of_another_version_hears_hello_and_refusals_only() {
     rig.say(&Hello::ours("older after all"));
     assert!(rig.next::<Hello>().speaks_ours());
     assert!(matches!(rig.next(), FromAgent::Machine(_)));
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -403,7 +404,7 @@ proptest! {
         drop(answered);
         writer.join().unwrap();
         prop_assert!(!rig.instance_exists());
-        prop_assert_eq!(rig.finish(), End::Asked);
+        prop_assert_eq!(rig.finish(), ControlEnd::Asked);
     }
 }
 
@@ -422,7 +423,7 @@ fn allowed_command_runs_while_tracing_and_is_told_with_its_end() {
     );
     assert_eq!(rig.next::<FromAgent>(), FromAgent::Exited { command: 0, status: 3, output_dropped_bytes: 0 });
     assert_eq!(rig.ask(&ToAgent::Close), FromAgent::Closed);
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }
 
 #[test]
@@ -437,5 +438,5 @@ fn command_that_is_not_allowed_refuses_the_session() {
     };
     assert_eq!((failure.kind, failure.object.as_str()), (FailureKind::NotAllowed, "sleep"));
     assert!(!rig.instance_exists());
-    assert_eq!(rig.finish(), End::Asked);
+    assert_eq!(rig.finish(), ControlEnd::Asked);
 }

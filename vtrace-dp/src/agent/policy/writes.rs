@@ -160,7 +160,8 @@ fn check_function(text: &str, restrictions: Restrictions<'_>, demand: &mut Deman
     if restrictions.denies_events && SWITCHING.contains(&command) {
         return Err(not_allowed(text, "a function command may not switch events while some are denied"));
     }
-    let is_plain = |argument: &str| argument.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.*".contains(&byte));
+    let is_plain =
+        |argument: &str| argument.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.*".contains(&byte));
     if !is_function_name(name) || !arguments.split(':').all(is_plain) {
         return Err(not_allowed(text, "not a function and a command"));
     }
@@ -171,7 +172,8 @@ fn check_function(text: &str, restrictions: Restrictions<'_>, demand: &mut Deman
 /// A function, a glob, or all functions of a module that such a name means. The kernel splits the text at blanks.
 fn check_function_name(text: &str) -> Result<(), Failure> {
     let (name, module) = text.split_once(":mod:").unwrap_or((text, "any"));
-    let is_module = !module.is_empty() && module.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-*?!".contains(&byte));
+    let is_module =
+        !module.is_empty() && module.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-*?!".contains(&byte));
     if is_function_name(name) && is_module { Ok(()) } else { Err(not_allowed(text, "not the name of a function")) }
 }
 
