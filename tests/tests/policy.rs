@@ -82,13 +82,14 @@ fn command_of_another_user_is_traced(recorder: &Recorder) -> Result<()> {
 }
 
 fn process_in_a_session_of_its_own_ends_with_the_recording(recorder: &Recorder, machine: &Machine) -> Result<()> {
-    for setup in ["", "mkdir -p /tmp/cgroup; mount -t cgroup2 none /tmp/cgroup"] {
-        machine.shell(&format!("{setup}; true"))?.ok()?;
+    for setup in ["true", "mkdir -p /tmp/cgroup; mount -t cgroup2 none /tmp/cgroup"] {
+        machine.shell(setup)?.ok()?;
         let script = "setsid sleep 4321 & setsid sh -c 'setsid sleep 4321' & sleep 0.5; pidof sleep";
         let words = ["-e", "sched:sched_waking", "--exec", "sh", "-c", script, ";", "--", "sleep", "2"];
-        record(recorder, &words)?.ok()?;
+        let recording = record(recorder, &words)?.ok()?;
+        ensure!(recording.said.split_whitespace().filter(|word| word.parse::<u32>().is_ok()).count() >= 2, "two ran");
         let begun = Instant::now();
-        let left = || Ok::<_, anyhow::Error>(machine.shell("grep -l 4321 /proc/[0-9]*/cmdline | grep -v self")?.text());
+        let left = || Ok::<_, anyhow::Error>(machine.shell("pidof sleep")?.text());
         while !left()?.is_empty() {
             ensure!(begun.elapsed() < Duration::from_secs(20), "alive after the session: {}", left()?);
             sleep(Duration::from_millis(100));

@@ -1,11 +1,11 @@
-//! The commands that a host wants run while it records.
+//! The commands that a host runs in this guest while it records.
 //!
 //! In:    [`CommandRequest`]s that [`super::policy`] has allowed
-//! Out:   what they write, in pieces; how they ended
+//! Out:   their output in pieces; their exit status
 //! Runs:  on the control thread; their descriptors are in its epoll set
-//! Full:  beyond `limits::OUTPUT_TOTAL_BYTES_MAX` a command's output is read, counted and thrown away
-//! Trust: nothing: a command may write anything, never end, and start processes that outlive it: all of them are killed
-//!        with the session ([`super::process_tree`])
+//! Full:  beyond `limits::OUTPUT_TOTAL_BYTES_MAX` a command's output is read, counted and discarded
+//! Trust: nothing: a command may write anything, run for ever, and start processes that outlive it. All of them are
+//!        killed when the session ends ([`super::process_tree`])
 
 use std::{
     io::{self, ErrorKind, Read},
@@ -42,29 +42,29 @@ pub(super) struct RunningCommand {
     sent_bytes: u64,
     dropped_bytes: u64,
     ended: bool,
-    /// All that it has started, where the kernel has control groups.
+    /// The control group of all its processes, where the kernel has them.
     group: Option<ControlGroup>,
 }
 
-/// How soon the kernel ends a command when memory runs out, whatever the agent's own score is.
+/// A command's oom_score_adj; it does not inherit the agent's.
 const SCORE: i16 = 0;
 
-/// What of a command can be waited for: its place in a list is its tag.
+/// All streams; a stream's index is part of its epoll tag.
 pub(super) const STREAMS: [Stream; 3] = [Stream::Out, Stream::Error, Stream::End];
 
-/// What of a command can be waited for.
+/// What can be waited for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Stream {
     /// Standard output.
     Out,
     /// Standard error.
     Error,
-    /// Its end.
+    /// The process itself: readable when it has ended.
     End,
 }
 
 impl RunningCommand {
-    /// Starts a command in a process group of its own. With a `buffer` it is among the processes traced there.
+    /// Starts a command in a process group of its own. With a `buffer` the command is added to the processes traced there.
     pub(super) fn start(
         index: u32,
         request: &CommandRequest,
@@ -92,7 +92,7 @@ impl RunningCommand {
         Ok(running)
     }
 
-    /// Readable when there is something of it; `None` when nothing more will come.
+    /// A descriptor that is readable when the stream has something; `None` after its end.
     pub(super) fn fd(&self, stream: Stream) -> Option<BorrowedFd<'_>> {
         match stream {
             Stream::Out => self.child.stdout.as_ref().map(AsFd::as_fd),
@@ -101,7 +101,7 @@ impl RunningCommand {
         }
     }
 
-    /// The next piece of an output. `None` when there is none now; the output is closed at its end.
+    /// The next piece of an output; `None` if there is none now. Closes the output at its end.
     pub(super) fn read(&mut self, stream: Stream) -> Option<FromAgent> {
         let mut bytes = vec![0; OUTPUT_BYTES_MAX];
         loop {
@@ -136,14 +136,14 @@ impl RunningCommand {
         }
     }
 
-    /// If it has ended: what it wrote last, and how it ended, told once.
+    /// Once, after the command has ended: the rest of its output and its exit status.
     pub(super) fn end(&mut self) -> Vec<FromAgent> {
         let Some(status) = self.ended() else { return Vec::new() };
-        let mut told: Vec<_> = std::iter::from_fn(|| self.read(Stream::Out)).collect();
-        told.extend(std::iter::from_fn(|| self.read(Stream::Error)));
+        let mut messages: Vec<_> = std::iter::from_fn(|| self.read(Stream::Out)).collect();
+        messages.extend(std::iter::from_fn(|| self.read(Stream::Error)));
         let (command, output_dropped_bytes) = (self.index, self.dropped_bytes);
-        told.push(FromAgent::Exited { command, status, output_dropped_bytes });
-        told
+        messages.push(FromAgent::Exited { command, status, output_dropped_bytes });
+        messages
     }
 
     fn ended(&mut self) -> Option<u8> {
@@ -155,7 +155,7 @@ impl RunningCommand {
         Some(status)
     }
 
-    /// Its exit status if it has ended. It is not waited for yet: while it is a zombie, nobody else has its number.
+    /// The exit status if it has ended. It stays a zombie, so that its process id is not used again.
     fn exit_status(&self) -> Option<u8> {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).ok()?);
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
@@ -173,7 +173,7 @@ impl RunningCommand {
 
     fn signal(&self, signal: Signal) {
         if let Ok(group) = i32::try_from(self.child.id()) {
-            // The group is gone when the last of it is: then there is nobody to ask.
+            // Fails if all processes of the group have ended.
             let _ = killpg(Pid::from_raw(group), signal);
         }
     }

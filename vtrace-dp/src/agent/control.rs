@@ -1,14 +1,14 @@
-//! The control loop: hears the host, does what its session allows, answers.
+//! The control loop: reads requests of the host, does what the session's state allows, answers.
 //!
-//! In:    frames on the control port, the pump's end, the wish to quit
-//! Out:   answers; [`ControlEnd`] says why the loop is over
+//! In:    frames on the control port; the end of the pump; the signal to quit
+//! Out:   answers; [`ControlEnd`], why the loop has ended
 //! Runs:  on the main thread; sleeps in epoll. Idle: no wake-ups. In a session: one per message of the host
-//! Full:  one request at a time; the host's next ones wait in the port
-//! Trust: nothing of the host but its right to ask; a host that is silent in a session for 10 s is gone
+//! Full:  one request at a time; later ones wait in the port
+//! Trust: nothing: the host may ask anything; one that is silent for 10 s during a session counts as gone
 //!
-//! Hello: each side says it when it sees the other, without waiting. A host that closes the port and opens it again at
-//! once is not seen to do so: its hello, in whatever state, ends the session of the one before and is answered. A host
-//! that speaks another version hears our hello and nothing else.
+//! Each side sends its hello when it sees the other, without waiting. A host that closes the port and opens it again at
+//! once cannot be noticed: a hello in any state ends the current session and is answered. A host with another wire version
+//! receives our hello and refusals.
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
@@ -46,49 +46,49 @@ use crate::{
     tracefs::{Tracefs, online_cpus},
 };
 
-/// Why the loop is over.
+/// Why the loop has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ControlEnd {
     /// It was asked to quit.
     Asked,
     /// The control port is gone; another may come.
     Unplugged,
-    /// One session was to be served, and it is over.
+    /// `once` was set, and one session is over.
     Served,
 }
 
-/// What the loop is told once.
+/// Settings of the loop.
 #[derive(Debug)]
 pub(super) struct ControlOptions {
-    /// Copies of the pages go there.
+    /// A directory for copies of the pages.
     pub(super) tee: Option<PathBuf>,
-    /// Serve one session.
+    /// End after one session.
     pub(super) once: bool,
-    /// Trace over ports that may lose pages (they are counted).
+    /// Use ports that may lose pages (which are counted).
     pub(super) without_indirect: bool,
-    /// What may be asked.
+    /// The owner's rules.
     pub(super) policy: Policy,
-    /// Where the agent runs, and commands do not.
+    /// The agent's own CPUs.
     pub(super) place: CpuPlacement,
 }
 
-/// How far the greetings are.
+/// Which hellos were exchanged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum HelloState {
-    /// No host is there.
+    /// No host has the port open.
     Absent,
-    /// We have said hello.
+    /// We have sent ours.
     Said,
-    /// Both have, and understand each other.
+    /// Both were sent, and the versions match.
     Met,
-    /// Both have, and do not.
+    /// Both were sent, and the versions do not match.
     Foreign,
 }
 
 const PORT: u64 = 0;
 const QUIT: u64 = 1;
 const PUMP: u64 = 2;
-/// The first of what the commands are waited for: [`STREAMS`] of each.
+/// The first tag of the commands, which have one for each of [`STREAMS`].
 const COMMANDS: u64 = 16;
 
 /// The loop's state.
@@ -102,7 +102,7 @@ pub(super) struct Control<'a> {
     state: SessionState,
     work: Option<ArmedSession>,
     heard: Instant,
-    /// Its silence was noticed then.
+    /// When the host's silence was noticed.
     silent_since: Option<Instant>,
     served: bool,
     affinity: CpuSet,
@@ -119,7 +119,7 @@ impl<'a> Control<'a> {
     ) -> Result<Self, SysError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(SysError::of("epoll_create1"))?;
         let link = Link::new(port);
-        // A host that opens the port and says nothing makes it writable, not readable.
+        // A host that opens the port and sends nothing makes it writable, not readable.
         let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
         epoll.add(&link, EpollEvent::new(edges, PORT)).map_err(SysError::of("epoll_ctl"))?;
         epoll.add(quit, EpollEvent::new(EpollFlags::EPOLLIN, QUIT)).map_err(SysError::of("epoll_ctl"))?;
@@ -141,7 +141,7 @@ impl<'a> Control<'a> {
         })
     }
 
-    /// Serves hosts until there is a reason to end. Whatever the reason: nothing is left in tracefs.
+    /// Serves hosts until there is a reason to end; then nothing is left in tracefs.
     pub(super) fn serve(mut self) -> Result<ControlEnd, SysError> {
         let end = self.run();
         self.remove();
@@ -149,7 +149,7 @@ impl<'a> Control<'a> {
     }
 
     fn run(&mut self) -> Result<ControlEnd, SysError> {
-        // The port may have been open at the host before it was here: no edge will say so.
+        // If the host opened the port before us, there is no edge.
         let mut gone = self.read_requests().err();
         loop {
             match gone.take() {
@@ -173,7 +173,7 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// Sleeps until something has happened, and does it.
+    /// Sleeps until there is an event, and acts on all of them.
     fn turn(&mut self) -> Result<Result<(), HostGone>, SysError> {
         let mut events = [EpollEvent::empty(); 8];
         let count = match self.epoll.wait(&mut events, self.wait_max()) {
@@ -203,8 +203,8 @@ impl<'a> Control<'a> {
         Ok(result)
     }
 
-    /// A machine that was stopped, and whose clock went on, finds a long silence behind it that was none: the end of it has
-    /// to pass while we look.
+    /// A machine that was stopped while its clock went on sees a silence that was none: the last part of it has to pass
+    /// after it was noticed.
     fn check_silence(&mut self) -> Result<(), HostGone> {
         let first = HOST_SILENCE - LAST_SILENCE;
         match self.heard.elapsed() {
@@ -229,10 +229,10 @@ impl<'a> Control<'a> {
         EpollTimeout::try_from(left).expect("ten seconds are milliseconds")
     }
 
-    /// Reads all there is and does it.
+    /// Reads all requests that have arrived and carries them out.
     fn read_requests(&mut self) -> Result<(), HostGone> {
         loop {
-            // Bytes may come before the news that their host has opened the port: an answer would go nowhere.
+            // Bytes may arrive before the event that the host has opened the port: an answer would be lost.
             if self.hello_state == HelloState::Absent && self.link.is_hung_up() {
                 return Ok(());
             }
@@ -243,7 +243,7 @@ impl<'a> Control<'a> {
             }
             let LinkRead::Bytes(stamp) = heard else { return Ok(()) };
             self.take_frames(stamp)?;
-            // Arming and reporting can take longer than a host may be silent: that is not its silence.
+            // Arming and reporting can take longer than a host may be silent.
             self.host_is_alive();
         }
     }
@@ -258,7 +258,7 @@ impl<'a> Control<'a> {
                 Ok(Some(frame)) => self.take_frame(&frame, stamp)?,
                 Ok(None) => return Ok(()),
                 Err(fault) => {
-                    log::warn!("the host's bytes are not understood: {fault}");
+                    log::warn!("the host sent a malformed frame: {fault}");
                     return Ok(());
                 }
             }
@@ -275,7 +275,7 @@ impl<'a> Control<'a> {
         match frame.open::<ToAgent>() {
             Ok(_) if self.hello_state == HelloState::Said => self.refuse_frame("a request before the hello"),
             Ok(_) if self.hello_state != HelloState::Met => {
-                self.refuse_frame(&format!("this agent speaks wire version {VERSION} only"))
+                self.refuse_frame(&format!("this agent has wire version {VERSION} only"))
             }
             Ok(request) => self.request(request, stamp),
             Err(fault) => self.refuse_frame(&fault.to_string()),
@@ -292,7 +292,7 @@ impl<'a> Control<'a> {
             self.hello_state = HelloState::Foreign;
             let (min, max) = (hello.version_min, hello.version_max);
             log::error!(
-                "the host ({}) speaks wire versions {min} to {max}, this agent speaks {VERSION}: its requests are refused",
+                "the host ({}) has wire versions {min} to {max}, this agent has {VERSION}: its requests are refused",
                 hello.software
             );
             return Ok(());
@@ -305,7 +305,7 @@ impl<'a> Control<'a> {
     fn request(&mut self, request: ToAgent, stamp: GuestTsc) -> Result<(), HostGone> {
         if !matches!(request, ToAgent::Probe { .. }) {
             self.unpin();
-            // About once a second, as a host that is there pings.
+            // About once a second: a host pings.
             self.work.iter_mut().for_each(ArmedSession::look);
         }
         self.release();
@@ -330,7 +330,7 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// The host has just been heard: the ports of a session that is over can be closed.
+    /// Closes the ports of a session that is over. Only right after a message of the host.
     fn release(&self) {
         if self.work.is_none() {
             self.ports.release();
@@ -359,7 +359,7 @@ impl<'a> Control<'a> {
         self.start_commands()
     }
 
-    /// Starts what the host wants run. One that does not start is a failure of the session.
+    /// Starts the session's commands; the first that cannot be started is a failure.
     fn start_commands(&mut self) -> Result<(), Refused> {
         let Some(work) = &mut self.work else { return Ok(()) };
         let ControlOptions { place, policy, .. } = self.options;
@@ -375,17 +375,17 @@ impl<'a> Control<'a> {
         Ok(())
     }
 
-    /// Passes on what a command has written, or how it ended. An output leaves the epoll set when it is closed.
+    /// Sends a piece of a command's output, or its exit status. An output leaves the epoll set when it is closed.
     fn pass_output(&mut self, tag: usize) -> Result<(), HostGone> {
         let stream = STREAMS[tag % STREAMS.len()];
         let commands = self.work.as_mut().map(|work| &mut work.commands);
         let Some(command) = commands.and_then(|commands| commands.get_mut(tag / STREAMS.len())) else { return Ok(()) };
         if stream != Stream::End {
-            // One piece a turn: the host's requests and the other commands have theirs.
+            // One piece each time, so that requests of the host and other commands are not delayed.
             return command.read(stream).map_or(Ok(()), |piece| self.tell(&piece));
         }
         if let Some(end) = command.fd(Stream::End) {
-            // It stays readable for ever.
+            // It stays readable.
             self.epoll.delete(end).expect("it was added when it was started");
         }
         let told = command.end();
@@ -397,8 +397,8 @@ impl<'a> Control<'a> {
         Ok(self.tell(&marked)?)
     }
 
-    /// Answers a probe on its CPU. The thread stays there until another request comes: the next probe of a series is
-    /// then read where it is to be answered, and costs no migration.
+    /// Answers a probe on its CPU. The thread stays there until another kind of request arrives: the next probe of a series
+    /// needs no migration.
     fn echo(&mut self, id: u32, cpu: Cpu, stamp: GuestTsc) -> Result<(), Refused> {
         let received = if self.pinned == Some(cpu) {
             stamp
@@ -432,7 +432,7 @@ impl<'a> Control<'a> {
 
     fn close(&mut self) -> Result<(), Refused> {
         self.served |= self.work.is_some();
-        // The host was heard just now; an instance may take a second to go.
+        // The host has just sent a message; removing an instance may take a second.
         self.work.iter_mut().for_each(ArmedSession::abandon);
         self.ports.release();
         self.remove();
@@ -452,7 +452,7 @@ impl<'a> Control<'a> {
         }
         work.pumped();
         if self.state != SessionState::Stopping {
-            return Ok(()); // in trouble, which is logged; the report comes with the stop
+            return Ok(()); // an error, which is logged; the report is sent at the stop
         }
         let reported = self.report();
         self.host_is_alive();
@@ -467,8 +467,8 @@ impl<'a> Control<'a> {
         self.work.as_ref().expect("SessionState::on allows this only while a session exists")
     }
 
-    /// A host that hangs up on a session is waited for a little: in a machine that slept, it was never gone. Should it be
-    /// another, it says hello.
+    /// During a session, waits a little for a host that has hung up: after a suspend the port is closed for a moment. A new
+    /// host sends a hello.
     fn host_is_absent(&mut self) -> Option<HostGone> {
         if self.work.is_some() {
             match self.link.returns(self.quit) {
@@ -494,7 +494,7 @@ impl<'a> Control<'a> {
         self.remove();
     }
 
-    /// The host is silent. Should it only be slow, it is told: it must not wait for a report that never comes.
+    /// Drops the session of a silent host, and sends the reason: if it is only slow, it must not wait for a report.
     fn drop_silent_host(&mut self) -> Option<HostGone> {
         self.drop_session(HostGone::Silent);
         let failure = Failure::new(FailureKind::State, "session", &HostGone::Silent.to_string());
@@ -538,7 +538,7 @@ impl<'a> Control<'a> {
         if self.pinned.take().is_some()
             && let Err(errno) = sched_setaffinity(Pid::from_raw(0), &self.affinity)
         {
-            log::warn!("the control thread stays where it was pinned: {errno}");
+            log::warn!("cannot restore the CPU affinity of the control thread: {errno}");
         }
     }
 }

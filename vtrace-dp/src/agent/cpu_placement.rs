@@ -1,10 +1,9 @@
-//! The CPUs the agent itself runs on: housekeeping ones, where others are to be left alone.
+//! The CPUs that the agent itself runs on (`--agent-cpus`), such as housekeeping CPUs.
 //!
-//! In:    a list of CPUs, as `--agent-cpus` names them
-//! Out:   the calling thread and those it starts from now on run there
+//! In:    a list of CPUs
+//! Out:   the affinity of the calling thread and of those it starts from now on
 //! Runs:  once, before any other thread exists; [`CpuPlacement::with_inherited_cpus`] for each command of a host
-//! Full:  does not apply
-//! Trust: the kernel: which CPUs are online
+//! Trust: the kernel
 
 use nix::{
     errno::Errno,
@@ -18,42 +17,42 @@ use crate::tracefs::{online_cpus, parse_cpus};
 /// The calling thread.
 const SELF: Pid = Pid::from_raw(0);
 
-/// Why the agent cannot run where it was told to.
+/// Why the agent cannot run on the CPUs of `--agent-cpus`.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CpuPlacementFault {
-    /// No list of CPUs.
-    #[error("{0} is no list of CPUs such as 0-3,8")]
+    /// The text is not a list of CPUs.
+    #[error("{0} is not a list of CPUs such as 0-3,8")]
     List(String),
-    /// Not there, or offline.
+    /// A CPU does not exist or is offline.
     #[error("{cpu} is not online (online are {online})")]
     Offline {
-        /// Which.
+        /// The first such CPU.
         cpu: Cpu,
-        /// Those that are.
+        /// The CPUs that are online.
         online: String,
     },
-    /// Outside the cpuset of the agent's control group, or more than the C library's set can name.
+    /// The kernel refused: the CPUs are outside the cpuset of the agent's control group.
     #[error("CPUs {asked}")]
     Refused {
-        /// Which.
+        /// The list.
         asked: String,
-        /// Why.
+        /// What the kernel said.
         source: Errno,
     },
 }
 
-/// Where the agent runs, and where it would have run.
+/// The agent's affinity, and the one it has inherited.
 #[derive(Debug, Default)]
 pub(super) struct CpuPlacement {
-    /// Its own CPUs and those it has inherited; none when it stays where it is.
+    /// Its own CPUs and the inherited ones; `None` without `--agent-cpus`.
     sets: Option<(CpuSet, CpuSet)>,
 }
 
 impl CpuPlacement {
-    /// Moves the calling thread, and all it will start, to the CPUs of `list`; without one nothing moves.
+    /// Binds the calling thread, and all it will start, to the CPUs of `list`, if there is one.
     ///
     /// # Errors
-    /// [`CpuPlacementFault`]; then nothing has moved.
+    /// [`CpuPlacementFault`]; then nothing has changed.
     pub(super) fn take(list: Option<&str>) -> Result<Self, CpuPlacementFault> {
         let Some(list) = list else { return Ok(Self::default()) };
         let cpus = parse_cpus(list).ok_or_else(|| CpuPlacementFault::List(list.into()))?;
@@ -72,14 +71,14 @@ impl CpuPlacement {
         Ok(Self { sets: Some((own, inherited)) })
     }
 
-    /// Runs `start` where the agent would run by itself: what it starts is no part of the agent.
+    /// Runs `start` on the inherited CPUs: for processes that are not part of the agent.
     pub(super) fn with_inherited_cpus<T>(&self, start: impl FnOnce() -> T) -> T {
         let Some((own, inherited)) = &self.sets else { return start() };
-        // CPUs may have gone offline meanwhile: then the kernel has moved the thread itself, and it stays there.
+        // Fails if all of them have gone offline: the kernel has moved the thread then.
         let moved = sched_setaffinity(SELF, inherited);
         let started = start();
         if let Err(errno) = moved.and_then(|()| sched_setaffinity(SELF, own)) {
-            log::warn!("the agent's CPUs: {errno}");
+            log::warn!("cannot set the CPU affinity of the agent: {errno}");
         }
         started
     }
@@ -89,7 +88,7 @@ impl CpuPlacement {
 mod tests {
     use super::*;
 
-    /// On a thread of its own: a test that fails leaves no other one on fewer CPUs.
+    /// Runs `work` on a thread of its own, so that other tests keep their affinity.
     fn apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         std::thread::spawn(work).join().unwrap()
     }

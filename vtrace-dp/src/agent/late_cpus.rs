@@ -1,16 +1,16 @@
-//! DataPorts of CPUs that are offline when a session is armed, and come online while it runs.
+//! Lanes of CPUs that are offline when a session is armed and come online while it runs.
 //!
 //! In:    an instance, ports; which CPUs are online
-//! Out:   taps and ports of CPUs that have come, each once
-//! Runs:  on the control thread: whenever the host has spoken, which it does once a second, and once more when tracing is
-//!        off. Where no CPU can come, or none that could has a port, nothing is opened or read
-//! Full:  until its lane begins, and if it is gone before that, a CPU's ring buffer keeps the newest, overwrites and counts
+//! Out:   taps and ports of CPUs that have come online, each once
+//! Runs:  on the control thread: after each message of the host, about once a second, and once more when tracing is off.
+//!        If no CPU with a port can come online, nothing is opened or read
+//! Full:  before its lane starts, a CPU's ring buffer overwrites the oldest events and counts them
 //! Trust: the kernel
 //!
-//! A CPU gets its ring buffer, as large as the others', before it is online (`trace_rb_cpu_prepare()`,
-//! kernel/trace/ring_buffer.c), and keeps it when it goes. Until then its tap can be opened, and a poll of it says at once
-//! that it is in error: so taps are opened when their CPUs come, and ports with them. That is done when the host has just
-//! spoken: to open a port is to tell the host, and the kernel spins until it has heard (`__send_control_msg()`,
+//! A CPU gets its ring buffer, as large as the others', right before it comes online (`trace_rb_cpu_prepare()`,
+//! kernel/trace/ring_buffer.c), and keeps it when it goes offline. Before that its tap can be opened, but poll(2) reports an
+//! error at once: so a tap is opened when its CPU comes online, and its port with it. Ports are opened right after a message
+//! of the host: opening sends a control message, and the kernel spins until the host has taken it (`__send_control_msg()`,
 //! drivers/char/virtio_console.c).
 
 use std::os::fd::OwnedFd;
@@ -23,16 +23,16 @@ use super::{
 };
 use crate::tracefs::{Instance, Tap, online_cpus};
 
-/// A CPU that has come: its tap and its port, or why it cannot be recorded.
+/// A CPU that has come online: its tap and its port, or why it cannot be recorded.
 pub(super) type LateLane = (Cpu, Result<(Tap, OwnedFd), Failure>);
 
-/// The CPUs that may come.
+/// The CPUs that may come online.
 #[derive(Debug)]
 pub(super) struct LateCpus {
     ports: SerialPorts,
     without_indirect: bool,
     cpus: Vec<Cpu>,
-    /// Those that have not come yet.
+    /// Those that have not come online yet.
     absent: Vec<Cpu>,
     /// Tracing is off.
     is_over: bool,
@@ -41,7 +41,7 @@ pub(super) struct LateCpus {
 }
 
 impl LateCpus {
-    /// The CPUs that `instance` was not made for, that may come and have a port in `found`.
+    /// The CPUs that were offline when `instance` was made, may come online, and have a port in `found`.
     pub(super) fn find(
         instance: &Instance,
         ports: &SerialPorts,
@@ -60,7 +60,7 @@ impl LateCpus {
         &self.cpus
     }
 
-    /// Those that have come since it was asked last; none once tracing was found off.
+    /// Those that have come online since the last call; none once tracing is off.
     pub(super) fn come(&mut self, instance: &Instance) -> Vec<LateLane> {
         if self.absent.is_empty() || self.is_over {
             return Vec::new();
@@ -69,7 +69,7 @@ impl LateCpus {
         self.open(instance, |cpu| online.contains(&cpu))
     }
 
-    /// Tracing is off: those that have come and were not heard of. None follow.
+    /// Those that have come online and were not returned before. Call it once, when tracing is off.
     pub(super) fn arrived_before_end(&mut self, instance: &Instance) -> Vec<LateLane> {
         self.is_over = true;
         self.open(instance, |cpu| instance.has_recorded(cpu))
@@ -88,7 +88,7 @@ impl LateCpus {
         come.into_iter().map(|cpu| (cpu, open(cpu))).collect()
     }
 
-    /// Whether a CPU has not come.
+    /// Whether a CPU has not come online.
     pub(super) fn is_absent(&self, cpu: Cpu) -> bool {
         self.absent.contains(&cpu)
     }
@@ -119,7 +119,7 @@ mod tests {
         Some(tracefs.arm(&name, &Arm::default()).unwrap())
     }
 
-    /// CPUs as if they had been offline.
+    /// CPUs that count as offline, whatever they are.
     fn late_cpus(ports: &SerialPorts, cpus: &[Cpu]) -> LateCpus {
         let (ports, cpus, absent) = (ports.clone(), cpus.to_vec(), cpus.to_vec());
         LateCpus { ports, without_indirect: false, cpus, absent, is_over: false, apics: Vec::new() }

@@ -1,13 +1,13 @@
 //! Messages over an open control port.
 //!
-//! In:    bytes of the host
-//! Out:   frames, each read stamped with the TSC; messages, written whole
+//! In:    bytes of the host; our messages
+//! Out:   frames, and the TSC of each read; messages, written whole
 //! Runs:  on the control thread; reading never blocks, sending waits for the host or for a signal
-//! Full:  sending waits at most [`HOST_SILENCE`] for a host that takes nothing, then the host counts as gone
-//! Trust: nothing; a stream that is no wire is forgotten up to the next read
+//! Full:  sending waits at most [`HOST_SILENCE`] for a host that reads nothing, then the host counts as gone
+//! Trust: nothing; after a malformed frame everything that was read is discarded
 //!
 //! virtio_console (drivers/char/virtio_console.c): read(2) gives 0 while no host has the port open, EAGAIN while one
-//! has; ENODEV once the port is unplugged. poll says HUP all the time in the first case, so waiting is edge-triggered.
+//! has; ENODEV once the port is unplugged. poll(2) reports HUP all the time in the first case, so waiting is edge-triggered.
 
 use std::{
     cell::RefCell,
@@ -28,55 +28,55 @@ use vtrace_common::{
 
 use crate::sys::tsc;
 
-/// A host that says nothing, or takes nothing, for so long is gone: it pings every second.
+/// How long a host may send nothing, or read nothing, before it counts as gone; it pings every second.
 pub(super) const HOST_SILENCE: Duration = Duration::from_secs(10);
 
-/// Of that, so much passes after it was noticed: a machine that was stopped may find all of it gone at once.
+/// The part of it that has to pass after the silence was noticed: the clock of a machine that was stopped jumps.
 pub(super) const LAST_SILENCE: Duration = Duration::from_secs(2);
-/// A machine that slept finds its ports closed until its host has been told of them: so long it is waited for.
+/// How long to wait for a host that has hung up: after a suspend its ports are closed until the driver has announced them.
 const RETURN_MAX: Duration = Duration::from_secs(1);
-/// How often is looked whether it has come back.
+/// The interval between looks at the port meanwhile.
 const RETURN_LOOK: Duration = Duration::from_millis(10);
 
-/// Why nothing can be said to the host any more.
+/// Why nothing can be sent to the host any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum HostGone {
-    /// No host has the port open; one may come.
+    /// No host has the port open; one may open it.
     #[error("no host has the control port open")]
     Absent,
-    /// The host takes no bytes.
+    /// The host does not read.
     #[error("the host has not read for {} s", HOST_SILENCE.as_secs())]
     Stalled,
-    /// The host sends none.
-    #[error("the host has said nothing for {} s", HOST_SILENCE.as_secs())]
+    /// The host does not send.
+    #[error("the host has sent nothing for {} s", HOST_SILENCE.as_secs())]
     Silent,
-    /// Another host says hello: the one before went without our seeing it.
-    #[error("another host has come")]
+    /// Another hello: the host before it went unnoticed.
+    #[error("another host has connected")]
     Replaced,
-    /// The port is unplugged or broken: it has to be found and opened again.
+    /// The port is unplugged or has failed: it has to be found and opened again.
     #[error("the control port is gone: {0}")]
     Unplugged(Errno),
-    /// This agent was asked to end.
+    /// The agent was asked to end.
     #[error("the agent was asked to end")]
     Asked,
 }
 
-/// What a read gave.
+/// The outcome of a read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum LinkRead {
-    /// Bytes, which had come at this time.
+    /// Bytes, and the TSC after the read.
     Bytes(GuestTsc),
-    /// Nothing now: a host is there.
+    /// None now; a host has the port open.
     Nothing,
 }
 
-/// The control port and what was read of the next frame.
+/// The control port, and the bytes of the next frame that were read.
 #[derive(Debug)]
 pub(super) struct Link {
     port: std::fs::File,
     decoder: Decoder,
     buffer: Vec<u8>,
-    /// The end of a message that a stalled host has not taken: it goes before everything else.
+    /// The rest of a message that a stalled host has not taken; it is sent before any other.
     unsent: RefCell<Vec<u8>>,
 }
 
@@ -93,7 +93,7 @@ impl Link {
         polled && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
     }
 
-    /// Waits a little for a host that has hung up; whether it is there again.
+    /// Waits up to [`RETURN_MAX`] for a host that has hung up; whether it has the port open again.
     pub(super) fn returns(&self, quit: BorrowedFd<'_>) -> Result<bool, HostGone> {
         let begun = Instant::now();
         while self.is_hung_up() {
@@ -127,7 +127,7 @@ impl Link {
         }
     }
 
-    /// The next whole frame. After a fault everything that was read is forgotten.
+    /// The next whole frame. After a fault everything that was read is discarded.
     pub(super) fn next_frame(&mut self) -> Result<Option<Frame>, Fault> {
         let frame = self.decoder.next_frame();
         if frame.is_err() {
@@ -136,7 +136,7 @@ impl Link {
         frame
     }
 
-    /// Forgets what was read and what was not taken: another host speaks from now on.
+    /// Discards what was read and what was not taken: for a new host.
     pub(super) fn reset(&mut self) {
         self.decoder.reset();
         self.unsent.take();
@@ -146,11 +146,11 @@ impl Link {
     pub(super) fn send<M: Message>(&self, message: &M, quit: BorrowedFd<'_>) -> Result<(), HostGone> {
         let mut unsent = self.unsent.borrow_mut();
         self.write(&mut unsent, quit)?;
-        *unsent = encode(message).expect("our own messages keep to their bounds");
+        *unsent = encode(message).expect("our own messages are within their bounds");
         let whole = unsent.len();
         let written = self.write(&mut unsent, quit);
         if unsent.len() == whole {
-            unsent.clear(); // nothing of it is in the stream: nothing has to be finished
+            unsent.clear(); // nothing of it is in the stream
         }
         written
     }

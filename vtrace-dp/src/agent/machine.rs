@@ -1,4 +1,4 @@
-//! What the machine this agent runs on says of itself.
+//! Describes the machine that the agent runs on.
 //!
 //! Out:   a [`Machine`]
 //! Trust: the kernel
@@ -26,8 +26,8 @@ pub(super) fn apics_now() -> Vec<(Cpu, u32)> {
     apics(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
 
-/// The APIC id of each CPU in /proc/cpuinfo: what CPUID says, which is what the VMM chose; the kernel may have given it
-/// another since.
+/// The APIC id of each CPU in /proc/cpuinfo: the initial one, from CPUID, as the VMM chose it. The kernel may have changed
+/// the other.
 fn apics(cpuinfo: &str) -> Vec<(Cpu, u32)> {
     let mut cpu = None;
     let mut apics = Vec::new();

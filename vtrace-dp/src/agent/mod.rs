@@ -2,23 +2,24 @@
 //!
 //! | file | what happens |
 //! |---|---|
-//! | [`port`] | ports are found by name, opened, waited for |
+//! | [`port`] | finds ports by name, opens them, waits for them |
 //! | [`link`] | messages over the control port |
 //! | [`control`] | the control loop |
-//! | [`session`] | what a session allows: pure |
-//! | [`machine`] | what the host is told of this guest |
+//! | [`session`] | the states of a session: pure |
+//! | [`machine`] | describes this guest to the host |
 //! | [`policy`] | what the guest's owner allows |
-//! | [`place`] | which CPUs the agent runs on |
-//! | [`work`] | what a session owns |
-//! | [`spare`] | lanes of CPUs that come online meanwhile |
-//! | [`command`] | what the host wants run |
-//! | [`pump`] | threads that wait for lanes, io_uring |
-//! | [`road`] | one lane: tap ─► pipe ─► port, splice(2) |
+//! | [`cpu_placement`] | the CPUs that the agent runs on |
+//! | [`armed`] | what a session owns |
+//! | [`late_cpus`] | lanes of CPUs that come online during a session |
+//! | [`command`] | the commands that a host runs here |
+//! | [`process_tree`] | ends all processes that a command has started |
+//! | [`pump`] | the threads that move pages, and what they wait in |
+//! | [`lane_io`] | one lane's descriptors: tap ─► pipe ─► port, splice(2) |
 //! | [`lane`] | one lane's states and counts: pure |
 //!
 //! In:    requests of one host over `agent-ctl-path`
 //! Out:   pages of every CPU over `trace-path-cpuN`; answers
-//! Runs:  control on the main thread, and a thread of the pump for every few lanes
+//! Runs:  control on the main thread; the pump on threads of its own, one for every few lanes
 //! Full:  a slow host blocks the ports; the ring buffers overwrite and count
 //! Trust: the kernel; the host may ask anything, in any order, and gets an answer or a refusal
 //!
@@ -70,16 +71,16 @@ use policy::Policy;
 use port::{FoundPort, HeldPorts, SerialPorts, Uevents};
 use process_tree::adopt_orphans;
 
-/// How long data ports may come after the control port before the host is answered without them.
+/// How long to wait for data ports after the control port has appeared.
 const LANES_WAIT: Duration = Duration::from_millis(500);
 
-/// How long a process that was killed may hold its control port, and how often is looked whether it does.
+/// How long a killed process may hold the control port, and the interval between attempts to open it.
 const DYING_MAX: Duration = Duration::from_secs(3);
 const DYING_LOOK: Duration = Duration::from_millis(50);
 
 /// Descriptors of one lane: tap, port (twice), pipe and copy.
 const LANE_DESCRIPTORS: u64 = 6;
-/// What else an agent has open.
+/// Its other descriptors.
 const OTHER_DESCRIPTORS: u64 = 64;
 
 /// The agent's own score when memory runs out (proc_pid_oom_score_adj(5)): among the last to be ended.
@@ -90,20 +91,20 @@ const SCORE: i16 = -900;
 pub struct AgentConfig {
     /// Name of the control port.
     pub control_port: String,
-    /// What the names of data ports begin with; the CPU's number follows.
+    /// Prefix of the names of data ports; the CPU's number follows.
     pub lane_port_prefix: String,
-    /// ControlEnd after one session instead of waiting for the next host.
+    /// End after one session instead of waiting for the next host.
     pub once: bool,
-    /// Verification: a copy of every page goes to `DIR/cpuN.raw` before it goes to its port. Its sha256 and that of
-    /// what the host received agree, or pages were lost. Costs as much as the sending.
+    /// Verification: each page is copied to `DIR/cpuN.raw` before it goes to its port. If its sha256 differs from that of
+    /// what the host received, pages were lost. Costs as much as sending.
     pub tee: Option<PathBuf>,
     /// Verification: trace even where the driver has no VIRTIO_RING_F_INDIRECT_DESC. Pages are lost, and counted.
     pub without_indirect: bool,
     /// The file with the owner's rules, which has to exist; if `None`, `/etc/vtrace/agent.toml`, which need not.
     pub policy: Option<PathBuf>,
-    /// What may be run, instead of what the file says.
+    /// The programs that a host may run; replaces the file's list.
     pub exec: Option<policy::Exec>,
-    /// The CPUs that the agent itself runs on (`0-3,8`), not what it runs for a host; else those it inherits.
+    /// The CPUs that the agent itself runs on (`0-3,8`); its commands run on those it inherits.
     pub cpus: Option<String>,
 }
 
@@ -125,29 +126,29 @@ impl Default for AgentConfig {
 /// Why an agent cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// The control port has one opener at a time, and has one.
+    /// Another process has the control port open.
     #[error("control port {name} is in use: another agent runs in this guest{}", holder.map_or(String::new(), |pid| format!(", process {pid}")))]
     Busy {
-        /// Which.
+        /// The port's name.
         name: String,
-        /// The other one, if it can be seen from here.
+        /// The process that has it open, if this user may see it.
         holder: Option<u32>,
     },
     /// The control port cannot be opened.
     #[error("control port {name}")]
     Port {
-        /// Which.
+        /// The port's name.
         name: String,
-        /// Why.
+        /// What the kernel said.
         source: io::Error,
     },
-    /// The owner's rules cannot be read: without them nothing is done.
+    /// The owner's rules cannot be read.
     #[error(transparent)]
     Policy(#[from] policy::PolicyFault),
-    /// It cannot run on the CPUs it was told to.
-    #[error("the agent's own CPUs")]
+    /// The CPUs of `--agent-cpus` cannot be used.
+    #[error("--agent-cpus")]
     CpuPlacement(#[from] CpuPlacementFault),
-    /// Something every Linux has was refused.
+    /// A system call that every Linux has failed.
     #[error(transparent)]
     System(#[from] SysError),
 }
@@ -156,14 +157,14 @@ pub enum AgentError {
 /// `once`. Nothing is left in tracefs.
 ///
 /// # Errors
-/// [`AgentError`]; a host that goes, or a port that is unplugged, is none.
+/// [`AgentError`]. A host that disconnects and a port that is unplugged are not errors.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let place = CpuPlacement::take(config.cpus.as_deref())?;
     let quit = signals()?;
     let news = Uevents::listen()?;
     let cpus = possible_cpus().map_or(0, |cpus| u64::try_from(cpus.len().min(LANES_MAX)).unwrap_or(u64::MAX));
     if let Err(error) = allow_descriptors(cpus.saturating_mul(LANE_DESCRIPTORS).saturating_add(OTHER_DESCRIPTORS)) {
-        log::warn!("{cpus} CPUs may be too many: {error}");
+        log::warn!("the limit of open files may be too low for {cpus} CPUs: {error}");
     }
     let ports = SerialPorts {
         class: "/sys/class/virtio-ports".into(),
@@ -173,16 +174,16 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         held: HeldPorts::default(),
     };
     let policy = Policy::load(config.policy, config.exec)?;
-    // Ended by the kernel, an agent would leave its ring buffers, the memory that is wanted.
+    // An agent that the OOM killer ends leaves its ring buffers, and frees no memory.
     if let Err(error) = oom::set_score(SCORE) {
-        log::debug!("oom_score_adj stays: {error}");
+        log::debug!("cannot set oom_score_adj: {error}");
     }
     adopt_orphans();
     let AgentConfig { tee, once, without_indirect, .. } = config;
     let options = ControlOptions { tee, once, without_indirect, policy, place };
     while let Some(port) = open_control(&ports, &news, &quit)? {
-        // Only the owner of the control port may clean up: another agent's instance is not stale.
-        // Again after a port that was unplugged: what was busy then may have stayed.
+        // Only the agent that has the control port open may clean up: another agent's instance is in use.
+        // After a port was unplugged, too: an instance that was busy then is still there.
         remove_stale();
         match Control::new(port, &ports, &options, quit.as_fd())?.serve()? {
             ControlEnd::Unplugged => {}
@@ -202,7 +203,7 @@ fn signals() -> Result<SignalFd, SysError> {
 
 /// Waits for the control port and opens it; `None` when asked to quit.
 fn open_control(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<Option<OwnedFd>, AgentError> {
-    let mut said = false;
+    let mut is_logged = false;
     let dead_by = Instant::now() + DYING_MAX;
     loop {
         match ports.control().map_or(Ok(None), |found| try_open(ports, &found)) {
@@ -213,9 +214,9 @@ fn open_control(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<
                 }
                 continue;
             }
-            tried => _ = tried?,
+            outcome => _ = outcome?,
         }
-        if !std::mem::replace(&mut said, true) {
+        if !std::mem::replace(&mut is_logged, true) {
             log::info!("waiting for control port {}", ports.control);
         }
         if !await_news(news, quit, None)? {
@@ -238,7 +239,7 @@ fn try_open(ports: &SerialPorts, found: &FoundPort) -> Result<Option<OwnedFd>, A
     }
 }
 
-/// SerialPorts of one device come one by one: waits a little until every CPU has its own. False when asked to quit.
+/// Waits up to [`LANES_WAIT`] until every CPU has its port: they appear one by one. False when asked to quit.
 fn await_lanes(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<bool, SysError> {
     let cpus = online_cpus().unwrap_or_default();
     let until = Instant::now() + LANES_WAIT;
@@ -251,7 +252,7 @@ fn await_lanes(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<b
     Ok(true)
 }
 
-/// Sleeps until something has happened to a virtio port, or until then. False when asked to quit.
+/// Sleeps until a virtio port has changed, or until `until`. False when asked to quit.
 fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result<bool, SysError> {
     loop {
         if news.take() {
@@ -273,10 +274,10 @@ fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result
     }
 }
 
-/// A killed predecessor leaves its instance behind. Without tracefs there is none; a session will say so.
+/// Removes the instances of an agent that was killed. Without tracefs there are none; arming a session reports that.
 fn remove_stale() {
     let removed = Tracefs::find_or_mount().map(|tracefs| tracefs.remove_ours()).unwrap_or(0);
     if removed > 0 {
-        log::warn!("removed {removed} tracefs instance(s) of a killed agent or of a port that went away");
+        log::warn!("removed {removed} tracefs instance(s) of a killed agent or an unplugged port");
     }
 }

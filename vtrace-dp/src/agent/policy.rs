@@ -1,4 +1,4 @@
-//! What the guest's owner allows a host to ask.
+//! What the guest's owner allows a host to do.
 //!
 //! In:    `/etc/vtrace/agent.toml` and the agent's own flags; an [`Arm`]
 //! Out:   the [`Arm`] that may be done, or a [`Failure`] (`NotAllowed`, `Memory`) that names the rule
@@ -37,7 +37,7 @@ const FILE: &str = "/etc/vtrace/agent.toml";
 const BUFFER_KB_DEFAULT: u64 = 1408;
 const BUFFER_KB_MIN: u64 = 8;
 
-/// Why a policy cannot be read. The agent does not run without the rules it was given.
+/// Why a policy cannot be used; then the agent does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyFault {
     /// The file cannot be read, or was named and does not exist.
@@ -210,13 +210,13 @@ impl Policy {
         }
         match program::find(word.as_ref()) {
             Some(_) => Ok(()),
-            None => Err(Failure::new(FailureKind::NoSuchProgram, word, "no such program there")),
+            None => Err(Failure::new(FailureKind::NoSuchProgram, word, "no such program")),
         }
     }
 }
 
-/// Where a program is, by one name only: its folder's links are followed (/bin may be /usr/bin), its own are not (every
-/// program of busybox is a link to one file).
+/// The path of a program, with the links of its directory resolved (/bin may be /usr/bin) and its own not (every program of
+/// busybox is a link to one file).
 fn place(program: &str) -> Option<PathBuf> {
     let path = program::find(program.as_ref())?;
     Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?))

@@ -1,13 +1,13 @@
-//! The virtio-serial ports of this guest: finding them by name, opening them, waiting for them.
+//! The virtio-serial ports of this guest: finds them by name, opens them, waits for them.
 //!
 //! In:    sysfs (`/sys/class/virtio-ports/vportNpM/{name,dev}`, `device/features`), kernel uevents
 //! Out:   open ports, or a [`Failure`] that names the port
-//! Runs:  on the control thread; [`Uevents`] can be polled for the kernel's news
-//! Full:  uevents that were lost (ENOBUFS) count as news
+//! Runs:  on the control thread; [`Uevents`] can be polled
+//! Full:  lost uevents (ENOBUFS) count as a change
 //! Trust: the kernel; names come from the host and are only compared
 //!
-//! Data ports are closed only while a host is there (see [`SerialPorts::release`]). A small guest has no udev: names are looked
-//! up in sysfs, nodes come from devtmpfs or are made here.
+//! Data ports are closed only right after a message of the host (see [`SerialPorts::release`]). A small guest has no udev:
+//! names are read from sysfs, device nodes come from devtmpfs or are made here.
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +38,7 @@ use crate::sys::SysError;
 /// VIRTIO_RING_F_INDIRECT_DESC (virtio 1.3, 6): its place in the `features` file, a string of one digit per bit.
 const INDIRECT_DESC: usize = 28;
 
-/// Where ports are looked for.
+/// Where ports are searched, and their names.
 #[derive(Clone, Debug)]
 pub(super) struct SerialPorts {
     /// `/sys/class/virtio-ports`.
@@ -47,17 +47,17 @@ pub(super) struct SerialPorts {
     pub(super) nodes: PathBuf,
     /// Name of the control port.
     pub(super) control: String,
-    /// What the names of data ports begin with; the CPU's number follows.
+    /// Prefix of the names of data ports; the CPU's number follows.
     pub(super) lane_prefix: String,
-    /// The data ports that are not closed yet.
+    /// The data ports that are not to be closed yet.
     pub(super) held: HeldPorts,
 }
 
-/// Data ports once more, so that none is closed before [`SerialPorts::release`]. Clones share them.
+/// Second descriptors of data ports, so that none is closed before [`SerialPorts::release`]. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct HeldPorts(Arc<Mutex<Vec<OwnedFd>>>);
 
-/// The data ports there were when somebody looked: a guest has as many as CPUs, and the name of each is a file to read.
+/// The data ports at one time, by CPU: finding them reads a file for each.
 #[derive(Debug)]
 pub(super) struct DataPorts<'a> {
     ports: &'a SerialPorts,
@@ -67,7 +67,7 @@ pub(super) struct DataPorts<'a> {
 /// A port that exists.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct FoundPort {
-    /// As the host named it.
+    /// The host's name for it.
     pub(super) name: String,
     /// `vportNpM`.
     node: String,
@@ -90,8 +90,9 @@ impl SerialPorts {
         self.open(found, libc::O_NONBLOCK)
     }
 
-    /// Closes the data ports that nobody uses any more. Only while a host is there: to close a port is to tell it, and
-    /// the CPU spins until it has heard (drivers/char/virtio_console.c, `__send_control_msg()`), for ever if it is dead.
+    /// Closes the data ports that no session uses. Only right after a message of the host: closing sends a control message,
+    /// and the CPU spins until the host has taken it (drivers/char/virtio_console.c, `__send_control_msg()`), for ever if the
+    /// host has died.
     pub(super) fn release(&self) {
         self.held().clear();
     }
@@ -100,7 +101,7 @@ impl SerialPorts {
         self.held.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process that has a port open, as far as this user may look.
+    /// A process that has the port open, if this user may see it.
     pub(super) fn holder(&self, found: &FoundPort) -> Option<u32> {
         let node = self.nodes.join(&found.node);
         let processes = fs::read_dir("/proc").ok()?.flatten();
@@ -153,7 +154,7 @@ impl SerialPorts {
 
     fn cpu(&self, port: &FoundPort) -> Option<Cpu> {
         let number = port.name.strip_prefix(&self.lane_prefix)?;
-        // "+1" and "007" are names of something else.
+        // "+1" and "007" are not CPUs.
         number.parse().ok().map(Cpu).filter(|cpu| cpu.0.to_string() == number)
     }
 }
@@ -164,7 +165,7 @@ impl DataPorts<'_> {
         self.found.keys().copied().collect()
     }
 
-    /// Whether the data port of `cpu` is there and can be used; `without_indirect` as for [`DataPorts::open`].
+    /// Whether the data port of `cpu` exists and can be used; `without_indirect` as for [`DataPorts::open`].
     pub(super) fn is_usable(&self, cpu: Cpu, without_indirect: bool) -> bool {
         self.found.get(&cpu).is_some_and(|found| without_indirect || self.ports.has_indirect(found))
     }
@@ -172,13 +173,13 @@ impl DataPorts<'_> {
     /// Opens the data port of `cpu` for splices that block. It stays open until [`SerialPorts::release`].
     ///
     /// # Errors
-    /// `NoPort` when there is none; `NoIndirect` when its ring would lose pages unseen and `without_indirect` does not
+    /// `NoPort` when there is none; `NoIndirect` when its ring may lose pages unnoticed and `without_indirect` does not
     /// allow that; `Kernel` when it cannot be opened.
     pub(super) fn open(&self, cpu: Cpu, without_indirect: bool) -> Result<OwnedFd, Failure> {
         let name = format!("{}{}", self.ports.lane_prefix, cpu.0);
         let found = self.found.get(&cpu);
         let found = found.ok_or_else(|| Failure::new(FailureKind::NoPort, &name, "no virtio port has this name"))?;
-        // Of its own device: a guest's devices need not be alike.
+        // Each device negotiates its own features.
         if !without_indirect && !self.ports.has_indirect(found) {
             let detail = "VIRTIO_RING_F_INDIRECT_DESC is not negotiated";
             return Err(Failure::new(FailureKind::NoIndirect, &name, detail));
@@ -190,14 +191,14 @@ impl DataPorts<'_> {
     }
 }
 
-/// The kernel's news about devices (netlink, lib/kobject_uevent.c). SerialPorts that come, get their name, or go are there.
+/// The kernel's uevents (netlink, lib/kobject_uevent.c): ports that are added, named or removed.
 #[derive(Debug)]
 pub(super) struct Uevents {
     socket: OwnedFd,
 }
 
 impl Uevents {
-    /// Listens from now on.
+    /// Subscribes to them.
     pub(super) fn listen() -> Result<Self, SysError> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let protocol = SockProtocol::NetlinkKObjectUEvent;
@@ -209,7 +210,7 @@ impl Uevents {
         Ok(Self { socket })
     }
 
-    /// Takes the news that have come; true when a virtio port was among them.
+    /// Reads all events that have arrived; true when one was about a virtio port.
     pub(super) fn take(&self) -> bool {
         let mut ours = false;
         let mut message = [0; 8192];
@@ -236,7 +237,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// A made-up sysfs and /dev: the ports are FIFOs.
+    /// A sysfs and /dev of our own: the ports are FIFOs.
     pub(in crate::agent) fn fifo_ports(root: &Path, names: &[&str], features: &str) -> SerialPorts {
         let ports = SerialPorts {
             class: root.join("class"),
@@ -310,9 +311,9 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn uevent_of_another_device_is_no_news() {
+    fn uevent_of_another_device_is_not_reported() {
         let news = Uevents::listen().unwrap();
-        // "change" makes the kernel say so about this device.
+        // Makes the kernel send a uevent about this device.
         fs::write("/sys/devices/virtual/mem/null/uevent", "change").unwrap();
         assert!(!news.take());
     }

@@ -1,16 +1,15 @@
-//! The processes that a host's commands have started, wherever they have gone: all of them end with the session.
+//! Ends all processes that a host's commands have started, when the session ends.
 //!
 //! In:    a command that is about to be started; the end of a session
-//! Out:   nothing of it runs any more
+//! Out:   none of its processes exists any more
 //! Runs:  on the control thread
-//! Full:  where there are no control groups, a command that forks faster than /proc can be read is given up after
-//!        [`END_MAX`], and the log says so
+//! Full:  without control groups, a command that forks faster than /proc can be read survives [`END_MAX`]; that is logged
 //! Trust: nothing: a command may fork, leave its process group and its session (setsid), and ignore every signal but SIGKILL
 //!
 //! Where there is a cgroup v2 hierarchy with `cgroup.kill` (Linux 5.14) each command has a group of its own, which the
-//! kernel ends at once. Elsewhere the agent is the reaper of all its descendants (PR_SET_CHILD_SUBREAPER): whose parent has
-//! ended becomes a child of the agent, and is found in /proc. What neither reaches: a process that another service starts
-//! at the command's request (`systemd-run`, cron, a container's daemon).
+//! kernel ends at once. Elsewhere the agent is the subreaper of its descendants (PR_SET_CHILD_SUBREAPER): a process whose
+//! parent has ended becomes its child, and is found in /proc. Neither reaches a process that another service starts at the
+//! command's request (`systemd-run`, cron, a container runtime).
 
 use std::{
     collections::BTreeMap,

@@ -1,10 +1,10 @@
-//! What a session allows: states, and pure answers to requests.
+//! The states of a session, and what each request does in each of them.
 //!
-//! In:    requests of the host, outcomes of what was done
-//! Out:   the one thing to do next ([`Effect`]); whoever does it reports an [`SessionOutcome`]
-//! Runs:  in the control loop; does nothing itself
+//! In:    requests of the host; outcomes of what was done
+//! Out:   the one thing to do next ([`Effect`]); the caller does it and reports a [`SessionOutcome`]
+//! Runs:  in the control loop; pure
 //! Full:  one session at a time: a second `Arm` is refused, never queued
-//! Trust: nothing: any request may come in any state
+//! Trust: nothing: any request may arrive in any state
 //!
 //! | state | Arm | Start | Mark | Stop | Close |
 //! |---|---|---|---|---|---|
@@ -14,17 +14,18 @@
 //! | Stopping (pages on their way) | refused | refused | refused | refused | → Idle |
 //! | Stopped (reported) | refused | refused | refused | refused | → Idle |
 //!
-//! `Probe`, `Ping` and `Offer` are answered in every state. A host that goes away counts as a `Close` that nobody reads.
+//! `Probe`, `Ping` and `Offer` are answered in every state. A host that disconnects counts as a `Close`
+//! without an answer.
 
 use vtrace_common::{
     ids::Cpu,
     wire::agent::{Arm, Failure, FailureKind, ToAgent},
 };
 
-/// Where a session stands.
+/// The state of a session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) enum SessionState {
-    /// There is none.
+    /// There is no session.
     #[default]
     Idle,
     /// Instance, taps and ports are open; tracing is off.
@@ -33,7 +34,7 @@ pub(super) enum SessionState {
     Running,
     /// Tracing is off; the pump moves what is left.
     Stopping,
-    /// Everything is reported; the instance still exists.
+    /// The report is sent; the instance still exists.
     Stopped,
 }
 
@@ -44,24 +45,24 @@ pub(super) enum Effect {
     Arm(Box<Arm>),
     /// Tracing on, marker, answer `Started`.
     Start {
-        /// Its text.
+        /// The marker's text.
         marker: String,
     },
     /// Write the marker, answer `Marked`.
     Mark {
-        /// Its text.
+        /// The marker's text.
         text: String,
     },
     /// Answer `Echo` from that CPU.
     Echo {
-        /// The probe's.
+        /// The probe's id.
         id: u32,
-        /// Where to run.
+        /// The CPU to answer on.
         cpu: Cpu,
     },
     /// Answer `Pong`.
     Pong {
-        /// The ping's.
+        /// The ping's id.
         id: u32,
     },
     /// Answer with what could be traced.
@@ -74,18 +75,18 @@ pub(super) enum Effect {
     Refuse(Failure),
 }
 
-/// What has been done.
+/// The outcome of an effect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum SessionOutcome {
-    /// After [`Effect::Arm`], successfully. A failed one leaves no trace and changes nothing.
+    /// [`Effect::Arm`] has succeeded. A failed one changes nothing.
     Armed,
-    /// After [`Effect::Start`]. A failed one changes nothing.
+    /// [`Effect::Start`] has succeeded. A failed one changes nothing.
     Started,
-    /// After [`Effect::Drain`].
+    /// [`Effect::Drain`] is under way.
     Draining,
     /// The pump has moved everything and the report is sent.
     Reported,
-    /// Everything is removed: after a `Close`, or because the host or the pump has gone.
+    /// Everything is removed: after a `Close`, or because the host or the pump has ended.
     Removed,
 }
 
@@ -105,7 +106,7 @@ impl SessionState {
         }
     }
 
-    /// Where the session stands after `outcome`.
+    /// The state after `outcome`.
     pub(super) fn after(self, outcome: SessionOutcome) -> Self {
         match (self, outcome) {
             (Self::Idle, SessionOutcome::Armed) => Self::Armed,
@@ -208,8 +209,8 @@ mod tests {
     }
 
     proptest! {
-        /// Any requests, any failures, the pump finishing whenever it may: resources are never taken twice, never used
-        /// when there are none, and are gone after a close.
+        /// For any requests and failures, and whenever the pump ends: resources are never taken twice, never used when there
+        /// are none, and are gone after a close.
         #[test]
         fn any_order_of_requests_keeps_at_most_one_session(
             steps in proptest::collection::vec((requests(), any::<bool>(), any::<bool>()), 0..64),
