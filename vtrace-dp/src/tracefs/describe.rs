@@ -1,10 +1,10 @@
-//! What a machine tells about itself: the texts a trace.dat needs to be read elsewhere.
+//! The description of a machine: the texts that a reader of its trace.dat needs.
 //!
 //! In:    files of tracefs and procfs
 //! Out:   pieces of at most `PIECE_BYTES_MAX`, the parts in the order of a trace.dat
 //! Runs:  on the caller's thread; a piece is read when the one before has been taken
 //! Full:  at most one piece is held; command lines end at `CMDLINES_BYTES_MAX`
-//! Trust: the kernel; names of commands are whatever processes call themselves
+//! Trust: the kernel; a process may give itself any name
 
 use std::{
     collections::BTreeMap,
@@ -49,7 +49,7 @@ pub(super) fn before(
     Ok(())
 }
 
-/// Command lines: those the kernel saved while tracing, and of everything that runs now and is not among them.
+/// Command lines: those that the kernel has saved, and those of all other threads that run now.
 pub(super) fn after(tracefs: &Path, each: &mut dyn FnMut(Piece)) -> Result<(), Failure> {
     let path = tracefs.join("saved_cmdlines");
     let saved = fs::read(&path).or_else(absent_is_empty).map_err(|error| refused(&path, &error))?;
@@ -64,7 +64,7 @@ fn absent_is_empty(error: io::Error) -> io::Result<Vec<u8>> {
     if error.kind() == ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) }
 }
 
-/// Lines of `pid comm`; a command may hold blanks, and stands as the kernel wrote it.
+/// Parses lines of `pid comm`; a name may hold blanks.
 pub(super) fn parse_commands(text: &str) -> BTreeMap<u32, String> {
     let parse = |line: &str| {
         let (task, command) = line.trim_start().split_once(' ')?;
@@ -94,7 +94,10 @@ fn command_lines(commands: &BTreeMap<u32, String>) -> String {
     for (task, command) in commands {
         let line = format!("{task} {command}\n");
         if text.len() + line.len() > CMDLINES_BYTES_MAX {
-            log::warn!("command lines end at {CMDLINES_BYTES_MAX} bytes, {} tasks have none", commands.len());
+            log::warn!(
+                "command lines are cut at {CMDLINES_BYTES_MAX} bytes: some of {} tasks have no name in the file",
+                commands.len()
+            );
             break;
         }
         text.push_str(&line);

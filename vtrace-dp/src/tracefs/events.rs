@@ -1,4 +1,4 @@
-//! The events of a kernel: which there are, which are meant, which files switch them on.
+//! The events of a kernel: which exist, which of them match a request, which files switch them on.
 //!
 //! In:    `available_events` or `set_event` (lines `system:event`), requests
 //! Out:   the files to write 1 to, one for a whole system; or a [`Failure`] with names that exist
@@ -21,7 +21,7 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// Parses lines of `system:event`. Others (a module's events that are waited for: `:mod:name`) are passed over.
+    /// Parses lines of `system:event`. Other lines (`:mod:name`, events of a module to come) are ignored.
     pub(super) fn parse(text: &str) -> Self {
         let mut systems: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         let names = text.lines().filter_map(|line| line.trim().split_once(':'));
@@ -48,10 +48,10 @@ impl Events {
         self.systems.get(system).is_some_and(|events| events.contains(event))
     }
 
-    /// The events that `requests` mean, without those that they leave out.
+    /// The events that match `requests`, without the excluded ones.
     ///
     /// # Errors
-    /// `NoSuchEvent` for the first request that means none.
+    /// `NoSuchEvent` for the first request that matches none.
     pub(super) fn choose(&self, requests: &[EventRequest]) -> Result<Self, Failure> {
         let mut chosen = Self::default();
         let mut left_out = Self::default();
@@ -67,7 +67,7 @@ impl Events {
             if !found {
                 return Err(self.no_such(&request.pattern));
             }
-            log::debug!("{} means {} more events", request.pattern, chosen.count() - before);
+            log::debug!("{} matches {} more events", request.pattern, chosen.count() - before);
         }
         for (system, events) in left_out.systems {
             if let Some(among) = chosen.systems.get_mut(&system) {
@@ -87,13 +87,13 @@ impl Events {
             let words = self.systems.keys().map(String::as_str).chain(self.each().map(|(_, event)| event));
             near = nearest(&wanted, words, distance_max);
         }
-        let detail = format!("none of {} events is meant by it", both.len());
+        let detail = format!("none of {} events matches", both.len());
         Failure { near, ..failure(FailureKind::NoSuchEvent, pattern, &detail) }
     }
 
-    /// The `enable` files under `events/` that switch on `chosen` and nothing else, and how many events each does. There
-    /// is one for everything too; but the kernel patches its code for each event, and would be at it for half a minute
-    /// or more on a slow machine, without a word.
+    /// The `enable` files under `events/` that switch on `chosen` and nothing else, and how many events each does. The
+    /// one for all events is not used: the kernel patches its code for each event, half a minute or more on a slow machine,
+    /// without progress to report.
     fn switches(&self, chosen: &Self) -> Vec<(PathBuf, usize)> {
         let mut switches = Vec::new();
         for (system, events) in &chosen.systems {
@@ -107,10 +107,10 @@ impl Events {
     }
 }
 
-/// Adds to `requests` that the events which `denied` patterns mean are left out.
+/// Excludes the events that match `denied` patterns from `requests`.
 ///
 /// # Errors
-/// `NotAllowed` for a request that would have none but those, or names one of them.
+/// `NotAllowed` for a request that matches denied events only.
 pub(super) fn leave_out(
     available: &Events,
     requests: &mut Vec<EventRequest>,
@@ -122,7 +122,7 @@ pub(super) fn leave_out(
         let pattern = Pattern::parse(&request.pattern);
         let mut meant = available.each().filter(|(system, event)| pattern.matches(system, event)).peekable();
         if meant.peek().is_some() && meant.all(|(system, event)| is_denied(system, event)) {
-            return Err(failure(FailureKind::NotAllowed, &request.pattern, "these events are denied there"));
+            return Err(failure(FailureKind::NotAllowed, &request.pattern, "the guest's owner denies these events"));
         }
     }
     let out = available.each().filter(|(system, event)| is_denied(system, event));

@@ -1,9 +1,9 @@
 //! Filters and triggers of events.
 //!
 //! In:    the buffer's directory, the events that each request means
-//! Out:   `filter` and `trigger` files written; or a [`Failure`] with the kernel's own words about the expression
+//! Out:   `filter` and `trigger` files written; or a [`Failure`] with the kernel's error text
 //! Runs:  on the caller's thread, before the events are switched on
-//! Trust: the kernel parses; nothing else does
+//! Trust: nothing of the expressions: the kernel parses them
 
 use std::path::{Path, PathBuf};
 
@@ -12,8 +12,7 @@ use vtrace_common::wire::agent::{EventRequest, Failure, FailureKind};
 use super::{events::Events, failure, read, write};
 
 /// Writes the filters and triggers of all requests. An expression that fits some of the events of a pattern is kept for
-/// those, as trace-cmd does; one that fits none is refused.
-/// Every write goes into `undo` as the one that takes it back.
+/// those, as trace-cmd does; one that fits none is refused. For every write, `undo` gets the one that reverts it.
 pub(super) fn apply(
     buffer: &Path,
     available: &Events,
@@ -31,10 +30,10 @@ pub(super) fn apply(
     Ok(())
 }
 
-/// A file and what to write to it so that an expression is gone again.
+/// A file, and the text that removes an expression from it.
 pub(super) type Undo = (PathBuf, String);
 
-/// A text for one of two files.
+/// A filter or a trigger.
 #[derive(Clone, Copy, Debug)]
 enum Expression<'a> {
     Filter(&'a str),
@@ -55,7 +54,7 @@ impl<'a> Expression<'a> {
         }
     }
 
-    /// What takes it back (Documentation/trace/events.rst, 5.3 and 6).
+    /// The text that removes it (Documentation/trace/events.rst, 5.3 and 6).
     fn undo(self) -> String {
         match self {
             Self::Filter(_) => "0".into(),
@@ -83,8 +82,8 @@ fn write_for(
                 undo.push((path, expression.undo()));
             }
             Err(error) => {
-                refusal.get_or_insert_with(|| (format!("{system}:{event} {file}"), words(buffer, &error)));
-                // A filter that was refused stays as a text that says why, and filters nothing.
+                refusal.get_or_insert_with(|| (format!("{system}:{event} {file}"), error_text(buffer, &error)));
+                // After a refused filter the file holds an error text; it filters nothing.
                 let _ = write(&path, "0");
             }
         }
@@ -94,20 +93,20 @@ fn write_for(
             Err(failure(FailureKind::Expression, &object, &format!("{text:?}: {detail}")))
         }
         Some((object, _)) => {
-            log::warn!("{object}: {text:?} does not fit this event; {taken} of the pattern's take it");
+            log::warn!("{object}: {text:?} does not fit this event; it is set for {taken} other events of the pattern");
             Ok(())
         }
         None => Ok(()),
     }
 }
 
-/// What the kernel says about the last expression it did not take (error_log), in one line; else its errno.
-fn words(buffer: &Path, error: &Failure) -> String {
+/// The last error in error_log, in one line; without one, the errno.
+fn error_text(buffer: &Path, error: &Failure) -> String {
     let log = read(&buffer.join("error_log")).unwrap_or_default();
     last_error(&log).unwrap_or_else(|| error.detail.clone())
 }
 
-/// The last `[time] place: error: words` of an error_log.
+/// The text of the last `[time] location: error: text` of an error_log.
 fn last_error(log: &str) -> Option<String> {
     let line = log.lines().rev().find(|line| line.contains(": error: "))?;
     Some(line.split_once(": error: ")?.1.trim().to_owned())
@@ -118,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn last_error_of_the_kernel_is_told_in_its_words() {
+    fn last_error_of_the_kernel_is_found() {
         let log = "[   3.14] event filter parse error: error: Field not found\n  Command: a == 1\n           ^\n\
                    [  99.10] hist:sched:sched_switch: error: Couldn't find field\n  Command: keys=x\n           ^\n";
         assert_eq!(last_error(log).as_deref(), Some("Couldn't find field"));

@@ -1,4 +1,4 @@
-//! An instance of our own: a ring buffer with its clock, size and events, removed when we are done.
+//! An instance of our own: a ring buffer with its clock, size and events, removed when it is dropped.
 //!
 //! In:    an [`Arm`], `start`, marks
 //! Out:   taps to read pages from; stats
@@ -52,13 +52,13 @@ const PAGE_BYTES_LARGE: u32 = 32 << 10;
 const REMOVE_TRIES_MAX: u32 = 500;
 const REMOVE_PAUSE: Duration = Duration::from_millis(4);
 
-/// An instance of our own; removed when dropped. Taps have to be closed before, or it stays and says so in the log.
+/// An instance of our own; removed when dropped. If a tap is still open, it cannot be removed, which is logged.
 #[derive(Debug)]
 pub struct Instance {
     tracefs: PathBuf,
-    /// What is removed in the end.
+    /// Its directory in `instances/`.
     directory: PathBuf,
-    /// Where its files are: the directory, or the root of tracefs if the top buffer is borrowed.
+    /// The directory of its files: the same, or the root of tracefs if the top buffer is borrowed.
     path: PathBuf,
     borrowed: Option<top::Borrowed>,
     switch: Option<File>,
@@ -79,19 +79,20 @@ impl Tracefs {
         self.arm_telling(name, arm, &mut |_| {})
     }
 
-    /// The same; `each` hears how many events are on, again and again. On a slow machine it can take minutes.
+    /// The same; `each` is called with the number of events that are on, after each step. On a slow machine arming can take
+    /// minutes.
     ///
     /// # Errors
     /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `NoSuchPageSize`, `Expression`,
     /// `Memory` (the ring buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else
-    /// `Kernel`. Nothing stays behind.
+    /// `Kernel`. Nothing is left then.
     pub fn arm_telling(&self, name: &str, arm: &Arm, each: &mut dyn FnMut(usize)) -> Result<Instance, Failure> {
         let mut instance = self.make_instance(name)?;
         if top::is_needed(self.root(), &instance.path, arm) {
             drop(instance);
             instance = self.make_instance(&format!("{name}{}", top::MARK))?;
             instance.borrow_top(top::Borrowed::take(self.root())?)?;
-            log::info!("{}: no instance can do this: the top buffer is used", arm.tracer.name);
+            log::info!("{}: an instance does not have this: the top buffer is used", arm.tracer.name);
         }
         instance.set_tracing(false)?;
         instance.set_clock(&arm.clock)?;
@@ -119,12 +120,15 @@ impl Tracefs {
     }
 
     fn make_instance(&self, name: &str) -> Result<Instance, Failure> {
-        assert!(name.starts_with(INSTANCE_PREFIX) && !name.contains('/'), "{name} is not a name of ours");
+        assert!(
+            name.starts_with(INSTANCE_PREFIX) && !name.contains('/'),
+            "{name} is not the name of an instance of vtrace"
+        );
         let path = self.root().join("instances").join(name);
         match fs::create_dir(&path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 let in_use = |error: io::Error| {
-                    failure(FailureKind::State, &path.to_string_lossy(), &format!("it is in use: {error}"))
+                    failure(FailureKind::State, &path.to_string_lossy(), &format!("in use: {error}"))
                 };
                 remove_directory(&path).map_err(in_use)?;
                 fs::create_dir(&path).map_err(|error| refused(&path, &error))?;
@@ -217,7 +221,7 @@ impl Instance {
         shortened(&text)
     }
 
-    /// CPUs that were offline when it was made, may come online, and are to be traced then, in order.
+    /// CPUs that were offline when it was made and are traced if they come online, in order.
     pub fn absent_cpus(&self) -> Vec<Cpu> {
         let cpus = cpus::possible_cpus().or_else(|| self.buffers().ok()).unwrap_or_default();
         let mut absent: Vec<Cpu> = cpus.into_iter().filter(|cpu| !self.cpus.contains(cpu)).collect();
@@ -230,7 +234,7 @@ impl Instance {
         Stats::parse(&self.stats(cpu)).is_ok_and(|stats| stats.recorded() > 0)
     }
 
-    /// What is known before the trace: header page to kernel symbols, in the order of a trace.dat.
+    /// The description that is known before the trace: header page to kernel symbols, in the order of a trace.dat.
     ///
     /// # Errors
     /// `Kernel`, when a file cannot be read. Files that this kernel does not have give an empty text.
@@ -238,7 +242,7 @@ impl Instance {
         describe::before(&self.tracefs, &self.path, &self.on, kallsyms, each)
     }
 
-    /// What is known only after it: command lines.
+    /// The description that is known only after the trace: command lines.
     ///
     /// # Errors
     /// `Kernel`, when saved_cmdlines cannot be read.
@@ -246,10 +250,10 @@ impl Instance {
         describe::after(&self.tracefs, each)
     }
 
-    /// Removes it, and says if that failed: a tap is still open somewhere.
+    /// Removes it.
     ///
     /// # Errors
-    /// `Kernel` (`EBUSY`)
+    /// `Kernel` (`EBUSY`): a tap is still open
     pub fn remove(mut self) -> Result<(), Failure> {
         self.take_down()
     }
@@ -305,7 +309,9 @@ impl Instance {
         }
         let path = self.path.join("buffer_subbuf_size_kb");
         match fs::metadata(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => no_such("this kernel has one size only (before 6.8)"),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                no_such("this kernel has one page size only (before 6.8)")
+            }
             _ => write(&path, &kb.to_string()),
         }
     }
@@ -352,13 +358,13 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         if let Err(refusal) = self.take_down() {
-            log::warn!("{} stays: {}", refusal.object, refusal.detail);
+            log::warn!("cannot remove {}: {}", refusal.object, refusal.detail);
         }
     }
 }
 
-/// Removes an instance. One whose files are just being closed by another thread is tried again, for 2 s: the kernel drops
-/// what an io_uring held some time after it was closed.
+/// Removes an instance. While it is busy, tries again for 2 s: the kernel releases the files of an io_uring some time after
+/// it was closed.
 pub(super) fn remove_directory(path: &Path) -> io::Result<()> {
     for _ in 1..REMOVE_TRIES_MAX {
         match fs::remove_dir(path) {
@@ -381,17 +387,17 @@ pub(super) fn page_bytes(header_page: &str) -> Result<u32, Failure> {
     sum.filter(is_possible).ok_or_else(|| failure(FailureKind::Kernel, "events/header_page", header_page))
 }
 
-/// Does it on one of these CPUs, if the thread may run there.
+/// Calls `done` on one of these CPUs, if the thread may run there.
 fn on_one_of<T>(cpus: &BTreeSet<Cpu>, done: impl FnOnce() -> T) -> T {
     let (thread, mut there) = (Pid::from_raw(0), CpuSet::new());
     for cpu in cpus.iter().filter_map(|cpu| usize::try_from(cpu.0).ok()) {
-        // Numbers that no thread can be bound to are passed over.
+        // A CPU beyond the size of the set is ignored.
         let _ = there.set(cpu);
     }
     let before = sched_getaffinity(thread).and_then(|before| sched_setaffinity(thread, &there).map(|()| before));
     let result = done();
     if let Err(errno) = before.and_then(|before| sched_setaffinity(thread, &before)) {
-        log::debug!("not moved to a CPU that is traced, or not back: {errno}");
+        log::debug!("cannot change the CPU affinity to write a marker: {errno}");
     }
     result
 }
@@ -407,8 +413,8 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Parses a mask of CPUs as the kernel writes it (`3,00000001`: words of 32 bits, the highest first); `None` where it is
-/// none.
+/// Parses a mask of CPUs as the kernel writes it (`3,00000001`: words of 32 bits, the highest first); `None` if it is
+/// malformed.
 fn parse_mask(text: &str) -> Option<BTreeSet<Cpu>> {
     let words = text.trim().rsplit(',').map(|word| u32::from_str_radix(word, 16).ok()).collect::<Option<Vec<_>>>()?;
     let cpus = (0..)

@@ -1,11 +1,11 @@
-//! tracefs: mounting it, instances of our own, events, taps, and what a machine tells about itself.
+//! tracefs: mounts it, makes instances with events and taps, and describes the machine.
 //!
 //! In:    an [`Arm`](vtrace_common::wire::agent::Arm): clock, events, buffer size
-//! Out:   an [`Instance`] (taps, switch, marker, stats) and pieces of description; or a [`Failure`] that says on what
+//! Out:   an [`Instance`] (taps, switch, marker, stats) and pieces of description; or a [`Failure`] that names the object
 //! Runs:  on the caller's thread; every call may block on the kernel, none on another program
 //! Full:  descriptions come in pieces of `limits::PIECE_BYTES_MAX`; command lines end at `limits::CMDLINES_BYTES_MAX`
-//! Trust: the kernel, and names inside instances of ours; the top buffer is written to only where an instance will not
-//!        do ([`top`]), and given back as it was
+//! Trust: the kernel; names inside our instances. The top buffer is written to only where an instance cannot do it
+//!        ([`top`]), and is restored
 //!
 //! Works from Linux 5.10 on (`buffer_percent` is older, larger sub-buffers are newer and optional).
 
@@ -43,10 +43,10 @@ use vtrace_common::{
 pub use cpus::{online_cpus, parse_cpus, possible_cpus};
 pub use instance::{BUFFER_PERCENT, Instance};
 
-/// What the names of our instances begin with; a process id follows, then anything.
+/// Prefix of the names of our instances; a process id follows, then anything.
 pub const INSTANCE_PREFIX: &str = "vtrace-";
 
-/// A longer name is not compared with others: the distance costs the product of both lengths.
+/// A longer name is not compared with others: the cost of a distance is the product of both lengths.
 const RANKED_BYTES_MAX: usize = 128;
 
 const READ_BYTES: usize = 16 << 10;
@@ -61,13 +61,13 @@ pub struct Tracefs {
 
 /// An open `trace_pipe_raw`.
 ///
-/// A page that was spliced out of it gives itself back to its ring buffer when it leaves the last pipe, and does not keep that
-/// buffer: where the instance was removed before, the kernel writes to memory it has freed, and ends the thread that read
-/// the pipe (kernel/trace/trace.c `buffer_ref_release()`; seen on 6.18). So pipes are emptied or closed first. A virtio
-/// port copies; a FIFO or a pipe as a port holds the pages until they are read.
+/// A page that was spliced out of it is returned to its ring buffer when it leaves the last pipe, but holds no reference to
+/// that buffer: if the instance was removed before, the kernel writes to freed memory and kills the thread that read the
+/// pipe (kernel/trace/trace.c `buffer_ref_release()`; seen on 6.18). So pipes are emptied or closed first. A virtio port
+/// copies; a FIFO or a pipe as a port holds the pages until they are read.
 #[derive(Debug)]
 pub struct Tap {
-    /// Whose.
+    /// The CPU of its ring buffer.
     pub cpu: Cpu,
     /// Non-blocking.
     pub fd: OwnedFd,
@@ -77,7 +77,7 @@ impl Tracefs {
     /// Finds tracefs at one of its usual places, or mounts it at the first.
     ///
     /// # Errors
-    /// `NoTracefs` when it is nowhere and cannot be mounted (no CONFIG_FTRACE, no privilege).
+    /// `NoTracefs` when it is not mounted and cannot be (no CONFIG_FTRACE, no privilege).
     pub fn find_or_mount() -> Result<Self, Failure> {
         let is_tracefs = |path: &&str| statfs(*path).is_ok_and(|found| found.filesystem_type() == TRACEFS_MAGIC);
         let root = match MOUNT_POINTS.iter().copied().find(is_tracefs) {
@@ -91,12 +91,12 @@ impl Tracefs {
             .map(|_| Self { root: root.into() })
     }
 
-    /// Where it is.
+    /// Its mount point.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// What could be traced: clocks, tracers, events, in pieces.
+    /// The clocks, tracers and events of this kernel, in pieces.
     ///
     /// # Errors
     /// `Kernel`
@@ -123,33 +123,33 @@ impl Tracefs {
         Ok(())
     }
 
-    /// The same request without the events that `denied` patterns mean.
+    /// The same request without the events that match `denied` patterns.
     ///
     /// # Errors
-    /// `NotAllowed` where nothing else is asked for; `Kernel`
+    /// `NotAllowed` when a request matches denied events only; `Kernel`
     pub fn without_denied(&self, mut arm: Arm, denied: &[String]) -> Result<Arm, Failure> {
         let available = events::Events::parse(&read(&self.root.join("available_events"))?);
         events::leave_out(&available, &mut arm.events, denied)?;
         Ok(arm)
     }
 
-    /// How many events of this kernel a request means.
+    /// How many events of this kernel match a request.
     ///
     /// # Errors
-    /// `NoSuchEvent` when it means none; `Kernel`
+    /// `NoSuchEvent` when there are none; `Kernel`
     pub fn count_events(&self, request: &EventRequest) -> Result<u64, Failure> {
         let available = events::Events::parse(&read(&self.root.join("available_events"))?);
         let count = available.choose(std::slice::from_ref(request))?.count();
         Ok(u64::try_from(count).unwrap_or(u64::MAX))
     }
 
-    /// Removes instances whose owner (the process id in the name) is dead. Returns how many.
+    /// Removes instances whose owner (the process id in the name) is dead. Returns how many were removed.
     pub fn remove_stale(&self) -> usize {
         self.remove_instances(|owner| owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()))
     }
 
-    /// Removes every instance that is named like ours: for a guest, where one agent is the only owner. One whose tap
-    /// is open in a living process stays. Returns how many.
+    /// Removes every instance with our prefix: for a guest, whose one agent owns them all. One whose tap is open in a living
+    /// process stays. Returns how many were removed.
     pub fn remove_ours(&self) -> usize {
         self.remove_instances(|_| true)
     }
@@ -161,7 +161,7 @@ impl Tracefs {
             name.to_str().and_then(|name| name.strip_prefix(INSTANCE_PREFIX)).is_some_and(|rest| wanted(owner(rest)))
         });
         let remove = |entry: &fs::DirEntry| {
-            // Its owner had borrowed the top buffer and did not live to give it back.
+            // Its owner died while it had the top buffer.
             if entry.file_name().to_string_lossy().ends_with(top::MARK) {
                 top::reset(&self.root);
                 let _ = write(&self.root.join("tracing_on"), "1");
@@ -172,7 +172,7 @@ impl Tracefs {
     }
 }
 
-/// Puts this process among those that `buffer` (an instance's directory, or the root) traces.
+/// Adds this process to those that are traced in `buffer` (an instance's directory, or the root).
 ///
 /// # Errors
 /// `Kernel`
@@ -180,18 +180,18 @@ pub fn join(buffer: &Path) -> Result<(), Failure> {
     settings::add_process(buffer, std::process::id())
 }
 
-/// The process id in front of what follows the prefix.
+/// The process id that follows the prefix.
 fn owner(rest: &str) -> Option<u32> {
     let end = rest.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(rest.len());
     rest[..end].parse().ok()
 }
 
-/// A failure whose texts keep to their bounds.
+/// A failure with texts cut to their bounds.
 fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
     Failure { kind, object: shortened(object), detail: shortened(detail), near: Vec::new() }
 }
 
-/// What the kernel said about a file of its own.
+/// The failure for an errno of a file in tracefs.
 fn refused(path: &Path, error: &io::Error) -> Failure {
     let kind = if error.raw_os_error() == Some(nix::libc::ENOMEM) { FailureKind::Memory } else { FailureKind::Kernel };
     failure(kind, &path.to_string_lossy(), &error.to_string())
@@ -201,7 +201,7 @@ fn shortened(text: &str) -> String {
     text[..text.floor_char_boundary(TEXT_BYTES_MAX)].into()
 }
 
-/// A whole file. Its first read asks for [`READ_BYTES`]: some files of tracefs (events/header_page) give everything to
+/// A whole file. Its first read asks for [`READ_BYTES`]: some files of tracefs (events/header_page) return everything to
 /// the first read and nothing to a second, and std's first read of a file of unknown size asks for 32 bytes.
 fn read(path: &Path) -> Result<String, Failure> {
     let mut bytes = Vec::with_capacity(READ_BYTES);
@@ -209,7 +209,7 @@ fn read(path: &Path) -> Result<String, Failure> {
     read.map(|_| String::from_utf8_lossy(&bytes).into_owned()).map_err(|error| refused(path, &error))
 }
 
-/// Writes without creating or truncating: a missing file is the kernel's way to say "not here".
+/// Writes without creating or truncating: a missing file means that the kernel does not have the feature.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     let written = fs::OpenOptions::new()
         .write(true)

@@ -1,7 +1,7 @@
-//! Which events a person means.
+//! Event patterns.
 //!
 //! In:    `system`, `system:event`, `event`, `all`; globs (`*`, `?`, `[a-z]`, `[!a]`) in either part
-//! Out:   whether an event is meant
+//! Out:   whether an event matches
 //! Trust: nothing: any text is a pattern, and matching takes time in the product of both lengths at most
 
 /// A pattern, in its parts.
@@ -9,7 +9,7 @@
 pub(super) enum Pattern<'a> {
     /// `all`
     All,
-    /// One word: a whole system, or events of that name in any system.
+    /// One name: a whole system, or events of that name in any system.
     Either(&'a str),
     /// `system:event`; an empty part means all.
     Both { system: &'a str, event: &'a str },
@@ -40,7 +40,7 @@ impl<'a> Pattern<'a> {
     }
 }
 
-/// Whether `glob` covers all of `text`. Only the last `*` is ever tried again, which is enough and never exponential.
+/// Whether `glob` matches all of `text`. Backtracks to the last `*` only, which is enough and never exponential.
 fn glob_matches(glob: &str, text: &str) -> bool {
     let (glob, text) = (glob.as_bytes(), text.as_bytes());
     let (mut at, mut done) = (0, 0);
@@ -62,7 +62,7 @@ fn glob_matches(glob: &str, text: &str) -> bool {
     glob[at..].iter().all(|byte| *byte == b'*')
 }
 
-/// How much of `glob` it takes to match `byte`, if its front does.
+/// The length of the first element of `glob`, if it matches `byte`.
 fn one_matches(glob: &[u8], byte: u8) -> Option<usize> {
     match glob.first()? {
         b'?' => Some(1),
@@ -74,7 +74,7 @@ fn one_matches(glob: &[u8], byte: u8) -> Option<usize> {
     }
 }
 
-/// Whether `byte` is in the set behind a `[`, and the set's length with its `]`. A `]` in front is one of the set.
+/// Whether `byte` is in the set that follows a `[`, and the set's length with its `]`. A `]` that comes first is a member.
 fn set_matches(set: &[u8], byte: u8) -> Option<(bool, usize)> {
     let negated = matches!(set.first(), Some(b'!' | b'^'));
     let start = usize::from(negated);
@@ -96,7 +96,7 @@ mod tests {
 
     use super::*;
 
-    /// The meaning of `*` and `?`, written down without regard to cost.
+    /// The semantics of `*` and `?`, without regard to cost.
     fn oracle(glob: &[u8], text: &[u8]) -> bool {
         match (glob.split_first(), text.split_first()) {
             (None, None) => true,
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn each_form_means_what_trace_cmd_means_by_it() {
+    fn each_form_matches_as_in_trace_cmd() {
         for (pattern, system, event, wanted) in [
             ("sched", "sched", "sched_switch", true),
             ("sched", "sched_ext", "dump", false),

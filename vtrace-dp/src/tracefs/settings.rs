@@ -1,12 +1,11 @@
-//! What an [`Arm`] asks for beside events: functions, tracer, options, CPUs, processes.
+//! The settings of an [`Arm`] other than events: functions, tracer, options, CPUs, processes.
 //!
 //! In:    the buffer's directory, an [`Arm`]
-//! Out:   files of tracefs written; or a [`Failure`] that names the word which was refused and what there is instead
+//! Out:   files of tracefs written; or a [`Failure`] that names what was refused and similar names that exist
 //! Runs:  on the caller's thread, while tracing is off
 //! Trust: nothing of the request; the kernel for what exists
 //!
-//! Order: functions before the tracer, which would otherwise begin with all of them; options after it, as a tracer
-//! brings some of its own.
+//! Order: functions before the tracer, which would start with all of them; options after it, since a tracer adds its own.
 
 use std::{
     fs::OpenOptions,
@@ -18,9 +17,9 @@ use vtrace_common::wire::agent::{Arm, Failure, FailureKind, Tracer};
 
 use super::{failure, nearest, read, refused, write};
 
-/// A process that never is (PID_MAX_LIMIT - 1, include/linux/threads.h): a list of processes with nobody in it. An
-/// empty one would mean everybody.
-const NOBODY: u32 = 4_194_303;
+/// A process id that is never used (PID_MAX_LIMIT - 1, include/linux/threads.h), for a list without a process: an empty one
+/// means all.
+const NO_PROCESS: u32 = 4_194_303;
 
 /// Applies everything but clock, sizes and events.
 pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
@@ -36,7 +35,7 @@ pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
         write(&buffer.join("options/event-fork"), "1")?;
         write(&buffer.join("options/function-fork"), "1")?;
     }
-    let nobody = (arm.own_only && arm.pids.is_empty()).then_some(NOBODY);
+    let nobody = (arm.own_only && arm.pids.is_empty()).then_some(NO_PROCESS);
     arm.pids.iter().copied().chain(nobody).try_for_each(|pid| add_process(buffer, pid))
 }
 
@@ -65,7 +64,7 @@ fn choose_functions(buffer: &Path, tracer: &Tracer) -> Result<(), Failure> {
             let path = buffer.join(file);
             append(&path, function).map_err(|error| match error.kind() {
                 ErrorKind::InvalidInput => {
-                    failure(FailureKind::NoSuchFunction, function, "no traceable function is meant by it")
+                    failure(FailureKind::NoSuchFunction, function, "no traceable function matches")
                 }
                 _ => refused(&path, &error),
             })?;
@@ -81,11 +80,11 @@ fn choose_tracer(buffer: &Path, name: &str) -> Result<(), Failure> {
     if name.is_empty() {
         return Ok(());
     }
-    let there = read(&buffer.join("available_tracers"))?;
-    let there: Vec<&str> = there.split_whitespace().collect();
-    if !there.contains(&name) {
-        let near = nearest(name, there.iter().copied(), usize::MAX);
-        let detail = format!("this kernel has {}", there.join(", "));
+    let text = read(&buffer.join("available_tracers"))?;
+    let available: Vec<&str> = text.split_whitespace().collect();
+    if !available.contains(&name) {
+        let near = nearest(name, available.iter().copied(), usize::MAX);
+        let detail = format!("this kernel has {}", available.join(", "));
         return Err(Failure { near, ..failure(FailureKind::NoSuchTracer, name, &detail) });
     }
     write(&buffer.join("current_tracer"), name)
@@ -104,8 +103,8 @@ fn set_option(buffer: &Path, option: &str) -> Result<(), Failure> {
     })
 }
 
-/// Adds a line to a list that would be cleared by truncation. A word without its line's end would be looked at when the file
-/// is closed, and nobody hears what the kernel says then (kernel/trace/ftrace.c, `ftrace_regex_release()`).
-fn append(path: &Path, word: &str) -> io::Result<()> {
-    OpenOptions::new().append(true).open(path).and_then(|mut file| file.write_all(format!("{word}\n").as_bytes()))
+/// Adds a line to a list, which truncation would clear. Without the newline the kernel parses the text when the file is
+/// closed, and its error is lost (kernel/trace/ftrace.c, `ftrace_regex_release()`).
+fn append(path: &Path, text: &str) -> io::Result<()> {
+    OpenOptions::new().append(true).open(path).and_then(|mut file| file.write_all(format!("{text}\n").as_bytes()))
 }

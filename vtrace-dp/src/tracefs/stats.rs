@@ -1,7 +1,7 @@
-//! per_cpu/cpuN/stats: what the kernel counted.
+//! per_cpu/cpuN/stats: the kernel's counters.
 //!
-//! In:    the file's text, a host's or a guest's
-//! Out:   [`Stats`], or the line that is missing or wrong
+//! In:    the text of the file, from the host or a guest
+//! Out:   [`Stats`], or the counter that is missing or malformed
 //! Trust: nothing
 //!
 //! Source: `tracing_stats_read` in kernel/trace/trace.c.
@@ -9,9 +9,9 @@
 /// The counters of one CPU's ring buffer since it was made or cleared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Stats {
-    /// Events that are in it now.
+    /// Events in it now.
     pub entries: u64,
-    /// Events that were overwritten before anyone read them.
+    /// Events that were overwritten before they were read.
     pub overrun: u64,
     /// Events lost because a writer was interrupted by a whole buffer of others.
     pub commit_overrun: u64,
@@ -26,15 +26,15 @@ pub struct Stats {
 /// Why a text is refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum StatsFault {
-    /// A counter is not there.
+    /// A counter is missing.
     #[error("no line {0:?}")]
     Missing(&'static str),
     /// A counter is not a number.
     #[error("{name:?} is {value:?}")]
     Number {
-        /// Which counter.
+        /// Its name.
         name: &'static str,
-        /// What stands there.
+        /// Its text.
         value: String,
     },
 }
@@ -45,7 +45,7 @@ impl Stats {
         self.entries.saturating_add(self.read_events).saturating_add(self.lost())
     }
 
-    /// Parses lines of `name: number`; names it does not know are passed over.
+    /// Parses lines of `name: number`; other names are ignored.
     ///
     /// # Errors
     /// When one of the six counters is missing or no u64.
@@ -66,7 +66,7 @@ impl Stats {
         })
     }
 
-    /// Events that happened and will never be read.
+    /// Events that are lost.
     pub fn lost(&self) -> u64 {
         self.overrun.saturating_add(self.commit_overrun).saturating_add(self.dropped_events)
     }

@@ -6,10 +6,9 @@
 //! Full:  a text of more than [`KEPT_BYTES_MAX`] is not kept
 //! Trust: the kernel
 //!
-//! An emulated guest needs 0.3 s (Linux 6.1) to 1 s (6.12, 7.3) to print its symbols, more than all else that a
-//! session takes there; a host 0.07 s. So the text is kept for the next session of this process if it was slow to
-//! come, and is good as long as the same modules lie at the same addresses. What it may miss are symbols of BPF
-//! programs that were loaded since.
+//! An emulated guest needs 0.3 s (Linux 6.1) to 1 s (6.12, 7.3) to print its symbols, more than all other steps of arming;
+//! a host needs 0.07 s. So a text that was slow to read is kept for the next session of this process. It is valid as long as
+//! the same modules lie at the same addresses; it lacks symbols of BPF programs that were loaded since.
 
 use std::{
     fs,
@@ -28,7 +27,7 @@ use super::{
 const PATH: &str = "/proc/kallsyms";
 /// The text of 7.3 has 10 MB.
 const KEPT_BYTES_MAX: usize = 16 << 20;
-/// What can be read in less is read again.
+/// A text that can be read in less time is not kept.
 const SLOW_MIN: Duration = Duration::from_millis(200);
 
 static KEPT: Mutex<Option<Arc<Symbols>>> = Mutex::new(None);

@@ -1,33 +1,31 @@
-//! What reads a kernel's texts, without a kernel: for fuzz targets.
+//! The parsers of a kernel's texts, for fuzz targets.
 //!
 //! In:    texts as tracefs has them
-//! Out:   what they say
-//! Runs:  on the caller's thread
-//! Full:  does not apply
+//! Out:   their contents, or a [`Failure`]
 //! Trust: nothing
 
 use vtrace_common::wire::agent::{EventRequest, Failure};
 
 use super::{describe, events::Events, instance};
 
-/// Bytes of a page, as events/header_page says.
+/// Bytes of a page, from events/header_page.
 ///
 /// # Errors
-/// A text that says nothing, or what cannot be.
+/// `Kernel` when the text has no possible size.
 pub fn page_bytes(header_page: &str) -> Result<u32, Failure> {
     instance::page_bytes(header_page)
 }
 
-/// Events of the text available_events that `requests` mean, as system and event, sorted.
+/// The events of `available_events` that match `requests`, as system and event, sorted.
 ///
 /// # Errors
-/// The first request that means none.
+/// `NoSuchEvent` for the first request that matches none.
 pub fn choose(available_events: &str, requests: &[EventRequest]) -> Result<Vec<(String, String)>, Failure> {
     let chosen = Events::parse(available_events).choose(requests)?;
     Ok(chosen.each().map(|(system, event)| (system.into(), event.into())).collect())
 }
 
-/// Names of processes, as saved_cmdlines says.
+/// Process ids and names from saved_cmdlines.
 pub fn commands(saved_cmdlines: &str) -> Vec<(u32, String)> {
     describe::parse_commands(saved_cmdlines).into_iter().collect()
 }

@@ -1,4 +1,4 @@
-//! Against this machine's kernel. Without privilege or tracefs they say so and test nothing.
+//! Against this machine's kernel. Without privilege or tracefs they are skipped, which is printed.
 
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -47,7 +47,7 @@ fn armed_instance_is_as_asked_and_gone_when_dropped() {
 }
 
 #[test]
-fn arming_tells_after_each_system_but_the_last_how_many_events_are_on() {
+fn arming_reports_the_number_of_events_after_each_system_but_the_last() {
     let Some(tracefs) = tracefs() else { return };
     let mut told = Vec::new();
     let instance =
@@ -70,7 +70,7 @@ fn tap_that_is_open_keeps_the_instance_and_is_reported() {
 }
 
 #[test]
-fn failed_arm_leaves_nothing_behind_and_says_on_what() {
+fn failed_arm_leaves_nothing_and_names_the_object() {
     let Some(tracefs) = tracefs() else { return };
     let name = name("failed");
     let no_clock = Arm { clock: "x86-tcs".into(), ..arm(&[]) };
@@ -131,7 +131,7 @@ fn instance_of_a_dead_owner_is_stale_and_ours_is_not() {
 }
 
 #[test]
-fn owner_is_the_number_in_front() {
+fn owner_is_the_number_after_the_prefix() {
     assert_eq!(owner("12-x"), Some(12));
     assert_eq!(owner("12"), Some(12));
     assert_eq!(owner("x-12"), None);
@@ -181,7 +181,7 @@ fn tracer_functions_options_and_processes_are_as_asked() {
 }
 
 #[test]
-fn words_that_the_kernel_does_not_know_are_named_with_what_there_is() {
+fn names_that_the_kernel_does_not_know_are_refused_with_similar_ones() {
     let Some(tracefs) = tracefs() else { return };
     let failure = |arm: &Arm| tracefs.arm(&name("words"), arm).unwrap_err();
     let tracer = |name: &str, function: &str| {
@@ -197,7 +197,7 @@ fn words_that_the_kernel_does_not_know_are_named_with_what_there_is() {
 }
 
 #[test]
-fn filter_is_kept_for_the_events_that_it_fits_and_refused_in_the_kernels_words() {
+fn filter_is_kept_for_the_events_that_it_fits_and_refused_with_the_kernels_error() {
     let Some(tracefs) = tracefs() else { return };
     let filtered = |pattern: &str, filter: &str| {
         let event = EventRequest { filter: filter.into(), ..pattern.into() };
@@ -214,7 +214,7 @@ fn filter_is_kept_for_the_events_that_it_fits_and_refused_in_the_kernels_words()
 }
 
 #[test]
-fn borrowed_top_buffer_is_given_back_as_it_was() {
+fn borrowed_top_buffer_is_restored() {
     let Some(tracefs) = tracefs() else { return };
     let say = |file: &str| fs::read_to_string(tracefs.root().join(file)).unwrap().trim().to_owned();
     let state = || ["current_tracer", "trace_clock", "set_event", "trace_options", "tracing_on"].map(say);

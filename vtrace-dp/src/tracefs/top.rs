@@ -1,10 +1,10 @@
-//! The top buffer, where an instance will not do: tracers and function lists that the kernel keeps once for all.
+//! The top buffer, for what an instance does not have: some tracers, and function lists that the kernel has only once.
 //!
 //! In:    the root of tracefs, an [`Arm`]
-//! Out:   whether the top buffer is needed; a [`Borrowed`] one, given back as it was when dropped
+//! Out:   whether the top buffer is needed; a [`Borrowed`] one, which is restored in the end
 //! Runs:  on the caller's thread
-//! Full:  one borrower at a time: whoever uses the top buffer already is named as the reason of the refusal
-//! Trust: the kernel. A borrower that is killed leaves an instance behind that says so ([`MARK`]); the next one cleans up
+//! Full:  one borrower at a time; while anyone traces into the top buffer it is refused
+//! Trust: the kernel. A borrower that is killed leaves an instance whose name says so ([`MARK`]); the next start cleans up
 
 use std::path::{Path, PathBuf};
 
@@ -12,15 +12,15 @@ use vtrace_common::wire::agent::{Arm, Failure, FailureKind};
 
 use super::{expressions::Undo, failure, online_cpus, possible_cpus, read, write};
 
-/// What the name of an instance ends with whose owner has borrowed the top buffer.
+/// Suffix of the name of an instance whose owner has borrowed the top buffer.
 pub(super) const MARK: &str = "-top";
 
-/// Files whose contents come back.
+/// Files whose contents are restored.
 const KEPT: [&str; 5] = ["trace_clock", "buffer_percent", "buffer_subbuf_size_kb", "buffer_size_kb", "tracing_cpumask"];
-/// The event that the kernel switches on itself when a BPF program that can print is loaded, and never off again
+/// The event that the kernel itself enables when a BPF program that can print is loaded, and never disables
 /// (`__set_printk_clr_event()`, kernel/trace/bpf_trace.c).
 const PRINTK: &str = "bpf_trace:bpf_trace_printk";
-/// Lists that are empty when nobody traces.
+/// Lists that are empty while nothing is traced.
 const LISTS: [&str; 6] = [
     "set_ftrace_filter",
     "set_ftrace_notrace",
@@ -54,10 +54,10 @@ pub(super) struct Borrowed {
 }
 
 impl Borrowed {
-    /// Takes the top buffer if nobody traces into it.
+    /// Takes the top buffer if it is not in use.
     ///
     /// # Errors
-    /// `State` when somebody does; `Kernel`.
+    /// `State` when it is in use; `Kernel`.
     pub(super) fn take(root: &Path) -> Result<Self, Failure> {
         let tracer = read(&root.join("current_tracer"))?;
         let events = read(&root.join("set_event"))?;
@@ -65,8 +65,8 @@ impl Borrowed {
         let events = foreign_events(&events);
         if tracer.trim() != "nop" || !events.is_empty() {
             let detail = match events.len() {
-                0 => format!("somebody traces into it with the tracer {}", tracer.trim()),
-                count => format!("somebody has switched {count} events on in it"),
+                0 => format!("in use with the tracer {}", tracer.trim()),
+                count => format!("in use: {count} events are on"),
             };
             return Err(failure(FailureKind::State, &root.to_string_lossy(), &detail));
         }
@@ -79,10 +79,10 @@ impl Borrowed {
         Ok(borrowed)
     }
 
-    /// Gives it back as it was; what cannot be written back is logged.
+    /// Restores it; what cannot be restored is logged.
     pub(super) fn give_back(&self) {
         for (path, text) in self.undo.iter().rev() {
-            // A trigger that has done its count is gone already.
+            // A trigger whose count has run out is gone already.
             let _ = write(path, text);
         }
         reset(&self.root);
@@ -91,7 +91,7 @@ impl Borrowed {
         }
         let now = read(&self.root.join("trace_options")).unwrap_or_default();
         for option in self.options.lines().filter(|option| !now.lines().any(|line| line == *option)) {
-            // Those of a tracer that is not there any more are refused.
+            // Options of a tracer that is no longer set are refused.
             let _ = write(&self.root.join("trace_options"), option);
         }
         if self.prints {
@@ -103,25 +103,24 @@ impl Borrowed {
 
     fn put(&self, file: &str, text: &str) {
         if let Err(refusal) = write(&self.root.join(file), text) {
-            log::warn!("{} is not as it was: {}", refusal.object, refusal.detail);
+            log::warn!("cannot restore {}: {}", refusal.object, refusal.detail);
         }
     }
 
-    /// Throws away what is in it. The kernel does that for CPUs that are online; those that were keep theirs, until each is
-    /// told, and could be tapped later.
+    /// Discards its contents. The kernel does that for the CPUs that are online; the others have to be emptied one by one.
     fn empty(&self) {
         let online = online_cpus().unwrap_or_default();
         let all = possible_cpus().unwrap_or_default().into_iter().filter(|cpu| !online.contains(cpu));
         let each = all.map(|cpu| self.root.join(format!("per_cpu/{cpu}/trace")));
         for file in std::iter::once(self.root.join("trace")).chain(each) {
             if let Err(error) = std::fs::OpenOptions::new().write(true).truncate(true).open(&file) {
-                log::debug!("{}: what it held stays: {error}", file.display());
+                log::debug!("cannot empty {}: {error}", file.display());
             }
         }
     }
 }
 
-/// Ends whatever traces into the top buffer: events, tracer, lists. What fails is not there.
+/// Ends all tracing into the top buffer: events, tracer, lists. Files that the kernel does not have are ignored.
 pub(super) fn reset(root: &Path) {
     let _ = write(&root.join("tracing_on"), "0");
     let _ = write(&root.join("events/enable"), "0");
@@ -132,13 +131,13 @@ pub(super) fn reset(root: &Path) {
     }
 }
 
-/// The events that somebody has switched on.
+/// The events in `set_event` but for [`PRINTK`].
 fn foreign_events(set_event: &str) -> Vec<String> {
     let events = set_event.lines().map(str::trim).filter(|line| !line.is_empty());
     events.filter(|event| *event != PRINTK).map(Into::into).collect()
 }
 
-/// What to write so that a file says again what it says now.
+/// The text to write so that a file has its present contents again.
 fn kept(file: &str, text: &str) -> String {
     let text = text.trim();
     let inside = text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map(|(chosen, _)| chosen);
@@ -154,13 +153,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn event_that_the_kernel_switches_on_itself_is_nobodys() {
+    fn event_that_the_kernel_enables_itself_does_not_count() {
         assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\n"), Vec::<String>::new());
         assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\nirq:softirq_exit\n"), ["irq:softirq_exit"]);
     }
 
     #[test]
-    fn what_a_file_says_becomes_what_to_write_to_it() {
+    fn contents_of_a_file_become_the_text_that_restores_them() {
         assert_eq!(kept("trace_clock", "local [global] x86-tsc\n"), "global");
         assert_eq!(kept("buffer_size_kb", "7 (expanded: 1408)\n"), "7");
         assert_eq!(kept("tracing_cpumask", "ff\n"), "ff");
