@@ -25,10 +25,7 @@ fn said(command: &mut Command) -> Result<String> {
 /// `trace-cmd WORDS -i FILE -i FILE …`.
 pub fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
     static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
-    INSTALLED
-        .get_or_init(|| xtask::packages::ensure(&xtask::packages::JUDGES))
-        .as_ref()
-        .expect("stock tools are there");
+    INSTALLED.get_or_init(xtask::packages::ensure_listed).as_ref().expect("stock tools are there");
     let files: Vec<&Path> = files.iter().flat_map(|file| [Path::new("-i"), file]).collect();
     run("trace-cmd", words, &files)
 }
@@ -101,7 +98,7 @@ fn line(text: &str) -> Option<Line> {
 
 /// A program that loads files as KernelShark does.
 pub fn kshark(folder: &Path) -> Result<PathBuf> {
-    xtask::packages::ensure(&xtask::packages::JUDGES)?;
+    xtask::packages::ensure_listed()?;
     let (source, program) = (folder.join("kshark.c"), folder.join("kshark"));
     std::fs::write(&source, include_str!("judge/kshark.c"))?;
     let words = ["-I/usr/include/kernelshark", "-o"];

@@ -9,7 +9,3 @@ pub struct GuestTsc(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[cfg_attr(feature = "wire", derive(serde::Serialize, serde::Deserialize))]
 pub struct HostTsc(pub u64);
-
-/// Nanoseconds as the files show them: `HostTsc × mult >> shift`, counted from TSC 0.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct HostNs(pub u64);

@@ -42,6 +42,7 @@ pub fn program(package: &str, name: &str) -> Result<PathBuf> {
         .args(["--target", TARGET])
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("RUSTC_BOOTSTRAP")
         .env("CARGO_TARGET_DIR", &target)
         .current_dir(cache::repository())
         .status()
@@ -95,6 +96,6 @@ pub fn for_guest(name: &str, program: &Path) -> Result<Vec<(String, PathBuf)>> {
 
 fn cargo(words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(words).current_dir(cache::repository());
+    command.args(words).current_dir(cache::repository()).env_remove("RUSTC_BOOTSTRAP");
     command
 }

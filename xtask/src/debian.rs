@@ -5,6 +5,7 @@
 //! caller at a time (file lock). Full: disk errors go up. Trust: apt checks every signature and hash; a set is renamed
 //! into place only when all of it is unpacked.
 
+pub mod bare;
 mod mirror;
 
 use crate::cache;

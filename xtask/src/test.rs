@@ -5,39 +5,41 @@
 //! Runs:  cargo as a child process, what is quick first, guests one after another
 //! Trust: the repository
 
-use std::{
-    io::{BufRead, BufReader},
-    path::Path,
-    process::{Command, Stdio},
-    time::Instant,
-};
+mod suites;
+mod times;
+
+use std::{path::Path, process::Command, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use self::times::Times;
 use crate::kernel::Kernel;
 use crate::{build, cache, ebpf, fuzz, image, lab, packages, tidy};
 
-/// The package whose tests boot guests.
-const GUEST_TESTS: &str = "vtrace-tests";
 /// Its fuzz targets need libFuzzer and are built only with this.
 const FUZZ_LINT: [&str; 6] = ["clippy", "--package", "vtrace-fuzz", "--features", "fuzzing", "--bins"];
 
-/// More guest tests than these do not fail by accident.
-const AGAIN_MAX: usize = 2;
+/// One step: its name, and what it does; it adds the times of its tests.
+type Step = (&'static str, fn(&mut Session) -> Result<()>);
 
-/// One part of the whole: its name, and what it does.
-type Step = (&'static str, fn() -> Result<()>);
+/// What steps share.
+#[derive(Debug, Default)]
+struct Session {
+    times: Times,
+    /// Suites that the step `guest` runs; all if none is named.
+    suites: Vec<String>,
+}
 
 const STEPS: [Step; 9] = [
-    ("fmt", || cargo(&["fmt", "--all", "--check"])),
-    ("tidy", || tidy::run(tidy::Arguments::default())),
-    ("clippy", clippy),
-    ("unit", || cargo(&[&["test", "--no-fail-fast"][..], &build::UNIT_TESTS].concat())),
-    ("ebpf", || ebpf::run(true)),
-    ("image", make_guests),
-    ("guest", guests),
-    ("lab", labs),
-    ("fuzz", || fuzz::run(&fuzz::Arguments::default())),
+    ("fmt", |_| cargo(&["fmt", "--all", "--check"])),
+    ("tidy", |_| tidy::run(tidy::Arguments::default())),
+    ("clippy", |_| clippy()),
+    ("unit", unit),
+    ("ebpf", |_| ebpf::run(true)),
+    ("image", |_| make_guests()),
+    ("guest", |session| suites::run(&mut session.times, &session.suites)),
+    ("lab", |_| labs()),
+    ("fuzz", |_| fuzz::run(&fuzz::Arguments::default())),
 ];
 
 /// Which steps to run.
@@ -45,19 +47,24 @@ const STEPS: [Step; 9] = [
 pub struct Arguments {
     /// Steps to run, of fmt, tidy, clippy, unit, ebpf, image, guest, lab, fuzz; all if none is named
     pub steps: Vec<String>,
+    /// Suites of tests/tests to run in the step guest; all if none is named
+    #[arg(long)]
+    pub suite: Vec<String>,
 }
 
-/// Runs the steps in their order. One that fails does not keep the others from telling what they find.
+/// Runs the steps in their order, all of them even if one fails; prints the slowest tests and the time of each step.
 ///
 /// # Errors
 /// When a step failed, or none has that name.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let steps = chosen(&arguments.steps)?;
-    let (mut table, mut failed) = (String::new(), Vec::new());
+    let mut table = String::new();
+    let mut failed = Vec::new();
+    let mut session = Session { times: Times::default(), suites: arguments.suite.clone() };
     for (name, step) in steps {
         println!("── {name}");
         let start = Instant::now();
-        let verdict = match step() {
+        let verdict = match step(&mut session) {
             Ok(()) => "ok",
             Err(error) => {
                 eprintln!("{name}: {error:#}");
@@ -67,6 +74,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         };
         table.push_str(&format!("{name:8} {:>5} s  {verdict}\n", start.elapsed().as_secs()));
     }
+    print!("{}", session.times.slowest());
     println!("──\n{}", table.trim_end());
     ensure!(failed.is_empty(), "these steps failed: {}", failed.join(", "));
     Ok(())
@@ -88,75 +96,23 @@ fn clippy() -> Result<()> {
     cargo(&[&FUZZ_LINT[..], &deny].concat())
 }
 
-fn make_guests() -> Result<()> {
-    packages::ensure(&packages::JUDGES)?;
-    image::run()
-}
-
-/// Guests take turns anyway; one thread keeps the output of a failed boot with its test.
-fn guests() -> Result<()> {
-    let test = ["test", "--locked", "--package", GUEST_TESTS];
-    cargo(&[&test[..], &["--no-run"]].concat())?;
-    let files = guest_files()?;
-    let (mut failed, mut broken) = (Vec::new(), Vec::new());
-    for file in &files {
-        let words = [&test[..], &["--test", file, "--", "--test-threads=1"]].concat();
-        match failures(&words)? {
-            (true, _) => {}
-            (false, names) if names.is_empty() => broken.push(file.as_str()),
-            (false, names) => failed.push((words, names)),
-        }
-    }
-    ensure!(broken.is_empty(), "these did not come to their end: {}", broken.join(", "));
-    let names: Vec<&str> = failed.iter().flat_map(|(_, names)| names).map(String::as_str).collect();
-    ensure!(names.len() <= AGAIN_MAX, "these tests failed: {}", names.join(", "));
-    // An emulated guest on a busy machine may be late. A claim that holds holds again; that it did not at first is said.
-    for (words, names) in &failed {
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        cargo(&[&words[..], &["--exact"], &names].concat())?;
-    }
-    if !names.is_empty() {
-        println!("UNSTEADY, failed and then passed: {}", names.join(", "));
-    }
-    Ok(())
-}
-
-/// Each file of guest tests, or folder of one, by the name cargo gives it.
-fn guest_files() -> Result<Vec<String>> {
-    let entries = std::fs::read_dir(cache::repository().join("tests/tests"))?.collect::<Result<Vec<_>, _>>()?;
-    let name = |path: &Path| path.file_stem().and_then(|name| name.to_str()).map(str::to_owned);
-    let mut names: Vec<String> = entries.iter().filter_map(|entry| name(&entry.path())).collect();
-    names.sort_unstable();
-    Ok(names)
-}
-
-/// Runs tests and shows what they print: whether all passed, and the names of those that did not.
-fn failures(words: &[&str]) -> Result<(bool, Vec<String>)> {
+/// Unit tests with the time of each, then the examples in documentation, whose runner does not tell times.
+fn unit(session: &mut Session) -> Result<()> {
+    let kinds = ["--lib", "--bins", "--tests", "--examples"];
+    let words = [&["test", "--no-fail-fast"][..], &build::UNIT_TESTS, &kinds, &["--"], &times::REPORT].concat();
+    let mut tests = command(&words);
+    // libtest tells times to those only who ask for what is not stable; cargo and rustc must not see that.
+    tests.env(times::RUNNER, "env RUSTC_BOOTSTRAP=1");
     println!("cargo {}", words.join(" "));
-    let mut child = command(words).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
-    let mut failed = Failed::default();
-    for line in BufReader::new(child.stdout.take().context("a pipe")?).lines() {
-        let line = line?;
-        println!("{line}");
-        failed.read(&line);
-    }
-    Ok((child.wait()?.success(), failed.names))
+    let run = session.times.read("unit", &mut tests, times::Clock::Reported)?;
+    let documents = cargo(&[&["test", "--doc"][..], &build::UNIT_TESTS].concat());
+    ensure!(run.is_success, "cargo test failed");
+    documents
 }
 
-/// The names under `failures:`, as libtest lists them when the tests of a file have run.
-#[derive(Default)]
-struct Failed {
-    names: Vec<String>,
-    is_listed: bool,
-}
-
-impl Failed {
-    fn read(&mut self, line: &str) {
-        match line.strip_prefix("    ") {
-            Some(name) if self.is_listed && !name.contains(' ') => self.names.push(name.to_owned()),
-            _ => self.is_listed = line == "failures:",
-        }
-    }
+fn make_guests() -> Result<()> {
+    packages::ensure_listed()?;
+    image::run()
 }
 
 /// The clock on real kernels: on this machine's own KVM, if it has one; on the newest kernel's, where kvm_entry speaks; and
@@ -200,15 +156,6 @@ mod tests {
     fn steps_keep_their_order_and_all_are_run_if_none_is_named() {
         assert_eq!(names(&["unit", "fmt"]).unwrap(), ["fmt", "unit"]);
         assert_eq!(names(&[]).unwrap().len(), STEPS.len());
-    }
-
-    #[test]
-    fn failed_tests_are_read_from_their_list_and_not_from_their_output() {
-        let mut failed = Failed::default();
-        let said = "test a_b ... FAILED\n\nfailures:\n\n---- a_b stdout ----\n    indented\n\nfailures:\n    a_b\n    c::d_e\n\n\
-                    test result: FAILED. 1 passed; 2 failed\n    indented\n";
-        said.lines().for_each(|line| failed.read(line));
-        assert_eq!(failed.names, ["a_b", "c::d_e"]);
     }
 
     #[test]

@@ -12,11 +12,14 @@
 //! | [`text`] | contracts, unfinished work, prints |
 //! | [`hot`] | what functions that call themselves hot must not do |
 //! | [`layers`] | which room may use which; circles of files |
+//! | [`items`] | repeated type names, what nothing uses, errors that are text |
+//! | [`words`] | retired words, empty doc comments |
 //! | [`place`] | the top level, and the names of machines and mirrors |
 //! | [`commit`] | messages |
 
 mod commit;
 mod hot;
+mod items;
 mod layers;
 mod length;
 mod naming;
@@ -25,6 +28,7 @@ mod rust;
 mod text;
 mod tree;
 mod unsafety;
+mod words;
 
 use std::fmt;
 
@@ -55,7 +59,7 @@ impl fmt::Display for Finding {
 type Check = fn(&Tree) -> Vec<Finding>;
 
 /// Every check of files.
-const CHECKS: [Check; 17] = [
+const CHECKS: [Check; 19] = [
     tree::unreadable,
     length::files,
     length::functions,
@@ -73,7 +77,12 @@ const CHECKS: [Check; 17] = [
     layers::circles,
     layers::document,
     place::all,
+    items::unused,
+    items::unnamed_files,
 ];
+
+/// Checks that the tree does not pass yet; `--soon` runs them.
+const SOON: [Check; 4] = [items::repeated_types, items::text_errors, words::retired, words::empty_docs];
 
 /// What to do.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
@@ -81,6 +90,9 @@ pub struct Arguments {
     /// Only print the table of layers, as docs/architecture.md has it
     #[arg(long)]
     layers: bool,
+    /// Run the checks that the tree does not pass yet, too
+    #[arg(long)]
+    soon: bool,
 }
 
 /// Checks this work tree.
@@ -94,7 +106,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
     }
     let tree = Tree::tracked()?;
     let commits = commit::log()?;
-    let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(&tree)).collect();
+    let soon = if arguments.soon { &SOON[..] } else { &[] };
+    let mut findings: Vec<Finding> = CHECKS.iter().chain(soon).flat_map(|check| check(&tree)).collect();
     findings.extend(commits.iter().flat_map(commit::check));
     findings.sort();
     findings.iter().for_each(|finding| println!("{finding}"));

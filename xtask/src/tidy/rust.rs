@@ -6,7 +6,8 @@ use std::ops::RangeInclusive;
 
 use proc_macro2::{Delimiter, LineColumn, Spacing, TokenStream, TokenTree};
 use syn::{
-    Attribute, Block, ImplItemFn, ItemFn, ItemImpl, ItemMod, Macro, Signature, TraitItemFn,
+    Attribute, Block, Ident, ImplItemFn, ItemConst, ItemEnum, ItemFn, ItemImpl, ItemMod, ItemStatic, ItemStruct,
+    ItemTrait, ItemType, ItemUnion, Macro, Signature, TraitItemFn, Visibility,
     spanned::Spanned,
     visit::{self, Visit},
 };
@@ -21,6 +22,8 @@ const EVERYWHERE: RangeInclusive<usize> = 1..=usize::MAX;
 pub(super) struct Rust {
     pub(super) words: Vec<Word>,
     pub(super) functions: Vec<Function>,
+    /// Types, and everything that is public in some degree.
+    pub(super) items: Vec<Item>,
     /// Modules in files of their own.
     pub(super) modules: Vec<Module>,
     /// Lines of items that exist only in tests.
@@ -34,6 +37,17 @@ pub(super) struct Rust {
 pub(super) struct Word {
     pub(super) text: String,
     pub(super) line: usize,
+}
+
+/// A type, function, constant or static, of a module or of an `impl` without a trait.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Item {
+    pub(super) name: String,
+    pub(super) line: usize,
+    /// `pub`, `pub(crate)` or `pub(super)`.
+    pub(super) is_public: bool,
+    /// A struct, enum, union, trait or alias.
+    pub(super) is_type: bool,
 }
 
 /// `mod NAME;`
@@ -78,8 +92,8 @@ impl Rust {
             gathered.tests.push(EVERYWHERE);
         }
         let bare = blank(text, &flat.strings);
-        let Gathered { functions, modules, tests, .. } = gathered;
-        Ok(Self { words: flat.words, functions, modules, tests, bare })
+        let Gathered { functions, items, modules, tests, .. } = gathered;
+        Ok(Self { words: flat.words, functions, items, modules, tests, bare })
     }
 
     /// All of it exists only in tests, because the module that declares it does.
@@ -185,12 +199,22 @@ fn blank(text: &str, stretches: &[(LineColumn, LineColumn)]) -> Vec<String> {
 #[derive(Default)]
 struct Gathered {
     functions: Vec<Function>,
+    items: Vec<Item>,
     modules: Vec<Module>,
     tests: Vec<RangeInclusive<usize>>,
     in_trait_impl: bool,
 }
 
 impl Gathered {
+    fn note(&mut self, name: &Ident, visibility: &Visibility, attributes: &[Attribute], is_type: bool) {
+        let is_public = !matches!(visibility, Visibility::Inherited);
+        let line = name.span().start().line;
+        if attributes.iter().any(is_cfg_test) {
+            self.tests.push(line..=line);
+        }
+        self.items.push(Item { name: name.to_string(), line, is_public, is_type });
+    }
+
     fn add(&mut self, signature: &Signature, block: &Block, attributes: &[Attribute]) {
         let lines = signature.span().start().line..=block.brace_token.span.close().end().line;
         let claim = attributes.iter().any(|attribute| attribute.path().is_ident("test"));
@@ -228,7 +252,45 @@ impl<'ast> Visit<'ast> for Gathered {
         self.in_trait_impl = outer;
     }
 
+    fn visit_item_struct(&mut self, item: &'ast ItemStruct) {
+        self.note(&item.ident, &item.vis, &item.attrs, true);
+        visit::visit_item_struct(self, item);
+    }
+
+    fn visit_item_enum(&mut self, item: &'ast ItemEnum) {
+        self.note(&item.ident, &item.vis, &item.attrs, true);
+        visit::visit_item_enum(self, item);
+    }
+
+    fn visit_item_union(&mut self, item: &'ast ItemUnion) {
+        self.note(&item.ident, &item.vis, &item.attrs, true);
+        visit::visit_item_union(self, item);
+    }
+
+    fn visit_item_trait(&mut self, item: &'ast ItemTrait) {
+        self.note(&item.ident, &item.vis, &item.attrs, true);
+        visit::visit_item_trait(self, item);
+    }
+
+    fn visit_item_type(&mut self, item: &'ast ItemType) {
+        self.note(&item.ident, &item.vis, &item.attrs, true);
+        visit::visit_item_type(self, item);
+    }
+
+    fn visit_item_const(&mut self, item: &'ast ItemConst) {
+        if item.ident != "_" {
+            self.note(&item.ident, &item.vis, &item.attrs, false);
+        }
+        visit::visit_item_const(self, item);
+    }
+
+    fn visit_item_static(&mut self, item: &'ast ItemStatic) {
+        self.note(&item.ident, &item.vis, &item.attrs, false);
+        visit::visit_item_static(self, item);
+    }
+
     fn visit_item_fn(&mut self, item: &'ast ItemFn) {
+        self.note(&item.sig.ident, &item.vis, &item.attrs, false);
         let outer = std::mem::replace(&mut self.in_trait_impl, false);
         self.add(&item.sig, &item.block, &item.attrs);
         visit::visit_item_fn(self, item);
@@ -236,6 +298,9 @@ impl<'ast> Visit<'ast> for Gathered {
     }
 
     fn visit_impl_item_fn(&mut self, item: &'ast ImplItemFn) {
+        if !self.in_trait_impl {
+            self.note(&item.sig.ident, &item.vis, &item.attrs, false);
+        }
         self.add(&item.sig, &item.block, &item.attrs);
         visit::visit_impl_item_fn(self, item);
     }

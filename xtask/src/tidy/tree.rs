@@ -83,14 +83,23 @@ impl File {
 
     /// Where its modules may lie that exist only in tests.
     fn test_modules(&self) -> Vec<String> {
+        self.places_of(|module, is_all_test| module.test || is_all_test)
+    }
+
+    /// Where its modules may lie.
+    pub(super) fn modules_at(&self) -> Vec<String> {
+        self.places_of(|_, _| true)
+    }
+
+    fn places_of(&self, is_meant: impl Fn(&Module, bool) -> bool) -> Vec<String> {
         let Some(rust) = &self.rust else { return Vec::new() };
         let (folder, name) = self.path.rsplit_once('/').unwrap_or(("", &self.path));
         let own = match name.trim_end_matches(".rs") {
             "lib" | "main" | "mod" => folder.to_owned(),
             stem => format!("{folder}/{stem}"),
         };
-        let tests = rust.modules.iter().filter(|module| module.test || rust.is_all_test());
-        let paths = tests.flat_map(|Module { name, path, .. }| match path {
+        let meant = rust.modules.iter().filter(|module| is_meant(module, rust.is_all_test()));
+        let paths = meant.flat_map(|Module { name, path, .. }| match path {
             Some(path) => vec![format!("{folder}/{path}")],
             None => vec![format!("{own}/{name}.rs"), format!("{own}/{name}/mod.rs")],
         });
