@@ -3,12 +3,13 @@
 //! In:    connected or listening unix stream sockets
 //! Out:   bytes and owned descriptors
 //! Runs:  on the caller's thread; nothing here blocks unless the socket does
-//! Full:  more descriptors in one message than [`DESCRIPTORS_MAX`] are closed by the kernel
-//! Trust: the other side with nothing: whatever descriptors come are owned and closed when dropped
+//! Full:  the kernel closes descriptors of a message for which there is no room, and marks the message (MSG_CTRUNC)
+//! Trust: the peer with nothing: every descriptor that the kernel installs is owned at once and closed when dropped,
+//!        also those of a marked message and those that are not SCM_RIGHTS
 #![expect(unsafe_code, reason = "descriptors that the kernel hands out as numbers become owned ones")]
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     os::unix::net::UnixStream,
     path::Path,
@@ -16,12 +17,11 @@ use std::{
 };
 
 use nix::{
-    cmsg_space,
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
-        getsockopt, recv, recvmsg, send, sendmsg, setsockopt, socket,
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, send,
+        sendmsg, setsockopt, socket,
         sockopt::{AcceptConn, PeerCredentials, SendTimeout},
     },
     sys::time::TimeVal,
@@ -29,8 +29,14 @@ use nix::{
 
 use super::SysError;
 
-/// Descriptors taken from one message.
+/// Descriptors that [`receive`] takes from one message.
 pub const DESCRIPTORS_MAX: usize = 4;
+/// Descriptors that one message can carry (SCM_MAX_FD, include/net/scm.h).
+pub const MESSAGE_DESCRIPTORS_MAX: usize = 253;
+/// Bytes of `struct cmsghdr`: size_t length with this header, int level, int type.
+const CONTROL_HEADER_BYTES: usize = size_of::<libc::cmsghdr>();
+/// A pidfd among the control data (SCM_PIDFD, include/linux/socket.h), where the socket's owner asked for it.
+const SCM_PIDFD: libc::c_int = 4;
 
 /// The process that connected, as it was when it did (SO_PEERCRED).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,22 +86,59 @@ pub fn has_hung_up(socket: &UnixStream) -> bool {
     poll(&mut polled, PollTimeout::ZERO) != Ok(0)
 }
 
-/// Takes what has come, without waiting: bytes (0: the other side closed) and the descriptors that came with them.
-/// Descriptors are close-on-exec.
+/// Takes what has come, without waiting: bytes (0: the other side closed) and up to [`DESCRIPTORS_MAX`] descriptors that
+/// came with them, close-on-exec.
 pub fn receive(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), SysError> {
-    let mut space = cmsg_space!([RawFd; DESCRIPTORS_MAX]);
-    let mut slices = [IoSliceMut::new(into)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let message =
-        recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags).map_err(SysError::of("recvmsg"))?;
+    receive_with(socket, into, DESCRIPTORS_MAX)
+}
+
+/// The same with room for `descriptors_max` descriptors, at most [`MESSAGE_DESCRIPTORS_MAX`]; alignment may leave room
+/// for one more.
+pub fn receive_with(
+    socket: BorrowedFd<'_>,
+    into: &mut [u8],
+    descriptors_max: usize,
+) -> Result<(usize, Vec<OwnedFd>), SysError> {
+    const WORDS: usize = (CONTROL_HEADER_BYTES + MESSAGE_DESCRIPTORS_MAX * size_of::<RawFd>()).div_ceil(8);
+    let mut control = [0u64; WORDS];
+    let room = CONTROL_HEADER_BYTES + descriptors_max.min(MESSAGE_DESCRIPTORS_MAX) * size_of::<RawFd>();
+    let mut bytes = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: a header of zeros has no name, no bytes and no control data.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut bytes;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = room.next_multiple_of(size_of::<u64>());
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: the header names one buffer and one control buffer, both borrowed for the call and as long as it says.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
+    let count = Errno::result(count).map_err(SysError::of("recvmsg"))?;
+    // Before anything can fail: what the kernel has installed is this process's.
+    let descriptors = adopt(&control, header.msg_controllen);
+    Ok((usize::try_from(count).unwrap_or(0), descriptors))
+}
+
+/// Owns every descriptor among `bytes` of control data. The kernel counts in each header what it has installed, also
+/// where the rest had no room.
+fn adopt(control: &[u64], bytes: usize) -> Vec<OwnedFd> {
+    let data: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let mut rest = &data[..bytes.min(data.len())];
     let mut descriptors = Vec::new();
-    for control in message.cmsgs().map_err(SysError::of("recvmsg"))? {
-        if let ControlMessageOwned::ScmRights(numbers) = control {
-            // SAFETY: the kernel has just made these descriptors for us; nobody else knows their numbers.
-            descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+    while rest.len() >= CONTROL_HEADER_BYTES {
+        let length = usize::from_ne_bytes(*rest.first_chunk().expect("a header is longer"));
+        let level = i32::from_ne_bytes(*rest[8..].first_chunk().expect("a header is longer"));
+        let kind = i32::from_ne_bytes(*rest[12..].first_chunk().expect("a header is longer"));
+        let end = length.clamp(CONTROL_HEADER_BYTES, rest.len());
+        if level == libc::SOL_SOCKET && matches!(kind, libc::SCM_RIGHTS | SCM_PIDFD) {
+            let numbers = rest[CONTROL_HEADER_BYTES..end].chunks_exact(size_of::<RawFd>());
+            let numbers = numbers.map(|number| RawFd::from_ne_bytes(*number.first_chunk().expect("four bytes")));
+            // SAFETY: the kernel has just installed these descriptors for us; no other code knows their numbers. A pidfd
+            // that could not be had is a negative number.
+            descriptors.extend(numbers.filter(|number| *number >= 0).map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
+        rest = &rest[end.next_multiple_of(size_of::<u64>()).min(rest.len())..];
     }
-    Ok((message.bytes, descriptors))
+    descriptors
 }
 
 /// Sends what fits now, without waiting; the descriptor, if any, goes with the first byte.
@@ -108,7 +151,7 @@ pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_
     send_all_with(socket, bytes, with.as_slice())
 }
 
-/// The same with several descriptors, at most [`DESCRIPTORS_MAX`].
+/// The same with several descriptors, at most [`MESSAGE_DESCRIPTORS_MAX`].
 pub fn send_all_with(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Result<(), SysError> {
     let (mut done, mut with) = (0, with);
     while done < bytes.len() {
@@ -190,6 +233,33 @@ mod tests {
         assert_eq!((&first, waiting_bytes(theirs.as_fd()).unwrap()), (b"twelve", 12));
         let (count, descriptors) = receive(theirs.as_fd(), &mut [0; 64]).unwrap();
         assert_eq!((count, descriptors.len()), (12, 1));
+    }
+
+    /// Descriptors of this process that lead to this socket.
+    fn descriptors_of(socket: &UnixStream) -> usize {
+        let link = |number: RawFd| std::fs::read_link(format!("/proc/self/fd/{number}")).ok();
+        let wanted = link(socket.as_raw_fd());
+        let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
+        let numbers = numbers.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        numbers.filter(|number| link(*number) == wanted).count()
+    }
+
+    #[test]
+    fn every_descriptor_of_a_message_with_too_many_is_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (sent, _other) = UnixStream::pair().unwrap();
+        for count in [1, 3, 4, 5, 6, 32, MESSAGE_DESCRIPTORS_MAX] {
+            for room in [0, 1, DESCRIPTORS_MAX, 32, MESSAGE_DESCRIPTORS_MAX] {
+                send_all_with(ours.as_fd(), b"x", &vec![sent.as_fd(); count]).unwrap();
+                let (bytes, descriptors) = receive_with(theirs.as_fd(), &mut [0; 8], room).unwrap();
+                assert_eq!(bytes, 1);
+                let installed = descriptors.len();
+                assert!((count.min(room)..=count.min(room + 1)).contains(&installed), "{installed} of {count}");
+                assert_eq!(descriptors_of(&sent), 1 + installed, "all that were installed are owned");
+                drop(descriptors);
+                assert_eq!(descriptors_of(&sent), 1, "{count} sent, room for {room}");
+            }
+        }
     }
 
     #[test]
