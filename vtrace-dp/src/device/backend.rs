@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     drain::ring::RingDrain,
-    sys::socket::Peer,
+    sys::{log_limit::PeerLog, socket::Peer},
     virtq::{
         memory::{Memory, MemoryFault},
         ring::{Ring, RingFault, RingSetup},
@@ -57,7 +57,7 @@ pub(super) struct Addresses {
 
 /// One connection's state.
 pub(super) struct Front {
-    pub(super) name: String,
+    pub(super) log: Arc<PeerLog>,
     place: Place,
     drain: Arc<RingDrain>,
     pub(super) served: Served,
@@ -73,9 +73,9 @@ pub(super) struct Front {
 }
 
 impl Front {
-    pub(super) fn new(name: &str, place: Place, drain: Arc<RingDrain>, served: Served) -> Self {
+    pub(super) fn new(log: Arc<PeerLog>, place: Place, drain: Arc<RingDrain>, served: Served) -> Self {
         Self {
-            name: name.to_owned(),
+            log,
             place,
             drain,
             served,
@@ -143,7 +143,7 @@ impl Front {
                 self.memory = Some(memory);
                 (0..self.slots.len()).for_each(|index| self.start_if_ready(index));
             }
-            Err(fault) => log::error!("{}: guest memory: {:#}", self.name, Chain(&fault)),
+            Err(fault) => self.log.error(format_args!("guest memory: {}", Chain(&fault))),
         }
     }
 
@@ -157,7 +157,7 @@ impl Front {
         let shared = self.memory.as_ref().filter(|memory| memory.bytes() > 0).cloned();
         let Some(memory) = shared else {
             if !std::mem::replace(&mut self.not_shared, true) {
-                log::error!("{}: the VMM starts the device and has shared no memory with us", self.name);
+                self.log.error(format_args!("the VMM starts the device and has shared no memory with it"));
             }
             return self.report();
         };
@@ -194,7 +194,7 @@ impl Front {
             Err(fault) => {
                 // A ring outside what was shared lies in memory that was not.
                 self.not_shared |= matches!(fault, RingFault::Address(_));
-                self.served.warn(format_args!("ring {index} cannot start: {fault}"));
+                self.log.warn(format_args!("ring {index} cannot start: {fault}"));
             }
         }
         self.report();
@@ -258,7 +258,7 @@ impl Front {
             return;
         }
         if let (DriverState::Unfit(feature), _) = &now {
-            log::error!("{}: the driver did not accept {feature}: this guest cannot be traced", self.name);
+            self.log.error(format_args!("the driver did not accept {feature}: this guest cannot be traced"));
         }
         self.reported = now.clone();
         self.served.owner.driver(now.0, now.1);

@@ -21,15 +21,16 @@ use super::{
     lane_range::Place,
     negotiate::RINGS_MIN,
 };
-use crate::virtq::{
-    memory::{Memory, Span},
-    ring::{Ring, RingFault},
+use crate::{
+    sys::log_limit::PeerLog,
+    virtq::{
+        memory::{Memory, Span},
+        ring::{Ring, RingFault},
+    },
 };
 
 /// Chains taken from one ring before the others are looked at.
 const TURN_CHAINS_MAX: usize = 64;
-/// Warnings about one guest's misdeeds between two boots; a guest must not fill the log.
-const WARNINGS_MAX: u32 = 16;
 
 /// Port 0, host to guest.
 const PORT_IN: usize = 0;
@@ -42,7 +43,7 @@ pub(super) const CONTROL_OUT: usize = 3;
 
 /// The rings and what is spoken over them. Port 0 of a further device is never open: what comes over it is discarded.
 pub(super) struct Served {
-    name: String,
+    log: Arc<PeerLog>,
     place: Place,
     rings: [Option<Ring>; RINGS_MIN],
     /// Where a ring that was given up stood.
@@ -55,14 +56,19 @@ pub(super) struct Served {
     epoll: Arc<Epoll>,
     kick_token: u64,
     spans: Vec<Span>,
-    warnings: u32,
 }
 
 impl Served {
     /// Nothing runs yet. Kicks come to `epoll` with `kick_token`, edge-triggered and never read.
-    pub(super) fn new(name: &str, place: Place, owner: Box<dyn Owner>, epoll: Arc<Epoll>, kick_token: u64) -> Self {
+    pub(super) fn new(
+        log: Arc<PeerLog>,
+        place: Place,
+        owner: Box<dyn Owner>,
+        epoll: Arc<Epoll>,
+        kick_token: u64,
+    ) -> Self {
         Self {
-            name: name.to_owned(),
+            log,
             place,
             rings: [const { None }; RINGS_MIN],
             bases: [0; RINGS_MIN],
@@ -73,7 +79,6 @@ impl Served {
             epoll,
             kick_token,
             spans: Vec::new(),
-            warnings: 0,
         }
     }
 
@@ -88,7 +93,7 @@ impl Served {
         }
         if ports > self.place.lanes() + 1 {
             let lanes = self.place.lanes();
-            self.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
+            self.log.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
         }
     }
 
@@ -101,10 +106,9 @@ impl Served {
 
     fn forget_ports(&mut self, ports: usize) {
         if self.console.ignored() > 0 {
-            log::info!("{}: ignored {} control messages that meant nothing", self.name, self.console.ignored());
+            self.log.info(format_args!("ignored {} unknown control messages", self.console.ignored()));
         }
         self.console = Console::new(self.place, ports);
-        self.warnings = 0;
     }
 
     /// Ring `index` runs from now on.
@@ -112,7 +116,7 @@ impl Served {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, self.kick_token);
         if let Err(error) = self.epoll.add(ring.kick(), event) {
             // Without kicks it is served only when something else happens: better than not at all.
-            log::error!("{}: ring {index}: its kicks cannot be watched: {error}", self.name);
+            self.log.error(format_args!("ring {index}: its kicks cannot be watched: {error}"));
         }
         self.rings[index] = Some(ring);
     }
@@ -205,7 +209,8 @@ impl Served {
     }
 
     fn agent_panicked(&mut self) {
-        log::error!("{}: a mistake of ours while serving the agent; it is not listened to any more", self.name);
+        self.log
+            .error(format_args!("serving the agent panicked; what it sends is ignored until it opens its port again"));
         self.port.deafen();
     }
 
@@ -234,7 +239,7 @@ impl Served {
         // The guest's CPU spins until its message is used: before that, what the message means must have happened
         // (what a closing agent wrote was taken), and after that nothing may keep it from being used.
         if self.guarded(|served| served.control(&bytes[..length])).is_none() {
-            log::error!("{}: a mistake of ours in a control message", self.name);
+            self.log.error(format_args!("serving a control message panicked"));
         }
         let Some(ring) = self.rings[CONTROL_OUT].as_mut() else { return Ok(false) };
         ring.complete(chain, 0)?;
@@ -246,7 +251,7 @@ impl Served {
         match self.console.receive(bytes) {
             Some(PortEvent::DriverReady) => self.agent_gone(),
             Some(PortEvent::Opened(0)) if std::mem::take(&mut self.asleep) => {
-                log::info!("{}: the guest was asleep; its agent goes on", self.name);
+                self.log.info(format_args!("the guest was asleep; its agent goes on"));
             }
             Some(PortEvent::Opened(0)) => {
                 self.drain_agent();
@@ -343,17 +348,7 @@ impl Served {
     }
 
     fn give_up(&mut self, index: usize, fault: RingFault) {
-        self.warn(format_args!("ring {index} is malformed and not served any more: {fault}"));
+        self.log.warn(format_args!("ring {index} is malformed and no longer served: {fault}"));
         self.stop(index);
-    }
-
-    /// Says what the guest did wrong, unless it has done so too often.
-    pub(super) fn warn(&mut self, what: std::fmt::Arguments<'_>) {
-        self.warnings += 1;
-        match self.warnings {
-            ..WARNINGS_MAX => log::warn!("{}: {what}", self.name),
-            WARNINGS_MAX => log::warn!("{}: {what} (no more warnings until the guest restarts)", self.name),
-            _ => {}
-        }
     }
 }

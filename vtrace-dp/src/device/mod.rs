@@ -4,17 +4,15 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `socket` | the vhost-user connection, and the thread that serves the device behind it |
-//! | `arrival` | what has come over it, looked at before the `vhost` crate reads it |
+//! | `socket` | the thread that serves a device: VMMs that connect, requests, kicks, the owner |
+//! | `connection` | the connection of one VMM: whole requests to the `vhost` crate, its answers to the VMM |
 //! | `requests` | requests as that crate hands them over |
-//! | `front` | what the VMM has told us: memory, features, rings |
-//! | `served` | the four rings of the device's own thread: port 0's and the control queue's |
+//! | `backend` | what the VMM has set: memory, features, rings |
+//! | `device_rings` | the four rings of the device's own thread: port 0's and the control queue's |
 //! | `console` | which ports there are, what they are called, who has them open |
 //! | `control_port` | frames between the server and the agent |
 //! | `negotiate` | what the device offers, and what follows from what the driver accepts |
-//! | `place` | which lanes a device carries |
-//! | `ring` | one virtqueue: the guest's descriptors in, used entries out |
-//! | `memory` | guest memory: addresses checked, batches for vectored writes |
+//! | `lane_range` | which lanes a device carries |
 //!
 //! In:    vhost-user requests of a VMM; rings in guest memory; commands of the server through its [`Owner`]
 //! Out:   the control protocol's answers; [`AgentEvent`]s to the owner; running data rings to the [`RingDrain`]
@@ -29,12 +27,12 @@
 //! [`RingDrain`]: crate::drain::ring::RingDrain
 
 mod backend;
+mod connection;
 pub mod console;
 pub mod control_port;
 mod device_rings;
 pub mod lane_range;
 pub mod negotiate;
-mod request_check;
 mod requests;
 pub mod socket;
 #[cfg(test)]

@@ -57,7 +57,7 @@ impl VhostUserBackendReqHandlerMut for Front {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         if features & !negotiate::offered() != 0 {
-            log::warn!("{}: the VMM accepts features that were not offered: {features:#x}", self.name);
+            self.log.warn(format_args!("the VMM accepts features that were not offered: {features:#x}"));
         }
         self.accepted = features;
         Ok(())
@@ -104,15 +104,14 @@ impl VhostUserBackendReqHandlerMut for Front {
     }
 
     fn set_vring_kick(&mut self, ring: u8, kick: Option<File>) -> Result<()> {
-        let slot = self.slot(u32::from(ring))?;
-        if slot.running {
-            log::warn!("{}: ring {ring} runs and keeps the kick it has", self.name);
+        if self.slot(u32::from(ring))?.running {
+            self.log.warn(format_args!("ring {ring} runs and keeps the kick it has"));
             return Ok(());
         }
-        slot.kick = kick.map(OwnedFd::from);
-        if slot.kick.is_none() {
-            log::warn!("{}: ring {ring} has no kick and is not served", self.name);
+        if kick.is_none() {
+            self.log.warn(format_args!("ring {ring} has no kick and is not served"));
         }
+        self.slot(u32::from(ring))?.kick = kick.map(OwnedFd::from);
         self.start_if_ready(usize::from(ring));
         Ok(())
     }
@@ -147,7 +146,7 @@ impl VhostUserBackendReqHandlerMut for Front {
 
     fn get_config(&mut self, offset: u32, bytes: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         if self.ports() == 0 {
-            log::error!("{}: the device has too few rings: num_vqs must be 2 x (CPUs + 2)", self.name);
+            self.log.error(format_args!("the device has too few rings: num_vqs must be 2 x (CPUs + 2)"));
         }
         Ok(negotiate::config(self.ports(), offset, bytes))
     }

@@ -4,9 +4,9 @@
 //! Out:   a served device: see [`super`]
 //! Runs:  one thread a device; it sleeps in epoll_wait until a request, a kick, a command or the owner's deadline comes,
 //!        and there is no timer besides
-//! Full:  [`TURN_REQUESTS_MAX`] requests a turn, then the rings
-//! Trust: the VMM: requests are short and come whole. Should one come in pieces, the thread goes on with the rings until
-//!        the rest is there; should one be malformed, it is skipped, never answered by closing
+//! Full:  [`TURN_REQUESTS_MAX`] requests a turn, then the rings; without a free descriptor whoever connects is turned away
+//! Trust: the VMM with nothing. While a request arrives in pieces the thread goes on with the rings; one that is malformed
+//!        is skipped. Only a request that never becomes whole ends the connection: see [`Connection`]
 //!
 //! When the VMM goes away, the next one to connect is the next boot.
 
@@ -19,23 +19,24 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::{
     Owner, Turn,
     backend::Front,
+    connection::{Connection, ConnectionError, Progress},
     device_rings::Served,
     lane_range::Place,
-    request_check::{self, Arrival},
 };
 use crate::{
     drain::ring::RingDrain,
     sys::{
         SysError,
+        accept::accept,
+        log_limit::PeerLog,
         socket::{Peer, is_listening},
     },
 };
@@ -44,6 +45,8 @@ use crate::{
 const TURN_REQUESTS_MAX: usize = 64;
 /// Events taken from epoll at a time; what is left comes at the next.
 const EVENTS_MAX: usize = 8;
+/// How long the listening socket is left alone after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 const LISTENER: u64 = 0;
 const REQUESTS: u64 = 1;
@@ -98,18 +101,13 @@ impl Device {
 
 /// The state of the thread.
 struct Serving {
-    name: String,
+    log: Arc<PeerLog>,
     epoll: Arc<Epoll>,
     listener: Option<UnixListener>,
+    /// The listening socket is not watched until then.
+    paused_until: Option<Instant>,
     connection: Option<Connection>,
     front: Arc<Mutex<Front>>,
-}
-
-/// One VMM.
-struct Connection {
-    /// The same socket as the handler's, to look at what has come.
-    socket: UnixStream,
-    handler: BackendReqHandler<Mutex<Front>>,
 }
 
 impl Serving {
@@ -122,13 +120,14 @@ impl Serving {
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         epoll.add(owner.wake(), edge(WAKE))?;
-        let served = Served::new(name, place, owner, Arc::clone(&epoll), KICK);
-        let front = Arc::new(Mutex::new(Front::new(name, place, drain, served)));
-        let mut serving = Self { name: name.to_owned(), epoll, listener: None, connection: None, front };
+        let log = Arc::new(PeerLog::new(name));
+        let served = Served::new(Arc::clone(&log), place, owner, Arc::clone(&epoll), KICK);
+        let front = Arc::new(Mutex::new(Front::new(Arc::clone(&log), place, drain, served)));
+        let mut serving = Self { log, epoll, listener: None, paused_until: None, connection: None, front };
         match endpoint {
             Endpoint::Listening(listener) => {
                 listener.set_nonblocking(true)?;
-                serving.epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+                serving.epoll.add(&listener, level(LISTENER))?;
                 serving.listener = Some(listener);
             }
             Endpoint::Connected(socket) => serving.connect(socket)?,
@@ -145,7 +144,7 @@ impl Serving {
                 Ok(Some(again)) => more = again,
                 Ok(None) => return self.disconnect(),
                 Err(_) => {
-                    log::error!("{}: a mistake of ours in the device; it goes on", self.name);
+                    self.log.error(format_args!("the device panicked; it goes on"));
                     self.front.clear_poison();
                     more = false;
                 }
@@ -156,6 +155,7 @@ impl Serving {
     /// Waits and does what there is to do; whether more is left to be done at once. `None` when the owner is done.
     fn turn(&mut self, more: bool) -> Option<bool> {
         let accept = self.wait(more);
+        self.resume();
         let mut more = self.requests();
         if accept {
             self.accept();
@@ -168,7 +168,7 @@ impl Serving {
         Some(more)
     }
 
-    /// Waits for something to happen; true if somebody wants to connect.
+    /// Waits for something to happen; true if a VMM connects.
     fn wait(&self, more: bool) -> bool {
         let timeout = if more { EpollTimeout::ZERO } else { self.timeout() };
         let mut events = [EpollEvent::empty(); EVENTS_MAX];
@@ -178,7 +178,9 @@ impl Serving {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let Some(deadline) = self.front().served.owner.deadline() else { return EpollTimeout::NONE };
+        let request = self.connection.as_ref().and_then(Connection::deadline);
+        let deadlines = [self.front().served.owner.deadline(), request, self.paused_until];
+        let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now());
         // Rounded up: a turn that comes too early would come again and again.
         let left_ms = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
@@ -189,95 +191,93 @@ impl Serving {
         self.front.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Accepts the next VMM. One that cannot be accepted keeps the socket readable: it is not watched for a while.
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
-        match listener.accept() {
-            Ok((socket, _)) if self.connection.is_none() => {
+        match accept(listener) {
+            Ok(None) => {}
+            Ok(Some(_)) if self.connection.is_some() => {
+                self.log.warn(format_args!("a second VMM is turned away: one is connected"));
+            }
+            Ok(Some(socket)) => {
                 if let Err(error) = self.connect(socket) {
-                    log::error!("{}: connection: {error}", self.name);
+                    self.log.error(format_args!("connection: {error}"));
                 }
             }
-            Ok(_) => log::warn!("{}: a second VMM is turned away: one is connected", self.name),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => log::warn!("{}: accept: {error}", self.name),
+            Err(error) => {
+                self.log.warn(format_args!("a VMM is turned away: {error}"));
+                if self.epoll.modify(listener, &mut EpollEvent::new(EpollFlags::empty(), LISTENER)).is_ok() {
+                    self.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
+                }
+            }
         }
+    }
+
+    /// Watches the listening socket again when its pause is over.
+    fn resume(&mut self) {
+        let Some(listener) =
+            self.listener.as_ref().filter(|_| self.paused_until.is_some_and(|at| Instant::now() >= at))
+        else {
+            return;
+        };
+        self.paused_until = match self.epoll.modify(listener, &mut level(LISTENER)) {
+            Ok(()) => None,
+            Err(_) => Some(Instant::now() + ACCEPT_PAUSE),
+        };
     }
 
     fn connect(&mut self, socket: UnixStream) -> io::Result<()> {
         let peer = Peer::of(&socket)?;
-        socket.set_nonblocking(false)?;
-        let handler = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&self.front));
-        self.epoll.add(&socket, edge(REQUESTS))?;
-        if let Err(foreign) = self.front().served.owner.admit(peer, &socket) {
+        let connection = Connection::new(socket, Arc::clone(&self.front))?;
+        self.epoll.add(connection.socket(), requests_edge())?;
+        if let Err(foreign) = self.front().served.owner.admit(peer, connection.socket()) {
             // Closed before it has got an answer: no guest has the device yet.
-            log::warn!("{}: a VMM is turned away, pid {}, uid {}: {foreign}", self.name, peer.pid, peer.uid);
+            self.log.warn(format_args!("a VMM is turned away, pid {}, uid {}: {foreign}", peer.pid, peer.uid));
             return Ok(());
         }
-        log::info!("{}: VMM connected: pid {}, uid {}", self.name, peer.pid, peer.uid);
+        self.log.info(format_args!("VMM connected: pid {}, uid {}", peer.pid, peer.uid));
         self.front().connected(peer);
-        self.connection = Some(Connection { socket, handler });
+        self.connection = Some(connection);
         Ok(())
     }
 
     fn disconnect(&mut self) {
         let Some(connection) = self.connection.take() else { return };
-        let _ = self.epoll.delete(&connection.socket);
-        log::info!("{}: VMM gone", self.name);
+        let _ = self.epoll.delete(connection.socket());
+        self.log.info(format_args!("VMM gone"));
         self.front().disconnected();
     }
 
-    /// Answers what has come whole; true if there may be more.
+    /// Serves the requests that are there whole; true if there may be more.
     fn requests(&mut self) -> bool {
         for _ in 0..TURN_REQUESTS_MAX {
             let Some(connection) = &mut self.connection else { return false };
-            let arrival = match request_check::look(&connection.socket) {
-                Ok(arrival) => arrival,
+            match connection.step(&self.front) {
+                Ok(Progress::Waits) => return false,
+                Ok(Progress::Served) => {}
+                Ok(Progress::Faulty(fault)) => self.log.warn(format_args!("{fault}")),
                 Err(error) => {
-                    log::warn!("{}: socket: {error}", self.name);
+                    if !matches!(error, ConnectionError::Closed) {
+                        self.log.warn(format_args!("the connection ends: {error}"));
+                    }
                     self.disconnect();
                     return false;
-                }
-            };
-            match arrival {
-                Arrival::Nothing => return false,
-                Arrival::Closed => {
-                    self.disconnect();
-                    return false;
-                }
-                Arrival::Whole => self.request(),
-                Arrival::PrivateMemory(request) => {
-                    self.front().memory_is_private();
-                    self.skip(&request, 0);
-                }
-                Arrival::Unknown(request) => {
-                    log::warn!("{}: the VMM sent a request we do not know: {request:?}", self.name);
-                    self.skip(&request, 1);
                 }
             }
         }
         true
     }
+}
 
-    fn request(&mut self) {
-        let Some(connection) = &mut self.connection else { return };
-        match connection.handler.handle_request() {
-            Ok(()) => {}
-            Err(
-                error @ (Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)),
-            ) => {
-                log::warn!("{}: socket: {error}", self.name);
-                self.disconnect();
-            }
-            Err(error) => log::warn!("{}: a request of the VMM is ignored: {error}", self.name),
-        }
-    }
+/// Readable, as long as it is.
+fn level(token: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN, token)
+}
 
-    fn skip(&mut self, request: &request_check::Request, answer: u64) {
-        let Some(connection) = &self.connection else { return };
-        if let Err(error) = request_check::skip(&connection.socket, request, answer) {
-            log::warn!("{}: socket: {error}", self.name);
-        }
-    }
+/// A VMM's socket: requests, room for answers, its end.
+fn requests_edge() -> EpollEvent {
+    let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+    EpollEvent::new(flags, REQUESTS)
 }
 
 /// Watches for what comes from now on, not for what is there: nothing has to be read to be quiet again.

@@ -1,4 +1,4 @@
-//! The only system calls, and with `device::memory` the only unsafe code.
+//! The only system calls, and with `virtq::memory` the only unsafe code.
 //!
 //! In:    descriptors and plain values
 //! Out:   plain values, or a [`SysError`]: which call, which errno
@@ -6,12 +6,14 @@
 //! Full:  a call that would block on a non-blocking descriptor says so with [`SysError::would_block`]
 //! Trust: the kernel
 
+pub mod accept;
 pub mod account;
 pub mod confine;
 pub mod cpuid;
 pub mod daemon;
 pub mod direct;
 pub mod limit;
+pub mod log_limit;
 pub mod oom;
 pub mod perf;
 pub mod program;

@@ -134,7 +134,8 @@ fn adopt(control: &[u64], bytes: usize) -> Vec<OwnedFd> {
             let numbers = numbers.map(|number| RawFd::from_ne_bytes(*number.first_chunk().expect("four bytes")));
             // SAFETY: the kernel has just installed these descriptors for us; no other code knows their numbers. A pidfd
             // that could not be had is a negative number.
-            descriptors.extend(numbers.filter(|number| *number >= 0).map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+            descriptors
+                .extend(numbers.filter(|number| *number >= 0).map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
         rest = &rest[end.next_multiple_of(size_of::<u64>()).min(rest.len())..];
     }
