@@ -39,7 +39,7 @@ use vtrace_dp::{
     },
     drain::ring::RingDrain,
     sys::socket::Peer,
-    virtq::testing::VMM_BASE,
+    virtq::{memory::budget::MemoryShare, testing::VMM_BASE},
 };
 
 use super::lanes::{ENTRIES, Guest, PAGE};
@@ -70,7 +70,8 @@ impl Backend {
         let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let stop = Arc::<AtomicBool>::default();
         let owner = Nobody { bell: Arc::clone(&bell), stop: Arc::clone(&stop) };
-        let device = Device::spawn(name, Place::ONLY, endpoint, Arc::clone(&drain), Box::new(owner))?;
+        let device =
+            Device::spawn(name, Place::ONLY, endpoint, MemoryShare::default(), Arc::clone(&drain), Box::new(owner))?;
         Ok(Self { drain, device: Some(device), bell, stop })
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     drain::ring::RingDrain,
     sys::{log_limit::PeerLog, socket::Peer},
     virtq::{
-        memory::{Memory, MemoryFault},
+        memory::{Memory, MemoryFault, budget::MemoryShare},
         ring::{Ring, RingFault, RingSetup},
     },
 };
@@ -65,6 +65,7 @@ pub(super) struct Front {
     /// Features the driver accepted.
     pub(super) accepted: u64,
     memory: Option<Arc<Memory>>,
+    share: MemoryShare,
     /// The VMM started rings and has shared no memory.
     not_shared: bool,
     /// Highest ring the VMM has named.
@@ -73,7 +74,13 @@ pub(super) struct Front {
 }
 
 impl Front {
-    pub(super) fn new(log: Arc<PeerLog>, place: Place, drain: Arc<RingDrain>, served: Served) -> Self {
+    pub(super) fn new(
+        log: Arc<PeerLog>,
+        place: Place,
+        drain: Arc<RingDrain>,
+        served: Served,
+        share: MemoryShare,
+    ) -> Self {
         Self {
             log,
             place,
@@ -82,6 +89,7 @@ impl Front {
             slots: (0..RINGS_MAX).map(|_| Slot::default()).collect(),
             accepted: 0,
             memory: None,
+            share,
             not_shared: false,
             ring_index_max: None,
             reported: (DriverState::Absent, 0),
@@ -117,22 +125,28 @@ impl Front {
 
     /// The whole memory table.
     pub(super) fn set_memory(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) {
-        self.memory_changed(Memory::map(regions, files));
+        let memory = Memory::empty(self.share.clone()).with_table(regions, files);
+        self.memory_changed(memory);
     }
 
     /// No region came with a descriptor: the VMM's memory is private to it.
     pub(super) fn memory_is_private(&mut self) {
-        self.memory_changed(Ok(Arc::new(Memory::default())));
+        self.memory_changed(Ok(Arc::new(Memory::empty(self.share.clone()))));
     }
 
     pub(super) fn add_region(&mut self, region: &VhostUserMemoryRegion, file: File) {
-        let known = self.memory.clone().unwrap_or_default();
-        self.memory_changed(known.with_region(region, file));
+        let memory = self.known_memory().with_region(region, file);
+        self.memory_changed(memory);
     }
 
     pub(super) fn remove_region(&mut self, region: &VhostUserMemoryRegion) {
-        let known = self.memory.clone().unwrap_or_default();
-        self.memory_changed(known.without_region(region));
+        let memory = self.known_memory().without_region(region);
+        self.memory_changed(memory);
+    }
+
+    /// The memory as it is, to be changed.
+    fn known_memory(&self) -> Arc<Memory> {
+        self.memory.clone().unwrap_or_else(|| Arc::new(Memory::empty(self.share.clone())))
     }
 
     fn memory_changed(&mut self, memory: Result<Arc<Memory>, MemoryFault>) {

@@ -6,7 +6,7 @@
 //! Trust: the VMM. A request that cannot be obeyed is obeyed as far as it can be and logged: a refusal while QEMU starts
 //!        the device is an error in QEMU's middle of things. Only what is never asked without a mistake is refused.
 
-use std::{fs::File, os::fd::OwnedFd};
+use std::fs::File;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::{
@@ -23,6 +23,7 @@ use super::{
     backend::{Addresses, Front, Slot},
     negotiate,
 };
+use crate::sys::descriptor::{DescriptorFault, eventfd};
 
 /// What was not offered is not asked for.
 const NOT_OFFERED: Error = Error::InvalidOperation("not offered");
@@ -31,6 +32,12 @@ impl Front {
     fn slot(&mut self, index: u32) -> Result<&mut Slot> {
         let index = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
         self.slots.get_mut(index).ok_or(Error::InvalidParam)
+    }
+
+    /// Says why a ring does not get a descriptor. A write to it could wait for ever.
+    fn refuse(&self, ring: u8, what: &str, fault: DescriptorFault) -> Error {
+        self.log.warn(format_args!("ring {ring}: its {what} is refused: {fault}"));
+        Error::InvalidParam
     }
 }
 
@@ -111,14 +118,18 @@ impl VhostUserBackendReqHandlerMut for Front {
         if kick.is_none() {
             self.log.warn(format_args!("ring {ring} has no kick and is not served"));
         }
-        self.slot(u32::from(ring))?.kick = kick.map(OwnedFd::from);
+        let kick = kick.map(|kick| eventfd(kick.into())).transpose();
+        let kick = kick.map_err(|fault| self.refuse(ring, "kick", fault))?;
+        self.slot(u32::from(ring))?.kick = kick;
         self.start_if_ready(usize::from(ring));
         Ok(())
     }
 
     fn set_vring_call(&mut self, ring: u8, call: Option<File>) -> Result<()> {
         self.name_ring(ring);
-        self.set_call(usize::from(ring), call.map(OwnedFd::from));
+        let call = call.map(|call| eventfd(call.into())).transpose();
+        let call = call.map_err(|fault| self.refuse(ring, "call", fault))?;
+        self.set_call(usize::from(ring), call);
         Ok(())
     }
 

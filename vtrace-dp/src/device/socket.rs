@@ -39,6 +39,7 @@ use crate::{
         log_limit::PeerLog,
         socket::{Peer, is_listening},
     },
+    virtq::memory::budget::MemoryShare,
 };
 
 /// Requests answered before the rings are looked at: QEMU sends seven for each ring when it starts the device.
@@ -79,15 +80,17 @@ pub struct Device {
 }
 
 impl Device {
-    /// Starts the thread of the device `name`, which is in this place among its guest's. It ends when `owner` says so.
+    /// Starts the thread of the device `name`, which is in this place among its guest's and maps memory out of `share`.
+    /// It ends when `owner` says so.
     pub fn spawn(
         name: &str,
         place: Place,
         endpoint: Endpoint,
+        share: MemoryShare,
         drain: Arc<RingDrain>,
         owner: Box<dyn Owner>,
     ) -> io::Result<Self> {
-        let mut serving = Serving::new(name, place, endpoint, drain, owner)?;
+        let mut serving = Serving::new(name, place, endpoint, share, drain, owner)?;
         let thread = thread::Builder::new().name(format!("device {name}")).spawn(move || serving.run())?;
         Ok(Self { thread })
     }
@@ -115,6 +118,7 @@ impl Serving {
         name: &str,
         place: Place,
         endpoint: Endpoint,
+        share: MemoryShare,
         drain: Arc<RingDrain>,
         owner: Box<dyn Owner>,
     ) -> io::Result<Self> {
@@ -122,7 +126,7 @@ impl Serving {
         epoll.add(owner.wake(), edge(WAKE))?;
         let log = Arc::new(PeerLog::new(name));
         let served = Served::new(Arc::clone(&log), place, owner, Arc::clone(&epoll), KICK);
-        let front = Arc::new(Mutex::new(Front::new(Arc::clone(&log), place, drain, served)));
+        let front = Arc::new(Mutex::new(Front::new(Arc::clone(&log), place, drain, served, share)));
         let mut serving = Self { log, epoll, listener: None, paused_until: None, connection: None, front };
         match endpoint {
             Endpoint::Listening(listener) => {

@@ -59,7 +59,7 @@ pub enum ConfinementFault {
 }
 
 /// Calls whose arguments do not matter: they act on what is open.
-const PLAIN: [libc::c_long; 51] = [
+const PLAIN: [libc::c_long; 52] = [
     // Sockets: devices, clients. None is made any more.
     libc::SYS_accept4,
     libc::SYS_recvfrom,
@@ -100,6 +100,8 @@ const PLAIN: [libc::c_long; 51] = [
     libc::SYS_statx,
     libc::SYS_newfstatat,
     libc::SYS_fstat,
+    // The kind of file behind a guest's memory.
+    libc::SYS_fstatfs,
     // Memory: guests', our own.
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -135,7 +137,7 @@ const NARROW: [Call; 7] = [
 ];
 
 const THREAD: u32 = libc::CLONE_THREAD.unsigned_abs();
-const DESCRIPTOR_COMMANDS: [u32; 7] = [
+const DESCRIPTOR_COMMANDS: [u32; 8] = [
     libc::F_DUPFD_CLOEXEC.unsigned_abs(),
     libc::F_GETFD.unsigned_abs(),
     libc::F_SETFD.unsigned_abs(),
@@ -143,6 +145,7 @@ const DESCRIPTOR_COMMANDS: [u32; 7] = [
     libc::F_SETFL.unsigned_abs(),
     libc::F_SETPIPE_SZ.unsigned_abs(),
     libc::F_GETPIPE_SZ.unsigned_abs(),
+    libc::F_GET_SEALS.unsigned_abs(),
 ];
 
 /// Removes a socket. No filter can see which path: only where Landlock sees it.

@@ -64,3 +64,12 @@ fn turn_away(listener: &UnixListener, error: io::Error) -> AcceptError {
 fn spare() -> Option<EventFd> {
     EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).ok()
 }
+
+impl From<AcceptError> for io::Error {
+    fn from(error: AcceptError) -> Self {
+        match error {
+            AcceptError::Closed => Self::other(error.to_string()),
+            AcceptError::Failed(error) => error,
+        }
+    }
+}

@@ -11,6 +11,7 @@ pub mod account;
 pub mod confine;
 pub mod cpuid;
 pub mod daemon;
+pub mod descriptor;
 pub mod direct;
 pub mod limit;
 pub mod log_limit;

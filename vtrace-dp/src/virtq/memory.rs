@@ -4,7 +4,7 @@
 //! Out:   checked [`Span`]s, [`Window`]s with atomic loads and stores, [`Batch`]es that the kernel writes from
 //! Runs:  wherever its owner runs; a [`Memory`] never changes, a new table makes a new one, and the mapping of the old
 //!        one lives as long as anybody holds it
-//! Full:  a [`Batch`] says so and takes no more
+//! Full:  a [`Batch`] says so and takes no more; regions beyond a guest's [share](MemoryShare) are refused
 //! Trust: the guest with nothing: it may change any byte at any time, so a value is loaded once and then checked. The
 //!        VMM with one thing: that it does not shrink the file behind its own guest's memory, which would end this
 //!        process by SIGBUS at the next load (writes from such memory only fail, with EFAULT). It owns that memory and
@@ -17,6 +17,7 @@
 use std::{
     fs::File,
     io,
+    ops::Deref,
     os::fd::{AsRawFd, BorrowedFd},
     sync::{
         Arc,
@@ -28,7 +29,13 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, mmap::MmapRegionError};
 use vtrace_common::limits::MEMORY_REGIONS_MAX;
 
-use crate::sys::writes::Vectors;
+use self::budget::{MemoryShare, OverBudget, Reservation};
+use crate::sys::{
+    descriptor::{DescriptorFault, check_memory_file},
+    writes::Vectors,
+};
+
+pub mod budget;
 
 /// Entries of one vectored write (IOV_MAX, include/uapi/linux/uio.h).
 pub const BATCH_ENTRIES_MAX: usize = 1024;
@@ -94,6 +101,24 @@ pub enum MemoryFault {
         /// Why.
         source: io::Error,
     },
+    /// The guest has mapped as much as it may.
+    #[error("memory region at {gpa:#x} of {bytes:#x} bytes: this guest may map {left:#x} bytes more")]
+    Budget {
+        /// Where it begins in the guest.
+        gpa: u64,
+        /// Its size.
+        bytes: u64,
+        /// Bytes the guest may still map.
+        left: u64,
+    },
+    /// The descriptor cannot back memory.
+    #[error("memory region at {gpa:#x}")]
+    Descriptor {
+        /// Where it begins in the guest.
+        gpa: u64,
+        /// What is wrong with it.
+        source: DescriptorFault,
+    },
     /// The file could not be mapped.
     #[error("memory region at {gpa:#x}: map")]
     Map {
@@ -114,6 +139,7 @@ pub struct Outside(pub u64);
 pub struct Memory {
     /// Sorted by guest-physical address; no overlaps there nor in the VMM's addresses.
     regions: Vec<Region>,
+    share: MemoryShare,
 }
 
 #[derive(Clone, Debug)]
@@ -121,7 +147,22 @@ struct Region {
     gpa: u64,
     vmm: u64,
     bytes: u64,
-    mapping: Arc<MmapRegion>,
+    mapping: Arc<Mapping>,
+}
+
+/// A mapped region, with its part of the guest's share. The bytes are given back after they are unmapped.
+#[derive(Debug)]
+struct Mapping {
+    region: MmapRegion,
+    _reserved: Reservation,
+}
+
+impl Deref for Mapping {
+    type Target = MmapRegion;
+
+    fn deref(&self) -> &MmapRegion {
+        &self.region
+    }
 }
 
 /// A stretch of guest memory that was checked to lie inside one region. No reference is ever formed.
@@ -134,17 +175,27 @@ pub struct Span {
 }
 
 impl Memory {
-    /// Maps a whole memory table (vhost-user SET_MEM_TABLE): one descriptor for each region.
+    /// Memory without regions, of a guest that has this share.
+    pub fn empty(share: MemoryShare) -> Self {
+        Self { regions: Vec::new(), share }
+    }
+
+    /// Maps a whole memory table of the only guest of a process.
     pub fn map(table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<Arc<Self>, MemoryFault> {
+        Self::default().with_table(table, files)
+    }
+
+    /// The same guest's memory as a whole table says (vhost-user SET_MEM_TABLE): one descriptor for each region.
+    pub fn with_table(&self, table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<Arc<Self>, MemoryFault> {
         if table.len() != files.len() {
             return Err(MemoryFault::Unpaired { regions: table.len(), files: files.len() });
         }
         if table.len() > MEMORY_REGIONS_MAX {
             return Err(MemoryFault::TooMany { count: table.len() });
         }
-        let mut memory = Self::default();
+        let mut memory = Self::empty(self.share.clone());
         for (region, file) in table.iter().zip(files) {
-            memory.insert(Region::map(region, file)?)?;
+            memory.insert(Region::map(region, file, &self.share)?)?;
         }
         Ok(Arc::new(memory))
     }
@@ -152,7 +203,7 @@ impl Memory {
     /// This memory and one more region (ADD_MEM_REG).
     pub fn with_region(&self, region: &VhostUserMemoryRegion, file: File) -> Result<Arc<Self>, MemoryFault> {
         let mut memory = self.clone();
-        memory.insert(Region::map(region, file)?)?;
+        memory.insert(Region::map(region, file, &self.share)?)?;
         Ok(Arc::new(memory))
     }
 
@@ -253,7 +304,7 @@ impl Memory {
 }
 
 impl Region {
-    fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Self, MemoryFault> {
+    fn map(region: &VhostUserMemoryRegion, file: File, share: &MemoryShare) -> Result<Self, MemoryFault> {
         let (gpa, vmm, bytes, start) =
             (region.guest_phys_addr, region.user_addr, region.memory_size, region.mmap_offset);
         let aligned = (gpa | vmm | start).is_multiple_of(REGION_ALIGNMENT);
@@ -265,13 +316,16 @@ impl Region {
         if size == 0 || isize::try_from(size).is_err() || i64::try_from(end).is_err() {
             return Err(MemoryFault::Shape { gpa, bytes });
         }
+        check_memory_file(&file).map_err(|source| MemoryFault::Descriptor { gpa, source })?;
         let file_bytes = file.metadata().map_err(|source| MemoryFault::File { gpa, source })?.len();
         if end > file_bytes {
             return Err(MemoryFault::Short { gpa, end, file_bytes });
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, start), size)
+        let over = |OverBudget(left)| MemoryFault::Budget { gpa, bytes, left };
+        let reserved = share.reserve(bytes).map_err(over)?;
+        let region = MmapRegion::from_file(FileOffset::new(file, start), size)
             .map_err(|source| MemoryFault::Map { gpa, source })?;
-        Ok(Self { gpa, vmm, bytes, mapping: Arc::new(mapping) })
+        Ok(Self { gpa, vmm, bytes, mapping: Arc::new(Mapping { region, _reserved: reserved }) })
     }
 
     fn overlaps(&self, other: &Self) -> bool {
@@ -285,7 +339,7 @@ impl Region {
 /// a window that begins at such a multiple, is a mistake in this program and panics.
 #[derive(Clone, Debug)]
 pub struct Window {
-    mapping: Arc<MmapRegion>,
+    mapping: Arc<Mapping>,
     offset: usize,
     bytes: usize,
 }

@@ -19,6 +19,7 @@ use crate::{
         socket::{Peer, send_all},
         wait::Waker,
     },
+    virtq::memory::budget::MemoryShare,
 };
 
 /// An owner that does nothing.
@@ -49,7 +50,7 @@ fn connected() -> (Vmm, Connection, Arc<Mutex<Front>>) {
     let owner = Box::new(Idle(Waker::new().unwrap()));
     let served = Served::new(Arc::clone(&log), Place::ONLY, owner, Arc::new(epoll), 0);
     let drain = Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
-    let front = Arc::new(Mutex::new(Front::new(log, Place::ONLY, drain, served)));
+    let front = Arc::new(Mutex::new(Front::new(log, Place::ONLY, drain, served, MemoryShare::default())));
     let connection = Connection::new(ours, Arc::clone(&front)).unwrap();
     (Vmm { socket: theirs }, connection, front)
 }

@@ -105,7 +105,8 @@ impl Bench {
             bell: Arc::clone(&bell),
         };
         let drain = Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
-        let device = Device::spawn(name, Place::ONLY, endpoint, drain, Box::new(witness)).unwrap();
+        let device =
+            Device::spawn(name, Place::ONLY, endpoint, MemoryShare::default(), drain, Box::new(witness)).unwrap();
         Self { told: hears, requests, room, ended, bell, device: Some(device) }
     }
 
