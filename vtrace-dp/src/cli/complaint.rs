@@ -138,6 +138,7 @@ impl From<LinkError> for Complaint {
                 "see whether its process is stopped (kill -CONT), or end it and start it again"
             }
             LinkError::Version { .. } => "use the same version of vtrace for server and record",
+            LinkError::Full { .. } => "wait for another client to end",
             _ => "look at the server's log",
         };
         Self::new("cannot talk to the server", &error, remedy)

@@ -3,7 +3,8 @@
 //! In:    frames and descriptors of a process that may open the control socket
 //! Out:   commands to devices, calls of drains, frames to the client
 //! Runs:  one thread a client. It may wait for a drain's disk; nobody else waits for it.
-//! Full:  while [`ANSWERS_WAITING_MAX`] answers wait for the client to read, no request of it is read
+//! Full:  while [`ANSWER_BYTES_MAX`](super::outbox::ANSWER_BYTES_MAX) of answers wait for the client to read, no request of
+//!        it is served, and none is read
 //! Trust: the socket's permissions decide who comes in; what comes is checked. Only who holds a guest reaches its agent, its
 //!        lanes and its ledger, and other users' processes are not told of. A client never gets the server to open a
 //!        path, and a descriptor that comes uninvited is closed.
@@ -21,24 +22,22 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vtrace_common::{
-    limits::FRAMES_WAITING_MAX,
-    wire::{
-        Decoder, Fault, Hello, Message,
-        client::{FromServer, LaneEnd, Lanes, Refusal, ToServer},
-        encode,
-    },
+use vtrace_common::wire::{
+    Decoder, Fault, Hello,
+    client::{FromServer, LaneEnd, Lanes, Refusal, ToServer},
+    encode,
 };
 
 use super::{
     guest::{Command, GuestSlot, Holder},
-    outbox::{Bell, Outbox, Session},
+    outbox::{Bell, Meaning, Outbox, Session},
     target_file::{LanesFault, check_areas, check_direct, check_file},
 };
-use crate::sys::socket::{Peer, receive, send_now};
+use crate::sys::{
+    log_limit::UserLogLimits,
+    socket::{Peer, receive, send_now},
+};
 
-/// Answers that may wait before a client's requests do.
-const ANSWERS_WAITING_MAX: usize = 4 * FRAMES_WAITING_MAX;
 /// Descriptors of a request: a file, and the same past the page cache.
 const FILES_MAX: usize = 2;
 /// Bytes read at a time.
@@ -95,6 +94,7 @@ pub(super) struct Client {
     peer: Peer,
     guests: Registry,
     stop: Arc<Bell>,
+    log: Arc<UserLogLimits>,
     outbox: Arc<Outbox>,
     decoder: Decoder,
     greeted: bool,
@@ -112,13 +112,19 @@ impl Drop for Client {
 }
 
 impl Client {
-    pub(super) fn new(socket: UnixStream, guests: Registry, stop: Arc<Bell>) -> std::io::Result<Self> {
+    pub(super) fn new(
+        socket: UnixStream,
+        guests: Registry,
+        stop: Arc<Bell>,
+        log: Arc<UserLogLimits>,
+    ) -> std::io::Result<Self> {
         let peer = Peer::of(&socket)?;
         Ok(Self {
             socket,
             peer,
             guests,
             stop,
+            log,
             outbox: Outbox::new()?,
             decoder: Decoder::default(),
             greeted: false,
@@ -130,7 +136,8 @@ impl Client {
 
     /// Serves until the client goes away.
     pub(super) fn run(mut self) {
-        log::info!("client: pid {}, uid {}", self.peer.pid, self.peer.uid);
+        let Peer { pid, uid } = self.peer;
+        self.log.log(uid, log::Level::Info, format_args!("client: pid {pid}, uid {uid}"));
         let farewell = loop {
             if let Err(farewell) = self.turn() {
                 break farewell;
@@ -141,13 +148,15 @@ impl Client {
         for (_, held) in std::mem::take(&mut self.held) {
             Self::let_go(&held, self.peer);
         }
-        log::info!("client: pid {} is let go: {farewell}", self.peer.pid);
+        self.log.log(uid, log::Level::Info, format_args!("client: pid {pid} is gone: {farewell}"));
     }
 
     fn turn(&mut self) -> Result<(), Farewell> {
         self.write()?;
-        let hears = self.outbox.len() < ANSWERS_WAITING_MAX;
-        let mut wanted = if hears { PollFlags::POLLIN } else { PollFlags::empty() };
+        self.serve()?;
+        // Requests that are not served yet come first.
+        let reads = self.outbox.has_room();
+        let mut wanted = if reads { PollFlags::POLLIN } else { PollFlags::empty() };
         // While something is unsent, what else waits cannot be sent either.
         let bell = if self.unsent.is_empty() { PollFlags::POLLIN } else { PollFlags::empty() };
         wanted.set(PollFlags::POLLOUT, !self.unsent.is_empty());
@@ -164,8 +173,10 @@ impl Client {
         if !stop.is_empty() {
             return Err(Farewell::Stop);
         }
-        let over = PollFlags::POLLHUP | PollFlags::POLLERR;
-        if socket.intersects(over) || (hears && socket.contains(PollFlags::POLLIN)) {
+        if socket.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) && !reads {
+            return Err(Farewell::Closed);
+        }
+        if reads && socket.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.read()?;
         }
         Ok(())
@@ -176,9 +187,9 @@ impl Client {
         self.outbox.bell().silence();
         loop {
             if self.unsent.is_empty() {
-                let Some((session, message)) = self.outbox.take() else { return Ok(()) };
-                self.progress(session.as_ref(), &message);
-                self.unsent = frame(&message);
+                let Some(waiting) = self.outbox.take() else { return Ok(()) };
+                self.progress(waiting.session.as_ref(), waiting.meaning);
+                self.unsent = waiting.frame;
             }
             match send_now(self.socket.as_fd(), &self.unsent, None) {
                 Ok(sent) => drop(self.unsent.drain(..sent)),
@@ -188,15 +199,15 @@ impl Client {
         }
     }
 
-    /// A claim has come as far as `message` says.
-    fn progress(&mut self, session: Option<&Arc<Session>>, message: &FromServer) {
+    /// A claim has come as far as a message says.
+    fn progress(&mut self, session: Option<&Arc<Session>>, meaning: Meaning) {
         let Some(session) = session else { return };
         let Some((guest, held)) = self.held.iter_mut().find(|(_, held)| Arc::ptr_eq(&held.session, session)) else {
             return;
         };
-        match (message, held.phase) {
-            (FromServer::Claimed(_), _) => held.phase = Phase::Held,
-            (FromServer::Released { .. }, _) | (FromServer::Refused(_), Phase::Asked) => {
+        match (meaning, held.phase) {
+            (Meaning::Claimed, _) => held.phase = Phase::Held,
+            (Meaning::Released, _) | (Meaning::Refused, Phase::Asked) => {
                 session.end();
                 let guest = guest.clone();
                 self.held.remove(&guest);
@@ -218,7 +229,13 @@ impl Client {
             self.passed.clear();
         }
         self.decoder.push(&piece[..count]);
-        while let Some(frame) = self.decoder.next_frame()? {
+        Ok(())
+    }
+
+    /// Serves the requests that have come, while there is room for their answers.
+    fn serve(&mut self) -> Result<(), Farewell> {
+        while self.outbox.has_room() {
+            let Some(frame) = self.decoder.next_frame()? else { break };
             if !self.greeted {
                 let hello: Hello = frame.open()?;
                 if !hello.speaks_ours() {
@@ -253,8 +270,8 @@ impl Client {
         };
         match answer {
             Ok(None) => {}
-            Ok(Some(message)) => self.outbox.post(message),
-            Err(refusal) => self.outbox.post(FromServer::Refused(refusal)),
+            Ok(Some(message)) => self.outbox.post(&message),
+            Err(refusal) => self.outbox.post(&FromServer::Refused(refusal)),
         }
     }
 
@@ -337,7 +354,7 @@ impl Client {
         let held = self.attached(&guest)?;
         held.phase = Phase::Held;
         let session = Arc::clone(&held.session);
-        let done = move |lanes| session.post(FromServer::Finished { guest, lanes });
+        let done = move |lanes| session.post(&FromServer::Finished { guest, lanes });
         held.slot.devices.drains.finish(ends, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
         Ok(None)
     }
@@ -368,13 +385,4 @@ fn command(slot: &GuestSlot, command: Command) -> Result<Option<FromServer>, Ref
 
 fn state(guest: &str, detail: &str) -> Refusal {
     Refusal::State { guest: guest.into(), detail: detail.into() }
-}
-
-/// A frame of ours. One that is beyond its bounds (a list of too many guests, say) becomes a refusal.
-pub(super) fn frame(message: &impl Message) -> Vec<u8> {
-    encode(message).unwrap_or_else(|fault| {
-        log::error!("an answer is not sent: {fault}");
-        let refusal = Refusal::Request { detail: format!("the answer is not sent: {fault}") };
-        encode(&FromServer::Refused(refusal)).expect("a short refusal is within its bounds")
-    })
 }

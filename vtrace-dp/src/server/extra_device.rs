@@ -65,7 +65,7 @@ impl Owner for Further {
     }
 
     fn driver(&mut self, state: DriverState, ports: usize) {
-        log::info!("{}: device {}: driver {state:?}, {ports} ports", self.slot.name, self.device + 1);
+        self.slot.log.info(format_args!("device {}: driver {state:?}, {ports} ports", self.device + 1));
         self.slot.devices.driver(self.device, state, ports);
     }
 

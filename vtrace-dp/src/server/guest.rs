@@ -35,14 +35,11 @@ use super::{
 use crate::{
     device::{AgentEvent, ControlPort, Foreign, Owner, Turn},
     printable::{cut, printable},
-    sys::socket::Peer,
+    sys::{log_limit::PeerLog, socket::Peer},
 };
 
 /// How long a server that ends waits for an agent to close its session.
 const STOP_TIME_MAX: Duration = Duration::from_secs(1);
-
-/// Lines in the log about agents of one VMM.
-const AGENT_LINES_MAX: u32 = 1000;
 
 /// What is kept of an agent's uname; the kernel's five names of 64 bytes are never longer.
 const UNAME_BYTES_MAX: usize = 325;
@@ -99,6 +96,8 @@ pub(super) struct Busy;
 pub struct GuestSlot {
     /// Its name.
     pub name: String,
+    /// What its VMM, its agent and its clients cause in the log.
+    pub(super) log: PeerLog,
     /// Its devices.
     pub(super) devices: Devices,
     pub(super) bell: Arc<Bell>,
@@ -125,6 +124,7 @@ impl GuestSlot {
         };
         Ok(Arc::new(Self {
             name: name.into(),
+            log: PeerLog::new(name),
             devices: Devices::new(devices, lanes)?,
             bell: Arc::new(Bell::new()?),
             commands: Mutex::default(),
@@ -180,13 +180,11 @@ pub(super) struct Guest {
     slot: Arc<GuestSlot>,
     seat: Seat<Holder>,
     stop_at: Option<Instant>,
-    /// Lines that this VMM's agents may still add to the log: they can come and go as fast as they like.
-    lines_left: u32,
 }
 
 impl Guest {
     pub(super) fn new(slot: Arc<GuestSlot>) -> Self {
-        Self { slot, seat: Seat::new(), stop_at: None, lines_left: AGENT_LINES_MAX }
+        Self { slot, seat: Seat::new(), stop_at: None }
     }
 
     /// Whether a client has a session with the agent, armed at least: silence does not end it.
@@ -220,20 +218,20 @@ impl Guest {
 
     fn claim(&mut self, claimant: Holder) {
         if let Err(refusal) = self.ready() {
-            return claimant.session.post(FromServer::Refused(refusal));
+            return claimant.session.post(&FromServer::Refused(refusal));
         }
         let guest = self.slot.name.clone();
         match self.seat.claim(claimant.clone()) {
             Claim::Granted => {
                 let answer = self.claimed();
-                log::info!("{guest}: claimed by pid {}, uid {}", claimant.peer.pid, claimant.peer.uid);
-                claimant.session.post(answer);
+                self.slot.log.info(format_args!("claimed by pid {}, uid {}", claimant.peer.pid, claimant.peer.uid));
+                claimant.session.post(&answer);
             }
             Claim::Waits => {}
             Claim::Refused(Holder { peer, .. }) => {
                 let holder_pid = claimant.peer.told_pid(*peer);
                 let refusal = Refusal::Held { guest, holder_pid, holder_uid: peer.uid };
-                claimant.session.post(FromServer::Refused(refusal));
+                claimant.session.post(&FromServer::Refused(refusal));
             }
         }
         self.show_holder();
@@ -283,7 +281,7 @@ impl Guest {
                 Err(full) => Refusal::State { guest, detail: full.to_string() },
             }
         };
-        holder.session.post(FromServer::Refused(refusal));
+        holder.session.post(&FromServer::Refused(refusal));
     }
 
     fn release(&mut self, holder: &Holder, port: &mut ControlPort) {
@@ -291,14 +289,14 @@ impl Guest {
             Release::NotHeld => return,
             Release::Close if port.is_open() => port.send(&ToAgent::Close).unwrap_or_else(|_| {
                 // send() makes room for it.
-                log::error!("{}: no room for the agent's end", self.slot.name);
+                self.slot.log.error(format_args!("no room for a request that the agent closes its session"));
             }),
             Release::Close | Release::Done => {}
         }
-        log::info!("{}: released by pid {}", self.slot.name, holder.peer.pid);
+        self.slot.log.info(format_args!("released by pid {}", holder.peer.pid));
         // First: whoever has read the answer finds the guest as it is then.
         self.seat_changed();
-        holder.session.post(FromServer::Released { guest: self.slot.name.clone() });
+        holder.session.post(&FromServer::Released { guest: self.slot.name.clone() });
     }
 
     /// Whoever waited for the seat may have it now.
@@ -318,7 +316,7 @@ impl Guest {
     fn agent_gone(&mut self, what: Gone) {
         self.slot.lock().agent = None;
         if let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder)) {
-            holder.session.post(FromServer::Gone { guest: self.slot.name.clone(), what });
+            holder.session.post(&FromServer::Gone { guest: self.slot.name.clone(), what });
         }
         self.seat.agent_gone();
         self.seat_changed();
@@ -329,7 +327,7 @@ impl Guest {
         if self.slot.devices.take_gone()
             && let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder))
         {
-            holder.session.post(FromServer::Gone { guest: self.slot.name.clone(), what: Gone::Device });
+            holder.session.post(&FromServer::Gone { guest: self.slot.name.clone(), what: Gone::Device });
         }
     }
 
@@ -355,16 +353,9 @@ impl Guest {
         self.seat_changed();
     }
 
-    fn note(&mut self, what: std::fmt::Arguments<'_>) {
-        if self.lines_left > 0 {
-            self.lines_left -= 1;
-            log::info!("{}: agent {what}", self.slot.name);
-        }
-    }
-
     fn post(&self, listener: Option<&Holder>, message: impl FnOnce(String) -> FromServer) {
         if let Some(holder) = listener {
-            holder.session.post(message(self.slot.name.clone()));
+            holder.session.post(&message(self.slot.name.clone()));
         }
     }
 }
@@ -407,7 +398,6 @@ impl Owner for Guest {
 
     fn vmm(&mut self, peer: Option<Peer>) {
         self.slot.lock().vmm_pid = peer.map(|peer| peer.pid);
-        self.lines_left = AGENT_LINES_MAX;
         if peer.is_none() {
             self.slot.devices.left(0);
             self.agent_gone(Gone::Device);
@@ -415,7 +405,7 @@ impl Owner for Guest {
     }
 
     fn driver(&mut self, state: DriverState, ports: usize) {
-        log::info!("{}: driver {state:?}, {ports} ports", self.slot.name);
+        self.slot.log.info(format_args!("driver {state:?}, {ports} ports"));
         self.slot.devices.driver(0, state.clone(), ports);
         self.slot.lock().driver = state;
     }
@@ -428,8 +418,8 @@ impl Owner for Guest {
                 if self.slot.lock().agent.is_some() {
                     self.agent_gone(Gone::Agent); // the one before
                 }
-                self.note(format_args!(
-                    "{:?}, wire versions {} to {}",
+                self.slot.log.info(format_args!(
+                    "agent {:?}, wire versions {} to {}",
                     hello.software, hello.version_min, hello.version_max
                 ));
                 let hello = Hello { software: printable(cut(&hello.software, SOFTWARE_BYTES_MAX)), ..hello };
@@ -441,11 +431,11 @@ impl Owner for Guest {
                 self.post(self.seat.listener(), message);
             }
             AgentEvent::Garbled(fault) => {
-                self.note(format_args!("is not listened to any more: {fault}"));
+                self.slot.log.info(format_args!("agent: what it sends is ignored from now on: {fault}"));
                 self.agent_gone(Gone::Agent);
             }
             AgentEvent::Gone => {
-                self.note(format_args!("gone"));
+                self.slot.log.info(format_args!("agent gone"));
                 self.agent_gone(Gone::Agent);
             }
         }

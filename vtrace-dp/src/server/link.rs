@@ -22,10 +22,13 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
-use vtrace_common::wire::{
-    Decoder, Fault, Frame, Hello, Message,
-    client::{FromServer, ToServer},
-    encode,
+use vtrace_common::{
+    limits::{CLIENTS_MAX, USER_CLIENTS_MAX},
+    wire::{
+        Decoder, Fault, Frame, Hello, Message,
+        client::{FromServer, Refusal, ToServer},
+        encode,
+    },
 };
 
 use super::CONTROL_SOCKET;
@@ -79,6 +82,12 @@ pub enum LinkError {
         pid: u32,
         /// How long that was waited for.
         waited: Duration,
+    },
+    /// It has no place for one more client.
+    #[error("the server (pid {pid}) serves as many clients as it can: {CLIENTS_MAX}, {USER_CLIENTS_MAX} of one user")]
+    Full {
+        /// Its process.
+        pid: u32,
     },
     /// The server has closed the link.
     #[error("the server has closed the link")]
@@ -149,7 +158,7 @@ impl Link {
 
     /// Sends a request.
     pub fn send(&mut self, request: &ToServer) -> Result<(), LinkError> {
-        self.transmit(request, &[])
+        self.request(request, &[])
     }
 
     /// Sends a request and a descriptor for `file` with it.
@@ -160,7 +169,21 @@ impl Link {
     /// Sends a request and descriptors for `files` with it.
     pub fn send_with_files(&mut self, request: &ToServer, files: &[&File]) -> Result<(), LinkError> {
         let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
-        self.transmit(request, &descriptors)
+        self.request(request, &descriptors)
+    }
+
+    /// A server that has closed the link may have sent the reason before.
+    fn request(&mut self, request: &ToServer, with: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+        let sent = self.transmit(request, with);
+        if !matches!(sent, Err(LinkError::Closed)) {
+            return sent;
+        }
+        while let Ok(Some(message)) = self.receive(Some(Duration::ZERO)) {
+            if message == FromServer::Refused(Refusal::Full) {
+                return Err(LinkError::Full { pid: self.peer.pid });
+            }
+        }
+        sent
     }
 
     /// The next message; waits for `timeout`, or for ever. `None`: none came in time.
@@ -226,6 +249,19 @@ impl AsFd for Link {
 mod tests {
     use super::*;
     use crate::sys::socket::send_now;
+
+    #[test]
+    fn server_that_is_full_is_named_although_it_has_closed_the_link() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hello = encode(&Hello::ours(vtrace_common::SOFTWARE)).unwrap();
+        let full = encode(&FromServer::Refused(Refusal::Full)).unwrap();
+        send_now(theirs.as_fd(), &[hello, full].concat(), None).unwrap();
+        let mut link = Link::greet(ours, Path::new("there"), SEND_TIME_MAX).unwrap();
+        drop(theirs);
+        let error = link.send(&ToServer::List).unwrap_err();
+        assert!(matches!(error, LinkError::Full { pid } if pid == std::process::id()), "{error}");
+        assert!(matches!(link.send(&ToServer::List), Err(LinkError::Closed)), "said once");
+    }
 
     #[test]
     fn server_that_does_not_read_holds_up_a_send_for_a_while_only() {

@@ -46,11 +46,12 @@ use std::{
     io,
     os::{
         fd::{AsFd, RawFd},
-        unix::net::UnixListener,
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use nix::{
@@ -72,12 +73,12 @@ use vtrace_common::{
 
 use self::{
     activation::{ActivationFault, Passed},
-    client::{Client, Registry, frame},
+    client::{Client, Registry},
     confine::{Confinement, ConfinementFault, Opens},
     devices::DeviceParts,
     extra_device::Further,
     guest::{Command, Guest},
-    outbox::Bell,
+    outbox::{Bell, frame},
     sockets::{Access, Bound},
     stream::{Speaker, Streams},
 };
@@ -93,9 +94,12 @@ use crate::{
     drain::{Drain, ring::RingDrain},
     sys::{
         SysError,
+        accept::{accept, reserve},
         limit::allow_descriptors,
+        log_limit::UserLogLimits,
         socket::{Peer, inherited, send_now},
     },
+    virtq::memory::budget::{MAPPED_BYTES_MAX, MemoryBudget, MemoryShare},
     vmm::setup::Transport,
 };
 
@@ -105,6 +109,12 @@ pub const DIRECTORY: &str = "/run/vtrace";
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// The group that may connect to it, if it exists.
 pub const CONTROL_GROUP: &str = "vtrace";
+
+/// How long no client is accepted after one could not be.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a server that ends waits for its threads. One may be in a call that never returns: a write to a file of a
+/// client, on a server of files that is gone.
+const END_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// What a server is to do.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -252,6 +262,11 @@ pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     log::info!("serving {} guests in {}", config.guests.len(), config.directory.display());
     let signal = arrivals.read_signal().map_err(system("read signals"))?;
     log::info!("ends: signal {:?}", signal.map(|signal| signal.ssi_signo));
+    thread::spawn(|| {
+        thread::sleep(END_TIME_MAX);
+        log::error!("ends although threads still run: {} s have passed", END_TIME_MAX.as_secs());
+        std::process::exit(1);
+    });
     server.stop();
     Ok(())
 }
@@ -298,12 +313,15 @@ impl Listening {
 
     fn serve(self, config: &ServerConfig) -> Result<Server, ServerError> {
         let Self { listener, ways, bound } = self;
+        reserve();
+        let memory = MemoryBudget::new(MAPPED_BYTES_MAX);
         let (mut slots, mut devices, mut further, mut speakers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for ((number, guest), ways) in (0..).zip(&config.guests).zip(ways) {
             let fault = |source| ServerError::Thread { name: guest.name.clone(), source };
             match ways {
                 Ways::Devices(endpoints) => {
-                    let (slot, started) = start_guest(GuestId(number), guest, endpoints).map_err(fault)?;
+                    let (slot, started) =
+                        start_guest(GuestId(number), guest, &memory.share(), endpoints).map_err(fault)?;
                     slots.push(slot);
                     let mut started = started.into_iter();
                     devices.extend(started.next());
@@ -319,7 +337,13 @@ impl Listening {
         let (guests, stop) = (Arc::new(slots), Bell::new().map(Arc::new));
         let system = |source| ServerError::System { what: "start the acceptor", source };
         let stop = stop.map_err(system)?;
-        let acceptor = Acceptor { listener, guests: Arc::clone(&guests), stop: Arc::clone(&stop), clients: Vec::new() };
+        let acceptor = Acceptor {
+            listener,
+            guests: Arc::clone(&guests),
+            stop: Arc::clone(&stop),
+            log: Arc::default(),
+            clients: Vec::new(),
+        };
         let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
         Ok(Server { guests, devices, further, speakers, acceptor: thread, stop, _sockets: bound })
     }
@@ -433,6 +457,7 @@ fn endpoint(
 fn start_guest(
     id: GuestId,
     guest: &GuestConfig,
+    share: &MemoryShare,
     endpoints: Vec<(Endpoint, String)>,
 ) -> io::Result<(Arc<GuestSlot>, Vec<Device>)> {
     let (mut parts, mut drains) = (Vec::new(), Vec::new());
@@ -450,7 +475,7 @@ fn start_guest(
             0 => Box::new(Guest::new(Arc::clone(&slot))),
             _ => Box::new(Further::new(Arc::clone(&slot), device)),
         };
-        Device::spawn(&name, place, endpoint, drain, owner)
+        Device::spawn(&name, place, endpoint, share.clone(), drain, owner)
     });
     let devices = devices.collect::<io::Result<Vec<_>>>()?;
     Ok((slot, devices))
@@ -461,6 +486,8 @@ struct Acceptor {
     listener: UnixListener,
     guests: Registry,
     stop: Arc<Bell>,
+    /// What clients cause in the log.
+    log: Arc<UserLogLimits>,
     /// With their users.
     clients: Vec<(u32, JoinHandle<()>)>,
 }
@@ -469,9 +496,7 @@ impl Acceptor {
     fn run(mut self) {
         while self.wait() {
             self.clients.retain(|(_, client)| !client.is_finished());
-            if let Err(error) = self.accept() {
-                log::error!("a client is turned away: {error}");
-            }
+            self.accept();
         }
         // They poll the same bell.
         self.clients.into_iter().for_each(|(_, client)| drop(client.join()));
@@ -486,25 +511,35 @@ impl Acceptor {
         polled[1].any() != Some(true)
     }
 
-    fn accept(&mut self) -> io::Result<()> {
-        let socket = match self.listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) => {
-                // Out of descriptors, most likely, and the connection still waits: not again at once.
-                thread::sleep(std::time::Duration::from_millis(100));
-                return Err(error);
+    fn accept(&mut self) {
+        match accept(&self.listener) {
+            Ok(None) => {}
+            Ok(Some(socket)) => {
+                let peer = Peer::of(&socket).unwrap_or(Peer { pid: 0, uid: u32::MAX });
+                if let Err(error) = self.serve(socket, peer) {
+                    let Peer { pid, uid } = peer;
+                    let line = format_args!("client: pid {pid}, uid {uid} is turned away: {error}");
+                    self.log.log(uid, log::Level::Warn, line);
+                }
             }
-        };
-        let uid = Peer::of(&socket)?.uid;
-        if self.is_full_for(uid) {
-            let words =
-                [frame(&Hello::ours(vtrace_common::SOFTWARE)), frame(&FromServer::Refused(Refusal::Full))].concat();
-            let _ = send_now(socket.as_fd(), &words, None);
-            return Ok(());
+            Err(error) => {
+                self.log.log(u32::MAX, log::Level::Error, format_args!("a client is turned away: {error}"));
+                // Whoever could not be accepted still waits: not again at once.
+                thread::sleep(ACCEPT_PAUSE);
+            }
         }
-        let client = Client::new(socket, Arc::clone(&self.guests), Arc::clone(&self.stop))?;
-        self.clients.push((uid, thread::Builder::new().name("client".into()).spawn(move || client.run())?));
+    }
+
+    fn serve(&mut self, socket: UnixStream, peer: Peer) -> io::Result<()> {
+        if self.is_full_for(peer.uid) {
+            let refusal = FromServer::Refused(Refusal::Full);
+            let answer = [frame(&Hello::ours(vtrace_common::SOFTWARE)), frame(&refusal)].concat();
+            let _ = send_now(socket.as_fd(), &answer, None);
+            return Err(io::Error::other("too many clients"));
+        }
+        let client = Client::new(socket, Arc::clone(&self.guests), Arc::clone(&self.stop), Arc::clone(&self.log))?;
+        let thread = thread::Builder::new().name("client".into()).spawn(move || client.run())?;
+        self.clients.push((peer.uid, thread));
         Ok(())
     }
 

@@ -24,7 +24,7 @@ use std::{
 use nix::fcntl::{FcntlArg, fcntl};
 use vtrace_common::ids::Cpu;
 
-use crate::sys::socket::Peer;
+use crate::sys::{accept::accept as accept_connection, log_limit::PeerLog, socket::Peer};
 
 /// What a FIFO holds, if the system allows it: fewer turns for QEMU and for us than with the usual 64 KiB.
 const FIFO_BYTES: i32 = 256 << 10;
@@ -57,8 +57,11 @@ pub(crate) struct LanePort {
 }
 
 /// The process that has the ports of a guest. Clones are the same.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Peers(Arc<Mutex<Known>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Peers {
+    known: Arc<Mutex<Known>>,
+    log: Arc<PeerLog>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -73,6 +76,11 @@ pub(crate) struct Seat {
 }
 
 impl Peers {
+    /// Of the guest of this name; it has no port yet.
+    pub(crate) fn new(guest: &str) -> Self {
+        Self { known: Arc::default(), log: Arc::new(PeerLog::new(guest)) }
+    }
+
     /// A port of `peer`, unless another process has others.
     pub(crate) fn admit(&self, peer: Peer) -> Result<Seat, Peer> {
         let mut known = self.lock();
@@ -85,7 +93,7 @@ impl Peers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,17 +105,15 @@ impl Drop for Seat {
 
 /// Accepts whoever connects, if it may: `None` if there is nobody, or nobody who may.
 pub(crate) fn accept(listener: &UnixListener, peers: &Peers) -> io::Result<Option<(OwnedFd, Peer, Seat)>> {
-    let socket = match listener.accept() {
-        Ok((socket, _)) => socket,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    let Some(socket) = accept_connection(listener)? else { return Ok(None) };
     let peer = Peer::of(&socket)?;
     socket.set_nonblocking(true)?;
     match peers.admit(peer) {
         Ok(seat) => Ok(Some((socket.into(), peer, seat))),
         Err(other) => {
-            log::warn!("a port is kept from pid {}: the guest's others belong to pid {}", peer.pid, other.pid);
+            peers
+                .log
+                .warn(format_args!("pid {} is turned away: the other ports belong to pid {}", peer.pid, other.pid));
             Ok(None)
         }
     }
@@ -171,7 +177,7 @@ mod tests {
 
     #[test]
     fn ports_of_a_guest_belong_to_one_process_until_all_are_gone() {
-        let (peers, one, other) = (Peers::default(), Peer { pid: 7, uid: 0 }, Peer { pid: 8, uid: 0 });
+        let (peers, one, other) = (Peers::new("test"), Peer { pid: 7, uid: 0 }, Peer { pid: 8, uid: 0 });
         let seats = [peers.admit(one).unwrap(), peers.admit(one).unwrap()];
         assert_eq!(peers.admit(other).unwrap_err(), one);
         let [first, second] = seats;

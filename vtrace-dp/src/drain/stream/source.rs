@@ -177,7 +177,7 @@ mod tests {
     fn connected() -> (UnixStream, Source) {
         let (theirs, ours) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let seat = Peers::default().admit(Peer { pid: 1, uid: 0 }).unwrap();
+        let seat = Peers::new("test").admit(Peer { pid: 1, uid: 0 }).unwrap();
         (theirs, Source::socket(ours.into(), seat).unwrap())
     }
 

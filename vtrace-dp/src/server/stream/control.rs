@@ -146,11 +146,13 @@ impl Control {
                 Ok(Ok(true)) => {}
                 Ok(Ok(false)) => return,
                 Ok(Err(error)) => {
-                    log::info!("{}: VMM gone: {error}", self.slot.name);
+                    self.slot.log.info(format_args!("VMM gone: {error}"));
                     self.disconnect();
                 }
                 Err(_) => {
-                    log::error!("{}: a mistake of ours while serving the agent; it is not listened to", self.slot.name);
+                    self.slot.log.error(format_args!(
+                        "serving the agent panicked; what it sends is ignored until its next hello"
+                    ));
                     self.agent.closed();
                 }
             }
@@ -216,17 +218,17 @@ impl Control {
         match accept(listener, &self.peers) {
             Ok(None) => {}
             Ok(Some((_, peer, _))) if self.wire.is_some() => {
-                log::warn!("{}: pid {} is turned away: a VMM is connected", self.slot.name, peer.pid);
+                self.slot.log.warn(format_args!("pid {} is turned away: a VMM is connected", peer.pid));
             }
             Ok(Some((socket, peer, seat))) => {
                 if let Err(error) = self.connect(socket, peer, seat) {
-                    log::error!("{}: connection: {error}", self.slot.name);
+                    self.slot.log.error(format_args!("connection: {error}"));
                 }
             }
             Err(error) => {
                 // Out of descriptors, most likely, and the connection still waits: not again at once.
                 std::thread::sleep(Duration::from_millis(100));
-                log::warn!("{}: accept: {error}", self.slot.name);
+                self.slot.log.warn(format_args!("{error}"));
             }
         }
     }
@@ -239,7 +241,7 @@ impl Control {
     }
 
     fn connected(&mut self, wire: Wire, peer: Peer) {
-        log::info!("{}: VMM connected: pid {}, uid {}", self.slot.name, peer.pid, peer.uid);
+        self.slot.log.info(format_args!("VMM connected: pid {}, uid {}", peer.pid, peer.uid));
         self.wire = Some(wire);
         self.cutter.reset();
         self.outgoing = Outgoing::default();
@@ -264,7 +266,7 @@ impl Control {
         self.guest.driver(DriverState::Absent, 0);
         self.slot.devices.streams(None);
         if let Err(error) = self.open() {
-            log::error!("{}: FIFOs: {error}", self.slot.name);
+            self.slot.log.error(format_args!("FIFOs: {error}"));
         }
     }
 
@@ -360,14 +362,16 @@ impl Control {
         }
         let is_silent = now >= self.heard_at + SILENCE_MAX;
         if is_silent && !self.guest.is_in_session() {
-            log::warn!("{}: agent has said nothing for {} s", self.slot.name, SILENCE_MAX.as_secs());
+            self.slot.log.warn(format_args!("agent has sent nothing for {} s", SILENCE_MAX.as_secs()));
             self.agent_gone();
             // One that only was asleep answers this.
             self.greeting = Greeting { due: true, ..Greeting::default() };
             return;
         }
         if is_silent && !std::mem::replace(&mut self.silence_said, true) {
-            log::warn!("{}: agent has said nothing for {} s; its session waits", self.slot.name, SILENCE_MAX.as_secs());
+            self.slot
+                .log
+                .warn(format_args!("agent has sent nothing for {} s; its session waits", SILENCE_MAX.as_secs()));
         }
         if self.greeting.met && now >= self.heard_at.max(self.pinged_at) + PING_EVERY {
             self.pinged_at = now;

@@ -82,7 +82,7 @@ impl Streams {
 
 /// Starts the threads of a guest. Its lanes are spread over as many drains as devices of ours would have them.
 pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc<GuestSlot>, Speaker)> {
-    let (peers, count) = (Peers::default(), ports.len());
+    let (peers, count) = (Peers::new(&guest.name), ports.len());
     let mut ports = ports.into_iter();
     let (control, socket) = ports.next().expect("a guest has a control port");
     let lane = |(cpu, (port, path))| LanePort { cpu: Cpu(cpu), port, path, is_there: Arc::new(AtomicBool::new(false)) };
