@@ -1,7 +1,7 @@
 //! `vtrace restore`
 
 use std::{
-    fs::{self, OpenOptions},
+    fs,
     io::Read,
     path::{Path, PathBuf},
 };
@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{FAILED, LOST, args::RestoreArgs, complaint::Complaint, put};
 use crate::{
     printable::chain,
+    sys::folder_entry::FolderEntry,
     trace::{
         format::layout::MAGIC,
         restore::{RestoreFault, Restored, Was, restore},
@@ -83,7 +84,7 @@ fn restore_in_folder(path: &Path) -> Option<Outcome> {
 }
 
 fn restore_one(path: &Path) -> Result<Restored, RestoreFault> {
-    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = FolderEntry::resolve(path).and_then(|entry| entry.open());
     restore(file.map_err(|source| RestoreFault::Io { action: "open", source })?)
 }
 

@@ -201,7 +201,9 @@ impl PublishedState {
     fn write(&self) -> io::Result<()> {
         let new = self.paths.state.with_extension("state.new");
         let text = serde_json::to_vec(&self.state).map_err(io::Error::other)?;
-        let mut file = open(options().create(true).truncate(true), &new)?;
+        // A file that is there already may be a link: it is removed, not written to.
+        let _ = fs::remove_file(&new);
+        let mut file = open(options().create_new(true), &new)?;
         file.write_all(&text)?;
         fs::rename(&new, &self.paths.state)
     }
@@ -418,9 +420,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
         let paths = Paths::new(dir, "guest1");
-        for (path, what) in
-            [(&paths.pid, "lock"), (&paths.state.with_extension("state.new"), "state"), (&paths.log, "log")]
-        {
+        for (path, what) in [(&paths.pid, "lock"), (&paths.log, "log")] {
             nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
             let Err(BackgroundFault::File { source, .. }) = Background::take(dir, state("guest1")) else {
                 panic!("{what}: a FIFO was taken")
@@ -430,7 +430,9 @@ mod tests {
             assert!(list(dir).iter().all(|found| !found.is_running), "{what}");
             let _ = fs::remove_file(path);
         }
-        nix::unistd::mkfifo(&paths.state, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [&paths.state, &paths.state.with_extension("state.new")] {
+            nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
         assert_eq!(names(dir), [("guest1".into(), false)]);
         Background::take(dir, state("guest1")).unwrap();
     }

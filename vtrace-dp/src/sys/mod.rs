@@ -13,6 +13,7 @@ pub mod cpuid;
 pub mod daemon;
 pub mod descriptor;
 pub mod direct;
+pub mod folder_entry;
 pub mod limit;
 pub mod log_limit;
 pub mod oom;
@@ -27,6 +28,7 @@ pub mod testing;
 pub mod tsc;
 pub mod uring;
 pub mod wait;
+pub mod write_lock;
 pub mod writes;
 
 use std::{

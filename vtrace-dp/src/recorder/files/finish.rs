@@ -108,15 +108,15 @@ fn finish_instances(
         let mut machine = host_machine(recording, instance.title(), &file, &report);
         let mut options = machine_options(shared, &instance.host.armed.clock, &uname(), file.trace_id);
         options.extend(cpu_stats(&machine, &report.lanes));
-        let path = file.output.path().to_owned();
+        let entry = file.output.entry().clone();
         let handle = file.output.file.try_clone();
         let filled = filled_by(&report);
         note_old_pages(&file, &filled, &mut machine);
         write(file, &filled, &instance.host.metadata.cmdlines, &options, &mut machine);
         match handle {
-            Ok(file) if machine.bytes > 0 => parts.push(PartFile { name: instance.name.clone(), path, file }),
+            Ok(file) if machine.bytes > 0 => parts.push(PartFile { name: instance.name.clone(), entry, file }),
             Ok(_) => {}
-            Err(error) => log::warn!("{}: {error}", path.display()),
+            Err(error) => log::warn!("{}: {error}", entry.path().display()),
         }
         // The file that it becomes a part of, and its share.
         machine.file = Some(recording.plan.host.output.clone());

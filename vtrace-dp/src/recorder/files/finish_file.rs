@@ -1,6 +1,6 @@
 //! One file finished: its pages, options and note are written; then it gets the form that was asked for.
 
-use std::{fs::File, io, path::PathBuf};
+use std::{fs::File, io};
 
 use vtrace_common::{ids::Cpu, wire::agent::LaneReport};
 
@@ -8,7 +8,10 @@ use super::{
     finish_form::{PartFile, WantedForm, reform},
     machine_file::MachineFile,
 };
-use crate::{printable::chain, recorder::summary::MachineSummary, trace::format::option::TraceOption};
+use crate::{
+    printable::chain, recorder::summary::MachineSummary, sys::folder_entry::FolderEntry,
+    trace::format::option::TraceOption,
+};
 
 /// A remark about a lane that ended early.
 pub(super) fn trouble_of(report: &LaneReport) -> Option<String> {
@@ -52,7 +55,7 @@ pub(super) fn note_old_pages(file: &MachineFile, filled: &[(Cpu, u64)], machine:
 
 /// A file that gets another form once it is finished.
 pub(super) struct Reform<'a> {
-    path: PathBuf,
+    entry: FolderEntry,
     file: io::Result<File>,
     wanted: WantedForm<'a>,
     parts: Vec<PartFile>,
@@ -60,24 +63,24 @@ pub(super) struct Reform<'a> {
 
 impl<'a> Reform<'a> {
     pub(super) fn of(file: &MachineFile, wanted: WantedForm<'a>, parts: Vec<PartFile>) -> Self {
-        Self { path: file.output.path().into(), file: file.output.file.try_clone(), wanted, parts }
+        Self { entry: file.output.entry().clone(), file: file.output.file.try_clone(), wanted, parts }
     }
 
     /// Rewrites the finished file; a failure is a remark.
     pub(super) fn apply(self, machine: &mut MachineSummary) {
-        let Self { path, file, wanted, parts } = self;
+        let Self { entry, file, wanted, parts } = self;
         if machine.bytes == 0 {
             return; // it could not be finished, which is a remark already
         }
         let failure = match file {
-            Ok(file) => match reform(&path, &file, parts, wanted) {
+            Ok(file) => match reform(&entry, &file, parts, wanted) {
                 Ok(bytes) => {
                     machine.bytes = bytes.unwrap_or(machine.bytes);
                     return;
                 }
                 Err(error) => chain(&error),
             },
-            Err(error) => format!("{}: {error}", path.display()),
+            Err(error) => format!("{}: {error}", entry.path().display()),
         };
         machine.failed = true;
         machine.remarks.push(failure);

@@ -7,23 +7,22 @@
 //! Full:  a disk without room for both leaves the files as they were, with an error
 //! Trust: as [`crate::trace::write::pack`]
 
-use std::{
-    fs::{self, File},
-    io,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, path::PathBuf};
 
-use super::output::new_path;
-use crate::trace::{
-    format::compressed::Compression,
-    write::pack::{Form, PackFault, Version, pack, pack_instance},
+use super::output::{create_locked, new_entry};
+use crate::{
+    sys::folder_entry::FolderEntry,
+    trace::{
+        format::compressed::Compression,
+        write::pack::{Form, PackFault, Version, pack, pack_instance},
+    },
 };
 
 /// A finished file of an instance.
 #[derive(Debug)]
 pub(crate) struct PartFile {
     pub(crate) name: String,
-    pub(crate) path: PathBuf,
+    pub(crate) entry: FolderEntry,
     pub(crate) file: File,
 }
 
@@ -75,9 +74,9 @@ fn is_plain(form: Form) -> bool {
     form.version == Version::V7 && form.compression == Compression::None
 }
 
-/// Rewrites the file at `path` in the wanted form. Its new size in bytes; `None` if it has that form already.
+/// Rewrites the finished file `entry` in the wanted form. Its new size in bytes; `None` if it has that form already.
 pub(crate) fn reform(
-    path: &Path,
+    entry: &FolderEntry,
     file: &File,
     parts: Vec<PartFile>,
     wanted: WantedForm<'_>,
@@ -86,56 +85,52 @@ pub(crate) fn reform(
     if is_plain(form) && parts.is_empty() && wanted.instance.is_none() && !wanted.anew {
         return Ok(None);
     }
-    let new = new_path(path);
-    match replace(path, &new, file, &parts, wanted) {
+    match replace(entry, file, &parts, wanted) {
         Ok(bytes) => {
             for part in parts {
-                if let Err(error) = fs::remove_file(&part.path) {
-                    log::warn!("{} stays: {error}", part.path.display());
+                if let Err(error) = part.entry.remove() {
+                    log::warn!("{} stays: {error}", part.entry.path().display());
                 }
             }
             Ok(Some(bytes))
         }
         Err(source) => {
-            // Best effort: it may not have been created.
-            let _ = fs::remove_file(&new);
-            let parts = parts.into_iter().map(|part| part.path).collect();
-            Err(ReformError { path: path.into(), form, parts, source })
+            let parts = parts.iter().map(|part| part.entry.path().into()).collect();
+            Err(ReformError { path: entry.path().into(), form, parts, source })
         }
     }
 }
 
-fn replace(
-    path: &Path,
-    new: &Path,
-    file: &File,
-    parts: &[PartFile],
-    wanted: WantedForm<'_>,
-) -> Result<u64, ReformCause> {
-    let bytes = write_new(new, file, parts, wanted)?;
-    fs::rename(new, path).map_err(failed("rename"))?;
-    Ok(bytes)
+fn replace(entry: &FolderEntry, file: &File, parts: &[PartFile], wanted: WantedForm<'_>) -> Result<u64, ReformCause> {
+    let new = new_entry(entry);
+    let out = create_locked(&new).map_err(failed("create a new file"))?;
+    let written = write_new(&out, file, parts, wanted)
+        .and_then(|bytes| new.rename_to(entry, true).map(|()| bytes).map_err(failed("rename")));
+    if written.is_err() {
+        // Best effort: the first error is reported.
+        let _ = new.remove();
+    }
+    written
 }
 
-fn write_new(new: &Path, file: &File, parts: &[PartFile], wanted: WantedForm<'_>) -> Result<u64, ReformCause> {
-    let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(true);
-    let out = options.open(new).map_err(failed("create a new file"))?;
+fn write_new(out: &File, file: &File, parts: &[PartFile], wanted: WantedForm<'_>) -> Result<u64, ReformCause> {
     let permissions = file.metadata().map_err(failed("read permissions"))?.permissions();
     out.set_permissions(permissions).map_err(failed("set permissions"))?;
     let top = file.try_clone().map_err(failed("dup"))?;
     if let Some(name) = wanted.instance {
-        return Ok(pack_instance(top, name, wanted.form, &out)?);
+        return Ok(pack_instance(top, name, wanted.form, out)?);
     }
     let mut named = Vec::new();
     for part in parts {
         named.push((part.name.as_str(), part.file.try_clone().map_err(failed("dup"))?));
     }
-    Ok(pack(top, &named, wanted.form, &out)?)
+    Ok(pack(top, &named, wanted.form, out)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::printable::chain;
 
@@ -146,8 +141,9 @@ mod tests {
         fs::write(&path, "no trace").unwrap();
         let part = folder.path().join("trace.dat.irqs.part");
         fs::write(&part, "none").unwrap();
-        let parts = vec![PartFile { name: "irqs".into(), path: part.clone(), file: File::open(&part).unwrap() }];
-        let error = reform(&path, &File::open(&path).unwrap(), parts, WantedForm::default()).unwrap_err();
+        let entry = |path| FolderEntry::resolve(path).unwrap();
+        let parts = vec![PartFile { name: "irqs".into(), entry: entry(&part), file: File::open(&part).unwrap() }];
+        let error = reform(&entry(&path), &File::open(&path).unwrap(), parts, WantedForm::default()).unwrap_err();
         let said = chain(&error);
         assert!(said.contains("stays as it is"), "{said}");
         assert!(said.contains("not a trace.dat"), "{said}");

@@ -15,12 +15,7 @@
 
 pub mod uncounted_pages;
 
-use std::{
-    cell::Cell,
-    fs::{File, TryLockError},
-    io,
-    os::unix::fs::FileExt,
-};
+use std::{cell::Cell, fs::File, io, os::unix::fs::FileExt};
 
 use serde::Serialize;
 use vtrace_common::limits::{
@@ -51,6 +46,7 @@ use super::{
         unit_bytes,
     },
 };
+use crate::sys::write_lock::{WriteLock, try_write_lock};
 
 /// Why a file cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -153,10 +149,12 @@ impl Skeleton {
 /// # Errors
 /// See [`RestoreFault`].
 pub fn restore(file: File) -> Result<Restored, RestoreFault> {
-    file.try_lock().map_err(|error| match error {
-        TryLockError::WouldBlock => RestoreFault::Busy,
-        TryLockError::Error(source) => RestoreFault::Io { action: "lock", source },
-    })?;
+    match try_write_lock(&file) {
+        Ok(WriteLock::Busy) => return Err(RestoreFault::Busy),
+        // A reader's lock does not keep the file from being restored.
+        Ok(WriteLock::Held | WriteLock::ReadLocked) => {}
+        Err(source) => return Err(RestoreFault::Io { action: "lock", source }),
+    }
     let io = |action| move |source| RestoreFault::Io { action, source };
     let source = FileSource::new(file.try_clone().map_err(io("open again"))?).map_err(io("ask for the size"))?;
     let skeleton = inspect(&source)?;

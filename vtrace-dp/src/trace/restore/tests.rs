@@ -80,13 +80,17 @@ fn file_without_pages_becomes_a_valid_empty_one() {
 }
 
 #[test]
-fn file_that_is_locked_is_left_alone() {
+fn file_that_a_writer_has_locked_is_refused_and_a_readers_lock_does_not_count() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t.dat");
     let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
     let recording = open();
-    recording.lock().unwrap();
+    assert_eq!(try_write_lock(&recording).unwrap(), WriteLock::Held);
     assert!(matches!(restore(open()), Err(RestoreFault::Busy)));
+    drop(recording);
+    let reader = File::open(&path).unwrap();
+    reader.lock().unwrap();
+    assert!(!matches!(restore(open()), Err(RestoreFault::Busy)));
 }
 
 #[test]
