@@ -1,8 +1,20 @@
 //! What a person reads when something is missing: what failed, on what, why, and what to try.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use vtrace_tests::{
     recording::{Recorder, Recording},
     server::Server,
@@ -113,14 +125,49 @@ fn file_that_is_there_is_replaced_unless_one_asks_not_to() -> Result<()> {
     let first = recorder.run("--no-clobber -e sched -- sleep 0.2")?.ok()?;
     let before = fs::read(first.file("host"))?;
     let second = recorder.run("--no-clobber -e sched -- sleep 0.2")?;
-    complains(&second, 1, "trace.dat: it is there already (--no-clobber)", "-o to another file");
+    complains(&second, 1, "trace.dat: it exists already (--no-clobber)", "-o to another file");
     assert!(fs::read(first.file("host"))? == before);
     recorder.run("-e sched -- sleep 0.2")?.ok()?;
     assert!(fs::read(first.file("host"))? != before);
     fs::remove_file(first.file("host"))?;
     fs::write(recorder.folder.join("trace-guest1.dat"), "a guest's")?;
     let guest = recorder.run("--no-clobber -e sched --dom guest1 -e sched -- true")?;
-    complains(&guest, 1, "trace-guest1.dat: it is there already", "leave --no-clobber out");
+    complains(&guest, 1, "trace-guest1.dat: it exists already", "leave --no-clobber out");
+    Ok(())
+}
+
+#[test]
+fn path_that_is_not_utf8_is_recorded_to_and_replaced_like_any_other() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let odd = folder.path().join(OsStr::from_bytes(b"d\xe4"));
+    fs::create_dir(&odd)?;
+    for round in ["created", "replaced"] {
+        let mut command = Command::new(xtask::build::vtrace()?);
+        command.args(["record", "--json", "-e", "sched", "--dir"]).arg(folder.path()).arg("-o").arg(odd.join("t.dat"));
+        let output = command.args(["--", "sleep", "0.1"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{round}: {said}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("d\u{fffd}/t.dat"), "{round}");
+        let mut restore = Command::new(xtask::build::vtrace()?);
+        assert!(restore.arg("restore").arg("--json").arg(odd.join("t.dat")).status()?.success(), "{round}");
+    }
+    Ok(())
+}
+
+#[test]
+fn recording_that_gets_sigusr1_ends_in_order() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let mut command = Command::new(xtask::build::vtrace()?);
+    command.args(["record", "-e", "sched", "--dir"]).arg(files.path()).arg("-o").arg(files.path().join("t.dat"));
+    let child = command.stderr(Stdio::piped()).spawn()?;
+    let begun = Instant::now();
+    while !files.path().join("t.dat").exists() && begun.elapsed() < Duration::from_secs(60) {
+        sleep(Duration::from_millis(20));
+    }
+    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGUSR1)?;
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("machine"), "{:?}: {said}", output.status);
     Ok(())
 }
 

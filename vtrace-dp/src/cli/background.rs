@@ -42,7 +42,9 @@ fn state(plan: &Plan, name: Option<&str>) -> RecordingState {
     let guests: Vec<String> = plan.guests.iter().map(|guest| guest.name.clone()).collect();
     let name = name.map_or_else(|| guests.first().cloned().unwrap_or_else(|| HOST.into()), Into::into);
     let machines = std::iter::once(&plan.host).chain(plan.guests.iter().map(|guest| &guest.machine));
-    let files = machines.map(|machine| std::path::absolute(&machine.output).unwrap_or_else(|_| machine.output.clone()));
+    let files = machines.map(|machine| {
+        std::path::absolute(&machine.output).unwrap_or_else(|_| machine.output.clone()).display().to_string()
+    });
     RecordingState { name, guests, files: files.collect(), ..RecordingState::default() }
 }
 
@@ -251,7 +253,7 @@ fn text(found: &FoundRecording) -> String {
 }
 
 fn paths(state: &RecordingState) -> String {
-    state.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
+    state.files.join(" ")
 }
 
 fn complaint(cannot: &str, fault: &BackgroundFault) -> Complaint {

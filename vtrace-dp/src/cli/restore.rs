@@ -21,7 +21,7 @@ use crate::{
 /// What became of one file.
 #[derive(Serialize)]
 struct Outcome {
-    file: PathBuf,
+    file: String,
     #[serde(flatten)]
     restored: Option<Restored>,
     error: Option<String>,
@@ -93,11 +93,11 @@ fn outcome(path: &Path, result: Result<Restored, RestoreFault>) -> Outcome {
         Ok(restored) => (Some(restored), None),
         Err(fault) => (None, Some(chain(&fault))),
     };
-    Outcome { file: path.into(), restored, error }
+    Outcome { file: path.display().to_string(), restored, error }
 }
 
 fn text(outcome: &Outcome) -> String {
-    let file = outcome.file.display();
+    let file = &outcome.file;
     let restored = match (&outcome.restored, &outcome.error) {
         (Some(restored), _) => restored,
         (None, error) => return format!("{file}: not restored: {}", error.as_deref().unwrap_or_default()),

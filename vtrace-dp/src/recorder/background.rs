@@ -79,8 +79,8 @@ pub struct RecordingState {
     pub is_foreground: bool,
     /// Names of its guests.
     pub guests: Vec<String>,
-    /// Its files, the host's first.
-    pub files: Vec<PathBuf>,
+    /// The paths of its files, the host's first; bytes that are not UTF-8 are replaced.
+    pub files: Vec<String>,
     /// Its progress as one line.
     pub line: String,
     /// Its progress as JSON.
@@ -477,7 +477,7 @@ mod tests {
         std::mem::forget(killed);
         assert_eq!(names(folder.path()), [("host".into(), false)]);
         let Err(BackgroundFault::Killed(found)) = await_end(folder.path(), "host") else { panic!("it did not end") };
-        assert_eq!(found.files, [PathBuf::from("t.dat")]);
+        assert_eq!(found.files, ["t.dat"]);
         assert!(names(folder.path()).is_empty(), "said once");
     }
 

@@ -4,7 +4,7 @@
 //! Out:   the table, the same as JSON, the note in each file
 //! Trust: an agent's counts can be wrong; a mismatch with the server's becomes a remark
 
-use std::{fmt, path::PathBuf};
+use std::fmt;
 
 use serde::Serialize;
 use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
@@ -39,8 +39,8 @@ pub struct Summary {
 pub struct MachineSummary {
     /// `host`, `host:INSTANCE`, or the guest's name.
     pub name: String,
-    /// Its file, if there is one.
-    pub file: Option<PathBuf>,
+    /// The path of its file, if there is one; bytes that are not UTF-8 are replaced.
+    pub file: Option<String>,
     /// Bytes of the file.
     pub bytes: u64,
     /// One entry per CPU.
@@ -230,7 +230,7 @@ impl fmt::Display for Summary {
         for machine in &self.machines {
             let Totals { pages_in, pages_out, pages_lost, events, events_lost } = machine.totals();
             let (bytes, seconds) = (machine.bytes, self.seconds);
-            let file = machine.file.as_ref().map_or("-".into(), |path| path.display().to_string());
+            let file = machine.file.as_deref().unwrap_or("-");
             writeln!(
                 f,
                 "{:width$} {pages_in:>10} {pages_out:>10} {pages_lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8.2}  {file}",
@@ -365,5 +365,14 @@ mod tests {
         let measured = ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 900, why_measured, ..kvm };
         let text = "measured, 2 vCPUs, ±900 ns; not by KVM: guests ran and kvm_entry kept silent";
         assert_eq!(measured.to_string(), text);
+    }
+
+    #[test]
+    fn path_that_is_not_utf8_is_plain_text_in_the_summary() {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+        let path = Path::new(OsStr::from_bytes(b"d\xe4/trace.dat"));
+        let machine = MachineSummary { file: Some(path.display().to_string()), ..MachineSummary::default() };
+        let json = serde_json::to_string(&machine).unwrap();
+        assert!(json.contains("d\u{fffd}/trace.dat"), "{json}");
     }
 }

@@ -1,4 +1,5 @@
-//! Signals as a descriptor, and what a child inherits: SIGINT, SIGTERM and SIGHUP ask to stop, SIGCHLD says that the command has ended.
+//! Signals as a descriptor, and what a child inherits: SIGINT, SIGTERM, SIGUSR1 and others ask to stop, SIGCHLD reports
+//! that the command has ended.
 
 #![expect(unsafe_code, reason = "sigaction; pre_exec: the command must not inherit our blocked signals")]
 
@@ -16,6 +17,20 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 
+/// The signals that ask a recording to stop: all that would end the process and are not a crash, SIGQUIT or SIGKILL.
+const STOP: [Signal; 10] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGIO,
+    Signal::SIGPWR,
+];
+
 /// The signals a recording listens to. They stay blocked for the rest of the process.
 #[derive(Debug)]
 pub struct Signals {
@@ -26,7 +41,7 @@ pub struct Signals {
 impl Signals {
     /// Blocks them for this thread and those it starts: call it before any thread is started.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { stop: open(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])?, child: open(&[Signal::SIGCHLD])? })
+        Ok(Self { stop: open(&STOP)?, child: open(&[Signal::SIGCHLD])? })
     }
 
     /// How many requests to stop have come since the last call.
@@ -82,4 +97,20 @@ fn open(signals: &[Signal]) -> io::Result<SignalFd> {
     let set: SigSet = signals.iter().copied().collect();
     set.thread_block()?;
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::raise;
+
+    use super::*;
+
+    #[test]
+    fn every_signal_that_would_end_a_recording_unfinished_asks_it_to_stop() {
+        let signals = Signals::open().unwrap();
+        for signal in STOP {
+            raise(signal).unwrap();
+            assert_eq!(signals.take_stop(), 1, "{signal}");
+        }
+    }
 }

@@ -119,7 +119,7 @@ fn finish_instances(
             Err(error) => log::warn!("{}: {error}", entry.path().display()),
         }
         // The file that it becomes a part of, and its share.
-        machine.file = Some(recording.plan.host.output.clone());
+        machine.file = Some(recording.plan.host.output.display().to_string());
         machine.bytes = report.lanes.iter().map(|lane| lane.bytes_sent).sum();
         machines.push(machine);
     }
@@ -130,7 +130,7 @@ fn finish_instances(
 fn host_machine(recording: &Recording, name: String, file: &MachineFile, report: &HostReport) -> MachineSummary {
     MachineSummary {
         name,
-        file: Some(file.output.path().into()),
+        file: Some(file.output.path().display().to_string()),
         lanes: report.lanes.iter().map(LaneSummary::host).collect(),
         failed: report.ends.iter().flatten().any(|end| !is_size_limit(recording, end)),
         remarks: report.lanes.iter().filter_map(trouble_of).collect(),

@@ -108,7 +108,7 @@ fn guest_summary(
     remarks.extend(times.remarks);
     MachineSummary {
         name: session.name.clone(),
-        file: Some(file.output.path().into()),
+        file: Some(file.output.path().display().to_string()),
         lanes,
         sink: Some(if file.direct.is_some() { "direct" } else { "buffered" }),
         clock: times.summary,
