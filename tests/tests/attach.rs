@@ -198,7 +198,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
 
     // Upgraded: detached, started anew, attached.
     bench.works("detach", &dir, &[])?;
-    bench.complains("detach", &dir, "no device that leads to", "vtrace list")?;
+    bench.complains("detach", &dir, "no device that connects to", "vtrace list")?;
     guest_works(&machine)?;
     server.restart()?;
     bench.works("attach", &dir, &[])?;
@@ -272,8 +272,8 @@ fn qemu_that_cannot_take_the_device_is_told_what_is_missing() -> Result<()> {
     bench.complains("attach", dir, "no QMP at", "-qmp unix:")?;
     {
         let _machine = bench.machine().start()?;
-        bench.complains("attach", dir, "free PCI slots for hot-plug are needed, 0 are there", "pcie-root-port")?;
-        bench.finds(dir, &[("warn", "QEMU 1"), ("fail", "0 are there"), ("ok", "its memory is shared")])?;
+        bench.complains("attach", dir, "free PCI hot-plug slots are needed, the guest has 0", "pcie-root-port")?;
+        bench.finds(dir, &[("warn", "QEMU 1"), ("fail", "the guest has 0"), ("ok", "its memory is shared")])?;
         let held = std::os::unix::net::UnixStream::connect(bench.qmp())?;
         bench.complains("attach", dir, "QMP does not answer the connection", "another -qmp socket")?;
         drop(held);

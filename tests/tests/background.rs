@@ -91,7 +91,7 @@ fn is_read(file: &Path) -> Result<()> {
 fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
     let place = Place::new()?;
     place.complains("stop", "", "nothing is recorded in the background", "vtrace start")?;
-    ensure!(place.works("status", "")?.contains("nothing is recorded"), "said");
+    ensure!(place.works("status", "")?.contains("nothing is being recorded"), "status");
     let said = place.works("start", "-o one.dat -e sched")?;
     let pid = place.pid("host")?;
     let how = format!("vtrace stop host --dir {} ends it", place.run.path().display());
@@ -146,7 +146,7 @@ fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_els
     // Its name is free in the background; another user sees whose both are.
     place.works("start", "-o other.dat -e irq")?;
     let said = as_nobody(&place)?;
-    ensure!(said.contains("host: user 0's, and shown to nobody else"), "{said}");
+    ensure!(said.contains("host: belongs to user 0, who alone may see it"), "{said}");
     ensure!(said.contains("another recording: user 0's") && said.lines().count() == 2, "{said}");
     ensure!(!said.contains("pages") && !said.contains(&pid.to_string()), "{said}");
     place.works("stop", "")?;
@@ -172,13 +172,13 @@ fn as_nobody(place: &Place) -> Result<String> {
 #[test]
 fn what_goes_wrong_before_the_recording_begins_is_said_where_it_was_typed() -> Result<()> {
     let place = Place::new()?;
-    place.complains("start", "-e no_such_event", "no event there matches", "")?;
+    place.complains("start", "-e no_such_event", "no event matches", "")?;
     place.complains("start", "--dom guest1 -e sched", "no server at", "vtrace server")?;
     place.complains(
         "record",
         "--daemonize -o missing/t.dat -e sched",
         "No such file or directory",
-        "make its folder",
+        "create the directory",
     )?;
     assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
     Ok(())
@@ -194,7 +194,7 @@ fn recording_that_ended_by_itself_or_was_killed_has_left_word() -> Result<()> {
     await_that("it ends by itself", || Ok(place.status()?[0]["is_running"] == false))?;
     ensure!(place.works("status", "")?.contains("host: ended with status 0"), "said");
     let said = place.works("stop", "")?;
-    ensure!(said.contains("host had ended by itself") && said.contains("pages in"), "{said}");
+    ensure!(said.contains("host had already ended") && said.contains("pages in"), "{said}");
 
     place.works("start", "-e sched")?;
     let pid = place.pid("host")?;

@@ -86,7 +86,8 @@ fn folder_that_is_not_there_is_said() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
     assert!(
-        said.contains("cannot write man pages to /nowhere/at/all: No such file") && said.contains("make the folder")
+        said.contains("cannot write man pages to /nowhere/at/all: No such file")
+            && said.contains("create the directory")
     );
     Ok(())
 }

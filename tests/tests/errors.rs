@@ -70,7 +70,7 @@ fn guest_that_cannot_be_recorded_stops_all_or_is_left_out_and_named() -> Result<
     complains(&recorder.run(words)?, 1, "cannot record guest1: no virtual machine", "QEMU 10.2 or newer");
     assert!(is_empty(files.path()), "nothing is recorded");
     let recording = recorder.run(&format!("--keep-going {words}"))?;
-    complains(&recording, 1, "cannot record guest1 and leave it out: no virtual machine", "QEMU 10.2 or newer");
+    complains(&recording, 1, "cannot record guest1; continuing without it: no virtual machine", "QEMU 10.2 or newer");
     assert!(recording.sum("host", "events")? > 0);
     let guest = recording.machine("guest1")?;
     assert!(guest["file"].is_null() && guest["remarks"].to_string().contains("left out: "), "{guest}");
@@ -88,14 +88,14 @@ fn options_that_exclude_each_other_are_told_apart() -> Result<()> {
         ("-e sched --file-version 6 --compression zstd", "--file-version 6 cannot be compressed", "--file-version 7"),
         ("-e sched --file-version 8", "invalid value '8' for '--file-version", "possible values: 6, 7"),
         ("-e sched --compression lzma", "invalid value 'lzma' for '--compression", "none, zstd, zlib"),
-        ("-e sched --date -C local", "--date with -C local, whose times cannot be read", "mono"),
+        ("-e sched --date -C local", "--date with -C local: user space cannot read", "mono"),
         ("-e sched -B i", "no event (-e) and no tracer (-p) after -B i", "-B NAME -e"),
         ("-B ../i -e sched", "-B \"../i\": letters, digits", "-B irqs -e irq"),
         ("-B i -e sched -B i -e irq", "-B i is given twice", "give it once"),
-        ("--dom g -e sched -B i -e irq", "options between --dom g and -B i: a port carries one buffer", "behind -B"),
-        ("--dom g -B i -e irq -B j -e sched", "-B j is the second of g: a port carries one buffer", "one -B for each"),
+        ("--dom g -e sched -B i -e irq", "options between --dom g and -B i: a guest has either -B", "after -B"),
+        ("--dom g -B i -e irq -B j -e sched", "-B j is the second for g: a guest has one instance", "one -B for each"),
         ("-e sched -B i -e irq -C mono", "-C mono for -B i", "-C before the first -B"),
-        ("-e sched -B i -e irq --subbuf-size 64 --file-version 6", "one page size for all", "--file-version 7"),
+        ("-e sched -B i -e irq --subbuf-size 64 --file-version 6", "one page size", "--file-version 7"),
     ];
     for (words, why, remedy) in wrong {
         complains(&recorder.run(&format!("{words} -- true"))?, 2, why, remedy);
@@ -125,14 +125,14 @@ fn file_that_is_there_is_replaced_unless_one_asks_not_to() -> Result<()> {
     let first = recorder.run("--no-clobber -e sched -- sleep 0.2")?.ok()?;
     let before = fs::read(first.file("host"))?;
     let second = recorder.run("--no-clobber -e sched -- sleep 0.2")?;
-    complains(&second, 1, "trace.dat: it exists already (--no-clobber)", "-o to another file");
+    complains(&second, 1, "trace.dat: it exists already (--no-clobber)", "name another file (-o)");
     assert!(fs::read(first.file("host"))? == before);
     recorder.run("-e sched -- sleep 0.2")?.ok()?;
     assert!(fs::read(first.file("host"))? != before);
     fs::remove_file(first.file("host"))?;
     fs::write(recorder.folder.join("trace-guest1.dat"), "a guest's")?;
     let guest = recorder.run("--no-clobber -e sched --dom guest1 -e sched -- true")?;
-    complains(&guest, 1, "trace-guest1.dat: it exists already", "leave --no-clobber out");
+    complains(&guest, 1, "trace-guest1.dat: it exists already", "omit --no-clobber");
     Ok(())
 }
 
@@ -194,7 +194,7 @@ fn wrong_command_lines_exit_with_2_and_say_what_is_right() -> Result<()> {
         "no event (-e) and no tracer (-p) after --dom guest1",
         "--dom GUEST -e",
     );
-    complains(&recorder.run("--dom a/b -e sched -- true")?, 2, "cannot be a guest's name", "vtrace list");
+    complains(&recorder.run("--dom a/b -e sched -- true")?, 2, "is not valid as a guest's name", "vtrace list");
     complains(&recorder.run("--no-such-option")?, 2, "unexpected argument", "--help");
     Ok(())
 }
@@ -203,7 +203,12 @@ fn wrong_command_lines_exit_with_2_and_say_what_is_right() -> Result<()> {
 fn command_that_does_not_exist_is_found_before_anything_starts() -> Result<()> {
     let files = tempfile::tempdir()?;
     let recorder = Recorder { server: files.path(), folder: files.path() };
-    complains(&recorder.run("-e sched -- no-such-program")?, 1, "command not found", "options of record go before");
+    complains(
+        &recorder.run("-e sched -- no-such-program")?,
+        1,
+        "command not found",
+        "give the options of record before",
+    );
     assert!(is_empty(files.path()));
     Ok(())
 }
@@ -212,7 +217,7 @@ fn command_that_does_not_exist_is_found_before_anything_starts() -> Result<()> {
 fn event_that_does_not_exist_on_the_host_is_named_with_near_matches() -> Result<()> {
     let files = tempfile::tempdir()?;
     let recorder = Recorder { server: files.path(), folder: files.path() };
-    complains(&recorder.run("-e shced -- true")?, 1, "no event there matches \"shced\"", "sched");
+    complains(&recorder.run("-e shced -- true")?, 1, "no event matches \"shced\"", "sched");
     assert!(is_empty(files.path()));
     Ok(())
 }
@@ -222,7 +227,7 @@ fn place_that_cannot_be_written_and_full_disk_are_told_apart() -> Result<()> {
     let files = tempfile::tempdir()?;
     let missing = files.path().join("missing");
     let recorder = Recorder { server: files.path(), folder: &missing };
-    complains(&recorder.run("-e sched -- true")?, 1, "No such file or directory", "make its folder");
+    complains(&recorder.run("-e sched -- true")?, 1, "No such file or directory", "create the directory");
 
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(files.path()).status()?;
     assert!(mounted.success());
@@ -244,7 +249,7 @@ fn recording_without_root_is_refused_with_the_way_to_do_it() -> Result<()> {
         Command::new("setpriv").args(setpriv).arg(path).args(["record", "-e", "sched", "--", "true"]).output()?;
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("root only") && said.contains("sudo vtrace record"), "{said}");
+    assert!(said.contains("only root") && said.contains("sudo vtrace record"), "{said}");
     Ok(())
 }
 
@@ -290,7 +295,7 @@ fn guest_without_agent_with_an_old_agent_and_with_a_missing_event_is_explained()
     machine.shell("vtrace agent >/dev/console 2>&1 &")?;
     server.await_agent("guest1")?;
     let recording = recorder.run("--dom guest1 -e shced -- true")?;
-    complains(&recording, 1, "cannot record guest1: no event there matches \"shced\"", "sched");
+    complains(&recording, 1, "cannot record guest1: no event matches \"shced\"", "sched");
     // Each of them is looked at; a kernel that is not asked for its verdict would trace every function.
     for words in ["-l vfs_read -l vfs_raed", "-l vfs_read -n nosuch_*", "-g vfs_raed"] {
         let tracer = if words.starts_with("-g") { "function_graph" } else { "function" };
@@ -299,7 +304,7 @@ fn guest_without_agent_with_an_old_agent_and_with_a_missing_event_is_explained()
     }
     assert!(is_empty(files.path()));
     let recording = recorder.run("--keep-going --dom guest1 -e sched --dom other -e sched -- sleep 0.2")?;
-    complains(&recording, 1, "cannot record other and leave it out", "it has: guest1");
+    complains(&recording, 1, "cannot record other; continuing without it", "it has: guest1");
     assert!(recording.sum("guest1", "events")? > 0 && recording.file("guest1").exists());
     assert!(recording.machine("guest1")?["failed"] == false && recording.machine("other")?["failed"] == true);
     recorder.run("--dom guest1 -e sched -- sleep 0.2")?.ok()?;

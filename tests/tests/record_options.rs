@@ -115,7 +115,7 @@ fn interval_of_trace_cmds_scripts_is_taken_and_said_to_do_nothing() -> Result<()
 fn help_is_grouped_by_need() -> Result<()> {
     let said = Command::new(xtask::build::vtrace()?).args(["record", "--help"]).output()?;
     let text = String::from_utf8(said.stdout)?;
-    let heads = ["What to record", "Whose events", "Ring buffers", "Machines", "Files", "Session", "What is said"];
+    let heads = ["Events and tracers", "Filters", "Ring buffers", "Machines", "Output files", "Session", "Report"];
     let places: Vec<usize> = heads
         .iter()
         .map(|head| text.find(&format!("\n{head}")).with_context(|| format!("{head}: {text}")))

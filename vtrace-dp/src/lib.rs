@@ -1,24 +1,28 @@
 //! vtrace: host and guests in one trace.
 //!
-//! Read the modules in the order a page travels:
+//! The rooms in layers, from top to bottom. A file uses its own room and rooms of lower layers; rooms of one layer do not
+//! use each other. `cargo xtask tidy` checks this.
 //!
-//! | where | module | what happens |
+//! | layer | room | what it contains |
 //! |---|---|---|
-//! | guest | [`agent`] | tap ─► pump ─► port: pages leave the ring buffer by splice |
-//! | both | [`tracefs`] | instances, events, descriptions of a machine |
-//! | host | [`device`] | the vhost-user virtio-console device; a page lies in guest memory |
-//! | host | [`drain`] | ring ─► lane ─► sink: the page is checked, counted, written to its final place |
-//! | host | [`trace`] | the layout of trace.dat |
-//! | host | [`clock`] | guest time becomes host time |
-//! | host | [`server`] | `vtrace server`: sockets, guests, clients |
-//! | host | [`recorder`] | `vtrace record`: plan, session, summary |
-//! | host | [`setup`] | `vtrace setup`: a guest's folder, FIFOs and words for QEMU |
-//! | host | [`check`] | `vtrace check`: are a guest's times where the host says it ran |
-//! | host | [`hotplug`] | `vtrace attach`, `detach`: devices into and out of a running QEMU |
-//! | host | [`doctor`] | `vtrace doctor`: what a machine has of what a recording needs |
-//! | host | [`cli`] | what a person types and reads |
-//! | host | [`printable`] | foreign text, and errors, as they may be shown |
-//! | both | [`sys`] | the only system calls, and with `self::virtq::memory` the only unsafe code |
+//! | 8 | [`cli`] | the command line: arguments, one file for each verb, messages |
+//! | 7 | [`doctor`] | `vtrace doctor`: checks of machine, server, guests |
+//! | 6 | [`recorder`] | `vtrace record`: plan, session, summary |
+//! | 5 | [`server`] | `vtrace server`: sockets, clients, guests, confinement |
+//! | 4 | [`analysis`] | vCPU runs and states; `vtrace check` |
+//! | 4 | [`vmm`] | QEMU and libvirt: setup, QMP, hot-plug, vCPU threads |
+//! | 3 | [`trace`] | trace.dat: format, read, write, restore |
+//! | 3 | [`device`] | the vhost-user virtio-console device |
+//! | 2 | [`drain`] | from a source of pages to a file: virtqueue, stream, host ring buffer |
+//! | 2 | [`clock`] | guest time to host time |
+//! | 2 | [`agent`] | `vtrace agent`: control, pump, ports, policy (in the guest) |
+//! | 1 | [`ftrace`] | pages, events, formats, without I/O |
+//! | 1 | [`tracefs`] | instances, events, options |
+//! | 1 | [`virtq`] | guest memory, split virtqueues |
+//! | 0 | [`sys`], [`printable`] | system calls; text for people |
+//!
+//! A page of a guest travels from [`agent`] (tap, pump, port) through [`virtq`] to [`drain`], which checks and counts it and
+//! writes it to its place in the file ([`trace`]).
 
 pub mod agent;
 pub mod analysis;

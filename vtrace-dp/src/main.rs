@@ -1,4 +1,4 @@
-//! The binary `vtrace`: parse, run, say what went wrong, exit.
+//! The program `vtrace`.
 
 use std::process::ExitCode;
 

@@ -1,38 +1,35 @@
-//! What may be shown to people: foreign text, errors with all their sources, times.
+//! Text for people: foreign text, errors with their sources, times.
 //!
-//! In:    text of a guest: names, reasons, what its commands write; errors and numbers of ours
-//! Out:   the text without what moves a terminal's cursor, hides letters or turns their order round; one line of an error;
-//!        a number with its unit
-//! Runs:  pure
-//! Full:  as long as the text, but for what [`cut`] leaves out
+//! In:    text of guests: names, reasons, output of commands; errors; numbers
+//! Out:   text without characters that move the cursor, are invisible or change the direction of others; an error in one
+//!        line; a time with its unit
 //! Trust: nothing
 
 use std::{borrow::Cow, fmt};
 
-/// The text with a '?' for each control character but the tab, and for each character that is not seen but changes how
-/// others are (Unicode UAX #9, explicit directional marks; zero-width ones).
+/// The text with a '?' for each control character except the tab, and for each invisible character that changes others
+/// (zero-width ones, and the directional marks of Unicode UAX #9).
 pub fn printable(text: &str) -> String {
-    text.chars().map(|letter| if is_seen(letter) { letter } else { '?' }).collect()
+    text.chars().map(|letter| if is_visible(letter) { letter } else { '?' }).collect()
 }
 
-/// The same of bytes that may be no text.
+/// The same for bytes that may not be UTF-8.
 pub fn printable_bytes(bytes: &[u8]) -> String {
     let text: Cow<'_, str> = String::from_utf8_lossy(bytes);
     printable(&text)
 }
 
-/// The first bytes of a text, at most so many, that are whole letters.
+/// The longest prefix of at most `bytes_max` bytes that does not split a character.
 pub fn cut(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
 
-/// An error with all its sources, one behind the other.
+/// An error and its sources, separated by colons.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let sources = std::iter::successors(Some(error), |error| error.source());
-    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// A time for a person.
+/// A time in nanoseconds, shown in ns, µs or ms.
 pub(crate) struct Nanoseconds(pub(crate) u64);
 
 impl fmt::Display for Nanoseconds {
@@ -45,7 +42,7 @@ impl fmt::Display for Nanoseconds {
     }
 }
 
-fn is_seen(letter: char) -> bool {
+fn is_visible(letter: char) -> bool {
     match letter {
         '\t' => true,
         '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}' => false,
@@ -68,17 +65,17 @@ mod tests {
     }
 
     #[test]
-    fn text_is_cut_at_a_letter() {
+    fn text_is_cut_between_characters() {
         assert_eq!(cut("aää", 4), "aä");
         assert_eq!(cut("aää", 99), "aää");
     }
 
     proptest! {
         #[test]
-        fn no_text_is_longer_or_less_visible_than_it_was(text: String) {
+        fn printable_text_has_as_many_characters_all_visible(text: String) {
             let shown = printable(&text);
             prop_assert_eq!(shown.chars().count(), text.chars().count());
-            prop_assert!(shown.chars().all(is_seen));
+            prop_assert!(shown.chars().all(is_visible));
             prop_assert_eq!(printable(&shown), shown);
         }
     }

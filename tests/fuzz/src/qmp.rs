@@ -1,12 +1,12 @@
 //! Answers of a QEMU: a plugging in, or out, comes to an end whatever is said, and lines are the same however they are cut.
 //!
-//! Input: u8 (bit 0: detach, else attach), then what QEMU says; it closes its end behind it.
+//! Input: u8 (bit 0: detach, else attach), then what QEMU says; then it closes its end.
 
 use std::{io::Write, os::unix::net::UnixStream, time::Duration};
 
 use vtrace_dp::vmm::{
-    attach::{Wanted, attach, detach},
-    qmp::{Lines, Message, Qmp},
+    attach::{AttachRequest, attach, detach},
+    qmp::{Qmp, QmpDecoder, QmpMessage},
 };
 
 /// A socket takes so much at once; nobody reads while it is filled.
@@ -23,7 +23,8 @@ pub fn run(bytes: &[u8]) {
     theirs.write_all(said).expect("a socket takes that much at once");
     theirs.shutdown(std::net::Shutdown::Write).expect("it is connected");
     let Ok(mut qmp) = Qmp::over(ours, WAIT_MAX) else { return };
-    let wanted = Wanted { sockets: vec!["/run/vtrace/guest1.sock".into()], lanes: 126, cpus: None, buses: Vec::new() };
+    let wanted =
+        AttachRequest { sockets: vec!["/run/vtrace/guest1.sock".into()], lanes: 126, cpus: None, buses: Vec::new() };
     let told = if what & 1 == 0 {
         attach(&mut qmp, &wanted).map(|_| ()).err().map(|error| error.to_string())
     } else {
@@ -34,8 +35,8 @@ pub fn run(bytes: &[u8]) {
 }
 
 /// The messages, up to the first that is none: then `None`.
-fn messages(said: &[u8], step: usize) -> Vec<Option<Message>> {
-    let (mut lines, mut found) = (Lines::default(), Vec::new());
+fn messages(said: &[u8], step: usize) -> Vec<Option<QmpMessage>> {
+    let (mut lines, mut found) = (QmpDecoder::default(), Vec::new());
     for piece in said.chunks(step) {
         lines.push(piece);
         loop {
@@ -98,7 +99,7 @@ mod tests {
         };
         let [into, out, ..] = &seeds()[..] else { panic!("two seeds") };
         let sockets = vec!["/run/vtrace/guest1.sock".into()];
-        let wanted = Wanted { sockets: sockets.clone(), lanes: 126, cpus: None, buses: Vec::new() };
+        let wanted = AttachRequest { sockets: sockets.clone(), lanes: 126, cpus: None, buses: Vec::new() };
         let attached = attach(&mut over(into).0, &wanted).unwrap();
         assert_eq!((attached.cpus, attached.devices), (2, vec![("vtrace0".to_owned(), "rp0.0".to_owned())]));
         assert_eq!(detach(&mut over(out).0, &sockets).unwrap(), 1);

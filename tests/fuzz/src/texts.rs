@@ -14,7 +14,7 @@ use vtrace_dp::{
     tracefs::{parse_cpus, stats::Stats, testing},
     vmm::{
         libvirt,
-        qemu::{Guest, Version},
+        qemu::{Guest, QemuVersion},
         setup::{Folder, Setup},
     },
 };
@@ -51,7 +51,7 @@ fn setup(text: &str) {
 }
 
 fn version(text: &str) {
-    if let Some(version) = Version::said(text) {
+    if let Some(version) = QemuVersion::in_text(text) {
         assert_eq!(version.to_string().parse(), Ok(version));
     }
 }
@@ -63,7 +63,9 @@ fn folder(text: &str) {
         let setup = Setup::parse(&format!("transport = {transport:?}\ncpus = 1"), "guest.toml".into());
         let setup = setup.expect("a setup as it is written");
         let guest = Guest { name: "guest1", folder: &folder, setup, run: Path::new(text), memory: "1G" };
-        for word in guest.words(Version { major: 11, minor: 1 }).iter().filter(|word| word.contains("path=")) {
+        for word in
+            guest.options(QemuVersion { major: 11, minor: 1, micro: 0 }).iter().filter(|word| word.contains("path="))
+        {
             let rest = word.split_once("path=").map(|(_, rest)| rest.replace(",,", "")).unwrap_or_default();
             let end = rest.split(',').next().unwrap_or_default();
             assert!([".sock", "path", "cpu0"].iter().any(|tail| end.ends_with(tail)), "{word}");

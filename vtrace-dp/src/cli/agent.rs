@@ -3,7 +3,7 @@
 use super::{args::AgentArgs, complaint::Complaint};
 use crate::agent::{self, AgentConfig, policy::Exec};
 
-/// Serves hosts until it is told to end.
+/// Serves hosts until SIGTERM or SIGINT.
 pub(super) fn run(args: AgentArgs) -> Result<u8, Complaint> {
     let exec = match (args.no_exec, args.allow_exec) {
         (true, _) => Some(Exec::Never),

@@ -1,4 +1,4 @@
-//! The command line of the verbs that control what runs: attach and detach, recordings in the background.
+//! The command line of the verbs that inspect and control guests and recordings.
 
 use std::path::PathBuf;
 
@@ -7,33 +7,34 @@ use vtrace_common::limits::LANES_MAX;
 
 use crate::server::DIRECTORY;
 
-/// The heading of options about the whole recording.
+/// The heading of options for the whole recording.
 pub(super) const SESSION: &str = "Session";
 
 /// `vtrace attach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "The server must run and know the guest. QEMU must be 10.2 or newer and have been started with shared\n\
-                  memory, a QMP socket that nobody else uses, and a free slot for each device (126 CPUs):\n\n  \
-        -object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine q35,memory-backend=mem0\n  \
-        -qmp unix:SOCKET,server=on,wait=off -device pcie-root-port,id=rp0,chassis=1,slot=1\n\n\
-                  Detach before the server is stopped, and attach again when the next one runs: the guest goes on,\n\
-                  and its agent finds the new ports by itself."
+    after_help = "The server must run and know the guest. QEMU must be 10.2 or newer, and have been started with shared \
+        memory, a QMP socket that no other client uses, and a free hot-plug slot for each device (126 CPUs). vtrace setup \
+        prints these options.\n\n\
+        Detach before the server is stopped, and attach again when it runs: the guest keeps running, and its agent finds \
+        the new ports by itself.\n\n\
+        Examples:\n  \
+        vtrace attach guest1 --qmp /run/guest1.qmp"
 )]
 pub struct AttachArgs {
-    /// The guest's name at the server
+    /// Name of the guest
     #[arg(value_name = "GUEST")]
     pub guest: String,
     /// QEMU's QMP socket
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// Ports for so many CPUs, where the guest is to have more than now
+    /// Number of CPUs to create ports for (default: those that the guest has now)
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LANES_MAX as u64))]
     pub cpus: Option<usize>,
-    /// Plug it in there, one for each device, instead of free slots that are found
+    /// Bus to plug the device into, one for each device (default: free hot-plug slots)
     #[arg(long, value_name = "BUS")]
     pub bus: Vec<String>,
-    /// Where the server's sockets are
+    /// Directory of the server's sockets
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
 }
@@ -41,20 +42,23 @@ pub struct AttachArgs {
 /// `vtrace detach GUEST --qmp SOCKET`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "The server need not run any more. A device without its server holds up whoever opens or closes\n\
-                  one of its ports in the guest, so detach soon after a server was killed."
+    after_help = "The server need not run. While a device has no server, programs that open or close one of its ports in the \
+        guest block: detach soon after the server was killed.\n\n\
+        Detach also before the guest is migrated, saved or snapshotted.\n\n\
+        Examples:\n  \
+        vtrace detach guest1 --qmp /run/guest1.qmp"
 )]
 pub struct DetachArgs {
-    /// The guest's name at the server
+    /// Name of the guest
     #[arg(value_name = "GUEST")]
     pub guest: String,
     /// QEMU's QMP socket
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// Even while it is recorded: the recording keeps what has come
+    /// Detach even while the guest is being recorded; the recording keeps what it has
     #[arg(long)]
     pub force: bool,
-    /// Where the server's sockets are
+    /// Directory of the server's sockets
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
 }
@@ -62,92 +66,106 @@ pub struct DetachArgs {
 /// `vtrace list`
 #[derive(ClapArgs, Debug)]
 #[command(
-    after_help = "Without --dom and --host: a line for each guest of the server. A guest that is being recorded\n\
-                  tells nothing of its events meanwhile. What its owner allows (/etc/vtrace/agent.toml) may be\n\
-                  less than what is listed."
+    after_help = "Without --dom and --host, prints a line for each guest of the server. The events of a guest cannot be \
+        listed while it is being recorded. The guest's policy (/etc/vtrace/agent.toml) may forbid some of what is listed.\n\n\
+        Examples:\n  \
+        vtrace list\n  \
+        vtrace list --dom guest1 -e sched\n  \
+        vtrace list --host -e kvm"
 )]
 pub struct ListArgs {
-    /// What this guest offers: clocks, tracers, events; can be given often
+    /// List clocks, tracers and events of this guest; can be repeated
     #[arg(short = 'A', long, value_name = "GUEST")]
     pub dom: Vec<String>,
-    /// What the host offers
+    /// List clocks, tracers and events of the host
     #[arg(long)]
     pub host: bool,
-    /// All events, or those with TEXT in SYSTEM:EVENT, as -e of record takes them
+    /// List all events, or those whose SYSTEM:EVENT contains TEXT
     #[arg(short, long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
     pub events: Option<String>,
-    /// Where the server's sockets are
+    /// Directory of the server's sockets
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// What `vtrace record` needs to know of the background.
+/// Options of `vtrace record` for recordings in the background.
 #[derive(ClapArgs, Debug)]
 pub struct BackgroundArgs {
-    /// Go on in the background once the recording has begun (`vtrace start` does); `vtrace stop` ends it
+    /// Continue in the background once recording has begun, as `vtrace start` does; `vtrace stop` ends it
     #[arg(long, help_heading = SESSION)]
     pub daemonize: bool,
-    /// What `status` and `stop` call it, where that is not its first guest's name, or `host`
+    /// Name for `status` and `stop` (default: the first guest's name, or `host`)
     #[arg(long, value_name = "NAME", help_heading = SESSION)]
     pub session: Option<String>,
 }
 
 /// `vtrace stop [SESSION]`
 #[derive(ClapArgs, Debug)]
-#[command(after_help = "Waits until its files are finished. Exit status: that of the recording.")]
+#[command(after_help = "Waits until the files are finished.\n\n\
+        Exit status: that of the recording.\n\n\
+        Examples:\n  \
+        vtrace stop\n  \
+        vtrace stop guest1 --json")]
 pub struct StopArgs {
-    /// Which one, where several run: `vtrace status` lists them
+    /// Recording to stop, if several run (see vtrace status)
     #[arg(value_name = "SESSION")]
     pub session: Option<String>,
-    /// Where the server's sockets and the pid files are
+    /// Directory of the server's sockets and of pid files
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
-    /// The closing table as JSON
+    /// Print the summary as JSON
     #[arg(long)]
     pub json: bool,
 }
 
 /// `vtrace status`
 #[derive(ClapArgs, Debug)]
+#[command(after_help = "Examples:\n  vtrace status\n  vtrace status --watch")]
 pub struct StatusArgs {
-    /// Again every second, until nothing is recorded any more
+    /// Repeat every second until no recording runs
     #[arg(short, long)]
     pub watch: bool,
-    /// Where the server's sockets and the pid files are
+    /// Directory of the server's sockets and of pid files
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
-    /// As JSON; with --watch a line every second
+    /// Print JSON; with --watch one line every second
     #[arg(long)]
     pub json: bool,
 }
 
 /// `vtrace doctor`
 #[derive(ClapArgs, Debug)]
-#[command(after_help = "Each line is ok, warn (a recording is possible, something about it is worse) or FAIL (it is\n\
-                  not), with what to do about it. Exit status: 0 nothing failed, 1 something did, 2 usage.")]
+#[command(
+    after_help = "Each line is ok, warn (recording is possible with a limitation) or FAIL (it is not), with advice.\n\n\
+        Exit status: 0 nothing failed, 1 a check failed, 2 usage.\n\n\
+        Examples:\n  \
+        vtrace doctor\n  \
+        vtrace doctor --dom guest1 --qmp /run/guest1.qmp\n  \
+        vtrace doctor --output /var/tmp --rate 500"
+)]
 pub struct DoctorArgs {
-    /// Only this guest; can be given often. Otherwise all that the server has
+    /// Check only this guest; can be repeated (default: all guests of the server)
     #[arg(short = 'A', long, value_name = "GUEST")]
     pub dom: Vec<String>,
-    /// Where files are to go: a file is written there for a second, and is gone again
+    /// Directory for trace files; its speed is measured with a temporary file, for a second
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// What is expected to come, in MB a second
+    /// Expected data rate, in MB/s
     #[arg(long, value_name = "MB", default_value_t = 100)]
     pub rate: u32,
-    /// Another QEMU than the one in PATH
+    /// QEMU program to check (default: the one in PATH)
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
-    /// Ask the QEMU of this guest, as it runs, over its QMP socket
+    /// Check the guest's running QEMU through its QMP socket
     #[arg(long, value_name = "SOCKET", requires = "dom")]
     pub qmp: Option<PathBuf>,
-    /// Where the server's sockets are
+    /// Directory of the server's sockets
     #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     pub dir: PathBuf,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }

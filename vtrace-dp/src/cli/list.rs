@@ -9,26 +9,26 @@ use super::{
     complaint::Complaint,
     control_args::ListArgs,
     list_machine::{self, Offers},
-    put,
+    output::{put, put_json},
 };
 use crate::{
     recorder::guests::{refusal::holder, silence::SilenceSuffix},
     server::link::Link,
 };
 
-/// An answer of the server's own takes no longer than this.
+/// Timeout of an answer of the server's.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// Prints a line for each guest, or what machines offer.
+/// Prints a line for each guest, or the events of machines.
 pub(super) fn run(args: &ListArgs) -> Result<u8, Complaint> {
-    // Whoever asks for events of nobody means this machine's.
+    // Without --dom, -e lists the host's events.
     let host = args.host || (args.events.is_some() && args.dom.is_empty());
     if host || !args.dom.is_empty() {
         return list_offers(args, host);
     }
     let guests = guests(&mut Link::connect(&args.dir)?)?;
     if args.json {
-        put(&serde_json::to_string_pretty(&guests).expect("a state is plain data"))?;
+        put_json(&guests)?;
     } else {
         put(&guests.iter().flat_map(lines).collect::<Vec<_>>().join("\n"))?;
     }
@@ -40,13 +40,13 @@ pub(super) fn guests(link: &mut Link) -> Result<Vec<GuestState>, Complaint> {
     link.send(&ToServer::List)?;
     match link.receive(Some(ANSWER_MAX))? {
         Some(FromServer::Guests(guests)) => Ok(guests),
-        _ => Err(Complaint::new("cannot list guests", "the server did not answer", "look at the server's log")),
+        _ => Err(Complaint::new("cannot list guests", "the server did not answer", "see the server's log")),
     }
 }
 
-/// A machine and what it offers.
+/// A machine with its clocks, tracers and events.
 #[derive(Serialize)]
-struct Machine {
+struct MachineOffers {
     name: String,
     state: Option<GuestState>,
     offers: Offers,
@@ -55,48 +55,53 @@ struct Machine {
 fn list_offers(args: &ListArgs, host: bool) -> Result<u8, Complaint> {
     let mut machines = Vec::new();
     if host {
-        machines.push(Machine { name: "host".into(), state: None, offers: list_machine::of_host()? });
+        machines.push(MachineOffers { name: "host".into(), state: None, offers: list_machine::of_host()? });
     }
     for name in &args.dom {
         let mut link = Link::connect(&args.dir)?;
         let state = guests(&mut link)?.into_iter().find(|guest| guest.name == *name);
-        machines.push(Machine { name: name.clone(), state, offers: list_machine::of_guest(&mut link, name)? });
+        machines.push(MachineOffers { name: name.clone(), state, offers: list_machine::of_guest(&mut link, name)? });
     }
     if args.json {
-        put(&serde_json::to_string_pretty(&machines).expect("an offer is plain data"))?;
+        put_json(&machines)?;
     } else {
         let lines: Vec<String> = machines.iter().flat_map(|machine| text(machine, args)).collect();
         if let (true, Some(pattern)) = (lines.is_empty(), &args.events) {
-            let why = format!("no event there matches {pattern:?}");
-            return Err(Complaint::new("cannot list events", why, "list without a pattern: it shows all systems"));
+            let why = format!("no event matches {pattern:?}");
+            return Err(Complaint::new("cannot list events", why, "omit the pattern to list all systems"));
         }
         put(&lines.join("\n"))?;
     }
     Ok(0)
 }
 
-fn text(machine: &Machine, args: &ListArgs) -> Vec<String> {
+fn text(machine: &MachineOffers, args: &ListArgs) -> Vec<String> {
     if let Some(pattern) = &args.events {
+        let events = machine.offers.events_with(pattern);
         let several = args.dom.len() + usize::from(args.host) > 1;
-        let named = |event: String| if several { format!("{}: {event}", machine.name) } else { event };
-        return machine.offers.events_with(pattern).into_iter().map(named).collect();
+        return if several {
+            events.into_iter().map(|event| format!("{}: {event}", machine.name)).collect()
+        } else {
+            events
+        };
     }
     let head = machine.state.as_ref().map_or_else(|| vec![format!("{}:", machine.name)], lines);
     [head, machine.offers.overview()].concat()
 }
 
-/// The guest's line, and one for each of its devices behind the first.
+/// The guest's line, and one for each further device.
 fn lines(guest: &GuestState) -> Vec<String> {
-    let device = |(number, DeviceState { vmm_pid, driver }): (usize, &DeviceState)| {
-        format!("{}@{number}: {}", guest.name, device(*vmm_pid, driver))
-    };
-    std::iter::once(line(guest)).chain((2..).zip(&guest.further).map(device)).collect()
+    let mut lines = vec![line(guest)];
+    for (number, DeviceState { vmm_pid, driver }) in (2..).zip(&guest.further) {
+        lines.push(format!("{}@{number}: {}", guest.name, device(*vmm_pid, driver)));
+    }
+    lines
 }
 
 fn device(vmm_pid: Option<u32>, driver: &DriverState) -> String {
     let vmm = match vmm_pid {
         None => "no virtual machine".into(),
-        Some(0) => "a virtual machine whose process is not seen".into(),
+        Some(0) => "virtual machine of an unknown process".into(),
         Some(pid) => format!("pid {pid}"),
     };
     let driver = match driver {
@@ -146,7 +151,7 @@ mod tests {
         ];
         assert_eq!(lines(&guest), expected);
         let held = GuestState { vmm_pid: Some(0), holder_pid: Some(0), holder_uid: Some(7), ..guest };
-        let expected = "guest1: a virtual machine whose process is not seen, driver running, no agent, user 7 is \
+        let expected = "guest1: virtual machine of an unknown process, driver running, no agent, user 7 is \
                         recording it (/run/vtrace/guest1.sock)";
         assert_eq!(line(&held), expected);
         let silent = GuestState { silent_s: 35, ..held };

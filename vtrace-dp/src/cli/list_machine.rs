@@ -1,4 +1,4 @@
-//! What could be traced on a machine: `vtrace list --dom GUEST` and `--host`.
+//! Clocks, tracers and events of a machine: `vtrace list --dom GUEST` and `--host`.
 
 use std::{
     collections::BTreeMap,
@@ -12,36 +12,41 @@ use vtrace_common::wire::{
 };
 
 use super::complaint::Complaint;
-use crate::{server::link::Link, tracefs::Tracefs};
+use crate::{doctor::remedy, server::link::Link, tracefs::Tracefs};
 
-/// An agent that answers at all has told everything by then.
+/// Timeout of an agent's whole answer.
 const OFFER_MAX: Duration = Duration::from_secs(10);
-/// All texts together: more is no kernel's.
+/// Limit of all texts together: no kernel has more.
 const BYTES_MAX: usize = 8 << 20;
+
+/// An answer that is longer than any kernel's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("its names of events exceed {BYTES_MAX} bytes")]
+struct OfferTooLong;
 
 /// Clocks, tracers and events of a machine.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub(super) struct Offers {
-    /// The one in use in the top buffer has brackets.
+    /// The top buffer's clock is in brackets.
     pub(super) clocks: Vec<String>,
     pub(super) tracers: Vec<String>,
-    /// By system.
+    /// Events by system.
     pub(super) events: BTreeMap<String, Vec<String>>,
 }
 
-/// Texts as they come.
+/// The texts of an answer, in pieces.
 #[derive(Default)]
-struct Gathered {
+struct OfferTexts {
     texts: BTreeMap<Offered, Vec<u8>>,
     bytes: usize,
     complete: bool,
 }
 
-impl Gathered {
-    fn add(&mut self, piece: &OfferPiece) -> Result<(), String> {
+impl OfferTexts {
+    fn add(&mut self, piece: &OfferPiece) -> Result<(), OfferTooLong> {
         self.bytes += piece.bytes.len();
         if self.bytes > BYTES_MAX {
-            return Err(format!("it offers more than {BYTES_MAX} bytes of names"));
+            return Err(OfferTooLong);
         }
         self.texts.entry(piece.offered).or_default().extend_from_slice(&piece.bytes);
         self.complete |= piece.last && piece.offered == Offered::Events;
@@ -51,7 +56,7 @@ impl Gathered {
     fn offers(&self) -> Offers {
         let words = |offered| {
             let text = String::from_utf8_lossy(self.texts.get(&offered).map_or(&[][..], Vec::as_slice)).into_owned();
-            // A guest says whatever it likes: nothing of it moves a terminal's cursor.
+            // A guest's text is not trusted: control characters do not reach the terminal.
             text.split_whitespace().map(|word| word.replace(char::is_control, "?")).collect::<Vec<_>>()
         };
         let mut events: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -64,43 +69,43 @@ impl Gathered {
     }
 }
 
-/// What this machine offers.
+/// Clocks, tracers and events of this machine.
 pub(super) fn of_host() -> Result<Offers, Complaint> {
-    let failed = |failure: vtrace_common::wire::agent::Failure| {
-        Complaint::new("cannot list the host", format!("{}: {}", failure.object, failure.detail), "be root")
-    };
-    let (mut gathered, mut result) = (Gathered::default(), Ok(()));
-    let tracefs = Tracefs::find_or_mount().map_err(failed)?;
-    tracefs.offer(&mut |piece| result = result.clone().and_then(|()| gathered.add(&piece))).map_err(failed)?;
-    result.map_err(|why| Complaint::new("cannot list the host", why, ""))?;
-    Ok(gathered.offers())
+    let mut texts = OfferTexts::default();
+    let mut result = Ok(());
+    Tracefs::find_or_mount()
+        .and_then(|tracefs| tracefs.offer(&mut |piece| result = result.and_then(|()| texts.add(&piece))))
+        .map_err(|failure| {
+            Complaint::new("cannot list the host", format!("{}: {}", failure.object, failure.detail), "run as root")
+        })?;
+    result.map_err(|error| Complaint::new("cannot list the host", error, ""))?;
+    Ok(texts.offers())
 }
 
-/// What a guest offers: its agent is asked, for which nobody else may hold the guest.
+/// Clocks, tracers and events of a guest, from its agent. The guest must not be recorded meanwhile.
 pub(super) fn of_guest(link: &mut Link, guest: &str) -> Result<Offers, Complaint> {
-    let cannot = format!("cannot list what {guest} offers");
+    let cannot = format!("cannot list events of {guest}");
     let name = || guest.to_owned();
     link.send(&ToServer::Claim { guest: name() })?;
-    let (mut gathered, begun) = (Gathered::default(), Instant::now());
-    while !gathered.complete {
+    let mut texts = OfferTexts::default();
+    let begun = Instant::now();
+    while !texts.complete {
         let left = OFFER_MAX.saturating_sub(begun.elapsed());
         let Some(message) = link.receive(Some(left))? else {
-            return Err(Complaint::new(
-                cannot,
-                "its agent does not answer",
-                "see whether the guest runs and is not paused",
-            ));
+            return Err(Complaint::new(cannot, "its agent does not answer", remedy::SILENT_GUEST));
         };
         match message {
             FromServer::Claimed(_) => link.send(&ToServer::Agent { guest: name(), request: ToAgent::Offer })?,
             FromServer::Refused(refusal) => return Err(super::complaint::refused(&refusal).instead(cannot)),
             FromServer::Gone { .. } => return Err(Complaint::new(cannot, "its agent has gone", "vtrace list")),
             FromServer::Agent { answer: FromAgent::Offer(piece), .. } => {
-                gathered.add(&piece).map_err(|why| Complaint::new(&cannot, why, "look at its agent"))?;
+                texts
+                    .add(&piece)
+                    .map_err(|error| Complaint::new(&cannot, error, "see the agent's output in the guest"))?;
             }
             FromServer::Agent { answer: FromAgent::Failed(failure), .. } => {
                 let why = format!("{}: {}", failure.object, failure.detail);
-                return Err(Complaint::new(cannot, why, "copy this vtrace into the guest and start its agent again"));
+                return Err(Complaint::new(cannot, why, remedy::AGENT_VERSION));
             }
             _ => {}
         }
@@ -110,11 +115,11 @@ pub(super) fn of_guest(link: &mut Link, guest: &str) -> Result<Offers, Complaint
         link.receive(Some(OFFER_MAX.saturating_sub(begun.elapsed())))?,
         Some(FromServer::Released { .. }) | None
     ) {}
-    Ok(gathered.offers())
+    Ok(texts.offers())
 }
 
 impl Offers {
-    /// A few lines: clocks, tracers, how many events each system has.
+    /// Clocks, tracers, and the number of events of each system.
     pub(super) fn overview(&self) -> Vec<String> {
         let count: usize = self.events.values().map(Vec::len).sum();
         let systems: Vec<String> =
@@ -126,7 +131,7 @@ impl Offers {
         ]
     }
 
-    /// `system:event`, where `pattern` occurs in it; for `record -e`.
+    /// The events whose `system:event` contains `pattern`, for `record -e`.
     pub(super) fn events_with(&self, pattern: &str) -> Vec<String> {
         let all =
             self.events.iter().flat_map(|(system, events)| events.iter().map(move |event| format!("{system}:{event}")));
@@ -144,14 +149,14 @@ mod tests {
 
     #[test]
     fn texts_in_pieces_become_clocks_tracers_and_events() {
-        let mut gathered = Gathered::default();
-        gathered.add(&piece(Offered::Clocks, "[local] x86-tsc\n", true)).unwrap();
-        gathered.add(&piece(Offered::Tracers, "function nop\n", true)).unwrap();
-        gathered.add(&piece(Offered::Events, "sched:sched_swi", false)).unwrap();
-        assert!(!gathered.complete);
-        gathered.add(&piece(Offered::Events, "tch\nirq:a\nsched:b\x1b[2J\nodd\n", true)).unwrap();
-        let offers = gathered.offers();
-        assert!(gathered.complete);
+        let mut texts = OfferTexts::default();
+        texts.add(&piece(Offered::Clocks, "[local] x86-tsc\n", true)).unwrap();
+        texts.add(&piece(Offered::Tracers, "function nop\n", true)).unwrap();
+        texts.add(&piece(Offered::Events, "sched:sched_swi", false)).unwrap();
+        assert!(!texts.complete);
+        texts.add(&piece(Offered::Events, "tch\nirq:a\nsched:b\x1b[2J\nodd\n", true)).unwrap();
+        let offers = texts.offers();
+        assert!(texts.complete);
         assert_eq!(offers.events_with("sched"), ["sched:sched_switch", "sched:b?[2J"]);
         let expected =
             ["  clocks   [local] x86-tsc", "  tracers  function nop", "  events   3 in 2 systems: irq 1, sched 2"];
@@ -159,15 +164,15 @@ mod tests {
     }
 
     #[test]
-    fn guest_that_offers_without_end_is_cut_off() {
-        let mut gathered = Gathered::default();
+    fn answer_without_end_is_an_error() {
+        let mut texts = OfferTexts::default();
         let long = "a:b ".repeat(8 << 10);
-        let count = (0..).take_while(|_| gathered.add(&piece(Offered::Events, &long, false)).is_ok()).count();
+        let count = (0..).take_while(|_| texts.add(&piece(Offered::Events, &long, false)).is_ok()).count();
         assert_eq!(count, BYTES_MAX / long.len());
     }
 
     #[test]
-    fn host_offers_what_its_tracefs_does() {
+    fn host_lists_its_tracefs() {
         let Ok(offers) = of_host() else { return println!("skipped: tracefs cannot be read here") };
         assert!(offers.clocks.iter().any(|clock| clock.contains("x86-tsc")));
         assert!(

@@ -1,12 +1,12 @@
-//! Options of each machine, in the order they were typed, and the [`Arm`]s they make.
+//! Options of each machine, in order, and the [`Arm`] requests that they make.
 //!
 //! In:    clap's matches of the verb
-//! Out:   one [`Arm`] for the host, one for each `-B` before the first `--dom` and one for each `--dom`, or the first
-//!        thing that is wrong. A `-B` behind a `--dom` names that guest's one buffer
-//! Trust: nothing typed
+//! Out:   an [`Arm`] for the host, for each `-B` before the first `--dom` and for each `--dom`, or the first error. A `-B`
+//!        after a `--dom` names that guest's only buffer
+//! Trust: nothing
 //!
-//! What trace-cmd's parser does with them holds here too: `-f` and `-R` belong to the `-e` before, `-v` to the `-e`
-//! behind it, everything to the machine before it.
+//! As in trace-cmd, `-f` and `-R` apply to the preceding `-e`, `-v` to the following ones, and everything to the preceding
+//! machine.
 
 use std::ffi::OsString;
 
@@ -16,7 +16,7 @@ use vtrace_common::wire::agent::{Arm, CommandRequest, EventRequest};
 use super::plan_fault::PlanFault;
 use crate::recorder::plan::CLOCK;
 
-/// Options that are for one machine, by clap's id.
+/// Options of one machine, by clap's id.
 const OPTIONS: [&str; 20] = [
     "event",
     "filter",
@@ -40,82 +40,89 @@ const OPTIONS: [&str; 20] = [
     "exec",
 ];
 
-/// An option as it was typed.
-struct Typed {
+/// An option on the command line.
+struct OptionGiven {
+    /// Position among all arguments.
     index: usize,
     option: &'static str,
     values: Vec<OsString>,
 }
 
 /// A machine whose options are being read.
-struct Machine<'a> {
+struct MachineOptions<'a> {
     name: &'a str,
     arm: Arm,
     excludes: bool,
 }
 
-/// Requests, each in the order typed.
+/// The requests.
 #[derive(Debug)]
 pub(super) struct Arms {
     /// The host's top buffer.
     pub(super) host: Arm,
     /// The host's instances, by name.
     pub(super) instances: Vec<(String, Arm)>,
-    /// The guests, and what each calls its one buffer.
+    /// The guests, each with the name of its instance.
     pub(super) guests: Vec<(Arm, Option<String>)>,
 }
 
-/// A `-B` behind a `--dom`.
-struct Named<'a> {
+/// A `-B` after a `--dom`.
+struct GuestInstance<'a> {
     instance: &'a str,
     index: usize,
 }
 
-/// The requests of the host, of its `instances` and of the `guests`. `common` is what all of them begin with.
+/// The requests of the host, its `instances` and the `guests`. Each starts as a copy of `common`.
 pub(super) fn read(
     matches: &ArgMatches,
     instances: &[String],
     guests: &[String],
     common: &Arm,
 ) -> Result<Arms, PlanFault> {
-    let begins = |option| matches.indices_of(option).into_iter().flatten().collect::<Vec<usize>>();
-    let doms = begins("dom");
-    let (mut of_host, mut of_guests) = (Vec::new(), Vec::new());
+    let doms = positions(matches, "dom");
+    let mut of_host = Vec::new();
+    let mut of_guests: Vec<Option<GuestInstance<'_>>> = Vec::new();
     of_guests.resize_with(guests.len(), || None);
-    for (index, instance) in begins("instance").into_iter().zip(instances) {
+    for (index, instance) in positions(matches, "instance").into_iter().zip(instances) {
         let Some(guest) = doms.iter().rposition(|dom| *dom < index) else {
             of_host.push((index, instance));
             continue;
         };
-        if of_guests[guest].replace(Named { instance, index }).is_some() {
+        if of_guests[guest].replace(GuestInstance { instance, index }).is_some() {
             return Err(PlanFault::InstanceSecond { instance: instance.clone(), guest: guests[guest].clone() });
         }
     }
-    let names: Vec<String> =
-        of_host.iter().map(|(_, name)| format!("-B {name}")).chain(guests.iter().cloned()).collect();
-    let machine = |name| Machine { name, arm: common.clone(), excludes: false };
-    let mut machines: Vec<_> =
-        std::iter::once("the host").chain(names.iter().map(String::as_str)).map(machine).collect();
-    let begins: Vec<usize> = of_host.iter().map(|(index, _)| *index).chain(doms).collect();
-    for typed in typed(matches) {
+    let mut names = vec!["the host".to_owned()];
+    names.extend(of_host.iter().map(|(_, name)| format!("-B {name}")));
+    names.extend(guests.iter().cloned());
+    let mut machines: Vec<MachineOptions<'_>> =
+        names.iter().map(|name| MachineOptions { name, arm: common.clone(), excludes: false }).collect();
+    let starts: Vec<usize> = of_host.iter().map(|(index, _)| *index).chain(doms).collect();
+    for given in options_given(matches) {
         // The host's instances are before all guests.
-        let owner = begins.iter().filter(|begin| **begin < typed.index).count();
+        let owner = starts.iter().filter(|start| **start < given.index).count();
         let guest = owner.checked_sub(1 + of_host.len());
-        let named = guest.and_then(|guest| of_guests[guest].as_ref()).filter(|named| typed.index < named.index);
-        if let Some(named) = named.filter(|_| typed.option != "exec") {
-            let (instance, guest) = (named.instance.into(), machines[owner].name.into());
-            return Err(PlanFault::InstanceBeside { instance, guest });
+        let later = guest.and_then(|guest| of_guests[guest].as_ref()).filter(|later| given.index < later.index);
+        if let Some(later) = later.filter(|_| given.option != "exec") {
+            let guest = machines[owner].name.into();
+            return Err(PlanFault::InstanceBeside { instance: later.instance.into(), guest });
         }
-        machines[owner].take(typed.option, typed.values)?;
+        machines[owner].add(given.option, given.values)?;
     }
     let mut arms = machines.into_iter().map(|machine| machine.arm);
     let host = arms.next().expect("the host is the first");
-    let instances = of_host.iter().map(|(_, name)| (*name).clone()).zip(arms.by_ref()).collect();
-    let of_guests = of_guests.iter().map(|named| named.as_ref().map(|named| named.instance.to_owned()));
-    Ok(Arms { host, instances, guests: arms.zip(of_guests).collect() })
+    let host_instances = of_host.iter().map(|(_, name)| (*name).clone()).zip(arms.by_ref()).collect();
+    let guest_instances = of_guests.iter().map(|of_guest| of_guest.as_ref().map(|one| one.instance.to_owned()));
+    Ok(Arms { host, instances: host_instances, guests: arms.zip(guest_instances).collect() })
 }
 
-fn typed(matches: &ArgMatches) -> Vec<Typed> {
+/// Positions of an option among all arguments.
+fn positions(matches: &ArgMatches, option: &str) -> Vec<usize> {
+    matches.indices_of(option).into_iter().flatten().collect()
+}
+
+/// All options of machines, in order.
+fn options_given(matches: &ArgMatches) -> Vec<OptionGiven> {
     let mut all = Vec::new();
     for option in OPTIONS {
         let groups = matches.get_raw_occurrences(option).into_iter().flatten();
@@ -124,17 +131,20 @@ fn typed(matches: &ArgMatches) -> Vec<Typed> {
             let values: Vec<OsString> = group.map(Into::into).collect();
             let index = indices.next().expect("clap counts every value");
             indices.by_ref().take(values.len().saturating_sub(1)).for_each(drop);
-            all.push(Typed { index, option, values });
+            all.push(OptionGiven { index, option, values });
         }
     }
-    all.sort_by_key(|typed| typed.index);
+    all.sort_by_key(|given| given.index);
     all
 }
 
-impl Machine<'_> {
-    fn take(&mut self, option: &'static str, values: Vec<OsString>) -> Result<(), PlanFault> {
-        let words = values.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>();
-        let words = words.map_err(|word| PlanFault::NotText(word.to_string_lossy().into()))?;
+impl MachineOptions<'_> {
+    fn add(&mut self, option: &'static str, values: Vec<OsString>) -> Result<(), PlanFault> {
+        let words: Vec<String> = values
+            .into_iter()
+            .map(OsString::into_string)
+            .collect::<Result<_, _>>()
+            .map_err(|word| PlanFault::NotText(word.to_string_lossy().into()))?;
         if option == "exec" {
             return self.command(words);
         }
@@ -172,7 +182,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// The event that the last `-e` of this machine named.
+    /// The machine's last `-e`.
     fn event(&mut self, option: &'static str) -> Result<&mut EventRequest, PlanFault> {
         let name = self.name;
         self.arm.events.last_mut().ok_or_else(|| PlanFault::NoEventBefore { option, machine: name.into() })
@@ -181,15 +191,15 @@ impl Machine<'_> {
     fn once(
         &mut self,
         option: &'static str,
-        place: fn(&mut Arm) -> &mut String,
+        field: fn(&mut Arm) -> &mut String,
         word: String,
     ) -> Result<(), PlanFault> {
-        let before = std::mem::replace(place(&mut self.arm), word);
+        let before = std::mem::replace(field(&mut self.arm), word);
         if before.is_empty() { Ok(()) } else { Err(PlanFault::Twice { option, machine: self.name.into() }) }
     }
 
-    fn size(&mut self, option: &'static str, place: fn(&mut Arm) -> &mut u32, word: &str) -> Result<(), PlanFault> {
-        let before = std::mem::replace(place(&mut self.arm), number(word));
+    fn size(&mut self, option: &'static str, field: fn(&mut Arm) -> &mut u32, word: &str) -> Result<(), PlanFault> {
+        let before = std::mem::replace(field(&mut self.arm), number(word));
         if before == 0 { Ok(()) } else { Err(PlanFault::Twice { option, machine: self.name.into() }) }
     }
 
@@ -207,7 +217,7 @@ impl Machine<'_> {
     }
 }
 
-/// A number that clap has parsed already.
+/// A number that clap has already parsed.
 fn number(word: &str) -> u32 {
     word.parse().expect("clap has parsed it")
 }

@@ -1,8 +1,8 @@
-//! What was typed becomes a plan.
+//! From arguments to a plan.
 //!
-//! In:    [`RecordArgs`] and the order in which its options were typed
-//! Out:   a [`Plan`], or the first thing that is wrong with it
-//! Trust: nothing typed; guest names become file names
+//! In:    [`RecordArgs`] and the order of its options
+//! Out:   a [`Plan`], or the first error
+//! Trust: nothing; guest names become file names
 
 use std::{path::PathBuf, time::Duration};
 
@@ -10,9 +10,9 @@ use clap::ArgMatches;
 use vtrace_common::wire::agent::Arm;
 
 use super::{
-    args::RecordArgs,
     machine_options::{self, Arms},
     plan_fault::PlanFault,
+    record_args::RecordArgs,
 };
 use crate::{
     recorder::plan::{CLOCK, GuestPlan, InstancePlan, MachinePlan, Plan, records, wall_clock},
@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// Validates what was typed. `matches` are those of the verb `record`: they know the order.
+/// Validates the arguments. `matches` are those of the verb `record`: they contain the order.
 pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Plan, PlanFault> {
     let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
     let arms = machine_options::read(matches, &args.instance, &args.dom, &common)?;
@@ -36,17 +36,19 @@ pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Res
     if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
         return Err(PlanFault::InstanceTwice(name.clone()));
     }
-    let instances = instances.into_iter().zip(1..);
-    let instances = instances
-        .map(|((name, arm), at)| instance(args, name, Arm { session: session.wrapping_add(at), ..arm }, &host_arm));
-    let instances = instances.collect::<Result<_, _>>()?;
-    let guests = args.dom.iter().zip(guests);
-    let guests = guests.map(|(name, (arm, instance))| guest(args, name, arm, instance));
-    let guests = guests.collect::<Result<_, _>>()?;
+    let mut instance_plans = Vec::new();
+    for ((name, arm), number) in instances.into_iter().zip(1..) {
+        let arm = Arm { session: session.wrapping_add(number), ..arm };
+        instance_plans.push(instance(args, name, arm, &host_arm)?);
+    }
+    let mut guest_plans = Vec::new();
+    for (name, (arm, instance)) in args.dom.iter().zip(guests) {
+        guest_plans.push(guest(args, name, arm, instance)?);
+    }
     Ok(Plan {
         host: MachinePlan { arm: host_arm, output: args.output.clone() },
-        instances,
-        guests,
+        instances: instance_plans,
+        guests: guest_plans,
         command: args.command.clone(),
         rt: args.rt,
         timeout: args.timeout.map(timeout).transpose()?,
@@ -85,7 +87,7 @@ fn form(args: &RecordArgs) -> Result<Form, PlanFault> {
     if is_impossible { Err(PlanFault::CompressedVersion6) } else { Ok(form) }
 }
 
-/// The first that is there once more.
+/// The first item that occurs twice.
 fn twice<T: PartialEq>(mut all: impl Iterator<Item = T> + Clone) -> Option<T> {
     while let Some(one) = all.next() {
         if all.clone().any(|other| other == one) {
@@ -105,7 +107,7 @@ fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<Ins
     if !arm.commands.is_empty() {
         return Err(PlanFault::ExecOnHost);
     }
-    // Where nothing is said, all of a file is recorded by one clock.
+    // The default is the host's clock: a file has one clock.
     let clock = if arm.clock == CLOCK { host.clock.clone() } else { arm.clock.clone() };
     if clock != host.clock {
         return Err(PlanFault::InstanceClock { instance: name, clock, host: host.clock.clone() });
@@ -175,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn events_belong_to_the_machine_before_them() {
+    fn events_apply_to_the_machine_before_them() {
         let line = "vtrace record -o out/t.dat -e sched -e irq --dom guest1 -e sched -e irq:* -A g2 -e all -- sleep 3";
         let plan = plan(line).unwrap();
         assert_eq!(patterns(&plan.host), ["sched", "irq"]);
@@ -193,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn buffer_size_belongs_to_the_machine_before_it() {
+    fn buffer_size_applies_to_the_machine_before_it() {
         let plan = plan("vtrace record -b 64 --dom g -e all -b 128").unwrap();
         assert_eq!((plan.host.arm.buffer_kb, plan.guests[0].machine.arm.buffer_kb), (64, 128));
         let twice = |option| Err(PlanFault::Twice { option, machine: "the host".into() });
@@ -202,14 +204,14 @@ mod tests {
     }
 
     #[test]
-    fn page_size_belongs_to_the_machine_before_it_and_priority_to_the_host() {
+    fn page_size_applies_to_the_machine_before_it_and_priority_to_the_host() {
         let plan = plan("vtrace record -e x --subbuf-size 64 --rt --dom g -e all --subbuf-size 16 true").unwrap();
         assert_eq!((plan.host.arm.subbuf_kb, plan.guests[0].machine.arm.subbuf_kb, plan.rt), (64, 16, Some(1)));
         assert_eq!((self::plan("vtrace record -e x --rt=7").unwrap().rt, plan.command.len()), (Some(7), 1));
     }
 
     #[test]
-    fn the_issue_of_every_recorder_is_understood_to_the_letter() {
+    fn tracers_events_and_commands_of_host_and_guests_are_told_apart() {
         let line = "vtrace record -e kvm --dom guest1 -e all --exec guest-app1 foo ; \
                     --dom guest2 -p function -l vfs_* --exec guest2-app ; hostapp arg";
         let plan = plan(line).unwrap();
@@ -224,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn filter_and_trigger_belong_to_the_event_before_and_exclusion_to_those_behind() {
+    fn filter_and_trigger_apply_to_the_event_before_and_exclusion_to_those_after() {
         let line = "vtrace record -e sched -f prev_pid!=0 -e irq:* -R stacktrace -R traceoff:1 -v -e sched_wak* \
                     --dom g -e all -v -e kvm";
         let plan = plan(line).unwrap();
@@ -254,13 +256,13 @@ mod tests {
     #[test]
     fn options_that_do_not_fit_the_machine_are_refused() {
         let faults = [
-            ("vtrace record -f a -e sched", "-f belongs to the -e before it, and there is none for the host"),
-            ("vtrace record -e a --dom g -R x -e b", "-R belongs to the -e before it, and there is none for g"),
+            ("vtrace record -f a -e sched", "-f applies to the preceding -e, but the host has none"),
+            ("vtrace record -e a --dom g -R x -e b", "-R applies to the preceding -e, but g has none"),
             ("vtrace record -p nop -p function", "-p is given twice for the host"),
-            ("vtrace record -e a -C mono --dom g -e b", "-C mono: guests can only be recorded by x86-tsc"),
-            ("vtrace record -e a --exec b ;", "--exec is for guests; the host's command stands at the end"),
-            ("vtrace record -e a -F", "-F for the host, which runs no command"),
-            ("vtrace record -e a -c b", "-c for the host without -P or -F: children of whom?"),
+            ("vtrace record -e a -C mono --dom g -e b", "-C mono: with guests the clock must be x86-tsc"),
+            ("vtrace record -e a --exec b ;", "--exec is for guests; the host's command is the last argument"),
+            ("vtrace record -e a -F", "-F for the host without a command"),
+            ("vtrace record -e a -c b", "-c for the host needs -P or -F"),
             ("vtrace record -e a -B i", "no event (-e) and no tracer (-p) after -B i"),
             ("vtrace record -B i -e a -B i -e b", "-B i is given twice"),
             (
@@ -269,31 +271,25 @@ mod tests {
             ),
             (
                 "vtrace record --dom g -e a -B i -e b",
-                "options between --dom g and -B i: a port carries one buffer of a CPU, and -B names that",
+                "options between --dom g and -B i: a guest has either -B or its top buffer",
             ),
             (
                 "vtrace record --dom g -B i -e a -B j -e b",
-                "-B j is the second of g: a port carries one buffer of a CPU, so a guest has one instance",
+                "-B j is the second for g: a guest has one instance, since a port carries one buffer per CPU",
             ),
             ("vtrace record --dom g -B i", "no event (-e) and no tracer (-p) after --dom g"),
             (
                 "vtrace record --dom g -B .i -e a",
                 "-B \".i\": letters, digits, '.', '_' and '-' only, 64 at most, no leading '.'",
             ),
-            (
-                "vtrace record -e a -B i -e b -C mono",
-                "-C mono for -B i, which is in one file with what is recorded by x86-tsc",
-            ),
+            ("vtrace record -e a -B i -e b -C mono", "-C mono for -B i: the host's file has one clock, x86-tsc"),
             (
                 "vtrace record -e a -B i -e b --subbuf-size 8 --file-version 6",
-                "--file-version 6 has one page size for all, but --subbuf-size is another for -B i",
+                "--file-version 6 has one page size, but --subbuf-size differs for -B i",
             ),
             ("vtrace record -e a --file-version 6 --compression any", "--file-version 6 cannot be compressed"),
-            (
-                "vtrace record -e a --date -C local",
-                "--date with -C local, whose times cannot be read outside of the kernel",
-            ),
-            ("vtrace record -e a -P 1,x", "-P x: not the number of a process"),
+            ("vtrace record -e a --date -C local", "--date with -C local: user space cannot read this clock"),
+            ("vtrace record -e a -P 1,x", "-P x: not a process ID"),
         ];
         for (line, text) in faults {
             assert_eq!(plan(line).unwrap_err().to_string(), text, "{line}");
@@ -319,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn instance_behind_a_guest_is_what_that_guest_records_and_may_have_the_name_of_one_of_the_hosts() {
+    fn instance_after_a_guest_is_that_guests_and_may_have_the_name_of_one_of_the_hosts() {
         let line = "vtrace record -B i -e irq --dom g --exec a ; -B i -e sched -b 64 --dom h -e all";
         let plan = plan(line).unwrap();
         assert_eq!((plan.instances.len(), plan.guests.len()), (1, 2));
@@ -330,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_that_make_no_sense_are_refused() {
+    fn invalid_requests_are_refused() {
         assert_eq!(plan("vtrace record"), Err(PlanFault::Nothing));
         assert_eq!(plan("vtrace record --dom g"), Err(PlanFault::GuestWithoutEvents("g".into())));
         assert_eq!(plan("vtrace record --dom g -e a --dom g -e b"), Err(PlanFault::GuestTwice("g".into())));

@@ -1,101 +1,103 @@
-//! Why what was typed cannot be a plan.
+//! Requests that are not valid.
 
 use vtrace_common::limits::NAME_BYTES_MAX;
 
 use crate::recorder::plan::CLOCK;
 
-/// Why a request cannot be a plan.
+/// A request that is not valid.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum PlanFault {
-    /// Neither an event nor a guest.
+    /// No event, no tracer and no guest.
     #[error("nothing to record: no event (-e), no tracer (-p) and no guest (--dom)")]
     Nothing,
     /// A guest without an event.
     #[error("no event (-e) and no tracer (-p) after --dom {0}")]
     GuestWithoutEvents(String),
-    /// The same guest twice.
+    /// A guest that is given twice.
     #[error("--dom {0} is given twice")]
     GuestTwice(String),
-    /// A name that cannot be a guest's.
-    #[error("{0:?} cannot be a guest's name: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
+    /// A name that no guest can have.
+    #[error("{0:?} is not valid as a guest's name: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
     GuestName(String),
-    /// An option that one machine can have once.
+    /// An option that is given twice for a machine.
     #[error("{option} is given twice for {machine}")]
     Twice {
-        /// Which.
+        /// The option.
         option: &'static str,
-        /// Whose.
+        /// The machine.
         machine: String,
     },
     /// A filter or trigger without its event.
-    #[error("{option} belongs to the -e before it, and there is none for {machine}")]
+    #[error("{option} applies to the preceding -e, but {machine} has none")]
     NoEventBefore {
-        /// Which.
+        /// The option.
         option: &'static str,
-        /// Whose.
+        /// The machine.
         machine: String,
     },
-    /// Not the number of a process.
-    #[error("-P {0}: not the number of a process")]
+    /// Not a process ID.
+    #[error("-P {0}: not a process ID")]
     Process(String),
-    /// Bytes that are no text.
+    /// An argument that is not UTF-8.
     #[error("{0:?} is not UTF-8")]
     NotText(String),
-    /// Guests and host cannot be brought together by such a clock.
-    #[error("-C {0}: guests can only be recorded by {CLOCK}")]
+    /// A clock that guests cannot share with the host.
+    #[error("-C {0}: with guests the clock must be {CLOCK}")]
     Clock(String),
     /// `--exec` before the first `--dom`.
-    #[error("--exec is for guests; the host's command stands at the end")]
+    #[error("--exec is for guests; the host's command is the last argument")]
     ExecOnHost,
     /// `-F` without a command.
-    #[error("-F for {0}, which runs no command")]
+    #[error("-F for {0} without a command")]
     CommandMissing(String),
     /// `-c` without processes.
-    #[error("-c for {0} without -P or -F: children of whom?")]
+    #[error("-c for {0} needs -P or -F")]
     ParentMissing(String),
-    /// A name that cannot be an instance's.
+    /// A name that no instance can have.
     #[error("-B {0:?}: letters, digits, '.', '_' and '-' only, {max} at most, no leading '.'", max = NAME_BYTES_MAX)]
     InstanceName(String),
-    /// The same instance twice.
+    /// An instance that is given twice.
     #[error("-B {0} is given twice")]
     InstanceTwice(String),
     /// An instance without an event.
     #[error("no event (-e) and no tracer (-p) after -B {0}")]
     InstanceWithoutEvents(String),
     /// A second instance of a guest.
-    #[error("-B {instance} is the second of {guest}: a port carries one buffer of a CPU, so a guest has one instance")]
+    #[error(
+        "-B {instance} is the second for {guest}: a guest has one instance, since a port carries one buffer per CPU"
+    )]
     InstanceSecond {
-        /// Its name.
+        /// Name of the instance.
         instance: String,
-        /// Whose it would be.
+        /// Name of the guest.
         guest: String,
     },
-    /// What a guest's top buffer is to record, and an instance too.
-    #[error("options between --dom {guest} and -B {instance}: a port carries one buffer of a CPU, and -B names that")]
+    /// Options for a guest's top buffer, besides an instance.
+    #[error("options between --dom {guest} and -B {instance}: a guest has either -B or its top buffer")]
     InstanceBeside {
-        /// Its name.
+        /// Name of the instance.
         instance: String,
-        /// Whose it is.
+        /// Name of the guest.
         guest: String,
     },
-    /// One file has one clock.
-    #[error("-C {clock} for -B {instance}, which is in one file with what is recorded by {host}")]
+    /// An instance with another clock than the host.
+    #[error("-C {clock} for -B {instance}: the host's file has one clock, {host}")]
     InstanceClock {
-        /// Its name.
+        /// Name of the instance.
         instance: String,
-        /// Its clock.
+        /// Clock of the instance.
         clock: String,
-        /// The host's.
+        /// Clock of the host.
         host: String,
     },
-    /// Version 6 has one page size.
-    #[error("--file-version 6 has one page size for all, but --subbuf-size is another for -B {0}")]
+    /// An instance with another page size in a file of version 6.
+    #[error("--file-version 6 has one page size, but --subbuf-size differs for -B {0}")]
     InstancePages(String),
-    /// Version 6 knows no compression.
+    /// Compression of a file of version 6.
     #[error("--file-version 6 cannot be compressed")]
     CompressedVersion6,
-    /// A clock whose time of day is not known.
-    #[error("--date with -C {0}, whose times cannot be read outside of the kernel")]
+    /// A clock that cannot be converted to wall-clock time.
+    #[error("--date with -C {0}: user space cannot read this clock")]
     DateClock(String),
     /// Not a duration.
     #[error("--timeout {0}: not a number of seconds")]

@@ -3,22 +3,22 @@
 use clap::ArgMatches;
 
 use super::{
-    args::RecordArgs,
     background,
     complaint::Complaint,
+    output::{put, say},
     plan::plan,
-    put,
+    record_args::RecordArgs,
     recording::{print, record},
-    say,
-    status::Status,
+    start,
+    status_line::StatusLine,
 };
 use crate::{recorder::run::News, sys::random};
 
-/// What `-s` is answered with.
-const INTERVAL: &str = "-s has no effect: there is no interval, pages move as soon as a buffer is 10 % full (-b KB for a \
-                        smaller one)";
+/// The answer to `-s`.
+const INTERVAL: &str =
+    "-s has no effect: recording wakes up when a buffer is 10 % full, not at an interval (-b KB sets the size)";
 
-/// Records and prints the closing table, here or in the background.
+/// Records and prints the summary, in the foreground or in the background.
 pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) -> Result<u8, Complaint> {
     let plan = plan(args, matches, random())?;
     if !nix::unistd::geteuid().is_root() {
@@ -28,13 +28,13 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) 
         say(INTERVAL);
     }
     if in_background {
-        return background::start(&plan, args.background.session.as_deref());
+        return start::run(&plan, args.background.session.as_deref());
     }
-    let mut status = Status::new(plan.quiet);
+    let mut status = StatusLine::new(plan.quiet);
     let mut foreground = background::Foreground::new(&plan, args.background.session.as_deref())?;
     let recorded = record(&plan, &mut |news| {
-        foreground.hear(news);
-        tell(&mut status, plan.json, news);
+        foreground.update(news);
+        show(&mut status, plan.json, news);
     });
     status.clear();
     let (summary, exit_status) = recorded?;
@@ -42,8 +42,8 @@ pub(super) fn run(args: &RecordArgs, matches: &ArgMatches, in_background: bool) 
     Ok(exit_status)
 }
 
-/// Standard output is the table's alone where it is JSON.
-fn tell(status: &mut Status, json: bool, news: &News) {
+/// Shows news. With JSON, stdout contains the summary alone.
+fn show(status: &mut StatusLine, json: bool, news: &News) {
     match news {
         News::Begun => {}
         News::Progress(progress) => status.show(progress),
@@ -57,7 +57,7 @@ fn tell(status: &mut Status, json: bool, news: &News) {
             if line.is_error || json {
                 say(&text);
             } else {
-                // A reader that has gone is no reason to stop recording.
+                // A closed stdout does not stop the recording.
                 let _ = put(&text);
             }
         }

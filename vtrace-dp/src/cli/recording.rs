@@ -1,6 +1,10 @@
-//! A recording from its plan to its closing table and exit status, in the foreground or in the background.
+//! A recording from its plan to its summary and exit status, in the foreground or in the background.
 
-use super::{FAILED, LOST, complaint::Complaint, put, say};
+use super::{
+    complaint::Complaint,
+    exit_status::{FAILED, LOST},
+    output::{put_json, say},
+};
 use crate::{
     recorder::{
         plan::Plan,
@@ -18,10 +22,10 @@ pub(super) fn record(plan: &Plan, tell: Tell<'_>) -> Result<(Summary, u8), Compl
     Ok((summary, status))
 }
 
-/// The closing table, unless `--quiet` was given and nothing failed.
+/// Prints the summary, unless `--quiet` was given and nothing failed.
 pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
     if plan.json {
-        return put(&serde_json::to_string_pretty(summary).expect("a summary is plain data"));
+        return put_json(summary);
     }
     if !plan.quiet || summary.failed() {
         say(&summary.to_string());

@@ -8,7 +8,12 @@ use std::{
 
 use serde::Serialize;
 
-use super::{FAILED, LOST, args::RestoreArgs, complaint::Complaint, put};
+use super::{
+    args::RestoreArgs,
+    complaint::Complaint,
+    exit_status::{FAILED, LOST},
+    output::{put, put_json},
+};
 use crate::{
     printable::chain,
     sys::folder_entry::FolderEntry,
@@ -18,9 +23,9 @@ use crate::{
     },
 };
 
-/// What became of one file.
+/// The result for one file.
 #[derive(Serialize)]
-struct Outcome {
+struct RestoredFile {
     file: String,
     #[serde(flatten)]
     restored: Option<Restored>,
@@ -38,17 +43,17 @@ pub(super) fn run(args: &RestoreArgs) -> Result<u8, Complaint> {
         }
     }
     if args.json {
-        put(&serde_json::to_string_pretty(&outcomes).expect("an outcome is plain data"))?;
+        put_json(&outcomes)?;
     } else if outcomes.is_empty() {
-        put("no file here that vtrace recorded")?;
+        put("no files of vtrace found")?;
     } else {
         put(&outcomes.iter().map(text).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(exit_status(args, &outcomes))
 }
 
-fn exit_status(args: &RestoreArgs, outcomes: &[Outcome]) -> u8 {
-    let is_missing = |outcome: &Outcome| outcome.restored.as_ref().is_some_and(Restored::is_missing_pages);
+fn exit_status(args: &RestoreArgs, outcomes: &[RestoredFile]) -> u8 {
+    let is_missing = |outcome: &RestoredFile| outcome.restored.as_ref().is_some_and(Restored::is_missing_pages);
     match () {
         () if outcomes.iter().any(|outcome| outcome.error.is_some()) => FAILED,
         () if args.strict && outcomes.iter().any(is_missing) => LOST,
@@ -56,13 +61,13 @@ fn exit_status(args: &RestoreArgs, outcomes: &[Outcome]) -> u8 {
     }
 }
 
-/// The files of a folder that begin as a trace does, by name.
+/// The files of a directory that begin like trace.dat, sorted by name.
 fn traces(folder: &Path) -> Result<Vec<PathBuf>, Complaint> {
-    let failed = |error| Complaint::new(format!("cannot look into {}", folder.display()), error, "");
+    let failed = |error| Complaint::new(format!("cannot read {}", folder.display()), error, "");
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        // Not by their first bytes: a pipe would wait for a writer for ever.
+        // Opening a FIFO would wait for a writer for ever.
         if path.is_file() && is_trace(&path) {
             files.push(path);
         }
@@ -77,8 +82,8 @@ fn is_trace(path: &Path) -> bool {
     read.is_ok() && magic == MAGIC
 }
 
-/// None for a trace of somebody else: nobody named it.
-fn restore_in_folder(path: &Path) -> Option<Outcome> {
+/// `None` for a trace of another program: it was not named on the command line.
+fn restore_in_folder(path: &Path) -> Option<RestoredFile> {
     let result = restore_one(path);
     (!matches!(result, Err(RestoreFault::NotOurs))).then(|| outcome(path, result))
 }
@@ -88,15 +93,15 @@ fn restore_one(path: &Path) -> Result<Restored, RestoreFault> {
     restore(file.map_err(|source| RestoreFault::Io { action: "open", source })?)
 }
 
-fn outcome(path: &Path, result: Result<Restored, RestoreFault>) -> Outcome {
+fn outcome(path: &Path, result: Result<Restored, RestoreFault>) -> RestoredFile {
     let (restored, error) = match result {
         Ok(restored) => (Some(restored), None),
         Err(fault) => (None, Some(chain(&fault))),
     };
-    Outcome { file: path.display().to_string(), restored, error }
+    RestoredFile { file: path.display().to_string(), restored, error }
 }
 
-fn text(outcome: &Outcome) -> String {
+fn text(outcome: &RestoredFile) -> String {
     let file = &outcome.file;
     let restored = match (&outcome.restored, &outcome.error) {
         (Some(restored), _) => restored,
@@ -114,13 +119,13 @@ fn text(outcome: &Outcome) -> String {
         format!("  {:<6} {pages:>10} {missing:>10} {torn:>10} {left:>10}", lane.cpu)
     }));
     if restored.converted > 0 {
-        lines.push(format!("  {} events were given the host's times", restored.converted));
+        lines.push(format!("  {} events were converted to the host's time", restored.converted));
     }
     if restored.sparse {
-        lines.push("  holes are left between its lanes: copy it with cp, tar -S or rsync -S".into());
+        lines.push("  there are holes between its lanes: copy it with cp, tar -S or rsync -S".into());
     }
     if !restored.linked {
-        lines.push("  it was killed before its clock was known: times are cycles".into());
+        lines.push("  recording was killed before the clock was known: times are TSC cycles".into());
     }
     lines.join("\n")
 }

@@ -2,7 +2,7 @@
 
 use clap::ArgMatches;
 
-use super::{args::ServerArgs, complaint::Complaint, put};
+use super::{args::ServerArgs, complaint::Complaint, output::put};
 use crate::{
     server::{
         self, GuestConfig, GuestSocket, ServerConfig, ServerError, activation::descriptors, check_name,
@@ -11,7 +11,7 @@ use crate::{
     vmm::setup::{Folder, Transport},
 };
 
-/// Serves guests and clients until it is told to end. `matches` are those of the verb `server`: they know the order.
+/// Serves guests and clients until SIGTERM or SIGINT. `matches` are those of the verb `server`: they contain the order.
 pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complaint> {
     if args.print_capabilities {
         // docs/interop/vhost-user.rst, "Backend program conventions"
@@ -28,14 +28,15 @@ pub(super) fn run(args: &ServerArgs, matches: &ArgMatches) -> Result<u8, Complai
         return Err(Complaint::usage("the server cannot run", why, "vtrace server --dom guest1 --socket-path PATH"));
     }
     let guests = guests(args, matches, &socket)?;
-    let said = |name| std::env::var(name).ok();
-    let passed = descriptors(std::process::id(), said("LISTEN_PID").as_deref(), said("LISTEN_FDS").as_deref());
-    let passed = passed.map_err(ServerError::from)?;
+    let listen_pid = std::env::var("LISTEN_PID").ok();
+    let listen_fds = std::env::var("LISTEN_FDS").ok();
+    let passed =
+        descriptors(std::process::id(), listen_pid.as_deref(), listen_fds.as_deref()).map_err(ServerError::from)?;
     server::run(&ServerConfig { directory: args.dir.clone(), guests, passed, confinement: confinement(args) })?;
     Ok(0)
 }
 
-/// What the server gives up.
+/// The privileges that the server drops.
 fn confinement(args: &ServerArgs) -> Confinement {
     match &args.user {
         Some(name) => Confinement::As(name.clone()),
@@ -44,23 +45,28 @@ fn confinement(args: &ServerArgs) -> Confinement {
     }
 }
 
-/// The guests in the order typed, each with the options behind its name.
+/// The guests in order, each with its options.
 fn guests(args: &ServerArgs, matches: &ArgMatches, socket: &GuestSocket) -> Result<Vec<GuestConfig>, Complaint> {
     let devices = of_each(matches, "devices", "--devices", &args.devices)?;
     let lanes = of_each(matches, "lanes_per_device", "--lanes-per-device", &args.lanes_per_device)?;
-    let guests = args.dom.iter().zip(devices.into_iter().zip(lanes)).map(|(name, (devices, lanes))| {
+    let mut guests = Vec::new();
+    for (name, (devices, lanes)) in args.dom.iter().zip(devices.into_iter().zip(lanes)) {
         let config = as_set_up(args, name, socket)?;
         if matches!(config.socket, GuestSocket::Streams(_)) && (devices.is_some() || lanes.is_some()) {
-            let why = format!("{name} was set up without devices of our own (vtrace setup)");
+            let why = format!("{name} was set up without vhost-user devices (vtrace setup)");
             let remedy = format!("vtrace setup --dom {name} --cpus N --transport vhost-user");
             return Err(Complaint::usage("the server cannot run", why, remedy));
         }
-        Ok(GuestConfig { devices: devices.unwrap_or(config.devices), lanes: lanes.unwrap_or(config.lanes), ..config })
-    });
-    guests.collect()
+        guests.push(GuestConfig {
+            devices: devices.unwrap_or(config.devices),
+            lanes: lanes.unwrap_or(config.lanes),
+            ..config
+        });
+    }
+    Ok(guests)
 }
 
-/// A guest as `vtrace setup` has left it; one that was never set up has a device of ours.
+/// A guest with the setup of `vtrace setup`; the default is a vhost-user device.
 fn as_set_up(args: &ServerArgs, name: &str, socket: &GuestSocket) -> Result<GuestConfig, Complaint> {
     let config = GuestConfig::new(name, socket.clone());
     // Names become parts of paths only after this.
@@ -77,15 +83,15 @@ fn as_set_up(args: &ServerArgs, name: &str, socket: &GuestSocket) -> Result<Gues
     })
 }
 
-/// What an option says of each guest: it stands behind the guest's name, once at most.
+/// The value of an option for each guest: it follows the guest's name, at most once.
 fn of_each(matches: &ArgMatches, id: &str, option: &str, values: &[usize]) -> Result<Vec<Option<usize>>, Complaint> {
     let doms: Vec<usize> = matches.indices_of("dom").into_iter().flatten().collect();
     let mut of_each = vec![None; doms.len()];
     for (index, value) in matches.indices_of(id).into_iter().flatten().zip(values) {
         let before = doms.iter().filter(|dom| **dom < index).count();
-        let place = before.checked_sub(1).map(|guest| &mut of_each[guest]);
-        if place.is_none_or(|place| place.replace(*value).is_some()) {
-            let why = format!("{option} is for the --dom before it, once");
+        let slot = before.checked_sub(1).map(|guest| &mut of_each[guest]);
+        if slot.is_none_or(|slot| slot.replace(*value).is_some()) {
+            let why = format!("{option} applies to the preceding --dom, and may be given once for each");
             return Err(Complaint::usage("the server cannot run", why, format!("--dom GUEST {option} {value}")));
         }
     }
@@ -107,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_belong_to_the_guest_before_them() {
+    fn devices_apply_to_the_guest_before_them() {
         let words = "vtrace server --dom a --dom b --devices 3 --dom c --lanes-per-device 2 --devices 2";
         assert_eq!(parse(words).unwrap(), [(1, 126), (3, 126), (2, 2)]);
     }
@@ -115,12 +121,12 @@ mod tests {
     #[test]
     fn devices_of_no_guest_or_given_twice_are_usage_errors() {
         for words in ["vtrace server --devices 2 --dom a", "vtrace server --dom a --devices 2 --devices 2"] {
-            assert_eq!(parse(words).unwrap_err().status, crate::cli::USAGE, "{words}");
+            assert_eq!(parse(words).unwrap_err().status, crate::cli::exit_status::USAGE, "{words}");
         }
     }
 
     #[test]
-    fn counts_that_cannot_be_are_refused_when_they_are_typed() {
+    fn invalid_counts_are_refused_by_the_parser() {
         for words in ["--devices 0", "--devices 9", "--lanes-per-device 0", "--lanes-per-device 127"] {
             let words = format!("vtrace server --dom a {words}");
             assert!(Args::command().try_get_matches_from(words.split(' ')).is_err(), "{words}");

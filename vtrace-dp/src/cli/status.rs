@@ -1,135 +1,120 @@
-//! The one status line, on a terminal only.
+//! `vtrace status`: the recordings that run now.
 
 use std::{
     io::{self, IsTerminal, Write},
+    path::Path,
     time::Duration,
 };
 
-use terminal_size::terminal_size_of;
+use super::{background::paths, complaint::Complaint, control_args::StatusArgs, output::put};
+use crate::{
+    recorder::background::{self, FoundRecording, RecordingState},
+    server::DIRECTORY,
+};
 
-use crate::recorder::{guests::silence::SilenceSuffix, progress::MachineProgress, run::Progress};
+/// Interval of `--watch`.
+const REPEAT_EVERY: Duration = Duration::from_secs(1);
 
-/// Shows progress in place.
-#[derive(Debug)]
-pub(super) struct Status {
-    shown: bool,
-    terminal: bool,
-    lines: Lines,
-}
-
-/// Makes one line after the other.
-#[derive(Debug, Default)]
-pub(super) struct Lines {
-    /// When the line before was made, and bytes in all files then.
-    before: (Duration, u64),
-}
-
-impl Status {
-    /// Silent if asked, or if stderr is no terminal.
-    pub(super) fn new(quiet: bool) -> Self {
-        Self { shown: false, terminal: !quiet && io::stderr().is_terminal(), lines: Lines::default() }
+/// Prints the recordings that run now.
+pub(super) fn run(args: &StatusArgs) -> Result<u8, Complaint> {
+    // The default directory is created by the first server or recording.
+    if args.dir != Path::new(DIRECTORY) && !args.dir.is_dir() {
+        let why = format!("{} does not exist", args.dir.display());
+        return Err(Complaint::new("cannot show recordings", why, "--dir DIR, as for the server and the recording"));
     }
-
-    /// Replaces the line.
-    pub(super) fn show(&mut self, progress: &Progress) {
-        if self.terminal {
-            self.shown = true;
-            put(&format!("\r\x1b[K{}", cut(&self.lines.next(progress), columns())));
+    loop {
+        let found = background::list(&args.dir);
+        let over = !args.watch || found.iter().all(|found| !found.is_running || found.is_hidden);
+        if args.json {
+            put(&serde_json::to_string(&found).expect("a state is plain data"))?;
+        } else if args.watch && !over && io::stdout().is_terminal() {
+            let text = found.iter().map(text).collect::<Vec<_>>().join("; ");
+            let mut stdout = io::stdout().lock();
+            // A closed terminal is noticed at the next write.
+            let _ = write!(stdout, "\r\x1b[K{text}").and_then(|()| stdout.flush());
+        } else if found.is_empty() {
+            put("nothing is being recorded")?;
+        } else {
+            put(&found.iter().map(text).collect::<Vec<_>>().join("\n"))?;
         }
-    }
-
-    /// Takes the line away.
-    pub(super) fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            put("\r\x1b[K");
+        if over {
+            return Ok(0);
         }
+        std::thread::sleep(REPEAT_EVERY);
     }
 }
 
-impl Lines {
-    /// How far a recording is.
-    pub(super) fn next(&mut self, progress: &Progress) -> String {
-        line(progress, self.speed(progress))
+/// One line about a recording.
+fn text(found: &FoundRecording) -> String {
+    let FoundRecording { state, is_running, is_hidden } = found;
+    let RecordingState { name, pid, uid, .. } = state;
+    if *is_hidden {
+        let name = if name.is_empty() { "another recording" } else { name };
+        return format!("{name}: belongs to user {uid}, who alone may see it");
     }
-
-    /// GB/s since the last time.
-    fn speed(&mut self, progress: &Progress) -> f64 {
-        let bytes: u64 = progress.machines.iter().map(|machine| machine.bytes).sum();
-        let (then, before) = std::mem::replace(&mut self.before, (progress.elapsed, bytes));
-        let seconds = progress.elapsed.saturating_sub(then).as_secs_f64();
-        #[expect(clippy::cast_precision_loss, reason = "a figure of four digits for people")]
-        let grown = bytes.saturating_sub(before) as f64;
-        if seconds > 0.0 { grown / seconds / 1e9 } else { 0.0 }
+    let foreground = if state.is_foreground { ", in the foreground" } else { "" };
+    match &state.outcome {
+        Some(outcome) => {
+            format!(
+                "{}: ended with status {}: vtrace stop {} prints its summary",
+                state.name, outcome.status, state.name
+            )
+        }
+        None if *is_running && state.line.is_empty() => {
+            format!("{name}: starting (pid {pid} of user {uid}{foreground})")
+        }
+        None if *is_running => format!("{name}: {} (pid {pid} of user {uid}{foreground})", state.line),
+        None => format!("{}: killed (pid {}): vtrace restore {}", state.name, state.pid, paths(state)),
     }
-}
-
-/// What fits one line: a second one could not be taken away.
-fn cut(line: &str, columns: usize) -> String {
-    line.chars().take(columns.saturating_sub(1)).collect()
-}
-
-/// As wide as the terminal says, or as most are.
-fn columns() -> usize {
-    terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
-}
-
-/// A terminal that has gone is no reason to stop recording.
-fn put(text: &str) {
-    let mut stderr = io::stderr().lock();
-    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
-}
-
-/// Time, lanes, speed since the line before, pages and losses of each machine.
-fn line(progress: &Progress, speed: f64) -> String {
-    let lanes: usize = progress.machines.iter().map(|machine| machine.lanes).sum();
-    let stalled: usize = progress.machines.iter().map(|machine| machine.stalled).sum();
-    let lost: u64 = progress.machines.iter().map(|machine| machine.lost).sum();
-    let mut line =
-        format!("recording {:.0} s, {lanes} lanes, {speed:.3} GB/s, {lost} lost", progress.elapsed.as_secs_f64());
-    if stalled > 0 {
-        line.push_str(&format!(", {stalled} stalled"));
-    }
-    for MachineProgress { name, pages, lost, silent_s, .. } in &progress.machines {
-        let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
-        line.push_str(&format!("  {name} {pages} pages{lost}{}", SilenceSuffix(*silent_s)));
-    }
-    line
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recorder::background::RecordingOutcome;
 
-    fn progress(seconds: u64, bytes: u64) -> Progress {
-        let machine = |name: &str, lanes, pages, lost, bytes, stalled| MachineProgress {
-            name: name.into(),
-            lanes,
-            pages,
-            bytes,
-            lost,
-            stalled,
-            silent_s: if name == "guest1" { seconds } else { 0 },
+    fn found(is_running: bool, line: &str, outcome: Option<RecordingOutcome>) -> FoundRecording {
+        let files = vec!["/t/trace.dat".into(), "/t/trace-guest1.dat".into()];
+        let state = RecordingState {
+            name: "guest1".into(),
+            pid: 77,
+            uid: 5,
+            files,
+            line: line.into(),
+            outcome,
+            ..RecordingState::default()
         };
-        let machines = vec![machine("host", 2, 12, 0, bytes, 0), machine("guest1", 4, 7, 2, 0, 1)];
-        Progress { elapsed: Duration::from_secs(seconds), machines }
+        FoundRecording { state, is_running, is_hidden: false }
     }
 
     #[test]
-    fn line_has_time_lanes_speed_losses_and_stalls_and_names_every_machine() {
-        let mut lines = Lines::default();
-        lines.speed(&progress(2, 1_000_000_000));
-        let speed = lines.speed(&progress(4, 4_000_000_000));
-        let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
-        assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
-        let silent = line(&progress(35, 0), 0.0);
-        assert!(silent.ends_with("  guest1 7 pages (2 lost), silent for 35 s"), "{silent}");
-        assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));
-    }
-
-    #[test]
-    fn line_is_never_wider_than_the_terminal() {
-        assert_eq!(cut("recording", 5), "reco");
-        assert_eq!(cut("récording", 3), "ré");
-        assert_eq!(cut("recording", 80), "recording");
+    fn each_state_of_a_recording_has_its_line() {
+        let ended = RecordingOutcome { status: 3, ..RecordingOutcome::default() };
+        let in_foreground = found(true, "recording 4 s", None);
+        let state = RecordingState { is_foreground: true, ..in_foreground.state.clone() };
+        let in_foreground = FoundRecording { state, ..in_foreground };
+        let texts = [
+            text(&found(true, "", None)),
+            text(&found(true, "recording 3 s  host 12 pages", None)),
+            text(&found(false, "x", None)),
+            text(&found(false, "x", Some(ended))),
+            text(&in_foreground),
+            text(&FoundRecording { is_hidden: true, ..in_foreground.clone() }),
+            text(&FoundRecording {
+                state: RecordingState { uid: 5, ..RecordingState::default() },
+                is_running: true,
+                is_hidden: true,
+            }),
+        ];
+        let expected = [
+            "guest1: starting (pid 77 of user 5)",
+            "guest1: recording 3 s  host 12 pages (pid 77 of user 5)",
+            "guest1: killed (pid 77): vtrace restore /t/trace.dat /t/trace-guest1.dat",
+            "guest1: ended with status 3: vtrace stop guest1 prints its summary",
+            "guest1: recording 4 s (pid 77 of user 5, in the foreground)",
+            "guest1: belongs to user 5, who alone may see it",
+            "another recording: belongs to user 5, who alone may see it",
+        ];
+        assert_eq!(texts, expected);
     }
 }

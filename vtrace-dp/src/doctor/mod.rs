@@ -1,23 +1,23 @@
-//! `vtrace doctor`: what this machine and its guests have of what a recording needs.
+//! `vtrace doctor`: checks what recording needs on this machine and in its guests.
 //!
 //! | file | what |
 //! |---|---|
 //! | [`machine`] | kernel, tracefs, clock, KVM, QEMU |
 //! | [`server`] | run directory, sockets, server, guests, agents |
-//! | [`vmm`] | a guest's QEMU as it runs |
-//! | [`disk`] | how fast pages can be written, and for how long |
+//! | [`vmm`] | a guest's running QEMU |
+//! | [`disk`] | write speed and free space |
+//! | [`remedy`] | advice, shared with the errors of other verbs |
 //!
-//! In:    files of the kernel, the run directory, a server's answers, a file that is written and removed
-//! Out:   a [`Finding`] for each check: what is there, whether it will do, what to do
-//! Runs:  on the caller's thread; nothing is changed but that file
-//! Full:  each check ends in seconds
-//! Trust: the kernel; a server's answers and QMP's are checked as always; of the words of QEMU's program only numbers and
-//!        one name are taken
+//! In:    files of the kernel, the run directory, answers of the server and of QMP, a temporary file
+//! Out:   a [`Finding`] for each check
+//! Runs:  on the caller's thread; each check ends in seconds; nothing is changed except the temporary file
+//! Trust: the kernel; answers of the server and of QMP are bounded and checked
 //!
-//! A check reads below the roots in [`Place`], so each can be shown a machine where it has to complain.
+//! A check reads only paths below [`SystemPaths`], so that tests can present any machine.
 
 pub mod disk;
 pub mod machine;
+pub mod remedy;
 pub mod server;
 pub mod vmm;
 
@@ -29,60 +29,60 @@ use std::{
 
 use serde::Serialize;
 
-/// How a check came out.
+/// Result of a check.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    /// It will do.
+pub enum Severity {
+    /// No problem.
     Ok,
-    /// A recording is possible, and something about it is worse or cannot be had.
+    /// Recording is possible, with a limitation.
     Warn,
-    /// A recording is not possible.
+    /// Recording is not possible.
     Fail,
 }
 
-/// What a check found.
+/// A check and its result.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Finding {
-    /// What was looked at.
+    /// Name of the check, or of the guest.
     pub check: String,
-    /// How it came out.
-    pub verdict: Verdict,
-    /// What is there.
+    /// Result.
+    pub verdict: Severity,
+    /// What was found.
     pub found: String,
-    /// What to do about it; empty if nothing has to be done.
+    /// Advice; empty for [`Severity::Ok`].
     pub remedy: String,
 }
 
 impl Finding {
     fn ok(check: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { check: check.into(), verdict: Verdict::Ok, found: found.into(), remedy: String::new() }
+        Self { check: check.into(), verdict: Severity::Ok, found: found.into(), remedy: String::new() }
     }
 
     fn warn(check: impl Into<String>, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check: check.into(), verdict: Verdict::Warn, found: found.into(), remedy: remedy.into() }
+        Self { check: check.into(), verdict: Severity::Warn, found: found.into(), remedy: remedy.into() }
     }
 
     fn fail(check: impl Into<String>, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check: check.into(), verdict: Verdict::Fail, found: found.into(), remedy: remedy.into() }
+        Self { check: check.into(), verdict: Severity::Fail, found: found.into(), remedy: remedy.into() }
     }
 }
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verdict = match self.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "FAIL",
+            Severity::Ok => "ok",
+            Severity::Warn => "warn",
+            Severity::Fail => "FAIL",
         };
         write!(f, "{verdict:<5}{:<14} {}", self.check, self.found)?;
         if self.remedy.is_empty() { Ok(()) } else { write!(f, "\n{:20}→ {}", "", self.remedy) }
     }
 }
 
-/// Where a machine shows what it is.
+/// Where a machine's properties are read.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Place {
+pub struct SystemPaths {
     /// /proc
     pub proc: PathBuf,
     /// /sys
@@ -91,27 +91,27 @@ pub struct Place {
     pub dev: PathBuf,
     /// /etc/group
     pub groups: PathBuf,
-    /// Where programs are looked for.
+    /// Search path of programs.
     pub path: OsString,
 }
 
-impl Place {
-    /// This machine.
-    pub fn here() -> Self {
+impl SystemPaths {
+    /// The paths of this machine.
+    pub fn of_this_machine() -> Self {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let [proc, sys, dev, groups] = ["/proc", "/sys", "/dev", "/etc/group"].map(PathBuf::from);
         Self { proc, sys, dev, groups, path }
     }
 }
 
-/// A short file's text without its end of line.
+/// Text of a short file without its end of line.
 fn text(path: &Path) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
-/// The worst of them.
-pub fn worst(findings: &[Finding]) -> Verdict {
-    findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
+/// The worst result.
+pub fn worst(findings: &[Finding]) -> Severity {
+    findings.iter().map(|finding| finding.verdict).max().unwrap_or(Severity::Ok)
 }
 
 #[cfg(test)]
@@ -128,8 +128,8 @@ mod tests {
     #[test]
     fn worst_finding_counts() {
         let (ok, warn) = (Finding::ok("a", ""), Finding::warn("b", "", ""));
-        assert_eq!(worst(&[]), Verdict::Ok);
-        assert_eq!(worst(&[ok.clone(), warn.clone(), ok.clone()]), Verdict::Warn);
-        assert_eq!(worst(&[Finding::fail("c", "", ""), warn, ok]), Verdict::Fail);
+        assert_eq!(worst(&[]), Severity::Ok);
+        assert_eq!(worst(&[ok.clone(), warn.clone(), ok.clone()]), Severity::Warn);
+        assert_eq!(worst(&[Finding::fail("c", "", ""), warn, ok]), Severity::Fail);
     }
 }

@@ -1,10 +1,9 @@
-//! The run directory, its sockets and their rights, the server behind them, its guests and their agents.
+//! The server: run directory, sockets and their permissions, guests, agents.
 //!
-//! In:    a folder, /etc/group, the server's list of guests
-//! Out:   a [`Finding`] each
-//! Runs:  on the caller's thread; a server that does not answer is waited for as every client does
-//! Full:  does not apply
-//! Trust: the server; what guests say of themselves was cleaned there
+//! In:    a directory, /etc/group, the server's list of guests
+//! Out:   a [`Finding`] for each check
+//! Runs:  on the caller's thread
+//! Trust: the server; texts of guests were cleaned there
 
 use std::{
     fs::{self, Metadata},
@@ -15,7 +14,7 @@ use std::{
 use vtrace_common::SOFTWARE;
 use vtrace_common::wire::client::{DriverState, GuestState};
 
-use super::{Finding, Place, text};
+use super::{Finding, SystemPaths, remedy, text};
 use crate::{
     device::lane_range::CONTROL_PORT_NAME,
     recorder::guests::{refusal::holder, silence::SHOWN},
@@ -23,126 +22,121 @@ use crate::{
         CONTROL_GROUP, CONTROL_SOCKET,
         link::{Link, LinkError},
     },
+    vmm::setup::Transport,
 };
 
-/// Others may write.
+/// Permission of others to write.
 const OTHERS_WRITE: u32 = 0o002;
-/// Whoever is neither owner nor of the group may connect: that takes the right to write.
+/// Permission of others to connect to a socket (to write) or to read a FIFO.
 const OTHERS: u32 = 0o006;
 
-/// The folder of all sockets: whoever may write there can be the server.
+/// The directory of all sockets: a user who may write there can act as the server.
 pub fn run_directory(dir: &Path) -> Finding {
     let check = "run directory";
-    let place = dir.display();
+    let path = dir.display();
     let mode = |about: &Metadata| about.mode() & 0o7777;
     match fs::symlink_metadata(dir) {
-        Err(error) => Finding::fail(check, format!("{place}: {error}"), "vtrace server makes it; or --dir DIR"),
-        Ok(about) if !about.is_dir() => Finding::fail(check, format!("{place} is no directory"), "--dir DIR"),
+        Err(error) => {
+            Finding::fail(check, format!("{path}: {error}"), "vtrace server creates it; --dir DIR names another")
+        }
+        Ok(about) if !about.is_dir() => {
+            Finding::fail(check, format!("{path} is not a directory"), "--dir DIR names another")
+        }
         Ok(about) if about.mode() & OTHERS_WRITE != 0 => {
-            let found = format!("{place} has mode {:04o}: anybody can be its server", mode(&about));
-            Finding::fail(check, found, format!("chmod o-w {place}"))
+            let found = format!("{path} has mode {:04o}: any user can act as the server", mode(&about));
+            Finding::fail(check, found, format!("chmod o-w {path}"))
         }
         Ok(about) if about.uid() != 0 => {
-            let found = format!("{place} belongs to user {}", about.uid());
-            Finding::warn(check, found, format!("chown root {place}, unless that user runs the server"))
+            let found = format!("{path} belongs to user {}", about.uid());
+            Finding::warn(check, found, format!("chown root {path}, unless that user runs the server"))
         }
-        Ok(about) => Finding::ok(check, format!("{place}, mode {:04o}", mode(&about))),
+        Ok(about) => Finding::ok(check, format!("{path}, mode {:04o}", mode(&about))),
     }
 }
 
-/// The clients' socket.
-pub fn control_socket(place: &Place, dir: &Path) -> Finding {
+/// The control socket.
+pub fn control_socket(paths: &SystemPaths, dir: &Path) -> Finding {
     let path = dir.join(CONTROL_SOCKET);
-    let finding = way("control", &path, &SOCKET);
-    if finding.verdict != super::Verdict::Ok {
+    let finding = node("control", &path, &SOCKET);
+    if finding.verdict != super::Severity::Ok {
         return finding;
     }
-    let groups = text(&place.groups).unwrap_or_default();
+    let groups = text(&paths.groups).unwrap_or_default();
     let number = groups.lines().find_map(|line| line.strip_prefix(CONTROL_GROUP)?.strip_prefix(':')?.split(':').nth(1));
     let owner = fs::metadata(&path).map(|about| about.gid().to_string()).ok();
     match number {
         None => {
-            let remedy = format!("groupadd -r {CONTROL_GROUP}, then start the server again");
-            Finding::warn("control", format!("{}; there is no group {CONTROL_GROUP}: root only", finding.found), remedy)
+            let remedy = format!("groupadd -r {CONTROL_GROUP}, then restart the server");
+            Finding::warn("control", format!("{}; no group {CONTROL_GROUP}: root only", finding.found), remedy)
         }
         Some(number) if owner.as_deref() != Some(number) => {
             let found = format!("{}, not of group {CONTROL_GROUP}", finding.found);
-            Finding::warn(
-                "control",
-                found,
-                format!("chgrp {CONTROL_GROUP} {}, or start the server again", path.display()),
-            )
+            Finding::warn("control", found, format!("chgrp {CONTROL_GROUP} {}, or restart the server", path.display()))
         }
         Some(_) => Finding::ok("control", format!("{}, group {CONTROL_GROUP}", finding.found)),
     }
 }
 
-/// Something in the file system that ports or commands come through.
-struct Way {
-    /// What it is to be.
+/// What a socket or FIFO must be.
+struct NodeKind {
+    /// Name of the file type.
     kind: &'static str,
     is_kind: fn(&fs::FileType) -> bool,
-    /// What makes it.
-    made_by: &'static str,
-    /// What makes it once more when something else is in its place.
-    made_again: &'static str,
-    /// What others can do where its mode lets them.
-    anybody: &'static str,
+    /// How to create it.
+    create: &'static str,
+    /// How to create it after another file was removed.
+    recreate: &'static str,
+    /// What others can do if the mode lets them.
+    risk: &'static str,
 }
 
-/// What QEMU writes the control port to.
-const FIFO: Way = Way {
+/// The FIFO that QEMU writes the control port to.
+const FIFO: NodeKind = NodeKind {
     kind: "FIFO",
     is_kind: FileTypeExt::is_fifo,
-    made_by: "vtrace setup once more",
-    made_again: "vtrace setup once more",
-    anybody: "anybody may be its guest",
+    create: "run vtrace setup again",
+    recreate: "run vtrace setup again",
+    risk: "any user can act as the guest",
 };
 
-const SOCKET: Way = Way {
+const SOCKET: NodeKind = NodeKind {
     kind: "socket",
     is_kind: FileTypeExt::is_socket,
-    made_by: "vtrace server --dom GUEST; or --dir DIR",
-    made_again: "start the server again",
-    anybody: "anybody may connect",
+    create: "vtrace server --dom GUEST; --dir DIR names another directory",
+    recreate: "restart the server",
+    risk: "any user can connect",
 };
 
-fn way(check: &str, path: &Path, way: &Way) -> Finding {
-    let place = path.display();
+fn node(check: &str, path: &Path, expected: &NodeKind) -> Finding {
+    let shown = path.display();
     match fs::symlink_metadata(path) {
-        Err(error) => Finding::fail(check, format!("{place}: {error}"), way.made_by),
-        Ok(about) if !(way.is_kind)(&about.file_type()) => {
-            Finding::fail(check, format!("{place} is no {}", way.kind), format!("remove {place}, {}", way.made_again))
-        }
+        Err(error) => Finding::fail(check, format!("{shown}: {error}"), expected.create),
+        Ok(about) if !(expected.is_kind)(&about.file_type()) => Finding::fail(
+            check,
+            format!("{shown} is not a {}", expected.kind),
+            format!("remove {shown}, then {}", expected.recreate),
+        ),
         Ok(about) if about.mode() & OTHERS != 0 => {
-            let found = format!("{place} has mode {:04o}: {}", about.mode() & 0o7777, way.anybody);
-            Finding::fail(check, found, format!("chmod 0660 {place}"))
+            let found = format!("{shown} has mode {:04o}: {}", about.mode() & 0o7777, expected.risk);
+            Finding::fail(check, found, format!("chmod 0660 {shown}"))
         }
-        Ok(about) => Finding::ok(check, format!("{place}, mode {:04o}", about.mode() & 0o7777)),
+        Ok(about) => Finding::ok(check, format!("{shown}, mode {:04o}", about.mode() & 0o7777)),
     }
 }
 
-/// Whether a server answers, and is of our version.
+/// Whether a server of our version answers.
 pub fn server(link: &Result<Link, LinkError>) -> Finding {
     let link = match link {
         Ok(link) => link,
-        Err(error) => {
-            let remedy = match error {
-                LinkError::NoServer { .. } => "vtrace server --dom GUEST, or systemctl start vtrace-server",
-                LinkError::Denied { .. } => "be root, or a member of group vtrace",
-                LinkError::Version { .. } => "use the same version of vtrace for server and record",
-                _ => "see whether its process is stopped, or look at its log",
-            };
-            return Finding::fail("server", error.to_string(), remedy);
-        }
+        Err(error) => return Finding::fail("server", error.to_string(), remedy::of_link(error)),
     };
     let found = format!("{}, pid {}", link.server().software, link.peer().pid);
     same_software("server", found, &link.server().software)
 }
 
-/// The wire agrees, or nobody would have come so far.
+/// The software version; the wire version agrees, or there would be no link.
 fn same_software(check: &str, found: String, software: &str) -> Finding {
-    // An agent says what it is before its version.
+    // An agent's software has another name before the version.
     let version = |software: &str| software.rsplit(' ').next().map(str::to_owned);
     if version(software) == version(SOFTWARE) {
         return Finding::ok(check, found);
@@ -150,7 +144,7 @@ fn same_software(check: &str, found: String, software: &str) -> Finding {
     Finding::warn(check, format!("{found}; this is {SOFTWARE}"), "use the same version of vtrace everywhere")
 }
 
-/// The guests asked for, or all.
+/// The guests in `wanted`, or all.
 pub fn guests(states: &[GuestState], wanted: &[String]) -> Vec<Finding> {
     let missing = wanted.iter().filter(|name| states.iter().all(|state| state.name != **name));
     let missing = missing.map(|name| {
@@ -162,32 +156,32 @@ pub fn guests(states: &[GuestState], wanted: &[String]) -> Vec<Finding> {
     missing.chain(chosen.flat_map(|state| guest(state, is_named))).collect()
 }
 
-/// What a guest cannot be recorded without is not there: fine with a guest that may come, not with one that was asked for.
+/// A missing requirement: it fails for a guest that was named, and warns for one that may start later.
 fn absent(is_named: bool, guest: &str, what: &str, remedy: impl Into<String>) -> Finding {
     if is_named { Finding::fail(guest, what, remedy) } else { Finding::warn(guest, what, remedy) }
 }
 
-/// A guest's socket, its virtual machine, its memory, its agent: as far as they are there.
+/// A guest's socket, virtual machine, memory and agent.
 fn guest(state: &GuestState, is_named: bool) -> Vec<Finding> {
     let name = &state.name;
     let mut findings = Vec::new();
     let path = Path::new(&state.socket);
-    let road = Road::of(path);
+    let transport = transport(path);
     if path.is_absolute() {
-        findings.push(way(name, path, if road == Road::Fifos { &FIFO } else { &SOCKET }));
+        findings.push(node(name, path, if transport == Transport::Pipe { &FIFO } else { &SOCKET }));
     }
     let Some(pid) = state.vmm_pid else {
-        findings.push(absent(is_named, name, "no virtual machine is connected", road.without_vmm(state)));
+        findings.push(absent(is_named, name, "no virtual machine is connected", without_vmm(transport, state)));
         return findings;
     };
-    findings.push(driver(name, pid, state, road));
+    findings.push(driver(name, pid, state, transport));
     let unready = state.further.iter().filter(|device| device.driver != DriverState::Running).count();
     if unready > 0 {
         let found = format!("{unready} of its {} devices have no driver", state.further.len() + 1);
-        findings.push(Finding::warn(name, found, "give QEMU all of them, where its CPUs need them"));
+        findings.push(Finding::warn(name, found, "give QEMU all of them, if its CPUs need them"));
     }
     if state.driver == DriverState::Running {
-        findings.push(agent(state, road, is_named));
+        findings.push(agent(state, transport, is_named));
     }
     if let Some(who) = holder(state) {
         findings.push(Finding::warn(name, who, "wait for it, or stop it"));
@@ -195,89 +189,75 @@ fn guest(state: &GuestState, is_named: bool) -> Vec<Finding> {
     findings
 }
 
-/// How a guest's ports come to the server.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Road {
-    /// A device of the server's.
-    Device,
-    /// QEMU's own device, over sockets.
-    Sockets,
-    /// The same over FIFOs.
-    Fifos,
+/// The transport, from the path of the guest's control port.
+fn transport(path: &Path) -> Transport {
+    let is_stream = path.file_stem().is_some_and(|stem| stem == CONTROL_PORT_NAME);
+    match path.extension() {
+        Some(end) if is_stream && end == "sock" => Transport::Socket,
+        Some(end) if is_stream && end == "out" => Transport::Pipe,
+        _ => Transport::VhostUser,
+    }
 }
 
-impl Road {
-    /// As the name of what the guest's control port comes over says it.
-    fn of(path: &Path) -> Self {
-        let is_stream = path.file_stem().is_some_and(|stem| stem == CONTROL_PORT_NAME);
-        match path.extension() {
-            Some(end) if is_stream && end == "sock" => Self::Sockets,
-            Some(end) if is_stream && end == "out" => Self::Fifos,
-            _ => Self::Device,
-        }
-    }
-
-    /// What to do where no QEMU is there.
-    fn without_vmm(self, state: &GuestState) -> String {
-        let GuestState { name, socket, .. } = state;
-        match self {
-            Self::Device => format!("start QEMU with a device at {socket}, or vtrace attach {name} --qmp SOCKET"),
-            Self::Sockets => format!("start QEMU with what vtrace setup --dom {name} --transport socket prints"),
-            Self::Fifos => format!("start QEMU with what vtrace setup --dom {name} --transport pipe prints"),
-        }
-    }
-
-    /// What to do where a CPU has no port.
-    fn without_port(self) -> &'static str {
-        match self {
-            Self::Device => "give its device 2 × (CPUs + 2) rings, num_vqs=…; beyond 126 CPUs several devices",
-            Self::Sockets | Self::Fifos => "vtrace setup with --cpus N, all that may be plugged in; then a new QEMU",
+/// Advice for a guest whose QEMU is not connected.
+fn without_vmm(transport: Transport, state: &GuestState) -> String {
+    let GuestState { name, socket, .. } = state;
+    match transport {
+        Transport::VhostUser => format!("start QEMU with a device at {socket}, or vtrace attach {name} --qmp SOCKET"),
+        Transport::Socket | Transport::Pipe => {
+            let transport = transport.name();
+            format!("start QEMU with the options that vtrace setup --dom {name} --transport {transport} prints")
         }
     }
 }
 
-fn driver(name: &str, pid: u32, state: &GuestState, road: Road) -> Finding {
+/// Advice for a CPU without a port.
+fn without_port(transport: Transport) -> &'static str {
+    match transport {
+        Transport::VhostUser => remedy::NO_PORT,
+        Transport::Socket | Transport::Pipe => {
+            "vtrace setup --cpus N with all CPUs that may be plugged in, then restart QEMU"
+        }
+    }
+}
+
+fn driver(name: &str, pid: u32, state: &GuestState, transport: Transport) -> Finding {
     let vmm = match pid {
-        0 => "a virtual machine, whose process is not seen".into(),
+        0 => "virtual machine of an unknown process".into(),
         pid => format!("virtual machine of pid {pid}"),
     };
     match &state.driver {
-        DriverState::Running => match road {
-            Road::Device => Finding::ok(name, format!("{vmm}, memory shared, driver running")),
-            Road::Sockets => Finding::ok(name, format!("{vmm}, QEMU's own device, connected")),
-            Road::Fifos => Finding::ok(name, format!("{vmm}, QEMU's own device, FIFOs open")),
+        DriverState::Running => match transport {
+            Transport::VhostUser => Finding::ok(name, format!("{vmm}, memory shared, driver running")),
+            Transport::Socket => Finding::ok(name, format!("{vmm}, QEMU's own device, connected")),
+            Transport::Pipe => Finding::ok(name, format!("{vmm}, QEMU's own device, FIFOs open")),
         },
-        DriverState::Absent => Finding::warn(
-            name,
-            format!("{vmm}, no driver"),
-            "wait until it has booted; its kernel needs virtio_console",
-        ),
-        DriverState::Unfit(feature) => {
-            Finding::fail(name, format!("{vmm}, driver without {feature}"), "do not switch indirect_desc off")
+        absent @ DriverState::Absent => Finding::warn(name, format!("{vmm}, no driver"), remedy::of_driver(absent)),
+        unfit @ DriverState::Unfit(feature) => {
+            Finding::fail(name, format!("{vmm}, driver without {feature}"), remedy::of_driver(unfit))
         }
-        DriverState::MemoryNotShared => {
-            let remedy = "-object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine …,memory-backend=mem0";
-            Finding::fail(name, format!("{vmm}, its memory is not shared"), remedy)
+        private @ DriverState::MemoryNotShared => {
+            Finding::fail(name, format!("{vmm}, its memory is not shared"), remedy::of_driver(private))
         }
     }
 }
 
-fn agent(state: &GuestState, road: Road, is_named: bool) -> Finding {
+fn agent(state: &GuestState, transport: Transport, is_named: bool) -> Finding {
     let name = &state.name;
     let Some(agent) = &state.agent else {
-        return absent(is_named, name, "no agent", "run vtrace agent in the guest");
+        return absent(is_named, name, "no agent", remedy::NO_AGENT);
     };
     let Some(machine) = &agent.machine else {
-        let remedy = "copy this vtrace into the guest and start its agent again";
-        return Finding::fail(name, format!("its agent ({}) is of another version", agent.hello.software), remedy);
+        let found = format!("its agent ({}) is of another version", agent.hello.software);
+        return Finding::fail(name, found, remedy::AGENT_VERSION);
     };
     if let Some(cpu) = machine.cpus.iter().find(|cpu| !machine.lanes.contains(cpu)) {
         let found = format!("its {cpu} has no port");
-        return Finding::warn(name, found, road.without_port());
+        return Finding::warn(name, found, without_port(transport));
     }
     if u64::from(state.silent_s) >= SHOWN.as_secs() {
-        let found = format!("its agent has said nothing for {} s", state.silent_s);
-        return Finding::warn(name, found, "is the guest paused (QEMU: cont) or asleep (system_wakeup)?");
+        let found = format!("its agent has not responded for {} s", state.silent_s);
+        return Finding::warn(name, found, remedy::SILENT_GUEST);
     }
     let found = format!("agent {}, {} CPUs, {}", agent.hello.software, machine.cpus.len(), machine.uname);
     same_software(name, found, &agent.hello.software)
@@ -297,7 +277,7 @@ mod tests {
     };
 
     use super::{
-        super::Verdict::{self, Fail, Ok as Fine, Warn},
+        super::Severity::{self, Fail, Ok as Fine, Warn},
         *,
     };
 
@@ -306,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn run_directory_that_is_missing_or_open_to_all_fails() {
+    fn missing_or_world_writable_run_directory_fails() {
         let folder = tempfile::tempdir().unwrap();
         chmod(folder.path(), 0o755);
         assert_ne!(run_directory(folder.path()).verdict, Fail);
@@ -319,11 +299,11 @@ mod tests {
     }
 
     #[test]
-    fn control_socket_that_is_missing_open_to_all_or_of_no_group_is_told() {
+    fn control_socket_that_is_missing_open_to_all_or_without_a_group_is_reported() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(CONTROL_SOCKET);
-        let place = Place { groups: folder.path().join("group"), ..Place::here() };
-        let verdict = || control_socket(&place, folder.path()).verdict;
+        let paths = SystemPaths { groups: folder.path().join("group"), ..SystemPaths::of_this_machine() };
+        let verdict = || control_socket(&paths, folder.path()).verdict;
         assert_eq!(verdict(), Fail);
         fs::write(&path, "").unwrap();
         assert_eq!(verdict(), Fail);
@@ -334,14 +314,14 @@ mod tests {
         chmod(&path, 0o660);
         assert_eq!(verdict(), Warn, "no such group");
         let group = fs::metadata(&path).unwrap().gid();
-        fs::write(&place.groups, format!("root:x:0:\nvtracer:x:8:\nvtrace:x:{group}:me\n")).unwrap();
+        fs::write(&paths.groups, format!("root:x:0:\nvtracer:x:8:\nvtrace:x:{group}:me\n")).unwrap();
         assert_eq!(verdict(), Fine);
-        fs::write(&place.groups, format!("vtrace:x:{}:\n", group + 1)).unwrap();
+        fs::write(&paths.groups, format!("vtrace:x:{}:\n", group + 1)).unwrap();
         assert_eq!(verdict(), Warn, "of another group");
     }
 
     #[test]
-    fn server_that_is_not_there_fails_and_another_software_is_warned_of() {
+    fn missing_server_fails_and_another_version_warns() {
         let folder = tempfile::tempdir().unwrap();
         let finding = server(&Link::connect(folder.path()));
         assert!(finding.verdict == Fail && finding.remedy.contains("vtrace server"), "{finding}");
@@ -367,17 +347,17 @@ mod tests {
         }
     }
 
-    fn worst(state: GuestState) -> Verdict {
+    fn worst(state: GuestState) -> Severity {
         super::super::worst(&guests(&[state], &[]))
     }
 
     #[test]
-    fn healthy_guest_has_nothing_to_complain_of() {
+    fn healthy_guest_is_ok() {
         assert_eq!(worst(healthy()), Fine);
     }
 
     #[test]
-    fn each_thing_a_guest_can_lack_is_told() {
+    fn each_missing_requirement_of_a_guest_is_reported() {
         let lacking = |change: fn(&mut GuestState)| {
             let mut state = healthy();
             change(&mut state);
@@ -401,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn guest_of_qemus_own_device_is_told_of_no_shared_memory_and_of_no_rings() {
+    fn guest_with_qemus_own_device_needs_no_shared_memory() {
         let folder = tempfile::tempdir().unwrap();
         let [socket, fifo] = ["sock", "out"].map(|end| folder.path().join(CONTROL_PORT_NAME).with_extension(end));
         let _listener = UnixListener::bind(&socket).unwrap();
@@ -410,7 +390,7 @@ mod tests {
         for (path, pid, expected) in [
             (&socket, 77, "virtual machine of pid 77, QEMU's own device, connected"),
             (&fifo, 77, "virtual machine of pid 77, QEMU's own device, FIFOs open"),
-            (&fifo, 0, "a virtual machine, whose process is not seen, QEMU's own device, FIFOs open"),
+            (&fifo, 0, "virtual machine of an unknown process, QEMU's own device, FIFOs open"),
         ] {
             let state = GuestState { socket: path.display().to_string(), vmm_pid: Some(pid), ..healthy() };
             let findings = guest(&state, false);
@@ -429,13 +409,13 @@ mod tests {
             assert!(guest(&few, false)[2].remedy.contains("--cpus N"));
         }
         chmod(&fifo, 0o666);
-        assert_eq!(way("guest1", &fifo, &FIFO).verdict, Fail);
-        assert_eq!(way("guest1", &socket, &FIFO).verdict, Fail);
-        assert_eq!(way("guest1", &folder.path().join("missing"), &FIFO).verdict, Fail);
+        assert_eq!(node("guest1", &fifo, &FIFO).verdict, Fail);
+        assert_eq!(node("guest1", &socket, &FIFO).verdict, Fail);
+        assert_eq!(node("guest1", &folder.path().join("missing"), &FIFO).verdict, Fail);
     }
 
     #[test]
-    fn guest_that_the_server_does_not_know_fails_and_others_are_not_looked_at() {
+    fn unknown_guest_fails_and_others_are_not_checked() {
         let findings = guests(&[healthy()], &["guest2".into()]);
         assert_eq!((findings.len(), findings[0].verdict), (1, Fail));
         assert!(findings[0].remedy.contains("guest1"));

@@ -1,40 +1,40 @@
-//! The guest's QEMU as it runs: accelerator, CPUs, ports, memory, slots.
+//! A guest's running QEMU: accelerator, CPUs, ports, memory, slots.
 //!
-//! In:    [`Running`], or why nothing is known of it
-//! Out:   a [`Finding`] each
-//! Runs:  pure
-//! Full:  does not apply
-//! Trust: texts of QEMU's were cleaned where they came in
+//! In:    [`RunningVm`], or the error of its inspection
+//! Out:   a [`Finding`] for each check
+//! Trust: texts of QEMU's were cleaned when they were received
 
 use std::path::Path;
 
-use super::Finding;
+use super::{Finding, remedy};
 use crate::vmm::{
     capacity::{DRIVER, Obstacle},
     qmp::QmpError,
-    running::{Ports, Running},
+    running::{RunningVm, SerialPorts},
 };
 
-/// What all findings are of.
+/// The inspected guest.
 #[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
+pub struct GuestVm<'a> {
     /// The guest's name.
     pub guest: &'a str,
-    /// Its QMP socket.
+    /// QMP socket of its QEMU.
     pub qmp: &'a Path,
-    /// CPUs that one device carries.
+    /// Lanes of one device.
     pub lanes_per_device: usize,
 }
 
-/// What a running QEMU has, or why it is not known.
-pub fn vmm(asked: Asked<'_>, running: &Result<Running, QmpError>) -> Vec<Finding> {
+/// Findings about a running QEMU.
+pub fn vmm(asked: GuestVm<'_>, running: &Result<RunningVm, QmpError>) -> Vec<Finding> {
     let running = match running {
         Ok(running) => running,
-        Err(error) => return vec![Finding::fail(asked.guest, error.to_string(), remedy_of(error))],
+        Err(error) => return vec![Finding::fail(asked.guest, error.to_string(), remedy::of_qmp(error))],
     };
     let mut findings = vec![accelerator(asked, running)];
     match (&running.devices[..], &running.ports) {
-        ([], Ports { control: None, lanes, .. }) if lanes.is_empty() => findings.extend(without_ports(asked, running)),
+        ([], SerialPorts { control: None, lanes, .. }) if lanes.is_empty() => {
+            findings.extend(without_ports(asked, running))
+        }
         ([], ports) => findings.extend(own_ports(asked, running, ports)),
         (devices, _) => {
             let lanes = devices.iter().fold(0, |sum: usize, lanes| sum.saturating_add(*lanes));
@@ -51,19 +51,9 @@ pub fn vmm(asked: Asked<'_>, running: &Result<Running, QmpError>) -> Vec<Finding
     findings
 }
 
-/// What to try where QMP does not serve.
-pub fn remedy_of(error: &QmpError) -> &'static str {
-    match error {
-        QmpError::NoSocket { .. } => "start QEMU with -qmp unix:SOCKET,server=on,wait=off",
-        QmpError::Silent { .. } => "one client at a time: another -qmp socket for vtrace (libvirt keeps its own)",
-        QmpError::Foreign(_) => "a socket in QMP's mode: -qmp, not -monitor",
-        _ => "look at QEMU's log",
-    }
-}
-
-/// Version, state, and what runs its CPUs.
-fn accelerator(asked: Asked<'_>, running: &Running) -> Finding {
-    let Running { version, state, kvm, .. } = running;
+/// QEMU's version, the guest's state, KVM or emulation.
+fn accelerator(asked: GuestVm<'_>, running: &RunningVm) -> Finding {
+    let RunningVm { version, state, kvm, .. } = running;
     let by = match kvm {
         Some(true) => ", KVM",
         Some(false) => ", emulated (TCG)",
@@ -72,27 +62,27 @@ fn accelerator(asked: Asked<'_>, running: &Running) -> Finding {
     let found = format!("QEMU {version}, {state}{by}");
     match (state.as_str(), kvm) {
         ("running", Some(false)) => {
-            let remedy = "-accel kvm, where the host has it: an emulated CPU's times say little of a real one's";
+            let remedy = "use -accel kvm if the host has it: times on an emulated CPU do not represent a real one";
             Finding::warn(asked.guest, found, remedy)
         }
         ("running", _) => Finding::ok(asked.guest, found),
-        ("suspended", _) => Finding::warn(asked.guest, found, "it sleeps: system_wakeup (virsh dompmwakeup)"),
-        _ => Finding::warn(asked.guest, found, "let it go on: cont (virsh resume)"),
+        ("suspended", _) => Finding::warn(asked.guest, found, "wake the guest: system_wakeup (virsh dompmwakeup)"),
+        _ => Finding::warn(asked.guest, found, "resume the guest: cont (virsh resume)"),
     }
 }
 
-/// Neither a device of ours nor ports of our names.
-fn without_ports(asked: Asked<'_>, running: &Running) -> Vec<Finding> {
+/// Neither our device nor our ports on QEMU's own.
+fn without_ports(asked: GuestVm<'_>, running: &RunningVm) -> Vec<Finding> {
     let name = asked.guest;
     let needed = running.cpus.div_ceil(asked.lanes_per_device.max(1)).max(1);
     if let Some(obstacle) = &running.device_obstacle {
-        let remedy = format!("vtrace setup --dom {name} --transport socket, and start it with what that prints");
+        let remedy =
+            format!("vtrace setup --dom {name} --transport socket, and restart QEMU with the options it prints");
         return vec![Finding::fail(name, format!("no ports for the agent; {obstacle}"), remedy)];
     }
     let slots = if running.slots < needed {
         let found = Obstacle::NoSlot { needed, free: running.slots }.to_string();
-        let remedy = "start it with -device pcie-root-port,id=rp0,chassis=1,slot=1 (one for each device)";
-        Finding::fail(name, found, remedy)
+        Finding::fail(name, found, remedy::ROOT_PORT)
     } else {
         let found = format!("no ports for the agent; {} free for hot-plug", counted(running.slots, "slot"));
         Finding::warn(name, found, format!("vtrace attach {name} --qmp {}", asked.qmp.display()))
@@ -100,35 +90,33 @@ fn without_ports(asked: Asked<'_>, running: &Running) -> Vec<Finding> {
     vec![slots, memory(asked, running)]
 }
 
-/// QEMU's own device: its memory and slots do not matter.
-fn own_ports(asked: Asked<'_>, running: &Running, ports: &Ports) -> Vec<Finding> {
+/// QEMU's own device: memory and slots do not matter.
+fn own_ports(asked: GuestVm<'_>, running: &RunningVm, ports: &SerialPorts) -> Vec<Finding> {
     let name = asked.guest;
-    let again = format!("vtrace setup --dom {name} --cpus {}, and start it with what that prints", running.cpus);
-    let Some(leads) = &ports.control else {
-        return vec![Finding::fail(name, "QEMU's own ports, and none for the agent", again)];
+    let again =
+        format!("vtrace setup --dom {name} --cpus {}, and restart QEMU with the options it prints", running.cpus);
+    let Some(filename) = &ports.control else {
+        return vec![Finding::fail(name, "QEMU's own ports, but no control port for the agent", again)];
     };
     if ports.control_is_ours == Some(false) {
-        let found = format!("the agent's port leads to {leads:?}, where the server does not listen");
+        let found = format!("the agent's control port connects to {filename:?}, where the server does not listen");
         return vec![Finding::fail(name, found, again)];
     }
-    // Ports go by the CPU's number: what counts is how many from the first on are there.
+    // SerialPorts are numbered by CPU: count those without a gap.
     let lanes = ports.lanes.iter().zip(0..).take_while(|(cpu, number)| cpu.0 == *number).count();
     vec![enough(asked, running, lanes, "QEMU's own ports", again)]
 }
 
-/// Whether every CPU has a port.
-fn enough(asked: Asked<'_>, running: &Running, lanes: usize, what: &str, remedy: String) -> Finding {
+/// Whether each CPU has a port.
+fn enough(asked: GuestVm<'_>, running: &RunningVm, lanes: usize, what: &str, remedy: String) -> Finding {
     let found = format!("{what}: ports for {}, {}", counted(lanes, "CPU"), counted(running.cpus, "CPU"));
     if running.cpus <= lanes { Finding::ok(asked.guest, found) } else { Finding::warn(asked.guest, found, remedy) }
 }
 
-fn memory(asked: Asked<'_>, running: &Running) -> Finding {
+fn memory(asked: GuestVm<'_>, running: &RunningVm) -> Finding {
     match &running.memory_obstacle {
         None => Finding::ok(asked.guest, "its memory is shared"),
-        Some(obstacle) => {
-            let remedy = "-object memory-backend-memfd,id=mem0,size=SIZE,share=on -machine …,memory-backend=mem0";
-            Finding::fail(asked.guest, obstacle.to_string(), remedy)
-        }
+        Some(obstacle) => Finding::fail(asked.guest, obstacle.to_string(), remedy::SHARED_MEMORY),
     }
 }
 
@@ -141,23 +129,23 @@ mod tests {
     use vtrace_common::ids::Cpu;
 
     use super::{
-        super::Verdict::{self, Fail, Ok as Fine, Warn},
+        super::Severity::{self, Fail, Ok as Fine, Warn},
         *,
     };
-    use crate::vmm::qmp::Version;
+    use crate::vmm::qemu::QemuVersion;
 
-    fn asked() -> Asked<'static> {
-        Asked { guest: "guest1", qmp: Path::new("/run/q"), lanes_per_device: 126 }
+    fn asked() -> GuestVm<'static> {
+        GuestVm { guest: "guest1", qmp: Path::new("/run/q"), lanes_per_device: 126 }
     }
 
-    fn running() -> Running {
-        Running {
-            version: Version { major: 11, minor: 1, micro: 3 },
+    fn running() -> RunningVm {
+        RunningVm {
+            version: QemuVersion { major: 11, minor: 1, micro: 3 },
             state: "running".into(),
             kvm: Some(true),
             cpus: 2,
             devices: vec![2],
-            ports: Ports::default(),
+            ports: SerialPorts::default(),
             device_obstacle: None,
             memory_obstacle: None,
             slots: 1,
@@ -165,7 +153,7 @@ mod tests {
     }
 
     /// Verdicts and texts of a QEMU that was changed a little.
-    fn findings(change: impl FnOnce(&mut Running)) -> (Vec<Verdict>, String) {
+    fn findings(change: impl FnOnce(&mut RunningVm)) -> (Vec<Severity>, String) {
         let mut running = running();
         change(&mut running);
         let findings = vmm(asked(), &Ok(running));
@@ -174,15 +162,15 @@ mod tests {
     }
 
     #[test]
-    fn qemu_with_what_is_needed_is_three_good_lines() {
+    fn qemu_that_meets_all_requirements_is_three_ok_lines() {
         let (verdicts, text) = findings(|_| {});
         assert_eq!(verdicts, [Fine; 3], "{text}");
         assert!(text.contains("QEMU 11.1.3, running, KVM") && text.contains("ports for 2 CPUs, 2 CPUs"), "{text}");
     }
 
     #[test]
-    fn each_thing_that_a_running_qemu_can_lack_is_told_with_what_to_do() {
-        type Case = (fn(&mut Running), Vec<Verdict>, &'static str);
+    fn each_missing_requirement_is_reported_with_advice() {
+        type Case = (fn(&mut RunningVm), Vec<Severity>, &'static str);
         let private = || Some(Obstacle::MemoryNotShared("pc.ram".into()));
         let cases: [Case; 8] = [
             (|one| one.kvm = Some(false), vec![Warn, Fine, Fine], "-accel kvm"),
@@ -218,13 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn qemus_own_ports_count_from_cpu_0_on_and_must_lead_to_the_server() {
-        let ports = |cpus: &[u32], is_ours| Ports {
+    fn qemus_own_ports_count_from_cpu_0_and_must_connect_to_the_server() {
+        let ports = |cpus: &[u32], is_ours| SerialPorts {
             control: Some("unix:/x.sock".into()),
             control_is_ours: is_ours,
             lanes: cpus.iter().copied().map(Cpu).collect(),
         };
-        let own = |ports: Ports| {
+        let own = |ports: SerialPorts| {
             findings(|one| {
                 one.devices.clear();
                 one.memory_obstacle = Some(Obstacle::MemoryNotShared("pc.ram".into()));
@@ -237,14 +225,14 @@ mod tests {
         assert!(verdicts == [Fine, Warn] && text.contains("ports for 1 CPU, 2 CPUs"), "{text}");
         let (verdicts, text) = own(ports(&[0, 1], Some(false)));
         assert!(verdicts == [Fine, Fail] && text.contains("/x.sock"), "{text}");
-        assert_eq!(own(Ports { lanes: vec![Cpu(0)], ..Ports::default() }).0, [Fine, Fail]);
+        assert_eq!(own(SerialPorts { lanes: vec![Cpu(0)], ..SerialPorts::default() }).0, [Fine, Fail]);
     }
 
     #[test]
-    fn qemu_that_does_not_answer_is_one_line_with_what_to_do() {
+    fn qemu_that_does_not_answer_is_one_line_with_advice() {
         let path = || "/run/q".into();
         let missing = QmpError::NoSocket { path: path(), source: std::io::ErrorKind::NotFound.into() };
-        for (error, remedy) in [(missing, "-qmp unix:"), (QmpError::Foreign("x".into()), "not -monitor")] {
+        for (error, remedy) in [(missing, "-qmp unix:"), (QmpError::Foreign("x".into()), "not of -monitor")] {
             let findings = vmm(asked(), &Err(error));
             assert!(findings.len() == 1 && findings[0].verdict == Fail, "{findings:?}");
             assert!(findings[0].remedy.contains(remedy), "{findings:?}");

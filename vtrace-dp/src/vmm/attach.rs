@@ -1,19 +1,12 @@
-//! A guest's devices plugged into a QEMU that runs already, and out of it: `vtrace attach` and `detach`.
+//! Hot-plug of a guest's devices into a running QEMU, and hot-unplug: `vtrace attach` and `detach`.
 //!
-//! | file | what |
-//! |---|---|
-//! | [`qmp`] | QEMU's control channel |
-//! | [`vmm`] | what a QEMU has and can take |
-//! | [`look`] | the same for `vtrace doctor`, all of it |
-//!
-//! In:    a QEMU behind its QMP socket, the sockets of a server
-//! Out:   a vhost-user device for each socket that is needed, or none and the reason; none left after a detach
+//! In:    a QMP connection, the server's sockets for the guest
+//! Out:   a vhost-user device for each socket that is needed, or none and the reason
 //! Runs:  on the caller's thread
-//! Full:  what cannot be plugged in whole is taken out again
-//! Trust: QEMU with nothing but what it is asked to do
+//! Full:  if one device cannot be plugged in, the others are unplugged again
 //!
-//! QEMU cannot connect such a device again (hw/virtio/vhost-user-base.c): whose server is gone has to go too, and come
-//! again with the next one. In between the guest's agent sees its ports vanish and waits for new ones.
+//! QEMU cannot reconnect such a device (hw/virtio/vhost-user-base.c): when its server ends, the device must be unplugged
+//! and plugged in again. In between, the guest's agent sees its ports vanish and waits for new ones.
 
 use std::{
     path::PathBuf,
@@ -23,102 +16,101 @@ use std::{
 use serde_json::json;
 
 use super::{
-    capacity::{DRIVER, Obstacle, Plugged},
-    qmp::{Event, Qmp, QmpError, shown},
+    capacity::{self, DRIVER, Obstacle, Plugged},
+    qemu::{QUEUE_ENTRIES, QemuVersion},
+    qmp::{Qmp, QmpError, QmpEvent, shown},
 };
 
-/// How long a guest may take to let go of a device.
+/// Timeout of the guest's part of an unplug.
 pub const UNPLUG_MAX: Duration = Duration::from_secs(30);
-/// How long QEMU may take to forget a chardev whose device is gone.
+/// Timeout for QEMU to release the chardev of an unplugged device.
 const CHARDEV_MAX: Duration = Duration::from_secs(5);
-/// Descriptors of each ring, as README has it.
-const QUEUE_SIZE: u32 = 128;
-/// All of virtio's console configuration.
+/// Size of struct virtio_console_config.
 const CONFIG_BYTES: u32 = 12;
-/// What our devices and chardevs are called; a number follows.
+/// Prefix of the ids of our devices and chardevs.
 const NAME: &str = "vtrace";
 
-/// Why a device is not plugged in or out.
+/// A hot-plug or hot-unplug that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HotplugError {
-    /// No talking to QEMU, or it refused.
+    /// QMP failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
-    /// Something is missing.
+    /// A requirement is not met.
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
-    /// QEMU has none of these devices.
-    #[error("this QEMU has no device that leads to {}", .0.display())]
+    /// QEMU has no device for this socket.
+    #[error("this QEMU has no device that connects to {}", .0.display())]
     NotAttached(PathBuf),
-    /// The guest has not answered the request.
-    #[error("the guest has not let go of {device} within {} s", UNPLUG_MAX.as_secs())]
+    /// The guest did not release the device.
+    #[error("the guest did not release {device} within {} s", UNPLUG_MAX.as_secs())]
     Held {
-        /// Which.
+        /// Id or path of the device.
         device: String,
     },
-    /// The guest cannot answer.
-    #[error("the guest is paused: it cannot let go of a device")]
+    /// A paused guest cannot release a device.
+    #[error("the guest is paused and cannot release a device")]
     Paused,
 }
 
-/// What is to be plugged in.
+/// The devices to plug in.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Wanted {
+pub struct AttachRequest {
     /// The server's sockets for this guest, in the order of its devices.
     pub sockets: Vec<PathBuf>,
-    /// Lanes that each carries.
+    /// Lanes of each device.
     pub lanes: usize,
-    /// CPUs to have ports for; those the guest has now if it is not said.
+    /// Number of CPUs; `None`: those that the guest has now.
     pub cpus: Option<usize>,
-    /// Where to plug them in, instead of the free slots that are found.
+    /// Buses to plug them into; empty: free hot-plug slots.
     pub buses: Vec<String>,
 }
 
-/// What was plugged in.
+/// The devices that were plugged in.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Attached {
     /// QEMU's version.
-    pub version: super::qmp::Version,
-    /// CPUs with a port.
+    pub version: QemuVersion,
+    /// Number of CPUs with a port.
     pub cpus: usize,
-    /// Device and bus.
+    /// Device id and bus.
     pub devices: Vec<(String, String)>,
-    /// Whether the guest runs; otherwise its driver comes later.
+    /// Whether the guest runs: a paused guest's driver starts later.
     pub running: bool,
 }
 
-/// Ports of each device: its lanes and port 0. One device at least.
+/// Number of ports of each device: its lanes and port 0. At least one device.
 pub fn ports(cpus: usize, lanes: usize) -> Vec<usize> {
     let lanes = lanes.max(1);
     let devices = cpus.div_ceil(lanes).max(1);
     (0..devices).map(|device| cpus.saturating_sub(device * lanes).min(lanes) + 1).collect()
 }
 
-/// Plugs in what a guest needs, or nothing.
+/// Plugs in all devices that a guest needs, or none.
 ///
 /// # Errors
 /// [`HotplugError`]; QEMU is then as it was.
-pub fn attach(qmp: &mut Qmp, wanted: &Wanted) -> Result<Attached, HotplugError> {
-    refuse(super::capacity::check_version(qmp)?)?;
-    let running = super::capacity::check_state(qmp)??;
-    if let Some(device) = super::capacity::plugged(qmp, &wanted.sockets)?.first() {
+pub fn attach(qmp: &mut Qmp, wanted: &AttachRequest) -> Result<Attached, HotplugError> {
+    refuse(capacity::check_version(qmp)?)?;
+    let running = capacity::check_state(qmp)??;
+    if let Some(device) = capacity::plugged(qmp, &wanted.sockets)?.first() {
         return Err(Obstacle::Attached(shown(&device.path)).into());
     }
-    refuse(super::capacity::check_memory(qmp)?)?;
+    refuse(capacity::check_memory(qmp)?)?;
     let cpus = match wanted.cpus {
         Some(cpus) => cpus,
-        None => super::capacity::cpus(qmp)?,
+        None => capacity::cpus(qmp)?,
     };
-    let ports = ports(cpus, wanted.lanes);
-    if ports.len() > wanted.sockets.len() {
-        return Err(Obstacle::FewDevices { cpus, needed: ports.len(), devices: wanted.sockets.len() }.into());
+    let port_counts = ports(cpus, wanted.lanes);
+    if port_counts.len() > wanted.sockets.len() {
+        return Err(Obstacle::FewDevices { cpus, needed: port_counts.len(), devices: wanted.sockets.len() }.into());
     }
-    let buses = if wanted.buses.is_empty() { super::capacity::free_slots(qmp)? } else { wanted.buses.clone() };
-    if buses.len() < ports.len() {
-        return Err(Obstacle::NoSlot { needed: ports.len(), free: buses.len() }.into());
+    let buses = if wanted.buses.is_empty() { capacity::free_slots(qmp)? } else { wanted.buses.clone() };
+    if buses.len() < port_counts.len() {
+        return Err(Obstacle::NoSlot { needed: port_counts.len(), free: buses.len() }.into());
     }
     let mut devices = Vec::new();
-    for ((socket, ports), bus) in wanted.sockets.iter().zip(ports).zip(buses) {
+    for ((socket, ports), bus) in wanted.sockets.iter().zip(port_counts).zip(buses) {
         match plug(qmp, socket, ports, &bus) {
             Ok(name) => devices.push((name, bus)),
             Err(error) => {
@@ -135,9 +127,9 @@ fn refuse(obstacle: Option<Obstacle>) -> Result<(), Obstacle> {
     obstacle.map_or(Ok(()), Err)
 }
 
-/// One chardev and its device; both or none.
+/// Adds a chardev and its device, or neither.
 fn plug(qmp: &mut Qmp, socket: &std::path::Path, ports: usize, bus: &str) -> Result<String, QmpError> {
-    let names = super::capacity::names(qmp)?;
+    let names = capacity::names(qmp)?;
     let name = (0..).map(|number| format!("{NAME}{number}")).find(|name| !names.contains(name));
     let name = name.expect("numbers do not end");
     let address = json!({ "type": "unix", "data": { "path": socket } });
@@ -145,7 +137,7 @@ fn plug(qmp: &mut Qmp, socket: &std::path::Path, ports: usize, bus: &str) -> Res
     qmp.execute("chardev-add", json!({ "id": name, "backend": backend }))?;
     let device = json!({
         "driver": DRIVER, "id": name, "bus": bus, "chardev": name, "virtio-id": 3,
-        "num_vqs": 2 * (ports + 1), "vq_size": QUEUE_SIZE, "config_size": CONFIG_BYTES,
+        "num_vqs": 2 * (ports + 1), "vq_size": QUEUE_ENTRIES, "config_size": CONFIG_BYTES,
     });
     if let Err(error) = qmp.execute("device_add", device) {
         // The first error is the one to report.
@@ -155,22 +147,22 @@ fn plug(qmp: &mut Qmp, socket: &std::path::Path, ports: usize, bus: &str) -> Res
     Ok(name)
 }
 
-/// Takes every device out that leads to one of these sockets, and its chardev. Gives how many there were.
+/// Unplugs every device that connects to one of these sockets, and removes its chardev. Returns their number.
 ///
 /// # Errors
-/// [`HotplugError`]; devices that are out stay out.
+/// [`HotplugError`]; devices already unplugged stay so.
 pub fn detach(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<usize, HotplugError> {
-    let plugged = super::capacity::plugged(qmp, sockets)?;
+    let plugged = capacity::plugged(qmp, sockets)?;
     if plugged.is_empty() {
         return Err(HotplugError::NotAttached(sockets.first().cloned().unwrap_or_default()));
     }
-    if !super::capacity::check_state(qmp)?? {
+    if !capacity::check_state(qmp)?? {
         return Err(HotplugError::Paused);
     }
-    // All are asked first: the guest lets go of them at the same time.
+    // Request all first: the guest releases them at the same time.
     for device in &plugged {
         match qmp.execute("device_del", json!({ "id": device.path })) {
-            // It was asked before and has not answered yet.
+            // Requested before and still pending.
             Err(QmpError::Refused { why, .. }) if why.contains("already in the process of unplug") => {}
             result => drop(result?),
         }
@@ -184,7 +176,7 @@ pub fn detach(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<usize, HotplugError>
 }
 
 fn await_unplugged(qmp: &mut Qmp, device: &Plugged, begun: Instant) -> Result<(), HotplugError> {
-    let is_it = |event: &Event| event.name == "DEVICE_DELETED" && event.data["path"] == device.path.as_str();
+    let is_it = |event: &QmpEvent| event.name == "DEVICE_DELETED" && event.data["path"] == device.path.as_str();
     let left = UNPLUG_MAX.saturating_sub(begun.elapsed());
     match qmp.event(is_it, left)? {
         Some(_) => Ok(()),
@@ -192,7 +184,7 @@ fn await_unplugged(qmp: &mut Qmp, device: &Plugged, begun: Instant) -> Result<()
     }
 }
 
-/// QEMU keeps a chardev busy until the device's last reference is gone, a moment after the event.
+/// QEMU keeps a chardev busy until the device's last reference is dropped, shortly after the event.
 fn remove_chardev(qmp: &mut Qmp, name: &str) -> Result<(), QmpError> {
     let begun = Instant::now();
     loop {

@@ -1,13 +1,13 @@
-//! What a running QEMU can take: its version, its memory, its CPUs, its free slots, its devices of ours.
+//! What a running QEMU can accept: version, memory, CPUs, free hot-plug slots, devices that are present.
 //!
 //! In:    answers over QMP
-//! Out:   plain facts, and what stands in the way ([`Obstacle`])
+//! Out:   facts, and what prevents a hot-plug ([`Obstacle`])
 //! Runs:  on the caller's thread
-//! Full:  at most [`PORTS_MAX`] PCI ports are looked at
+//! Full:  at most [`PORTS_MAX`] PCI ports are examined
 //! Trust: nothing: an answer of another form is an error
 //!
-//! Slots are found in QEMU's own object tree (qom-list), not by query-pci: that one says what the guest has set up, and
-//! a guest that is booting has set up nothing.
+//! Slots are found in QEMU's object tree (qom-list), not by query-pci, which shows what the guest has configured: nothing
+//! while it boots.
 
 use std::{
     collections::BTreeSet,
@@ -17,60 +17,61 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::qmp::{Qmp, QmpError, Version, shown};
+use super::{
+    qemu::{QemuVersion, VHOST_USER_SINCE},
+    qmp::{Qmp, QmpError, shown},
+};
 
-/// The device (QEMU hw/virtio/vhost-user-test-device-pci.c).
+/// The generic vhost-user device (QEMU hw/virtio/vhost-user-test-device-pci.c).
 pub const DRIVER: &str = "vhost-user-test-device-pci";
-/// The oldest QEMU that lets a user create it.
-pub const VERSION_MIN: Version = Version { major: 10, minor: 2, micro: 0 };
-/// PCI ports looked at.
+/// PCI ports examined at most.
 const PORTS_MAX: usize = 512;
-/// Slots of a PCI bus that is no PCI Express port.
+/// Slots of a conventional PCI bus.
 const BUS_SLOTS: usize = 32;
-/// Devices that are a hot-plug slot for one other.
+/// Types of PCI Express ports, each a hot-plug slot for one device.
 const PORTS: [&str; 3] = ["pcie-root-port", "ioh3420", "xio3130-downstream"];
-/// Where devices with and without a name are.
+/// The folders of QEMU's tree with named and unnamed devices.
 pub(crate) const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
-/// What keeps a device from being plugged in.
+/// What prevents a device from being plugged in.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Obstacle {
-    /// Too old.
-    #[error("QEMU {0} does not let {DRIVER} be created: it needs {min}", min = VERSION_MIN)]
-    Version(Version),
-    /// Built without.
-    #[error("this QEMU has no {DRIVER}: it was built without it")]
+    /// QEMU is too old.
+    #[error("QEMU {0} does not support {DRIVER}: {min} or newer is needed", min = VHOST_USER_SINCE)]
+    Version(QemuVersion),
+    /// QEMU was built without the device.
+    #[error("this QEMU was built without {DRIVER}")]
     NoDevice,
-    /// Its memory cannot be seen by another process.
+    /// The guest's memory (the backend's name) is private to QEMU.
     #[error("the guest's memory ({0}) is not shared, and QEMU cannot change that while it runs")]
     MemoryNotShared(String),
-    /// Nowhere to plug it in.
-    #[error("{needed} free PCI slots for hot-plug are needed, {free} are there")]
+    /// Too few free hot-plug slots.
+    #[error("{needed} free PCI hot-plug slots are needed, the guest has {free}")]
     NoSlot {
-        /// Devices to be plugged in.
+        /// Devices to plug in.
         needed: usize,
-        /// Slots.
+        /// Free slots.
         free: usize,
     },
-    /// It has devices for this guest already.
+    /// QEMU has a device for this guest (its name).
     #[error("QEMU has a device for this guest already: {0}")]
     Attached(String),
-    /// The server serves fewer CPUs of this guest.
+    /// The server has too few devices for the guest's CPUs.
     #[error("{cpus} CPUs need {needed} devices, and the server has {devices} for this guest")]
     FewDevices {
         /// CPUs of the guest.
         cpus: usize,
-        /// Devices for them.
+        /// Devices needed for them.
         needed: usize,
-        /// Devices the server has.
+        /// Devices of the server.
         devices: usize,
     },
-    /// QEMU is about to end, or waits for another to send it the guest.
+    /// A state without hot-plug: QEMU is ending, or waits for an incoming migration.
     #[error("the virtual machine is in state {0:?}")]
     State(String),
 }
 
-/// An object in QEMU's tree.
+/// A member of an object in QEMU's tree.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 pub(crate) struct Entry {
     pub(crate) name: String,
@@ -79,23 +80,24 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// The type of the object that it is the parent of.
+    /// Type of the child object, if the member is one.
     pub(crate) fn child(&self) -> Option<&str> {
         self.kind.strip_prefix("child<")?.strip_suffix('>')
     }
 }
 
-/// What connects a device to the host.
+/// A character device: the host's side of a device.
 #[derive(Deserialize)]
 pub(crate) struct Chardev {
     pub(crate) label: String,
     pub(crate) filename: String,
 }
 
+/// Whether the guest runs (query-status).
 #[derive(Deserialize)]
-struct Status {
-    status: String,
-    running: bool,
+pub(crate) struct RunState {
+    pub(crate) status: String,
+    pub(crate) running: bool,
 }
 
 #[derive(Deserialize)]
@@ -110,20 +112,25 @@ struct Processor {
     index: usize,
 }
 
-/// One of our devices in a QEMU.
+/// One of our devices in QEMU.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plugged {
-    /// Where it is in QEMU's tree; device_del takes this as it takes a name.
+    /// Path in QEMU's tree; device_del accepts it like an id.
     pub path: String,
-    /// Its name, if it has one: events call it so.
+    /// Its id, if it has one.
     pub name: Option<String>,
-    /// What connects it to the server.
+    /// Label of its chardev.
     pub chardev: String,
 }
 
 pub(crate) fn ask<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<T, QmpError> {
     let answer = qmp.execute(command, arguments)?;
     serde_json::from_value(answer).map_err(|_| QmpError::Answer(command.into()))
+}
+
+/// QEMU's run state.
+pub(crate) fn run_state(qmp: &mut Qmp) -> Result<RunState, QmpError> {
+    ask(qmp, "query-status", Value::Null)
 }
 
 pub(crate) fn list(qmp: &mut Qmp, path: &str) -> Result<Vec<Entry>, QmpError> {
@@ -134,9 +141,9 @@ pub(crate) fn property<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, path: &str, pr
     ask(qmp, "qom-get", json!({ "path": path, "property": property }))
 }
 
-/// Whether this QEMU can have the device at all.
+/// Whether this QEMU supports the device.
 pub(crate) fn check_version(qmp: &mut Qmp) -> Result<Option<Obstacle>, QmpError> {
-    if qmp.version < VERSION_MIN {
+    if qmp.version < VHOST_USER_SINCE {
         return Ok(Some(Obstacle::Version(qmp.version)));
     }
     match qmp.execute("device-list-properties", json!({ "typename": DRIVER })) {
@@ -146,15 +153,14 @@ pub(crate) fn check_version(qmp: &mut Qmp) -> Result<Option<Obstacle>, QmpError>
     }
 }
 
-/// Whether the machine is in a state in which something can be plugged in, and whether its CPUs run.
+/// Whether the guest's CPUs run, or the state that does not allow hot-plug.
 pub(crate) fn check_state(qmp: &mut Qmp) -> Result<Result<bool, Obstacle>, QmpError> {
-    let Status { status, running } = ask(qmp, "query-status", Value::Null)?;
+    let RunState { status, running } = run_state(qmp)?;
     let fits = matches!(status.as_str(), "running" | "paused" | "prelaunch" | "debug" | "suspended");
     Ok(if fits { Ok(running) } else { Err(Obstacle::State(shown(&status))) })
 }
 
-/// Whether the server can see the guest's memory. Where QEMU says which backend is the machine's, that one counts, else
-/// (NUMA) all do.
+/// Whether the guest's memory is shared. If QEMU names the machine's backend, only that one counts, else (NUMA) all do.
 pub(crate) fn check_memory(qmp: &mut Qmp) -> Result<Option<Obstacle>, QmpError> {
     let backends: Vec<Memory> = ask(qmp, "query-memdev", Value::Null)?;
     let main = match property::<String>(qmp, "/machine", "memory-backend") {
@@ -175,13 +181,13 @@ fn not_shared(backends: &[Memory], main: &str) -> Option<String> {
     }
 }
 
-/// CPUs of the guest, those in between that are not there included: ports go by number.
+/// Number of CPUs, counting gaps in their numbers: ports are numbered by CPU.
 pub(crate) fn cpus(qmp: &mut Qmp) -> Result<usize, QmpError> {
     let cpus: Vec<Processor> = ask(qmp, "query-cpus-fast", Value::Null)?;
     Ok(cpus.iter().map(|cpu| cpu.index.saturating_add(1)).max().unwrap_or(0))
 }
 
-/// Names of buses that take one more device each, the same name once for each.
+/// Free hot-plug slots: the name of a bus for each device that it can still accept.
 pub(crate) fn free_slots(qmp: &mut Qmp) -> Result<Vec<String>, QmpError> {
     let mut free = Vec::new();
     for folder in DEVICES {
@@ -194,7 +200,7 @@ pub(crate) fn free_slots(qmp: &mut Qmp) -> Result<Vec<String>, QmpError> {
             }
         }
     }
-    // The older machine takes devices on its root bus.
+    // The older machine type accepts devices on its root bus.
     if let Some((bus, used)) = root_bus(qmp)? {
         free.extend(std::iter::repeat_n(bus, BUS_SLOTS.saturating_sub(used)));
     }
@@ -252,7 +258,8 @@ pub(crate) fn names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
     Ok(devices.chain(chardevs.into_iter().map(|chardev| chardev.label)).collect())
 }
 
-/// `unix:PATH`, `disconnected:unix:PATH`, with options behind a comma: QEMU's words for a socket (chardev/char-socket.c).
+/// Whether a chardev's `filename` (`unix:PATH`, `disconnected:unix:PATH`, options after a comma; chardev/char-socket.c)
+/// is this socket.
 pub(crate) fn leads_to(filename: &str, socket: &Path) -> bool {
     let path = filename.strip_prefix("disconnected:").unwrap_or(filename).strip_prefix("unix:");
     let (Some(path), Some(socket)) = (path, socket.to_str()) else { return false };
@@ -268,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn machines_own_memory_counts_and_without_its_name_all_of_it() {
+    fn machines_own_backend_counts_and_without_its_name_all_do() {
         assert_eq!(not_shared(&[memory("nv", false), memory("mem0", true)], "mem0"), None);
         assert_eq!(not_shared(&[memory("nv", true), memory("pc.ram", false)], "pc.ram"), Some("pc.ram".into()));
         assert_eq!(not_shared(&[memory("a", true), memory("b", false)], ""), Some("b".into()));
@@ -277,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn chardev_is_known_by_its_socket_connected_or_not() {
+    fn chardev_is_recognised_by_its_socket_connected_or_not() {
         let socket = Path::new("/run/vtrace/guest1.sock");
         for name in ["unix:/run/vtrace/guest1.sock", "disconnected:unix:/run/vtrace/guest1.sock,server=on"] {
             assert!(leads_to(name, socket), "{name}");
@@ -291,9 +298,11 @@ mod tests {
 
     #[test]
     fn versions_are_compared_as_numbers() {
-        let version = |major, minor| Version { major, minor, micro: 9 };
-        assert!(version(10, 0) < VERSION_MIN && version(9, 20) < VERSION_MIN && version(11, 0) > VERSION_MIN);
-        assert!(version(10, 2) >= VERSION_MIN);
+        let version = |major, minor| QemuVersion { major, minor, micro: 9 };
+        assert!(
+            version(10, 0) < VHOST_USER_SINCE && version(9, 20) < VHOST_USER_SINCE && version(11, 0) > VHOST_USER_SINCE
+        );
+        assert!(version(10, 2) >= VHOST_USER_SINCE);
     }
 
     #[test]

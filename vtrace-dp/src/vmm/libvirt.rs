@@ -2,35 +2,34 @@
 //!
 //! In:    a guest's folder and setup
 //! Out:   [`Elements`]: text for three places of the domain's XML
-//! Runs:  anywhere; nothing here has an effect
-//! Trust: names and paths of the person who asks; letters that mean something to XML are escaped
+//! Trust: names and paths of the user; characters that are special in XML are escaped
 //!
-//! Controllers get the numbers from 1 on: 0 is the one that libvirt makes for its own guest agent.
+//! Controllers are numbered from 1: libvirt creates controller 0 for its own guest agent.
 
 use std::{fmt::Write, path::Path};
 
 use super::{
-    qemu::{CONTROLLER_PORTS, Guest, places},
+    qemu::{CONTROLLER_PORTS, Guest, port_addresses},
     setup::Transport,
 };
 
-/// The first controller of ours.
+/// Index of our first virtio-serial controller.
 const CONTROLLER_FIRST: usize = 1;
 /// Seconds between two attempts to connect.
 const RECONNECT_S: u32 = 1;
 
-/// What to add to a domain.
+/// XML to add to a domain.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Elements {
     /// Inside `<devices>`.
     pub devices: String,
     /// Inside `<domain>`.
     pub domain: String,
-    /// The domain must declare this XML name space for `<qemu:…>`.
+    /// XML name space that the domain must declare for `<qemu:…>`.
     pub name_space: Option<&'static str>,
 }
 
-/// What a domain needs for its ports.
+/// The elements that give a domain the guest's ports.
 pub fn elements(guest: &Guest<'_>) -> Elements {
     match guest.setup.transport {
         Transport::VhostUser => vhost_user(guest),
@@ -49,9 +48,9 @@ pub fn elements(guest: &Guest<'_>) -> Elements {
 
 fn channels(guest: &Guest<'_>, begin: impl Fn(&str) -> String) -> Elements {
     let mut devices = String::new();
-    for (name, place) in places(guest.setup) {
-        let controller = CONTROLLER_FIRST + place.controller;
-        if place.port == 1 {
+    for (name, address) in port_addresses(guest.setup) {
+        let controller = CONTROLLER_FIRST + address.controller;
+        if address.port == 1 {
             line(
                 &mut devices,
                 format_args!("<controller type='virtio-serial' index='{controller}' ports='{CONTROLLER_PORTS}'/>"),
@@ -59,9 +58,11 @@ fn channels(guest: &Guest<'_>, begin: impl Fn(&str) -> String) -> Elements {
         }
         line(&mut devices, format_args!("{}", begin(&name)));
         line(&mut devices, format_args!("  <target type='virtio' name='{name}'/>"));
-        let port = place.port;
-        let address = format_args!("  <address type='virtio-serial' controller='{controller}' bus='0' port='{port}'/>");
-        line(&mut devices, address);
+        let port = address.port;
+        line(
+            &mut devices,
+            format_args!("  <address type='virtio-serial' controller='{controller}' bus='0' port='{port}'/>"),
+        );
         line(&mut devices, format_args!("</channel>"));
     }
     Elements { devices, ..Elements::default() }
@@ -71,8 +72,8 @@ fn vhost_user(guest: &Guest<'_>) -> Elements {
     let mut domain = String::new();
     line(&mut domain, format_args!("<memoryBacking>\n  <source type='memfd'/>\n  <access mode='shared'/>"));
     line(&mut domain, format_args!("</memoryBacking>\n<qemu:commandline>"));
-    for word in guest.vhost_user() {
-        line(&mut domain, format_args!("  <qemu:arg value='{}'/>", escaped(Path::new(&word))));
+    for option in guest.vhost_user() {
+        line(&mut domain, format_args!("  <qemu:arg value='{}'/>", escaped(Path::new(&option))));
     }
     line(&mut domain, format_args!("</qemu:commandline>"));
     let name_space = Some("xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'");
@@ -111,13 +112,13 @@ mod tests {
     }
 
     #[test]
-    fn letters_of_xml_in_a_path_are_escaped() {
+    fn special_characters_of_xml_in_a_path_are_escaped() {
         let devices = of(Transport::Socket, 1, "/a&b<c'd").devices;
         assert!(devices.contains("path='/a&amp;b&lt;c&apos;d/guest1/agent-ctl-path.sock'"), "{devices}");
     }
 
     #[test]
-    fn own_device_is_passed_through_to_qemu_with_shared_memory() {
+    fn vhost_user_device_is_passed_through_to_qemu_with_shared_memory() {
         let elements = of(Transport::VhostUser, 2, "/var/lib/vtrace/virt");
         assert_eq!((elements.devices.as_str(), elements.name_space.is_some()), ("", true));
         assert!(elements.domain.contains("<access mode='shared'/>"));

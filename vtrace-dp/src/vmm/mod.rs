@@ -2,13 +2,13 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`setup`] | a guest's folder and FIFOs, and the options that connect it |
-//! | [`qemu`], [`libvirt`] | these options for QEMU and for libvirt |
+//! | [`setup`] | a guest's folder and FIFOs |
+//! | [`qemu`], [`libvirt`] | the options that connect a guest, for QEMU and for libvirt |
 //! | [`qmp`] | QMP, QEMU's control channel |
-//! | [`capacity`] | what a running QEMU can take |
-//! | [`attach`] | devices into a running QEMU, and out of it |
-//! | [`running`] | what a running QEMU has of what a recording needs |
-//! | [`vcpu_threads`] | which threads of the host run a guest's vCPUs |
+//! | [`capacity`] | what a running QEMU can accept |
+//! | [`attach`] | hot-plug and hot-unplug of devices |
+//! | [`running`] | what a running QEMU has of what recording needs |
+//! | [`vcpu_threads`] | the host threads that run a guest's vCPUs |
 //!
 //! In:    a guest's name and size; answers of a QMP socket; /proc
 //! Out:   options as text; commands over QMP; threads

@@ -1,13 +1,13 @@
 //! QMP, QEMU's control channel: JSON lines over a socket (docs/interop/qmp-spec.rst).
 //!
-//! In:    commands; bytes of whoever listens on the socket
-//! Out:   what commands return, events, or a [`QmpError`]
-//! Runs:  on the caller's thread; no call takes longer than the time it was given
-//! Full:  a line longer than [`LINE_BYTES_MAX`] is a fault; of events only the newest [`EVENTS_MAX`] are kept, and of one
-//!        in a line longer than [`EVENT_BYTES_MAX`] only its name
+//! In:    commands; bytes from the process that listens on the socket
+//! Out:   return values, events, or a [`QmpError`]
+//! Runs:  on the caller's thread; no call takes longer than its timeout
+//! Full:  a line longer than [`LINE_BYTES_MAX`] is an error; the newest [`EVENTS_MAX`] events are kept, and only the name
+//!        of an event whose line is longer than [`EVENT_BYTES_MAX`]
 //! Trust: nothing: lines are bounded before they are parsed, texts are cleaned before they are shown
 //!
-//! Of QMP's thousands of types eight commands are used here, so what they return is read where it is used.
+//! Only a dozen of QMP's commands are used, so their return values are parsed where they are used.
 
 use std::{
     collections::VecDeque,
@@ -20,109 +20,93 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::qemu::QemuVersion;
 use crate::sys::socket::dial;
 
-/// Longest line taken. QEMU's longest answers (query-pci of a full machine) have some hundred KiB.
+/// Longest line accepted. QEMU's longest answers (query-pci of a full machine) have some hundred KiB.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
-/// Events kept while nobody asks for them.
+/// Events kept until they are asked for.
 pub const EVENTS_MAX: usize = 256;
-/// Of an event in a longer line only the name is kept. QEMU's have some hundred bytes.
+/// Longest line of an event whose data is kept. QEMU's events have some hundred bytes.
 pub const EVENT_BYTES_MAX: usize = 16 << 10;
-/// How long an answer may take.
+/// Timeout of one answer.
 pub const ANSWER_MAX: Duration = Duration::from_secs(10);
-/// What is shown of a text of QEMU's.
+/// Longest text of QEMU's that is shown.
 const SHOWN_BYTES_MAX: usize = 300;
 /// Bytes read at a time.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// Why there is no answer.
+/// A QMP command that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
-    /// Nobody listens there.
+    /// The socket cannot be connected.
     #[error("no QMP at {}: {source}", path.display())]
     NoSocket {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why it cannot be connected.
+        /// The error of connect(2).
         source: std::io::Error,
     },
-    /// It did not answer in time. A QMP that serves another client does not even greet.
+    /// No answer in time. A QMP socket that serves another client sends no greeting either.
     #[error("QMP does not answer {what} within {} s", waited.as_secs())]
     Silent {
-        /// What it should have answered.
+        /// The command, or the connection.
         what: String,
-        /// How long that was waited for.
+        /// The timeout.
         waited: Duration,
     },
-    /// It closed the socket.
-    #[error("QEMU has closed its QMP")]
+    /// QEMU closed the socket.
+    #[error("QEMU closed its QMP socket")]
     Closed,
-    /// What came is no QMP.
-    #[error("this is no QMP: {0}")]
+    /// Not a QMP message.
+    #[error("this is not a QMP socket: {0}")]
     Foreign(String),
     /// QEMU refused a command.
     #[error("QEMU refuses {command}: {why}")]
     Refused {
-        /// Which.
+        /// Name of the command.
         command: String,
-        /// Its words.
+        /// QEMU's error message.
         why: String,
     },
-    /// The answer has not the form that this command's has.
-    #[error("QEMU's answer to {0} is not understood")]
+    /// The return value does not have the form that the command's has.
+    #[error("unexpected answer of QEMU to {0}")]
     Answer(String),
-    /// The socket failed.
-    #[error("QMP's socket: {0}")]
+    /// A system call on the socket failed.
+    #[error("QMP socket: {0}")]
     Socket(std::io::Error),
 }
 
-/// QEMU's version.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Deserialize)]
-pub struct Version {
-    /// The first number.
-    pub major: u32,
-    /// The second.
-    pub minor: u32,
-    /// The third.
-    pub micro: u32,
-}
-
-impl std::fmt::Display for Version {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
-    }
-}
-
-/// One line of QEMU.
+/// One line from QEMU.
 #[derive(Clone, PartialEq, Debug)]
-pub enum Message {
-    /// The first.
-    Greeting(Version),
-    /// A command's answer and its number.
+pub enum QmpMessage {
+    /// The greeting.
+    Greeting(QemuVersion),
+    /// A command's number and return value.
     Return(Option<u64>, Value),
-    /// A command was refused.
+    /// A command's number and error message.
     Error(Option<u64>, String),
-    /// Something happened.
-    Event(Event),
+    /// An event.
+    Event(QmpEvent),
 }
 
-/// Something that happened.
+/// An event.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Event {
-    /// Which kind.
+pub struct QmpEvent {
+    /// Name, such as `DEVICE_DELETED`.
     pub name: String,
-    /// What belongs to it.
+    /// Its `data` member.
     pub data: Value,
 }
 
-/// A line as it stands; only one of the first four is there.
+/// A line as JSON; exactly one of the first four members is present.
 #[derive(Deserialize)]
 struct Line {
     #[serde(rename = "QMP")]
-    greeting: Option<Greeting>,
+    greeting: Option<GreetingMember>,
     #[serde(rename = "return")]
     returned: Option<Value>,
-    error: Option<Failure>,
+    error: Option<ErrorMember>,
     event: Option<String>,
     #[serde(default)]
     data: Value,
@@ -130,21 +114,21 @@ struct Line {
 }
 
 #[derive(Deserialize)]
-struct Greeting {
-    version: Versions,
+struct GreetingMember {
+    version: VersionMember,
 }
 
 #[derive(Deserialize)]
-struct Versions {
-    qemu: Version,
+struct VersionMember {
+    qemu: QemuVersion,
 }
 
 #[derive(Deserialize)]
-struct Failure {
+struct ErrorMember {
     desc: String,
 }
 
-impl Message {
+impl QmpMessage {
     /// Reads one line.
     ///
     /// # Errors
@@ -157,76 +141,76 @@ impl Message {
             Line { greeting: Some(greeting), .. } => Self::Greeting(greeting.version.qemu),
             Line { returned: Some(value), id, .. } => Self::Return(id, value),
             Line { error: Some(failure), id, .. } => Self::Error(id, shown(&failure.desc)),
-            // The room of those that are kept: nothing that long is waited for.
+            // No event that is waited for is that long.
             Line { event: Some(name), .. } if bytes > EVENT_BYTES_MAX => {
-                Self::Event(Event { name: shown(&name), data: Value::Null })
+                Self::Event(QmpEvent { name: shown(&name), data: Value::Null })
             }
-            Line { event: Some(name), data, .. } => Self::Event(Event { name: shown(&name), data }),
+            Line { event: Some(name), data, .. } => Self::Event(QmpEvent { name: shown(&name), data }),
             _ => return Err(foreign()),
         })
     }
 }
 
-/// A text of QEMU's as people may see it: bounded, and nothing that moves a terminal's cursor.
+/// A text of QEMU's for a terminal: bounded, without control characters.
 pub fn shown(text: &str) -> String {
     let text = &text[..text.floor_char_boundary(SHOWN_BYTES_MAX)];
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect::<String>().trim().into()
 }
 
-/// Makes lines out of whatever pieces come.
+/// Splits a stream of bytes into messages.
 #[derive(Default, Debug)]
-pub struct Lines {
+pub struct QmpDecoder {
     bytes: Vec<u8>,
-    /// So much of it has no line's end.
+    /// Bytes already searched for the end of a line.
     searched: usize,
 }
 
-impl Lines {
-    /// Takes a piece.
+impl QmpDecoder {
+    /// Appends bytes.
     pub fn push(&mut self, piece: &[u8]) {
         self.bytes.extend_from_slice(piece);
     }
 
-    /// The next whole message; empty lines are skipped.
+    /// The next complete message; empty lines are skipped.
     ///
     /// # Errors
-    /// [`QmpError::Foreign`] for what is no message or has no end.
-    pub fn next_message(&mut self) -> Result<Option<Message>, QmpError> {
+    /// [`QmpError::Foreign`] for a line that is not a message, or is too long.
+    pub fn next_message(&mut self) -> Result<Option<QmpMessage>, QmpError> {
         loop {
             let Some(end) = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n') else {
                 self.searched = self.bytes.len();
                 let too_long = self.bytes.len() > LINE_BYTES_MAX;
-                return if too_long { Err(QmpError::Foreign("a line without end".into())) } else { Ok(None) };
+                return if too_long { Err(QmpError::Foreign("a line is too long".into())) } else { Ok(None) };
             };
             let line: Vec<u8> = self.bytes.drain(..=self.searched + end).collect();
             self.searched = 0;
             let line = line.trim_ascii();
             if !line.is_empty() {
-                return Message::parse(line).map(Some);
+                return QmpMessage::parse(line).map(Some);
             }
         }
     }
 }
 
-/// Connects. A QMP that serves another client lets one more wait, and lets those behind not even connect.
-fn reach(path: &Path, wait_max: Duration) -> Result<UnixStream, QmpError> {
+/// Connects. A QMP socket that serves a client queues one more; further ones cannot even connect.
+fn connect_socket(path: &Path, wait_max: Duration) -> Result<UnixStream, QmpError> {
     dial(path, wait_max).map_err(|source| match source.kind() {
         ErrorKind::WouldBlock => QmpError::Silent { what: "the connection".into(), waited: wait_max },
         _ => QmpError::NoSocket { path: path.into(), source },
     })
 }
 
-/// A connection that has greeted.
+/// A connection to QEMU.
 #[derive(Debug)]
 pub struct Qmp {
     socket: UnixStream,
-    lines: Lines,
-    events: VecDeque<Event>,
+    decoder: QmpDecoder,
+    events: VecDeque<QmpEvent>,
     number: u64,
-    /// No answer is waited for after this.
+    /// Deadline of all answers.
     until: Option<Instant>,
-    /// What the greeting said.
-    pub version: Version,
+    /// QEMU's version.
+    pub version: QemuVersion,
 }
 
 impl Qmp {
@@ -235,39 +219,39 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]
     pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        Self::over(reach(path, ANSWER_MAX)?, ANSWER_MAX)
+        Self::over(connect_socket(path, ANSWER_MAX)?, ANSWER_MAX)
     }
 
-    /// The same over a socket that is connected.
+    /// The same over a connected socket.
     ///
     /// # Errors
     /// [`QmpError`]
     pub fn over(socket: UnixStream, wait_max: Duration) -> Result<Self, QmpError> {
-        let version = Version { major: 0, minor: 0, micro: 0 };
+        let version = QemuVersion { major: 0, minor: 0, micro: 0 };
         let mut qmp =
-            Self { socket, lines: Lines::default(), events: VecDeque::new(), number: 0, until: None, version };
+            Self { socket, decoder: QmpDecoder::default(), events: VecDeque::new(), number: 0, until: None, version };
         match qmp.message("the connection", Instant::now(), wait_max)? {
-            Message::Greeting(version) => qmp.version = version,
-            _ => return Err(QmpError::Foreign("it does not greet".into())),
+            QmpMessage::Greeting(version) => qmp.version = version,
+            _ => return Err(QmpError::Foreign("no greeting".into())),
         }
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
     }
 
-    /// From now on all answers together may take this long.
-    pub fn hurry(&mut self, all_max: Duration) {
+    /// Sets a common deadline for all answers from now on.
+    pub fn limit(&mut self, all_max: Duration) {
         self.until = Some(Instant::now() + all_max);
     }
 
-    /// How long the next answer may take.
+    /// Timeout of the next answer.
     fn answer_max(&self) -> Duration {
         self.until.map_or(ANSWER_MAX, |until| ANSWER_MAX.min(until.saturating_duration_since(Instant::now())))
     }
 
-    /// Has QEMU do something.
+    /// Executes a command and returns its value.
     ///
     /// # Errors
-    /// [`QmpError`]; after anything but `Refused` and `Answer` the connection is of no use any more.
+    /// [`QmpError`]; after any but `Refused` and `Answer` the connection is unusable.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         self.number += 1;
         let wait_max = self.answer_max();
@@ -288,29 +272,33 @@ impl Qmp {
         })?;
         loop {
             match self.message(command, begun, wait_max)? {
-                Message::Return(id, value) if id == Some(self.number) => return Ok(value),
-                Message::Error(id, why) if id == Some(self.number) => {
+                QmpMessage::Return(id, value) if id == Some(self.number) => return Ok(value),
+                QmpMessage::Error(id, why) if id == Some(self.number) => {
                     return Err(QmpError::Refused { command: command.into(), why });
                 }
-                Message::Event(event) => self.keep(event),
-                // Nobody waits for it any more.
-                Message::Return(..) | Message::Error(..) | Message::Greeting(_) => {}
+                QmpMessage::Event(event) => self.keep(event),
+                // An answer that came after its timeout.
+                QmpMessage::Return(..) | QmpMessage::Error(..) | QmpMessage::Greeting(_) => {}
             }
         }
     }
 
-    /// Waits for an event for which `is_it` holds, one that came before included. `None`: none came in time.
+    /// Waits for an event that `is_it` accepts, among those received before too. `None`: timeout.
     ///
     /// # Errors
     /// [`QmpError`]
-    pub fn event(&mut self, is_it: impl Fn(&Event) -> bool, wait_max: Duration) -> Result<Option<Event>, QmpError> {
+    pub fn event(
+        &mut self,
+        is_it: impl Fn(&QmpEvent) -> bool,
+        wait_max: Duration,
+    ) -> Result<Option<QmpEvent>, QmpError> {
         let begun = Instant::now();
         loop {
             if let Some(at) = self.events.iter().position(&is_it) {
                 return Ok(self.events.remove(at));
             }
             match self.message("", begun, wait_max) {
-                Ok(Message::Event(event)) => self.keep(event),
+                Ok(QmpMessage::Event(event)) => self.keep(event),
                 Ok(_) => {}
                 Err(QmpError::Silent { .. }) => return Ok(None),
                 Err(error) => return Err(error),
@@ -318,17 +306,17 @@ impl Qmp {
         }
     }
 
-    fn keep(&mut self, event: Event) {
+    fn keep(&mut self, event: QmpEvent) {
         if self.events.len() == EVENTS_MAX {
             self.events.pop_front();
         }
         self.events.push_back(event);
     }
 
-    fn message(&mut self, what: &str, begun: Instant, wait_max: Duration) -> Result<Message, QmpError> {
+    fn message(&mut self, what: &str, begun: Instant, wait_max: Duration) -> Result<QmpMessage, QmpError> {
         let mut piece = [0; PIECE_BYTES];
         loop {
-            if let Some(message) = self.lines.next_message()? {
+            if let Some(message) = self.decoder.next_message()? {
                 return Ok(message);
             }
             let silent = || QmpError::Silent { what: what.into(), waited: wait_max };
@@ -336,7 +324,7 @@ impl Qmp {
             self.socket.set_read_timeout(Some(left)).map_err(QmpError::Socket)?;
             match self.socket.read(&mut piece) {
                 Ok(0) => return Err(QmpError::Closed),
-                Ok(count) => self.lines.push(&piece[..count]),
+                Ok(count) => self.decoder.push(&piece[..count]),
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {}
                     ErrorKind::ConnectionReset => return Err(QmpError::Closed),
@@ -362,23 +350,23 @@ mod tests {
     const GREETING: &str =
         r#"{"QMP": {"version": {"qemu": {"micro": 3, "minor": 1, "major": 11}, "package": ""}, "capabilities": []}}"#;
 
-    /// A QEMU that says these lines, each after a request has come; the first at once.
+    /// A QEMU that sends these lines: the first at once, each of the others after a request.
     fn qemu(lines: Vec<String>) -> (UnixStream, JoinHandle<Vec<String>>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let answer = move || {
             let mut requests = BufReader::new(theirs.try_clone().unwrap()).lines();
-            let mut heard = Vec::new();
+            let mut received = Vec::new();
             for line in lines {
                 theirs.write_all(line.as_bytes()).unwrap();
-                heard.extend(requests.next().and_then(Result::ok));
+                received.extend(requests.next().and_then(Result::ok));
             }
-            heard
+            received
         };
         (ours, spawn(answer))
     }
 
     #[test]
-    fn answers_belong_to_their_commands_and_events_are_kept_for_whoever_asks() {
+    fn answers_belong_to_their_commands_and_events_are_kept() {
         let event = r#"{"timestamp": {}, "event": "DEVICE_DELETED", "data": {"device": "vtrace0"}}"#;
         let (socket, thread) = qemu(vec![
             format!("{GREETING}\r\n"),
@@ -387,7 +375,7 @@ mod tests {
             "{\"id\": 3, \"error\": {\"class\": \"GenericError\", \"desc\": \"no\\u001b[2Jway\"}}\n".into(),
         ]);
         let mut qmp = Qmp::over(socket, ANSWER_MAX).unwrap();
-        assert_eq!(qmp.version, Version { major: 11, minor: 1, micro: 3 });
+        assert_eq!(qmp.version, QemuVersion { major: 11, minor: 1, micro: 3 });
         assert_eq!(qmp.execute("query-x", json!({ "a": 1 })).unwrap(), json!([7]));
         let refused = qmp.execute("device_add", Value::Null).unwrap_err();
         assert_eq!(refused.to_string(), "QEMU refuses device_add: no [2Jway");
@@ -398,24 +386,24 @@ mod tests {
     }
 
     #[test]
-    fn socket_that_another_client_holds_is_silent_and_not_waited_for_for_ever() {
+    fn socket_that_serves_another_client_is_an_error_after_the_timeout() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let error = Qmp::over(ours, Duration::from_millis(20)).unwrap_err();
         assert!(matches!(&error, QmpError::Silent { what, .. } if what == "the connection"), "{error}");
     }
 
     #[test]
-    fn socket_with_no_room_for_one_more_is_silent_and_not_waited_for_for_ever() {
+    fn socket_whose_queue_is_full_is_an_error_after_the_timeout() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
         let _first = UnixStream::connect(&path).unwrap();
         let begun = Instant::now();
-        let error = reach(&path, Duration::from_millis(50)).unwrap_err();
+        let error = connect_socket(&path, Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, QmpError::Silent { .. }) && begun.elapsed() < Duration::from_secs(5), "{error}");
         drop(listener);
-        assert!(matches!(reach(&path, ANSWER_MAX), Err(QmpError::NoSocket { .. })));
+        assert!(matches!(connect_socket(&path, ANSWER_MAX), Err(QmpError::NoSocket { .. })));
     }
 
     #[test]
@@ -423,28 +411,28 @@ mod tests {
         let data = "x".repeat(EVENT_BYTES_MAX);
         let line = format!("{{\"event\": \"BIG\", \"data\": {{\"path\": {data:?}}}}}");
         assert_eq!(
-            Message::parse(line.as_bytes()).unwrap(),
-            Message::Event(Event { name: "BIG".into(), data: Value::Null })
+            QmpMessage::parse(line.as_bytes()).unwrap(),
+            QmpMessage::Event(QmpEvent { name: "BIG".into(), data: Value::Null })
         );
     }
 
     #[test]
-    fn qemu_that_ends_has_closed_and_what_is_no_qmp_is_named() {
+    fn end_of_qemu_and_foreign_bytes_are_told_apart() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert!(matches!(Qmp::over(ours, ANSWER_MAX), Err(QmpError::Closed)));
         let (ours, thread) = qemu(vec!["SSH-2.0-OpenSSH\x07\n".into()]);
         let error = Qmp::over(ours, ANSWER_MAX).unwrap_err();
-        assert_eq!(error.to_string(), "this is no QMP: SSH-2.0-OpenSSH");
+        assert_eq!(error.to_string(), "this is not a QMP socket: SSH-2.0-OpenSSH");
         thread.join().unwrap();
     }
 
     #[test]
-    fn answers_that_are_slow_together_are_not_waited_for_longer_than_all_of_them_may_take() {
+    fn all_answers_together_meet_their_deadline() {
         let slow = |number: u64| format!("{{\"return\": {{}}, \"id\": {number}}}\n");
         let (socket, thread) = qemu(vec![format!("{GREETING}\n"), slow(1), slow(2)]);
         let mut qmp = Qmp::over(socket, ANSWER_MAX).unwrap();
-        qmp.hurry(Duration::from_millis(200));
+        qmp.limit(Duration::from_millis(200));
         qmp.execute("query-a", Value::Null).unwrap();
         let begun = Instant::now();
         for _ in 0..2 {
@@ -456,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn event_that_does_not_come_is_none_and_old_ones_make_room() {
+    fn event_that_does_not_come_is_none_and_the_oldest_events_are_dropped() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(format!("{GREETING}\n{{\"return\": {{}}, \"id\": 1}}\n").as_bytes()).unwrap();
         let mut qmp = Qmp::over(ours, ANSWER_MAX).unwrap();
@@ -469,41 +457,41 @@ mod tests {
 
     #[test]
     fn line_without_end_is_a_fault_and_not_a_growing_buffer() {
-        let mut lines = Lines::default();
-        lines.push(&vec![b' '; LINE_BYTES_MAX]);
-        assert_eq!(lines.next_message().unwrap(), None);
-        lines.push(b"  ");
-        assert!(lines.next_message().is_err());
+        let mut decoder = QmpDecoder::default();
+        decoder.push(&vec![b' '; LINE_BYTES_MAX]);
+        assert_eq!(decoder.next_message().unwrap(), None);
+        decoder.push(b"  ");
+        assert!(decoder.next_message().is_err());
     }
 
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-            let mut lines = Lines::default();
-            lines.push(&bytes);
-            while let Ok(Some(_)) = lines.next_message() {}
+            let mut decoder = QmpDecoder::default();
+            decoder.push(&bytes);
+            while let Ok(Some(_)) = decoder.next_message() {}
         }
 
         #[test]
-        fn any_cut_into_pieces_gives_the_same_messages(cuts in proptest::collection::vec(1_usize..40, 0..12)) {
+        fn messages_do_not_depend_on_how_the_stream_is_split(cuts in proptest::collection::vec(1_usize..40, 0..12)) {
             let text = format!("{GREETING}\n\n{{\"event\": \"A\", \"data\": {{\"é\": [1, null]}}}}\r\n{{\"return\": 5}}\n");
-            let mut lines = Lines::default();
+            let mut decoder = QmpDecoder::default();
             let (mut rest, mut found) = (text.as_bytes(), Vec::new());
             for cut in cuts.into_iter().chain([text.len()]) {
-                let (piece, behind) = rest.split_at(cut.min(rest.len()));
-                lines.push(piece);
-                rest = behind;
-                while let Some(message) = lines.next_message().unwrap() {
+                let (piece, remainder) = rest.split_at(cut.min(rest.len()));
+                decoder.push(piece);
+                rest = remainder;
+                while let Some(message) = decoder.next_message().unwrap() {
                     found.push(message);
                 }
             }
             prop_assert_eq!(found.len(), 3);
-            let event = Event { name: "A".into(), data: json!({ "é": [1, null] }) };
-            prop_assert_eq!(&found[1..], &[Message::Event(event), Message::Return(None, json!(5))]);
+            let event = QmpEvent { name: "A".into(), data: json!({ "é": [1, null] }) };
+            prop_assert_eq!(&found[1..], &[QmpMessage::Event(event), QmpMessage::Return(None, json!(5))]);
         }
 
         #[test]
-        fn what_is_shown_is_short_and_moves_no_cursor(text in any::<String>()) {
+        fn shown_text_is_short_and_moves_no_cursor(text in any::<String>()) {
             let shown = shown(&text);
             prop_assert!(shown.len() <= SHOWN_BYTES_MAX * 2 && !shown.chars().any(char::is_control));
         }

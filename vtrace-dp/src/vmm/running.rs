@@ -1,9 +1,9 @@
-//! What a running QEMU has of what a recording needs, as its QMP tells it.
+//! What a running QEMU has of what recording needs.
 //!
 //! In:    answers over QMP; the sockets that a server has for the guest
-//! Out:   [`Running`]: plain facts
-//! Runs:  on the caller's thread; all questions together take [`LOOK_MAX`] at most; nothing is changed
-//! Full:  at most [`PORTS_MAX`] ports are looked at
+//! Out:   [`RunningVm`]
+//! Runs:  on the caller's thread, for at most [`INSPECT_MAX`]; changes nothing
+//! Full:  at most [`PORTS_MAX`] ports are examined
 //! Trust: nothing: an answer of another form is an error, texts are cleaned before they are kept
 
 use std::{
@@ -20,46 +20,47 @@ use vtrace_common::{
 
 use super::{
     capacity::{self, Chardev, DEVICES, Obstacle, ask, leads_to, list, property},
-    qmp::{Qmp, QmpError, Version, shown},
+    qemu::QemuVersion,
+    qmp::{Qmp, QmpError, shown},
 };
 use crate::device::lane_range::{CONTROL_PORT_NAME, LANE_PORT_PREFIX};
 
-/// How long all answers together may take.
-pub const LOOK_MAX: Duration = Duration::from_secs(30);
-/// Ports of QEMU's own device looked at: all that a guest can have of ours, and some that are not.
+/// Timeout of all answers together.
+pub const INSPECT_MAX: Duration = Duration::from_secs(30);
+/// Virtio-serial ports examined at most: all that a guest can have of ours, and others.
 const PORTS_MAX: usize = 2 * LANES_MAX;
-/// QEMU's own device's port (hw/char/virtio-console.c).
+/// A port of QEMU's own device (hw/char/virtio-console.c).
 const SERIAL_PORT: &str = "virtserialport";
 
-/// A QEMU that runs.
+/// A running virtual machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Running {
-    /// Its version.
-    pub version: Version,
-    /// Its state in its own word, `running` or another.
+pub struct RunningVm {
+    /// QEMU's version.
+    pub version: QemuVersion,
+    /// Run state, as QEMU names it.
     pub state: String,
-    /// Whether KVM runs its CPUs; missing if it does not say.
+    /// Whether KVM runs its CPUs; `None` if QEMU does not support the query.
     pub kvm: Option<bool>,
-    /// CPUs of the guest, those in between that are not there included.
+    /// Number of CPUs, counting gaps in their numbers.
     pub cpus: usize,
-    /// CPUs that its devices of ours have lanes for; one entry each.
+    /// Lanes of each of our devices.
     pub devices: Vec<usize>,
-    /// Its ports of our names, by QEMU's own device.
-    pub ports: Ports,
-    /// Why it cannot have a device of ours.
+    /// Our ports on QEMU's own device.
+    pub ports: SerialPorts,
+    /// Why it cannot have our device.
     pub device_obstacle: Option<Obstacle>,
-    /// Why a server cannot see its memory.
+    /// Why the server cannot map its memory.
     pub memory_obstacle: Option<Obstacle>,
-    /// Devices that can be plugged in.
+    /// Free hot-plug slots.
     pub slots: usize,
 }
 
-/// Ports of our names, by QEMU's own device.
+/// Our ports on QEMU's own device.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Ports {
-    /// What the control port's chardev leads to, in QEMU's words, if there is one.
+pub struct SerialPorts {
+    /// `filename` of the control port's chardev, if the port exists.
     pub control: Option<String>,
-    /// The control port leads to one of the server's sockets; missing where that cannot be told (FIFOs).
+    /// Whether the control port leads to one of the server's sockets; `None` where QEMU does not tell (FIFOs).
     pub control_is_ours: Option<bool>,
     /// CPUs that have a port.
     pub lanes: Vec<Cpu>,
@@ -70,26 +71,20 @@ struct Kvm {
     enabled: bool,
 }
 
-#[derive(Deserialize)]
-struct Status {
-    status: String,
-}
-
-/// Asks for all of it. `sockets` are those of the server for this guest.
+/// Inspects a running QEMU. `sockets` are the server's for this guest.
 ///
 /// # Errors
 /// [`QmpError`]
-pub fn look(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Running, QmpError> {
-    qmp.hurry(LOOK_MAX);
-    let Status { status } = ask(qmp, "query-status", Value::Null)?;
+pub fn inspect(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<RunningVm, QmpError> {
+    qmp.limit(INSPECT_MAX);
     let kvm = match ask::<Kvm>(qmp, "query-kvm", Value::Null) {
         Ok(Kvm { enabled }) => Some(enabled),
         Err(QmpError::Refused { .. } | QmpError::Answer(_)) => None,
         Err(error) => return Err(error),
     };
-    Ok(Running {
+    Ok(RunningVm {
         version: qmp.version,
-        state: shown(&status),
+        state: shown(&capacity::run_state(qmp)?.status),
         kvm,
         cpus: capacity::cpus(qmp)?,
         devices: devices(qmp, sockets)?,
@@ -105,14 +100,15 @@ fn devices(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Vec<usize>, QmpError> {
     let plugged = capacity::plugged(qmp, sockets)?;
     let lanes = plugged.iter().take(DEVICES_MAX).map(|device| {
         let rings: usize = property(qmp, &device.path, "num_vqs")?;
-        // Two for each port, port 0 among them, and two to speak about ports.
+        // Two for each port, port 0 included, and two for control messages.
         Ok((rings / 2).saturating_sub(2))
     });
     lanes.collect()
 }
 
-fn ports(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Ports, QmpError> {
-    let (mut found, mut left) = (Ports::default(), PORTS_MAX);
+fn ports(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<SerialPorts, QmpError> {
+    let mut found = SerialPorts::default();
+    let mut left = PORTS_MAX;
     for folder in DEVICES {
         let entries = list(qmp, folder)?;
         for entry in entries.iter().filter(|entry| entry.child() == Some(SERIAL_PORT)) {
@@ -122,9 +118,9 @@ fn ports(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Ports, QmpError> {
             let name: String = property(qmp, &path, "name")?;
             if name == CONTROL_PORT_NAME {
                 let chardev: String = property(qmp, &path, "chardev")?;
-                let leads = target(qmp, &chardev)?;
-                found.control_is_ours = is_one_of(&leads, sockets);
-                found.control = Some(shown(&leads));
+                let filename = filename(qmp, &chardev)?;
+                found.control_is_ours = is_one_of(&filename, sockets);
+                found.control = Some(shown(&filename));
             }
             found.lanes.extend(name.strip_prefix(LANE_PORT_PREFIX).and_then(|cpu| cpu.parse().ok()).map(Cpu));
         }
@@ -133,19 +129,19 @@ fn ports(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Ports, QmpError> {
     Ok(found)
 }
 
-/// What a chardev leads to, in QEMU's words.
-fn target(qmp: &mut Qmp, chardev: &str) -> Result<String, QmpError> {
+/// `filename` of a chardev.
+fn filename(qmp: &mut Qmp, chardev: &str) -> Result<String, QmpError> {
     let chardevs: Vec<Chardev> = ask(qmp, "query-chardev", Value::Null)?;
     let chardev = chardevs.into_iter().find(|one| one.label == chardev);
     Ok(chardev.map(|chardev| chardev.filename).unwrap_or_default())
 }
 
-fn is_one_of(leads: &str, sockets: &[PathBuf]) -> Option<bool> {
-    let is_socket = leads.contains("unix:");
-    let sockets_end = |end: &str| sockets.iter().any(|socket| socket.extension().is_some_and(|ends| ends == end));
-    // A FIFO's chardev does not say where it is.
-    (is_socket || sockets_end("sock"))
-        .then(|| sockets.iter().any(|socket: &PathBuf| leads_to(leads, Path::new(socket))))
+fn is_one_of(filename: &str, sockets: &[PathBuf]) -> Option<bool> {
+    let is_socket = filename.contains("unix:");
+    let ours_are_sockets = sockets.iter().any(|socket| socket.extension().is_some_and(|end| end == "sock"));
+    // The chardev of a FIFO does not tell its path.
+    (is_socket || ours_are_sockets)
+        .then(|| sockets.iter().any(|socket: &PathBuf| leads_to(filename, Path::new(socket))))
 }
 
 #[cfg(test)]
@@ -153,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chardev_leads_to_us_or_elsewhere_and_a_fifos_cannot_be_told() {
+    fn control_port_leads_to_the_server_or_elsewhere_and_a_fifo_does_not_tell() {
         let socket = [PathBuf::from("/v/guest1/agent-ctl-path.sock")];
         assert_eq!(is_one_of("disconnected:unix:/v/guest1/agent-ctl-path.sock", &socket), Some(true));
         assert_eq!(is_one_of("unix:/elsewhere/agent-ctl-path.sock,server=on", &socket), Some(false));

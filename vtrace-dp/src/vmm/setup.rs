@@ -1,14 +1,14 @@
-//! What a guest's virtual machine needs to reach the host, made once: a folder, FIFOs, and the words to start it with.
+//! The host side of a guest: its folder and FIFOs.
 //!
 //! In:    a guest's name, its CPUs, how its ports come to the host; the version of its QEMU
-//! Out:   a folder that server and QEMU share ([`Folder`]); QEMU's words ([`qemu`]), libvirt's elements ([`libvirt`])
-//! Runs:  on the caller's thread, once a guest; doing it again changes nothing
+//! Out:   a folder that server and QEMU share ([`Folder`])
+//! Runs:  on the caller's thread; repeating it changes nothing
 //! Full:  at most [`LANES_MAX`] CPUs
-//! Trust: whoever may write the folder may be the guest's server or its QEMU
+//! Trust: processes that may write the folder can act as the guest's server or its QEMU
 //!
-//! `ROOT/NAME/guest.toml` says how the guest comes to the host, so that nobody has to say it twice: the server reads it.
-//! Beside it lie the ports, each named as in the guest: `PORT.sock`, or `PORT.in` and `PORT.out` seen from the guest's
-//! side as QEMU's `-chardev pipe` has it (in: to the guest).
+//! `ROOT/NAME/guest.toml` stores the transport and the number of CPUs; the server reads it. The folder also contains the
+//! ports, named as in the guest: `PORT.sock`, or `PORT.in` and `PORT.out` as QEMU's `-chardev pipe` names them (in: to the
+//! guest).
 
 use std::{
     fs, io,
@@ -25,27 +25,27 @@ use vtrace_common::limits::{DEVICE_LANES_MAX, LANES_MAX};
 
 use crate::device::lane_range::{CONTROL_PORT_NAME, LANE_PORT_PREFIX};
 
-/// Where guests' folders are unless told otherwise.
+/// Default directory of the guests' folders.
 pub const ROOT: &str = "/var/lib/vtrace/virt";
-/// What says how a guest comes to the host.
+/// File with a guest's setup.
 const FILE: &str = "guest.toml";
-/// Longest path of a unix socket (sun_path, unix(7)), its zero left out.
+/// Longest path of a unix socket (sun_path, unix(7)), without its terminating zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-/// How a guest's ports come to the host.
+/// How trace data leaves a guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// Our own device: pages stay in the guest's memory until they are in the file (QEMU 10.2)
+    /// Our vhost-user device: data goes from guest memory to the file (QEMU 10.2)
     VhostUser,
-    /// QEMU's device and a unix socket for each port; QEMU connects again by itself
+    /// QEMU's device with a unix socket for each port; QEMU reconnects by itself
     Socket,
-    /// QEMU's device and two FIFOs for each port
+    /// QEMU's device with two FIFOs for each port
     Pipe,
 }
 
 impl Transport {
-    /// As it is typed and stored.
+    /// Name on the command line and in the file.
     pub fn name(self) -> &'static str {
         match self {
             Self::VhostUser => "vhost-user",
@@ -55,18 +55,18 @@ impl Transport {
     }
 }
 
-/// A guest as it was set up.
+/// A guest's setup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setup {
-    /// How its ports come to the host.
+    /// How trace data leaves the guest.
     pub transport: Transport,
-    /// CPUs that have a port: 1 to [`LANES_MAX`].
+    /// Number of CPUs with a port: 1 to [`LANES_MAX`].
     pub cpus: usize,
 }
 
 impl Setup {
-    /// As `text`, which stands in the file `path`, says.
+    /// Parses `text`, the content of `path`.
     ///
     /// # Errors
     /// [`SetupFault::Parse`], [`SetupFault::Cpus`]
@@ -76,46 +76,46 @@ impl Setup {
         check_cpus(setup.cpus).map(|()| setup)
     }
 
-    /// Devices of the vhost-user kind that the CPUs need.
+    /// Number of vhost-user devices that the CPUs need.
     pub fn devices(self) -> usize {
         self.cpus.div_ceil(DEVICE_LANES_MAX)
     }
 
-    /// The ports by their names in the guest: the control port, then one a CPU.
+    /// Names of the ports: the control port, then one for each CPU.
     pub fn ports(self) -> impl Iterator<Item = String> {
         let lanes = (0..self.cpus).map(|cpu| format!("{LANE_PORT_PREFIX}{cpu}"));
         std::iter::once(CONTROL_PORT_NAME.to_owned()).chain(lanes)
     }
 }
 
-/// Why a guest's folder cannot be used.
+/// A guest's folder that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupFault {
-    /// A call failed.
+    /// A system call failed.
     #[error("{}: {call}", path.display())]
     File {
-        /// On what.
+        /// Path.
         path: PathBuf,
-        /// Which.
+        /// Name of the call.
         call: &'static str,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
-    /// The file is not what it should be.
+    /// The file is not valid.
     #[error("{}: {detail}", path.display())]
     Parse {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
         /// Line and reason.
         detail: String,
     },
-    /// More CPUs than can be traced, or none.
+    /// No CPUs, or too many.
     #[error("{0} CPUs: 1 to {LANES_MAX} can have a port")]
     Cpus(usize),
-    /// Something else is where a FIFO belongs.
-    #[error("{} is there and is not a FIFO", .0.display())]
+    /// Another file has the name of a FIFO.
+    #[error("{} exists and is not a FIFO", .0.display())]
     NotFifo(PathBuf),
-    /// No socket can have this path.
+    /// The path is too long for a socket.
     #[error("{} is longer than a socket's path may be ({SOCKET_PATH_BYTES_MAX} bytes)", .0.display())]
     Long(PathBuf),
 }
@@ -127,17 +127,17 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Of this guest; its name was checked ([`check_name`](crate::server::check_name)).
+    /// The folder of a guest whose name was checked ([`check_name`](crate::server::check_name)).
     pub fn of(root: &Path, guest: &str) -> Self {
         Self { path: root.join(guest) }
     }
 
-    /// Where it is.
+    /// Path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What the files of a port begin with.
+    /// Path of a port, without its suffix.
     pub fn port(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -157,10 +157,10 @@ impl Folder {
         self.path.join(format!("{name}.out"))
     }
 
-    /// How the guest was set up; `None` if it never was.
+    /// The guest's setup; `None` if it has none.
     ///
     /// # Errors
-    /// [`SetupFault`] for a file that cannot be read or says what cannot be.
+    /// [`SetupFault`] for a file that cannot be read or is not valid.
     pub fn setup(&self) -> Result<Option<Setup>, SetupFault> {
         let path = self.path.join(FILE);
         let text = match fs::read_to_string(&path) {
@@ -171,11 +171,10 @@ impl Folder {
         Setup::parse(&text, path).map(Some)
     }
 
-    /// Makes the folder and all in it that `setup` needs, for QEMU's `group` (or as it is), and removes FIFOs that it
-    /// does not need.
+    /// Creates the folder and the files that `setup` needs, for QEMU's `group` if given, and removes other FIFOs.
     ///
     /// # Errors
-    /// [`SetupFault`]; what was made by then stays.
+    /// [`SetupFault`]; files created before the error stay.
     pub fn make(&self, setup: Setup, group: Option<u32>) -> Result<(), SetupFault> {
         check_cpus(setup.cpus)?;
         fs::create_dir_all(&self.path).map_err(|source| fault(&self.path, "mkdir", source))?;
@@ -194,7 +193,7 @@ impl Folder {
         fs::rename(&fresh, &path).map_err(|source| fault(&path, "rename", source))
     }
 
-    /// FIFOs of a setup before this one: a QEMU that opened them would wait for nobody.
+    /// Removes FIFOs of an earlier setup: a QEMU that opened them would wait for ever.
     fn remove_others(&self, wanted: &[PathBuf]) -> Result<(), SetupFault> {
         let entries = fs::read_dir(&self.path).map_err(|source| fault(&self.path, "read", source))?;
         let stale = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_fifo()));
@@ -261,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn fifos_of_another_setup_are_removed_and_a_persons_file_is_not() {
+    fn fifos_of_another_setup_are_removed_and_other_files_are_not() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::of(root.path(), "guest1");
         folder.make(Setup { transport: Transport::Pipe, cpus: 2 }, None).unwrap();
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn invalid_setups_are_refused() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::of(root.path(), "guest1");
         for cpus in [0, LANES_MAX + 1] {

@@ -1,44 +1,46 @@
-//! Which threads of the host run a guest's vCPUs.
+//! The host threads that run a guest's vCPUs.
 //!
-//! In:    the VMM's process, from SO_PEERCRED of its device's socket; /proc
-//! Out:   vCPU and thread, for the GUEST option that ties two files together
+//! In:    the VMM's process, from SO_PEERCRED of its device's socket; /proc; what KVM's tracepoints reported
+//! Out:   vCPU and thread, for the GUEST option of trace.dat
 //!
-//! KVM itself says which thread runs a vCPU; where it does not, QEMU names its vCPU threads `CPU n/KVM` or `CPU n/TCG` (softmmu/cpus.c; always with `-name debug-threads=on`).
-//! Where a thread has no such name, the process itself stands for it: readers need a number above zero, and the
-//! summary says that the threads are not known.
+//! Without a report of KVM's, threads are recognised by QEMU's names `CPU n/KVM` and `CPU n/TCG` (softmmu/cpus.c; older
+//! versions need `-name debug-threads=on`). For a thread without such a name the process stands in: readers need a number
+//! above zero, and the summary reports that the threads are unknown.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs};
 
 use vtrace_common::ids::Cpu;
 
 use crate::clock::vcpus::Vcpu;
 
-/// vCPU and host thread, and whether all of them are known.
+/// The host thread of each vCPU.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VcpuThreads {
-    /// One entry for each CPU asked for.
+    /// vCPU and thread, for each requested CPU.
     pub threads: Vec<(Cpu, u32)>,
-    /// False if the process stands in for a thread.
+    /// Whether all threads are known; otherwise the process stands in for some.
     pub known: bool,
 }
 
-/// The threads that run `cpus` of the VM of process `vmm_pid`, those that KVM named before all.
+/// The threads of process `vmm_pid` that run `cpus`; `by_kvm` takes precedence over names.
 pub fn vcpu_threads(vmm_pid: u32, cpus: &[Cpu], by_kvm: &[Vcpu]) -> VcpuThreads {
-    let named = thread_names(vmm_pid).into_iter().filter_map(|(tid, name)| Some((vcpu_of(&name)?, tid)));
-    let by_kvm = by_kvm.iter().filter(|vcpu| vcpu.tid != 0).map(|vcpu| (vcpu.cpu, vcpu.tid));
-    let named: BTreeMap<Cpu, u32> = named.chain(by_kvm).collect();
-    let threads = cpus.iter().map(|cpu| (*cpu, named.get(cpu).copied().unwrap_or(vmm_pid))).collect();
-    VcpuThreads { threads, known: cpus.iter().all(|cpu| named.contains_key(cpu)) }
+    let mut found = named_threads(vmm_pid);
+    found.extend(by_kvm.iter().filter(|vcpu| vcpu.tid != 0).map(|vcpu| (vcpu.cpu, vcpu.tid)));
+    let threads = cpus.iter().map(|cpu| (*cpu, found.get(cpu).copied().unwrap_or(vmm_pid))).collect();
+    VcpuThreads { threads, known: cpus.iter().all(|cpu| found.contains_key(cpu)) }
 }
 
-fn thread_names(pid: u32) -> Vec<(u32, String)> {
-    let tasks = PathBuf::from(format!("/proc/{pid}/task"));
-    let entries = fs::read_dir(tasks).into_iter().flatten().flatten();
-    let named = entries.filter_map(|entry| {
-        let tid = entry.file_name().to_str()?.parse().ok()?;
-        Some((tid, fs::read_to_string(entry.path().join("comm")).ok()?))
-    });
-    named.collect()
+/// The vCPU threads of a process by their names.
+pub fn named_threads(pid: u32) -> BTreeMap<Cpu, u32> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let tid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if let (Some(tid), Some(cpu)) = (tid, vcpu_of(&name)) {
+            found.insert(cpu, tid);
+        }
+    }
+    found
 }
 
 fn vcpu_of(name: &str) -> Option<Cpu> {
@@ -67,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_kvm_names_need_no_name_of_their_own() {
+    fn threads_that_kvm_reports_need_no_name() {
         let vcpu = |cpu, tid| Vcpu { cpu: Cpu(cpu), vcpu_id: 2 * cpu, tid, states: Vec::new(), told: Vec::new() };
         let pid = std::process::id();
         let cpus = [Cpu(0), Cpu(1)];

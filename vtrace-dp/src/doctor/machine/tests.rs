@@ -1,16 +1,16 @@
-//! Each check is shown a machine that will do and one that will not.
+//! Each check on a machine that passes and on ones that do not.
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use tempfile::TempDir;
 
 use super::*;
-use crate::doctor::Verdict::{self, Fail, Ok as Fine, Warn};
+use crate::doctor::Severity::{self, Fail, Ok as Fine, Warn};
 
 /// A machine made of files.
-struct House(TempDir, Place);
+struct FakeMachine(TempDir, SystemPaths);
 
-impl House {
+impl FakeMachine {
     fn new(files: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().to_path_buf();
@@ -19,27 +19,27 @@ impl House {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        let place = Place {
+        let paths = SystemPaths {
             proc: root.join("proc"),
             sys: root.join("sys"),
             dev: root.join("dev"),
             groups: root.join("group"),
             path: root.join("bin").into(),
         };
-        Self(folder, place)
+        Self(folder, paths)
     }
 }
 
-/// The verdict, what was found and what to do, of a machine of these files.
-fn verdict(check: fn(&Place) -> Finding, files: &[(&str, &str)]) -> Verdict {
-    let House(_folder, place) = House::new(files);
-    let finding = check(&place);
+/// The severity of a check on a machine of these files.
+fn verdict(check: fn(&SystemPaths) -> Finding, files: &[(&str, &str)]) -> Severity {
+    let FakeMachine(_folder, paths) = FakeMachine::new(files);
+    let finding = check(&paths);
     assert_eq!(finding.remedy.is_empty(), finding.verdict == Fine, "{finding}");
     finding.verdict
 }
 
 #[test]
-fn old_kernels_are_told_from_those_that_will_do() {
+fn old_kernels_warn_or_fail() {
     for (release, expected) in
         [("6.18.0-x", Fine), ("6.1.0-50", Fine), ("5.10.0", Warn), ("5.4.0", Fail), ("odd", Warn)]
     {
@@ -48,14 +48,14 @@ fn old_kernels_are_told_from_those_that_will_do() {
 }
 
 #[test]
-fn tracefs_that_is_not_there_or_has_another_clock_fails() {
+fn missing_tracefs_and_a_missing_clock_fail() {
     assert_eq!(verdict(tracefs, &[("sys/kernel/tracing/trace_clock", "[local] global x86-tsc\n")]), Fine);
     assert_eq!(verdict(tracefs, &[("sys/kernel/tracing/trace_clock", "[local] global\n")]), Fail);
     assert_eq!(verdict(tracefs, &[]), Fail);
 }
 
 #[test]
-fn buffers_that_take_the_free_memory_and_fixed_pages_are_warned_of() {
+fn large_buffers_and_fixed_page_sizes_warn() {
     let stat = ("proc/stat", "cpu  1 2\ncpu0 1 2\ncpu1 1 2\nintr 7\n");
     let pages = ("sys/kernel/tracing/buffer_subbuf_size_kb", "4\n");
     let memory = |kb| format!("MemTotal: 99 kB\nMemAvailable:    {kb} kB\n");
@@ -65,13 +65,13 @@ fn buffers_that_take_the_free_memory_and_fixed_pages_are_warned_of() {
 }
 
 #[test]
-fn kernel_without_btf_or_with_a_broken_one_is_warned_of() {
+fn missing_and_broken_btf_warn() {
     assert_eq!(verdict(btf, &[]), Warn);
     assert_eq!(verdict(btf, &[("sys/kernel/btf/vmlinux", "no BTF")]), Warn);
 }
 
 #[test]
-fn tsc_that_changes_stops_or_is_not_trusted_is_told_from_a_steady_one() {
+fn tsc_that_changes_stops_or_is_not_trusted_is_reported() {
     let machine = |flags: &str, source: &str| {
         let about = format!("processor: 0\nflags\t\t: fpu {flags} sse\n");
         let source_file = "sys/devices/system/clocksource/clocksource0/current_clocksource";
@@ -84,10 +84,10 @@ fn tsc_that_changes_stops_or_is_not_trusted_is_told_from_a_steady_one() {
 }
 
 #[test]
-fn io_uring_that_is_switched_off_or_refused_is_said() {
+fn io_uring_that_is_disabled_or_refused_is_reported() {
     let machine = |switch: &str, works: bool| {
-        let House(_folder, place) = House::new(&[("proc/sys/kernel/io_uring_disabled", switch)]);
-        io_uring(&place, &|| if works { Ok(()) } else { Err("io_uring_setup: EPERM".into()) })
+        let FakeMachine(_folder, paths) = FakeMachine::new(&[("proc/sys/kernel/io_uring_disabled", switch)]);
+        io_uring(&paths, &|| if works { Ok(()) } else { Err("io_uring_setup: EPERM".into()) })
     };
     assert_eq!(machine("0\n", true).verdict, Fine);
     assert_eq!(machine("1\n", true).verdict, Warn);
@@ -98,7 +98,7 @@ fn io_uring_that_is_switched_off_or_refused_is_said() {
 }
 
 #[test]
-fn kvm_that_is_not_loaded_or_has_no_device_is_warned_of() {
+fn kvm_that_is_not_loaded_or_has_no_device_warns() {
     assert_eq!(verdict(kvm, &[("dev/kvm", ""), ("sys/module/kvm_amd/x", "")]), Fine);
     assert_eq!(verdict(kvm, &[("dev/kvm", "")]), Warn);
     assert_eq!(verdict(kvm, &[("sys/module/kvm_intel/x", "")]), Warn);
@@ -108,7 +108,7 @@ fn kvm_that_is_not_loaded_or_has_no_device_is_warned_of() {
 #[test]
 fn qemu_is_judged_by_its_version_and_by_its_device() {
     let machine = |version: &str, devices: &str| {
-        let house = House::new(&[]);
+        let house = FakeMachine::new(&[]);
         let script = format!(
             "#!/bin/sh\ncase $1 in --version) echo 'QEMU emulator version {version} (x)';; *) echo '{devices}';; esac\n"
         );
@@ -125,14 +125,14 @@ fn qemu_is_judged_by_its_version_and_by_its_device() {
     assert_eq!(machine("11.1.3", "name \"e1000\"").verdict, Warn);
     assert_eq!(machine("7.2.22", &device).verdict, Warn);
     assert_eq!(machine("", &device).verdict, Warn);
-    let House(_folder, place) = House::new(&[]);
-    assert!(qemu(&place, None).found.contains("in PATH"));
-    assert_eq!(qemu(&place, Some(Path::new("/nowhere/qemu"))).verdict, Warn);
+    let FakeMachine(_folder, paths) = FakeMachine::new(&[]);
+    assert!(qemu(&paths, None).found.contains("in PATH"));
+    assert_eq!(qemu(&paths, Some(Path::new("/nowhere/qemu"))).verdict, Warn);
 }
 
 #[test]
-fn this_machine_is_looked_at_without_a_panic() {
-    let findings = all(&Place::here(), None);
+fn this_machine_is_checked_without_a_panic() {
+    let findings = all(&SystemPaths::of_this_machine(), None);
     assert_eq!(findings.len(), 8);
     assert_eq!(findings[0].verdict, Fine, "{}", findings[0]);
 }

@@ -53,7 +53,7 @@ pub struct Form {
 /// The version of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
 pub enum Version {
-    /// For readers that know nothing newer (gpuvis, Trace Compass, perfetto)
+    /// For readers that do not support version 7 (gpuvis, Trace Compass)
     #[value(name = "6")]
     V6,
     /// What trace-cmd 3 and KernelShark 2 read

@@ -1,4 +1,4 @@
-//! Plugging in and out, against a QEMU that is made of a few answers.
+//! Hot-plug and hot-unplug against a QEMU with prepared answers.
 
 use std::{
     collections::BTreeMap,
@@ -13,22 +13,22 @@ use tempfile::TempDir;
 use super::*;
 use crate::vmm::running;
 
-/// What it answers to a command with an argument (`qom-list /machine`), or to the command alone. An error if it is a text
-/// that begins with `no: `.
+/// The answer to a command with an argument (`qom-list /machine`), or to the command alone. A text that begins with
+/// `no: ` is an error.
 type Answers = BTreeMap<String, Value>;
 
-/// A QEMU and the commands that it has heard.
+/// A QEMU and the commands that it received.
 struct Qemu {
     folder: TempDir,
-    heard: Arc<Mutex<Vec<String>>>,
+    received: Arc<Mutex<Vec<String>>>,
 }
 
 impl Qemu {
     fn new(answers: Answers) -> (Self, Qmp) {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("qmp")).unwrap();
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&heard);
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&received);
         std::thread::spawn(move || {
             let (mut socket, _) = listener.accept().unwrap();
             let greeting = json!({ "QMP": { "version": { "qemu": { "major": 11, "minor": 1, "micro": 3 } } } });
@@ -50,19 +50,19 @@ impl Qemu {
             }
         });
         let qmp = Qmp::connect(&folder.path().join("qmp")).unwrap();
-        (Self { folder, heard }, qmp)
+        (Self { folder, received }, qmp)
     }
 
     /// Commands that change something.
     fn done(&self) -> Vec<String> {
         let changes = ["chardev-add", "chardev-remove", "device_add", "device_del"];
-        let heard = self.heard.lock().unwrap();
-        heard.iter().filter(|words| changes.iter().any(|change| words.starts_with(change))).cloned().collect()
+        let received = self.received.lock().unwrap();
+        received.iter().filter(|words| changes.iter().any(|change| words.starts_with(change))).cloned().collect()
     }
 
-    fn wanted(&self) -> Wanted {
+    fn wanted(&self) -> AttachRequest {
         let sockets = ["g.sock", "g@2.sock"].map(|name| self.folder.path().join(name));
-        Wanted { sockets: sockets.into(), lanes: 2, cpus: None, buses: Vec::new() }
+        AttachRequest { sockets: sockets.into(), lanes: 2, cpus: None, buses: Vec::new() }
     }
 }
 
@@ -136,19 +136,19 @@ fn each_thing_that_is_missing_is_found_before_anything_is_changed() {
     assert!(text.contains("memory (mem0) is not shared"), "{text}");
     let text =
         obstacle(set("qom-list /machine/peripheral/rp2/rp2", json!([{ "name": "child[0]", "type": "link<x>" }])));
-    assert_eq!(text, "2 free PCI slots for hot-plug are needed, 1 are there");
+    assert_eq!(text, "2 free PCI hot-plug slots are needed, the guest has 1");
     let text = obstacle(set("query-cpus-fast", json!([{ "cpu-index": 7 }])));
     assert_eq!(text, "8 CPUs need 4 devices, and the server has 2 for this guest");
     let text = obstacle(set("query-status", json!({ "status": "inmigrate", "running": false })));
     assert!(text.contains("\"inmigrate\""), "{text}");
     let text = obstacle(set("device-list-properties", json!("no: not found")));
-    assert!(text.contains("built without it"), "{text}");
+    assert!(text.contains("built without"), "{text}");
     let text = obstacle(set("query-cpus-fast", json!("odd")));
-    assert_eq!(text, "QEMU's answer to query-cpus-fast is not understood");
+    assert_eq!(text, "unexpected answer of QEMU to query-cpus-fast");
 }
 
 #[test]
-fn device_that_qemu_refuses_leaves_no_chardev_behind() {
+fn device_that_qemu_refuses_leaves_no_chardev() {
     let mut answers = healthy();
     answers.insert("device_add".into(), json!("no: out of bounds"));
     let (qemu, mut qmp) = Qemu::new(answers);
@@ -172,7 +172,7 @@ fn attached_to(socket: &std::path::Path) -> Answers {
 fn device_of_a_dead_server_is_found_by_its_socket_and_taken_out_with_its_chardev() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
     let (qemu, mut qmp) = Qemu::new(attached_to(&socket));
-    let wanted = Wanted { sockets: vec![socket.clone()], ..qemu.wanted() };
+    let wanted = AttachRequest { sockets: vec![socket.clone()], ..qemu.wanted() };
     let error = attach(&mut qmp, &wanted).unwrap_err().to_string();
     assert_eq!(error, "QEMU has a device for this guest already: /machine/peripheral/old");
     assert_eq!(detach(&mut qmp, &[socket]).unwrap(), 1);
@@ -182,7 +182,7 @@ fn device_of_a_dead_server_is_found_by_its_socket_and_taken_out_with_its_chardev
 }
 
 #[test]
-fn paused_guest_is_not_asked_to_let_go() {
+fn paused_guest_is_not_asked_to_release_a_device() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
     let mut answers = attached_to(&socket);
     answers.insert("query-status".into(), json!({ "status": "paused", "running": false }));
@@ -192,24 +192,24 @@ fn paused_guest_is_not_asked_to_let_go() {
 }
 
 #[test]
-fn running_qemu_is_looked_at_and_nothing_is_changed() {
+fn running_qemu_is_inspected_and_nothing_is_changed() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
     let mut answers = attached_to(&socket);
     answers.insert("query-kvm".into(), json!({ "enabled": true, "present": true }));
     answers.insert("qom-get /machine/peripheral/old num_vqs".into(), json!(8));
     let (qemu, mut qmp) = Qemu::new(answers);
-    let running = running::look(&mut qmp, std::slice::from_ref(&socket)).unwrap();
+    let running = running::inspect(&mut qmp, std::slice::from_ref(&socket)).unwrap();
     assert_eq!((running.cpus, running.kvm, &running.devices[..]), (3, Some(true), &[2][..]));
-    assert_eq!((running.state.as_str(), running.ports), ("running", running::Ports::default()));
+    assert_eq!((running.state.as_str(), running.ports), ("running", running::SerialPorts::default()));
     assert!(qemu.done().is_empty());
 
     let (_qemu, mut qmp) = Qemu::new(healthy());
-    let running = running::look(&mut qmp, &[socket]).unwrap();
+    let running = running::inspect(&mut qmp, &[socket]).unwrap();
     assert_eq!((running.devices.len(), running.slots, running.kvm), (0, 2, None), "one that says nothing of KVM");
 }
 
 #[test]
-fn ports_of_qemus_own_device_are_known_by_their_names() {
+fn ports_of_qemus_own_device_are_recognised_by_their_names() {
     let socket = PathBuf::from("/v/g/agent-ctl-path.sock");
     let mut answers = healthy();
     let port = |name: &str| json!({ "name": name, "type": "child<virtserialport>" });
@@ -220,7 +220,7 @@ fn ports_of_qemus_own_device_are_known_by_their_names() {
     answers.insert("qom-get /machine/peripheral-anon/p0 chardev".into(), json!("c"));
     answers.insert("query-chardev".into(), json!([{ "label": "c", "filename": "unix:/v/g/agent-ctl-path.sock" }]));
     let (_qemu, mut qmp) = Qemu::new(answers);
-    let ports = running::look(&mut qmp, &[socket]).unwrap().ports;
+    let ports = running::inspect(&mut qmp, &[socket]).unwrap().ports;
     assert_eq!(ports.lanes, [vtrace_common::ids::Cpu(1)]);
     assert_eq!(ports.control_is_ours, Some(true));
 }

@@ -1,0 +1,135 @@
+//! The status line of a recording in the foreground, on a terminal only.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    time::Duration,
+};
+
+use terminal_size::terminal_size_of;
+
+use crate::recorder::{guests::silence::SilenceSuffix, progress::MachineProgress, run::Progress};
+
+/// Shows progress in one line.
+#[derive(Debug)]
+pub(super) struct StatusLine {
+    shown: bool,
+    terminal: bool,
+    rate: RateLine,
+}
+
+/// Formats progress, with the data rate since the previous line.
+#[derive(Debug, Default)]
+pub(super) struct RateLine {
+    /// Time and bytes of the previous line.
+    before: (Duration, u64),
+}
+
+impl StatusLine {
+    /// Shows nothing if `quiet`, or if stderr is not a terminal.
+    pub(super) fn new(quiet: bool) -> Self {
+        Self { shown: false, terminal: !quiet && io::stderr().is_terminal(), rate: RateLine::default() }
+    }
+
+    /// Replaces the line.
+    pub(super) fn show(&mut self, progress: &Progress) {
+        if self.terminal {
+            self.shown = true;
+            put(&format!("\r\x1b[K{}", cut(&self.rate.next(progress), columns())));
+        }
+    }
+
+    /// Erases the line.
+    pub(super) fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            put("\r\x1b[K");
+        }
+    }
+}
+
+impl RateLine {
+    /// The line for this progress.
+    pub(super) fn next(&mut self, progress: &Progress) -> String {
+        line(progress, self.speed(progress))
+    }
+
+    /// GB/s since the previous line.
+    fn speed(&mut self, progress: &Progress) -> f64 {
+        let bytes: u64 = progress.machines.iter().map(|machine| machine.bytes).sum();
+        let (then, before) = std::mem::replace(&mut self.before, (progress.elapsed, bytes));
+        let seconds = progress.elapsed.saturating_sub(then).as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a figure of four digits for people")]
+        let grown = bytes.saturating_sub(before) as f64;
+        if seconds > 0.0 { grown / seconds / 1e9 } else { 0.0 }
+    }
+}
+
+/// What fits in one line: a second one could not be erased.
+fn cut(line: &str, columns: usize) -> String {
+    line.chars().take(columns.saturating_sub(1)).collect()
+}
+
+/// Width of the terminal.
+fn columns() -> usize {
+    terminal_size_of(io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
+}
+
+/// A closed terminal does not stop the recording.
+fn put(text: &str) {
+    let mut stderr = io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+}
+
+/// Time, lanes, data rate, pages and losses of each machine.
+fn line(progress: &Progress, speed: f64) -> String {
+    let lanes: usize = progress.machines.iter().map(|machine| machine.lanes).sum();
+    let stalled: usize = progress.machines.iter().map(|machine| machine.stalled).sum();
+    let lost: u64 = progress.machines.iter().map(|machine| machine.lost).sum();
+    let mut line =
+        format!("recording {:.0} s, {lanes} lanes, {speed:.3} GB/s, {lost} lost", progress.elapsed.as_secs_f64());
+    if stalled > 0 {
+        line.push_str(&format!(", {stalled} stalled"));
+    }
+    for MachineProgress { name, pages, lost, silent_s, .. } in &progress.machines {
+        let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
+        line.push_str(&format!("  {name} {pages} pages{lost}{}", SilenceSuffix(*silent_s)));
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(seconds: u64, bytes: u64) -> Progress {
+        let machine = |name: &str, lanes, pages, lost, bytes, stalled| MachineProgress {
+            name: name.into(),
+            lanes,
+            pages,
+            bytes,
+            lost,
+            stalled,
+            silent_s: if name == "guest1" { seconds } else { 0 },
+        };
+        let machines = vec![machine("host", 2, 12, 0, bytes, 0), machine("guest1", 4, 7, 2, 0, 1)];
+        Progress { elapsed: Duration::from_secs(seconds), machines }
+    }
+
+    #[test]
+    fn line_has_time_lanes_speed_losses_and_stalls_and_names_every_machine() {
+        let mut lines = RateLine::default();
+        lines.speed(&progress(2, 1_000_000_000));
+        let speed = lines.speed(&progress(4, 4_000_000_000));
+        let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
+        assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
+        let silent = line(&progress(35, 0), 0.0);
+        assert!(silent.ends_with("  guest1 7 pages (2 lost), silent for 35 s"), "{silent}");
+        assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));
+    }
+
+    #[test]
+    fn line_is_never_wider_than_the_terminal() {
+        assert_eq!(cut("recording", 5), "reco");
+        assert_eq!(cut("récording", 3), "ré");
+        assert_eq!(cut("recording", 80), "recording");
+    }
+}
