@@ -109,7 +109,7 @@ impl Server {
         let recordings: Value = serde_json::from_slice(&status.stdout)?;
         let machines = |recording: &Value| recording["state"]["progress"]["machines"].as_array().cloned();
         let machines = recordings.as_array().into_iter().flatten().filter_map(machines).flatten();
-        Ok(machines.filter(|machine| machine["name"] == name).filter_map(|machine| machine["pages"].as_u64()).sum())
+        Ok(machines.filter(|machine| machine["name"] == name).filter_map(|machine| machine["pages_out"].as_u64()).sum())
     }
 
     /// SIGKILL, as the kernel's OOM killer would.

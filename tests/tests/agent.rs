@@ -219,8 +219,8 @@ fn record(machine: &Machine, dir: &Path) -> Result<()> {
     for (report, thread) in reports.iter().zip(threads) {
         let received = thread.join().expect("no panic")?;
         let copy = machine.shell(&format!("sha256sum /tmp/tee/{}.raw", report.cpu))?.text();
-        ensure!(report.trouble.is_empty() && report.pages_lost == 0, "{report:?}");
-        ensure!(report.pages_sent == received.pages && report.pages_tapped == received.pages, "{report:?}");
+        ensure!(report.trouble.is_empty() && report.ledger.pages_lost == 0, "{report:?}");
+        ensure!(report.ledger.pages_out == received.pages && report.ledger.pages_in == received.pages, "{report:?}");
         ensure!(received.pages > 20, "{} pages are no test", received.pages);
         ensure!(copy.starts_with(&received.sha256), "{copy}");
         ensure!(report.stats_after.lines().any(|line| line == "entries: 0"), "{}", report.stats_after);

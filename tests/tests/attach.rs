@@ -128,7 +128,7 @@ fn start(server: &Path, folder: &Path) -> Result<String> {
         let status: Value = serde_json::from_slice(&status)?;
         let state = &status[0]["state"];
         ensure!(state["guests"] == json!([GUEST]) && begun.elapsed() < Duration::from_secs(60), "no pages: {status}");
-        if state["progress"]["machines"][1]["pages"].as_u64().is_some_and(|pages| pages > 4) {
+        if state["progress"]["machines"][1]["pages_out"].as_u64().is_some_and(|pages| pages > 4) {
             return Ok(state["pid"].to_string());
         }
         sleep(Duration::from_millis(100));

@@ -108,11 +108,11 @@ fn is_paused_for_long_while_recorded(machine: &Machine, server: &Server, recorde
     let silent = shown(server)?["silent_s"].as_u64().context("how long it is silent")?;
     let listed = server.list()?[0]["silent_s"].as_u64().context("how long it is silent")?;
     machine.qmp("cont", &Value::Null)?;
-    let pages = shown(server)?["pages"].as_u64();
+    let pages = shown(server)?["pages_out"].as_u64();
     for _ in 0..100 {
         sleep(Duration::from_millis(100));
         let now = shown(server)?;
-        if now["silent_s"] == 0 && now["pages"].as_u64() > pages {
+        if now["silent_s"] == 0 && now["pages_out"].as_u64() > pages {
             break;
         }
     }

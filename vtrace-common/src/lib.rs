@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`limits`] | this crate | everyone: every bound of the system |
 //! | [`ids`] | this crate | everyone |
+//! | [`ledger`] | agent, drain | recorder |
 //! | [`time`] | agent, server (`rdtsc`) | `clock`, the only place that converts |
 //! | [`page`] | the kernel's ring buffer | drain, trace reader |
 //! | [`kvm`] | the eBPF programs | `bpf`, `clock::feed` |
@@ -14,6 +15,7 @@
 
 pub mod ids;
 pub mod kvm;
+pub mod ledger;
 pub mod limits;
 pub mod page;
 pub mod time;

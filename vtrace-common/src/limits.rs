@@ -39,7 +39,7 @@ pub const CLIENTS_MAX: usize = 64;
 pub const USER_CLIENTS_MAX: usize = 16;
 
 /// Payload of one wire frame.
-pub const FRAME_BYTES_MAX: usize = 64 << 10;
+pub const FRAME_BYTES_MAX: usize = 96 << 10;
 /// Bytes of text in one describe piece; leaves room for the rest of the frame.
 pub const PIECE_BYTES_MAX: usize = 48 << 10;
 /// Bytes of a guest's name.
@@ -82,8 +82,9 @@ pub const PROBES_WAITING_MAX: usize = 64;
 pub const CLOCK_ROUNDS_MAX: usize = 1024;
 
 const _: () = assert!(PIECE_BYTES_MAX + TEXT_BYTES_MAX < FRAME_BYTES_MAX);
-/// Bytes of one lane's ledger in a message: two varints of 32 and five of 64 bits, each at its longest.
-const LEDGER_BYTES_MAX: usize = 2 * 5 + 5 * 10;
+/// Bytes of one lane's ledger in a message: two varints of 32 and seven of 64 bits at their longest, two of them after
+/// the byte of an `Option`.
+const LEDGER_BYTES_MAX: usize = 2 * 5 + 7 * 10 + 2;
 
 const _: () = assert!(LANES_MAX * LEDGER_BYTES_MAX + NAME_BYTES_MAX < FRAME_BYTES_MAX, "all ledgers are one message");
 const _: () = assert!(RINGS_MAX <= 256);

@@ -15,7 +15,7 @@ use std::{
 
 use vtrace_common::{
     ids::{Cpu, GuestId},
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, LaneLedger, LaneSent},
 };
 use vtrace_dp::{
     drain::{
@@ -86,9 +86,9 @@ fn start(name: &str, memory: &Arc<Memory>, driver: &Driver, sink: Box<dyn Sink>)
     drain
 }
 
-fn finish(drain: &RingDrain, bytes_sent: u64) -> LaneLedger {
+fn finish(drain: &RingDrain, bytes_out: u64) -> LaneLedger {
     let (done, ledgers) = mpsc::channel();
-    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent }];
+    let ends = vec![LaneSent { cpu: Cpu(0), bytes_out }];
     drain.finish(ends, 60_000, Box::new(move |lanes| done.send(lanes[0]).unwrap()));
     ledgers.recv_timeout(Duration::from_secs(60)).unwrap()
 }
@@ -99,7 +99,7 @@ fn nothing_is_allocated_while_pages_flow() {
     let file = memory_file(0).unwrap();
     let drain = start("counted", &memory, &driver, Box::new(FileSink::new(file).unwrap()));
     driver.send_again_blocking(BUFFER, PAGE);
-    while drain.ledger()[0].pages_out == 0 {
+    while drain.ledger()[0].ledger.pages_out == 0 {
         std::thread::yield_now();
     }
     WATCHED.store(thread_named("drain-counted"), Ordering::Relaxed);

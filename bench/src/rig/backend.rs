@@ -28,7 +28,7 @@ use vhost::{
 use vtrace_common::{
     ids::GuestId,
     limits::RINGS_MAX,
-    wire::client::{DriverState, LaneEnd},
+    wire::client::{DriverState, LaneSent},
 };
 use vtrace_dp::{
     device::{
@@ -87,12 +87,12 @@ impl Drop for Backend {
 }
 
 /// Waits until the lanes have got all that was sent. Every page must be there.
-pub(crate) fn finish(drain: &RingDrain, ends: Vec<LaneEnd>) -> Result<()> {
-    let pages: u64 = ends.iter().map(|end| end.bytes_sent / u64::from(PAGE)).sum();
+pub(crate) fn finish(drain: &RingDrain, ends: Vec<LaneSent>) -> Result<()> {
+    let pages: u64 = ends.iter().map(|end| end.bytes_out / u64::from(PAGE)).sum();
     let (done, ledgers) = mpsc::channel();
     drain.finish(ends, 60_000, Box::new(move |lanes| drop(done.send(lanes))));
     let ledgers = ledgers.recv_timeout(PATIENCE)?;
-    let written: u64 = ledgers.iter().map(|lane| lane.pages_out).sum();
+    let written: u64 = ledgers.iter().map(|lane| lane.ledger.pages_out).sum();
     ensure!(written == pages, "{written} of {pages} pages are in the file: {ledgers:?}");
     Ok(())
 }

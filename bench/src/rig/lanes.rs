@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{Area, LaneEnd},
+    wire::client::{Area, LaneSent},
 };
 use vtrace_dp::virtq::{
     memory::{Memory, Span},
@@ -68,8 +68,8 @@ impl Guest {
     }
 
     /// What each lane has sent after `bytes` each.
-    pub(crate) fn ends(&self, bytes: u64) -> Vec<LaneEnd> {
-        self.cpus().map(|cpu| LaneEnd { cpu: Cpu(cpu), bytes_sent: bytes }).collect()
+    pub(crate) fn ends(&self, bytes: u64) -> Vec<LaneSent> {
+        self.cpus().map(|cpu| LaneSent { cpu: Cpu(cpu), bytes_out: bytes }).collect()
     }
 
     fn cpus(&self) -> std::ops::Range<u32> {

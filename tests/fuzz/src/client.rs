@@ -16,7 +16,7 @@ use vtrace_common::{
     wire::{
         Decoder, Family, Hello,
         agent::ToAgent,
-        client::{Area, FromServer, LaneEnd, Lanes, ToServer},
+        client::{Area, FromServer, LaneSent, Lanes, ToServer},
         encode,
     },
 };
@@ -83,14 +83,14 @@ fn answers(said: &[u8]) -> Vec<FromServer> {
 pub fn seeds() -> Vec<Vec<u8>> {
     let guest = || GUEST.to_owned();
     let areas = vec![Area { cpu: Cpu(0), offset: 8192, bytes_max: 1 << 20, begins_again: false }];
-    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 4096 }];
+    let sent = vec![LaneSent { cpu: Cpu(0), bytes_out: 4096 }];
     let session = [
         ToServer::List,
         ToServer::Claim { guest: guest() },
         ToServer::Agent { guest: guest(), request: ToAgent::Ping { id: 3 } },
         ToServer::Lanes(Lanes { guest: guest(), page_bytes: 4096, areas }),
         ToServer::Ledger { guest: guest() },
-        ToServer::Finish { guest: guest(), ends, wait_ms_max: 1 },
+        ToServer::Finish { guest: guest(), sent, wait_ms_max: 1 },
         ToServer::Release { guest: guest() },
     ];
     let sent = |messages: &[ToServer]| {

@@ -94,16 +94,16 @@ pub fn run(input: &[u8]) {
     let inner = FileSink::new(file.try_clone().expect("descriptors left")).expect("a memory file");
     let mut sink = Watched { file: inner, area_bytes, writes_left, failed: false };
     let stream = feed(&mut lane, &mut batch, &mut sink, input);
-    let ledger = lane.close(&mut batch, &mut sink, None);
+    let counts = lane.close(&mut batch, &mut sink, None);
 
-    assert!(ledger.balanced());
+    assert!(counts.ledger.is_balanced());
     let pages = stream.chunks_exact(PAGE);
-    assert_eq!(ledger.bytes_torn, u64::try_from(pages.remainder().len()).expect("less than a page"));
-    assert_eq!(ledger.pages_in, u64::try_from(stream.len() / PAGE).expect("small"));
+    assert_eq!(counts.bytes_torn, u64::try_from(pages.remainder().len()).expect("less than a page"));
+    assert_eq!(counts.ledger.pages_in, u64::try_from(stream.len() / PAGE).expect("small"));
     if !sink.failed {
         let sound = pages.filter(|page| Header::parse(page, PAGE).is_ok()).take(usize::from(pages_max % 16));
         let expected: Vec<u8> = sound.flat_map(unmarked).collect();
-        assert_eq!(ledger.pages_out, u64::try_from(expected.len() / PAGE).expect("small"));
+        assert_eq!(counts.ledger.pages_out, u64::try_from(expected.len() / PAGE).expect("small"));
         let mut found = vec![0; expected.len()];
         file.read_exact_at(&mut found, START).expect("what was written");
         let found: Vec<u8> = found.chunks_exact(PAGE).flat_map(unmarked).collect();

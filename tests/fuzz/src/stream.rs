@@ -51,15 +51,19 @@ fn hello() -> Vec<u8> {
 fn pages(stream: &[u8], step: usize) {
     FILE.with_borrow(|file| {
         file.set_len(0).expect("a memory file");
-        let ledger = land(&stream.chunks(step).collect::<Vec<_>>(), file, AREA, u32::try_from(PAGE).expect("4096"));
+        let counts = land(&stream.chunks(step).collect::<Vec<_>>(), file, AREA, u32::try_from(PAGE).expect("4096"));
         let came = u64::try_from(stream.len() / PAGE).expect("few pages");
-        assert_eq!((ledger.pages_in, ledger.pages_out + ledger.pages_refused), (came, came), "{ledger:?}");
+        assert_eq!(
+            (counts.ledger.pages_in, counts.ledger.pages_out + counts.ledger.pages_lost),
+            (came, came),
+            "{counts:?}"
+        );
         let length = file.metadata().expect("a memory file").len();
         assert!(length <= AREA.offset + AREA.bytes_max, "{length} bytes");
         let mut content = vec![0; usize::try_from(length).expect("a short file")];
         file.read_exact_at(&mut content, 0).expect("all of it");
         let area = content.get(8192..).unwrap_or_default();
-        let kept = PAGE * usize::try_from(ledger.pages_out).expect("few pages");
+        let kept = PAGE * usize::try_from(counts.ledger.pages_out).expect("few pages");
         assert!(
             area[..kept].chunks(PAGE).all(|page| Header::parse(page, PAGE).is_ok()),
             "a page that is none was kept"

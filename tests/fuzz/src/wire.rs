@@ -7,6 +7,7 @@ use std::fmt::Debug;
 
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     time::{GuestTsc, HostTsc},
     wire::{
         Decoder, Fault, Frame, Hello, Message,
@@ -15,7 +16,7 @@ use vtrace_common::{
             Part, Piece, ToAgent,
         },
         client::{
-            AgentState, Area, Claimed, DeviceState, DriverState, FromServer, Gone, GuestState, LaneEnd, LaneLedger,
+            AgentState, Area, Claimed, DeviceState, DriverState, FromServer, Gone, GuestState, LaneLedger, LaneSent,
             Lanes, Refusal, ToServer,
         },
         encode,
@@ -162,13 +163,18 @@ fn failure() -> Failure {
     Failure { kind: FailureKind::NoSuchEvent, object: "sched_swich".into(), detail: String::new(), near }
 }
 
+fn ledger(pages_in: u64, pages_out: u64) -> Ledger {
+    let pages_lost = pages_in - pages_out;
+    Ledger { pages_in, pages_out, pages_lost, bytes_out: pages_out << 12, events_lost: Some(7) }
+}
+
 fn answers() -> Vec<FromAgent> {
     let piece =
         Piece { part: Part::EventFormat, name: "sched".into(), bytes: b"name: x\nID: 1\n".to_vec(), last: true };
     let armed =
         Armed { lanes: vec![Cpu(0)], spare: vec![], page_bytes: 4096, clock: "local [x86-tsc]".into(), events: 30 };
     let (before, after) = (GuestTsc(5), GuestTsc(6));
-    let lane = LaneReport { cpu: Cpu(0), pages_tapped: 9, pages_sent: 9, bytes_sent: 9 << 12, ..LaneReport::default() };
+    let lane = LaneReport { cpu: Cpu(0), ledger: ledger(9, 9), ..LaneReport::default() };
     vec![
         FromAgent::Machine(machine()),
         FromAgent::Describe(piece),
@@ -196,14 +202,14 @@ fn guest() -> String {
 
 fn to_server() -> Vec<Vec<u8>> {
     let areas = vec![Area { cpu: Cpu(0), offset: 1 << 20, bytes_max: 1 << 40, begins_again: false }];
-    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 9 << 12 }];
+    let sent_bytes = vec![LaneSent { cpu: Cpu(0), bytes_out: 9 << 12 }];
     sent(&[
         ToServer::List,
         ToServer::Claim { guest: guest() },
         ToServer::Agent { guest: guest(), request: ToAgent::Ping { id: 3 } },
         ToServer::Lanes(Lanes { guest: guest(), page_bytes: 4096, areas }),
         ToServer::Ledger { guest: guest() },
-        ToServer::Finish { guest: guest(), ends, wait_ms_max: 500 },
+        ToServer::Finish { guest: guest(), sent: sent_bytes, wait_ms_max: 500 },
         ToServer::Release { guest: guest() },
     ])
 }
@@ -221,7 +227,7 @@ fn from_server() -> Vec<Vec<u8>> {
         lanes_per_device: 126,
         silent_s: 35,
     };
-    let lanes = vec![LaneLedger { pages_in: 3, pages_out: 2, pages_refused: 1, ..LaneLedger::default() }];
+    let lanes = vec![LaneLedger { ledger: ledger(3, 2), ..LaneLedger::default() }];
     let answer = FromAgent::Failed(failure());
     sent(&[
         FromServer::Guests(vec![state]),

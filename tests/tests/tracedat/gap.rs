@@ -28,8 +28,8 @@ fn drained(pages: &[u8]) -> Result<Vec<u8>> {
     let area = Area { cpu: Cpu(0), offset: 0, bytes_max: bytes, begins_again: false };
     let mut lane = Lane::new(area, u32::try_from(PAGE)?, Arc::new(Counters::new(Cpu(0))));
     lane.accept(span, &mut batch, &mut sink)?;
-    let ledger = lane.close(&mut batch, &mut sink, None);
-    assert_eq!((ledger.pages_in, ledger.pages_refused), (bytes / 4096, 1));
+    let counts = lane.close(&mut batch, &mut sink, None);
+    assert_eq!((counts.ledger.pages_in, counts.ledger.pages_lost), (bytes / 4096, 1));
     let mut written = vec![0; pages.len() - PAGE];
     file.read_exact_at(&mut written, 0)?;
     Ok(written)

@@ -12,6 +12,7 @@ pub use super::arm::{Arm, CommandRequest, EventRequest, Tracer};
 use super::{Family, Fault, Message, bounded, text};
 use crate::{
     ids::Cpu,
+    ledger::Ledger,
     limits::{COMMANDS_MAX, CPUS_MAX, LANES_MAX, NEAR_MAX, OUTPUT_BYTES_MAX, PIECE_BYTES_MAX},
     time::GuestTsc,
 };
@@ -219,20 +220,14 @@ pub struct Echo {
     pub sent: GuestTsc,
 }
 
-/// What one lane did in a session. `pages_tapped == pages_sent + pages_lost`. Of a CPU that came online later and was not
-/// armed, or of whose lane nothing was tapped: its events, by `stats_after` alone, are in nobody's pages.
+/// What one lane did in a session. For a CPU that came online later and was not armed, or whose tap was never read, the
+/// ledger is empty: the events that `stats_after` counts are in no page.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LaneReport {
     /// Which lane.
     pub cpu: Cpu,
-    /// Pages taken out of the ring buffer.
-    pub pages_tapped: u64,
-    /// Pages put into the port.
-    pub pages_sent: u64,
-    /// Pages taken and not sent: a splice that moved nothing, a port that vanished.
-    pub pages_lost: u64,
-    /// Bytes put into the port.
-    pub bytes_sent: u64,
+    /// From ring buffer to port. Lost: a splice that moved nothing, a port that vanished.
+    pub ledger: Ledger,
     /// per_cpu/cpuN/stats before tracing was switched on.
     pub stats_before: String,
     /// The same after it was switched off and the ring buffer was emptied.

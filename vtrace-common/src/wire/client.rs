@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     ids::Cpu,
+    ledger::Ledger,
     limits::{DEVICES_MAX, GUESTS_MAX, LANES_MAX, NAME_BYTES_MAX},
     time::HostTsc,
 };
@@ -51,7 +52,7 @@ pub enum ToServer {
         /// Its name.
         guest: String,
         /// Bytes the agent put into each port; what has not come `wait_ms_max` later counts as lost on the way.
-        ends: Vec<LaneEnd>,
+        sent: Vec<LaneSent>,
         /// How long to wait for what is still on its way.
         wait_ms_max: u32,
     },
@@ -105,30 +106,26 @@ impl Area {
     }
 }
 
-/// What an agent says it has sent on a lane.
+/// How much an agent reports to have sent on a lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct LaneEnd {
-    /// Which lane.
+pub struct LaneSent {
+    /// CPU of the lane.
     pub cpu: Cpu,
-    /// Bytes since `Start`.
-    pub bytes_sent: u64,
+    /// Bytes put into the port since `Start`: the `bytes_out` of the agent's ledger.
+    pub bytes_out: u64,
 }
 
-/// The host's side of one lane: `pages_in == pages_out + pages_refused`.
+/// The host's side of one lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LaneLedger {
-    /// Which lane.
+    /// CPU of the lane.
     pub cpu: Cpu,
-    /// Whole pages that came over the ring.
-    pub pages_in: u64,
-    /// Pages written to the file.
-    pub pages_out: u64,
-    /// Pages not written: bad header, no room left in the area, a write that failed.
-    pub pages_refused: u64,
-    /// Bytes behind the last whole page.
+    /// From the source to the file. Lost: a bad header, no room left in the area, a write that failed.
+    pub ledger: Ledger,
+    /// Bytes after the last whole page.
     pub bytes_torn: u64,
-    /// Bytes the agent sent that never came.
-    pub bytes_missing: u64,
+    /// Bytes the agent sent that never came; `None` until the agent has reported how many it sent.
+    pub bytes_missing: Option<u64>,
     /// `errno` of the first write that failed, 0 if none did.
     pub write_errno: i32,
 }
@@ -342,7 +339,7 @@ impl Message for ToServer {
             Self::Claim { guest } | Self::Ledger { guest } | Self::Release { guest } => name(guest),
             Self::Agent { guest, request } => name(guest).and_then(|()| request.check()),
             Self::Lanes(lanes) => name(&lanes.guest).and_then(|()| bounded(lanes.areas.len(), LANES_MAX)),
-            Self::Finish { guest, ends, .. } => name(guest).and_then(|()| bounded(ends.len(), LANES_MAX)),
+            Self::Finish { guest, sent, .. } => name(guest).and_then(|()| bounded(sent.len(), LANES_MAX)),
         }
     }
 }

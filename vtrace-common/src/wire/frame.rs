@@ -12,7 +12,7 @@ extern crate alloc;
 /// First four bytes of every frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"vtrc");
 /// The wire version of this build.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 12;
 

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     ids::Cpu,
+    ledger::Ledger,
     limits::{FRAME_BYTES_MAX, LANES_MAX, NAME_BYTES_MAX, PIECE_BYTES_MAX},
 };
 
@@ -46,11 +47,15 @@ fn hello_of_another_version_is_read_and_anything_else_is_refused() {
 fn ledgers_of_the_largest_guest_are_one_frame_whatever_they_say() {
     let ledger = LaneLedger {
         cpu: Cpu(u32::MAX),
-        pages_in: u64::MAX,
-        pages_out: u64::MAX,
-        pages_refused: u64::MAX,
+        ledger: Ledger {
+            pages_in: u64::MAX,
+            pages_out: u64::MAX,
+            pages_lost: u64::MAX,
+            bytes_out: u64::MAX,
+            events_lost: Some(u64::MAX),
+        },
         bytes_torn: u64::MAX,
-        bytes_missing: u64::MAX,
+        bytes_missing: Some(u64::MAX),
         write_errno: i32::MIN,
     };
     let guest = "n".repeat(NAME_BYTES_MAX);

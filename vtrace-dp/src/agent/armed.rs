@@ -16,6 +16,7 @@ use std::{
 
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     limits::TEXT_BYTES_MAX,
     time::GuestTsc,
     wire::agent::{Arm, Armed, CommandRequest, Failure, FailureKind, FromAgent, LaneReport, Piece},
@@ -32,7 +33,7 @@ use super::{
 };
 use crate::{
     sys::{account::Account, tsc},
-    tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs},
+    tracefs::{INSTANCE_PREFIX, Instance, Tap, Tracefs, stats::events_lost},
 };
 
 /// How often the host hears that a session is still being made: it waits for half a minute of silence.
@@ -205,19 +206,17 @@ impl ArmedSession {
         let end = self.ends.iter().find(|end| end.cpu == cpu).cloned().unwrap_or_else(nothing);
         let has_come = !self.late_cpus.is_absent(cpu);
         let stats_after = if has_come { self.instance.stats(cpu) } else { String::new() };
+        let ledger = Ledger { events_lost: events_lost(stats_before, &stats_after), ..end.ledger };
         let report = LaneReport {
             cpu,
-            pages_tapped: end.pages_tapped,
-            pages_sent: end.pages_sent,
-            pages_lost: end.pages_lost,
-            bytes_sent: end.bytes_sent,
+            ledger,
             stats_before: stats_before.into(),
             stats_after,
             trouble: end.trouble,
             apic: self.late_cpus.apic(cpu),
         };
         if has_come {
-            log::info!("{cpu}: {} pages, {} lost", report.pages_sent, report.pages_lost);
+            log::info!("{cpu}: {} pages, {} lost", ledger.pages_out, ledger.pages_lost);
         }
         tell(&FromAgent::Lane(report))
     }

@@ -19,6 +19,7 @@
 //! Once draining: Filling until there are no whole pages, then the rest by read(2), then [`Wait::End`].
 
 use nix::errno::Errno;
+use vtrace_common::ledger::Ledger;
 
 /// What to do next for a lane. Nothing is outstanding when one of these is given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,24 +68,18 @@ pub(super) enum Step {
     Ended,
 }
 
-/// Bytes in and out. `tapped == sent + lost` once the lane has ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct Ledger {
-    /// Taken out of the ring buffer.
-    pub(super) tapped: u64,
-    /// Put into the port.
-    pub(super) sent: u64,
-    /// Taken and not sent.
-    pub(super) lost: u64,
-}
-
 /// The states and counts of one lane.
 #[derive(Debug)]
 pub(super) struct Lane {
     page_bytes: u32,
     pipe_bytes: u32,
     step: Step,
-    ledger: Ledger,
+    /// Bytes taken out of the ring buffer.
+    bytes_in: u64,
+    /// Bytes put into the port.
+    bytes_out: u64,
+    /// Bytes taken and not put into the port.
+    bytes_lost: u64,
     in_pipe: u32,
     /// The last fill took all the pipe can hold, so there may be more.
     filled_up: bool,
@@ -104,7 +99,9 @@ impl Lane {
             page_bytes,
             pipe_bytes,
             step: Step::Waiting,
-            ledger: Ledger::default(),
+            bytes_in: 0,
+            bytes_out: 0,
+            bytes_lost: 0,
             in_pipe: 0,
             filled_up: false,
             was_ready: false,
@@ -122,7 +119,20 @@ impl Lane {
 
     /// Its counts so far.
     pub(super) fn ledger(&self) -> Ledger {
-        self.ledger
+        let page_bytes = u64::from(self.page_bytes);
+        Ledger {
+            pages_in: self.bytes_in / page_bytes,
+            pages_out: self.bytes_out / page_bytes,
+            // A page that was sent in part is lost.
+            pages_lost: self.bytes_lost.div_ceil(page_bytes),
+            bytes_out: self.bytes_out,
+            events_lost: None,
+        }
+    }
+
+    /// Grows with every byte that is taken, sent or lost. Hot.
+    pub(super) fn bytes_moved(&self) -> u64 {
+        self.bytes_in + self.bytes_out + self.bytes_lost
     }
 
     /// Bytes to ask a fill for: whole pages, as many as the pipe holds.
@@ -218,7 +228,7 @@ impl Lane {
             Ok(bytes) => {
                 assert!(bytes <= self.in_pipe, "the kernel sent more than the pipe held");
                 self.in_pipe -= bytes;
-                self.ledger.sent += u64::from(bytes);
+                self.bytes_out += u64::from(bytes);
                 match self.in_pipe {
                     0 => self.onward(),
                     rest => self.go(Step::Sending, Next::Send(rest)),
@@ -261,7 +271,7 @@ impl Lane {
         assert_eq!(self.in_pipe, 0, "pages are taken into an empty pipe");
         assert_eq!(bytes % self.page_bytes, 0, "the kernel gives whole pages (tracing_buffers_splice_read)");
         self.in_pipe = bytes;
-        self.ledger.tapped += u64::from(bytes);
+        self.bytes_in += u64::from(bytes);
     }
 
     fn onward(&mut self) -> Next {
@@ -273,7 +283,7 @@ impl Lane {
     }
 
     fn lose(&mut self) -> Next {
-        self.torn = !self.ledger.sent.is_multiple_of(u64::from(self.page_bytes));
+        self.torn = !self.bytes_out.is_multiple_of(u64::from(self.page_bytes));
         self.write_off();
         Next::Discard
     }
@@ -285,13 +295,13 @@ impl Lane {
 
     fn end(&mut self) -> Next {
         self.write_off();
-        let Ledger { tapped, sent, lost } = self.ledger;
-        assert_eq!(tapped, sent + lost, "every byte is in the ledger");
+        assert_eq!(self.bytes_in, self.bytes_out + self.bytes_lost, "every byte is in the ledger");
+        assert!(self.ledger().is_balanced(), "every page is in the ledger: {:?}", self.ledger());
         self.wait(Step::Ended, Wait::End)
     }
 
     fn write_off(&mut self) {
-        self.ledger.lost += u64::from(std::mem::take(&mut self.in_pipe));
+        self.bytes_lost += u64::from(std::mem::take(&mut self.in_pipe));
     }
 
     fn wait(&mut self, step: Step, wait: Wait) -> Next {
@@ -311,6 +321,11 @@ mod tests {
     use super::*;
 
     const PAGE: u32 = 4096;
+
+    fn counted(pages_in: u64, pages_out: u64, pages_lost: u64) -> Ledger {
+        let bytes_out = pages_out * u64::from(PAGE);
+        Ledger { pages_in, pages_out, pages_lost, bytes_out, events_lost: None }
+    }
 
     fn filling() -> Lane {
         let mut lane = Lane::new(PAGE, 16 * PAGE);
@@ -335,7 +350,7 @@ mod tests {
         let mut lane = sending(3);
         assert_eq!(lane.sent(Ok(PAGE)), Next::Send(2 * PAGE));
         assert_eq!(lane.sent(Ok(2 * PAGE)), Next::Wait(Wait::Page));
-        assert_eq!(lane.ledger(), Ledger { tapped: 12288, sent: 12288, lost: 0 });
+        assert_eq!(lane.ledger(), counted(3, 3, 0));
     }
 
     #[test]
@@ -352,7 +367,7 @@ mod tests {
         let mut lane = blocked(3);
         assert_eq!(lane.writable(Ok(())), Next::Send(3 * PAGE));
         assert_eq!(lane.sent(Ok(3 * PAGE)), Next::Wait(Wait::Page));
-        assert_eq!(lane.ledger(), Ledger { tapped: 12288, sent: 12288, lost: 0 });
+        assert_eq!(lane.ledger(), counted(3, 3, 0));
     }
 
     #[test]
@@ -361,7 +376,7 @@ mod tests {
         assert_eq!(lane.writable(Ok(())), Next::Send(3 * PAGE));
         assert_eq!(lane.sent(Err(Errno::EAGAIN)), Next::Wait(Wait::Timer));
         assert_eq!(lane.resumed(), Next::Wait(Wait::Room));
-        assert_eq!(lane.ledger(), Ledger { tapped: 12288, sent: 0, lost: 0 });
+        assert_eq!(lane.ledger(), counted(3, 0, 0));
     }
 
     #[test]
@@ -369,7 +384,7 @@ mod tests {
         let mut lane = sending(3);
         assert_eq!(lane.sent(Ok(0)), Next::Discard);
         assert_eq!(lane.discarded(), Next::Wait(Wait::Page));
-        assert_eq!(lane.ledger(), Ledger { tapped: 12288, sent: 0, lost: 12288 });
+        assert_eq!(lane.ledger(), counted(3, 0, 3));
         assert_eq!(lane.trouble(), "");
     }
 
@@ -386,7 +401,7 @@ mod tests {
     fn vanished_port_ends_the_lane_with_its_reason_and_the_pages_counted() {
         let mut lane = sending(2);
         assert_eq!(lane.sent(Err(Errno::ENODEV)), Next::Wait(Wait::End));
-        assert_eq!(lane.ledger(), Ledger { tapped: 8192, sent: 0, lost: 8192 });
+        assert_eq!(lane.ledger(), counted(2, 0, 2));
         assert!(lane.trouble().contains("ENODEV"), "{}", lane.trouble());
     }
 
@@ -411,7 +426,7 @@ mod tests {
         assert_eq!(lane.resumed(), Next::Fill);
         assert_eq!(lane.filled(Ok(0)), Next::ReadRest);
         assert_eq!(lane.read_rest(0), Next::Wait(Wait::End));
-        assert_eq!(lane.ledger(), Ledger { tapped: 8192, sent: 8192, lost: 0 });
+        assert_eq!(lane.ledger(), counted(2, 2, 0));
     }
 
     #[test]
@@ -427,7 +442,7 @@ mod tests {
         let mut lane = blocked(2);
         assert!(lane.cancel());
         assert_eq!(lane.writable(Err(Errno::ECANCELED)), Next::Wait(Wait::End));
-        assert_eq!(lane.ledger(), Ledger { tapped: 8192, sent: 0, lost: 8192 });
+        assert_eq!(lane.ledger(), counted(2, 0, 2));
     }
 
     #[test]
@@ -436,7 +451,7 @@ mod tests {
         assert_eq!(lane.sent(Ok(16 * PAGE)), Next::Wait(Wait::Turn));
         assert!(!lane.cancel(), "nothing is outstanding");
         assert_eq!(lane.resumed(), Next::Wait(Wait::End));
-        assert_eq!(lane.ledger(), Ledger { tapped: 65536, sent: 65536, lost: 0 });
+        assert_eq!(lane.ledger(), counted(16, 16, 0));
     }
 
     proptest! {
@@ -464,10 +479,9 @@ mod tests {
                 };
             }
             lane.give_up(Errno::ETIMEDOUT);
-            let Ledger { tapped, sent, lost } = lane.ledger();
             prop_assert_eq!(lane.step(), Step::Ended);
-            prop_assert_eq!(tapped, sent + lost);
-            prop_assert_eq!(tapped % u64::from(PAGE), 0);
+            prop_assert_eq!(lane.bytes_in, lane.bytes_out + lane.bytes_lost);
+            prop_assert_eq!(lane.bytes_in % u64::from(PAGE), 0);
         }
 
         /// A poll that says "ready" is answered by a step that moves pages, or by a rest: never by the same poll at once.

@@ -23,9 +23,9 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
 };
-use vtrace_common::ids::Cpu;
+use vtrace_common::{ids::Cpu, ledger::Ledger};
 
-use super::lane::{Lane, Ledger, Next, Wait};
+use super::lane::{Lane, Next, Wait};
 use crate::{
     sys::{
         SysError,
@@ -60,14 +60,11 @@ impl PumpError {
     }
 }
 
-/// One lane's end. `pages_tapped == pages_sent + pages_lost`.
+/// One lane's end.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct LaneEnd {
     pub(super) cpu: Cpu,
-    pub(super) pages_tapped: u64,
-    pub(super) pages_sent: u64,
-    pub(super) pages_lost: u64,
-    pub(super) bytes_sent: u64,
+    pub(super) ledger: Ledger,
     /// Why it ended early; empty if it did not.
     pub(super) trouble: String,
 }
@@ -75,7 +72,7 @@ pub(super) struct LaneEnd {
 impl LaneEnd {
     /// A lane that moved nothing, for this reason.
     pub(super) fn nothing(cpu: Cpu, trouble: String) -> Self {
-        Self { cpu, pages_tapped: 0, pages_sent: 0, pages_lost: 0, bytes_sent: 0, trouble }
+        Self { cpu, ledger: Ledger::default(), trouble }
     }
 }
 
@@ -185,18 +182,8 @@ impl Road {
     }
 
     /// What it did. Says why if it has ended early.
-    pub(super) fn end(&self, page_bytes: u64) -> LaneEnd {
-        let Ledger { tapped, sent, lost } = self.lane.ledger();
-        let end = LaneEnd {
-            cpu: self.tap.cpu,
-            pages_tapped: tapped / page_bytes,
-            pages_sent: sent / page_bytes,
-            pages_lost: lost.div_ceil(page_bytes),
-            bytes_sent: sent,
-            trouble: self.lane.trouble(),
-        };
-        assert_eq!(end.pages_tapped, end.pages_sent + end.pages_lost, "every page of {} is in the ledger", end.cpu);
-        end
+    pub(super) fn end(&self) -> LaneEnd {
+        LaneEnd { cpu: self.tap.cpu, ledger: self.lane.ledger(), trouble: self.lane.trouble() }
     }
 }
 

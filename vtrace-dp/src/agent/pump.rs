@@ -152,8 +152,8 @@ impl Drop for Pump {
         for worker in self.threads.drain(..) {
             match worker.thread.join() {
                 Ok(ends) => {
-                    for end in ends.iter().filter(|end| end.pages_lost > 0) {
-                        log::warn!("{}: {} pages are abandoned", end.cpu, end.pages_lost);
+                    for end in ends.iter().filter(|end| end.ledger.pages_lost > 0) {
+                        log::warn!("{}: {} pages are abandoned", end.cpu, end.ledger.pages_lost);
                     }
                 }
                 Err(_) => log::error!("the pump has panicked"),
@@ -267,8 +267,7 @@ impl Work {
             log::error!("the pump stops: {error}");
             self.roads.iter_mut().for_each(|road| road.lane.give_up(error.errno));
         }
-        let page_bytes = u64::try_from(self.scratch.len()).expect("a page");
-        self.roads.iter().map(|road| road.end(page_bytes)).collect()
+        self.roads.iter().map(Road::end).collect()
     }
 
     fn work(&mut self) -> Result<(), SysError> {
@@ -313,9 +312,9 @@ impl Work {
     /// Does what a lane wants next, until it has to wait. Hot.
     fn go(&mut self, index: usize, next: Next) -> Result<(), SysError> {
         let road = &mut self.roads[index];
-        let before = road.lane.ledger();
+        let before = road.lane.bytes_moved();
         let wait = road.go(next, &mut self.scratch);
-        if road.lane.ledger() != before {
+        if road.lane.bytes_moved() != before {
             self.pause = PAUSE_MIN;
         }
         self.wait(index, wait)

@@ -34,9 +34,9 @@ impl Pumping {
     pub fn finish(self) -> io::Result<u64> {
         self.0.drain();
         let ends = self.0.join().ok_or_else(|| io::Error::other("the pump has panicked"))?;
-        match ends.iter().find(|end| end.pages_lost > 0 || !end.trouble.is_empty()) {
+        match ends.iter().find(|end| end.ledger.pages_lost > 0 || !end.trouble.is_empty()) {
             Some(end) => Err(io::Error::other(format!("{end:?}"))),
-            None => Ok(ends.iter().map(|end| end.bytes_sent).sum()),
+            None => Ok(ends.iter().map(|end| end.ledger.bytes_out).sum()),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use terminal_size::terminal_size_of;
+use vtrace_common::ledger::Ledger;
 
 use crate::recorder::{guests::silence::SilenceSuffix, progress::MachineProgress, run::Progress};
 
@@ -54,7 +55,7 @@ impl RateLine {
 
     /// GB/s since the previous line.
     fn speed(&mut self, progress: &Progress) -> f64 {
-        let bytes: u64 = progress.machines.iter().map(|machine| machine.bytes).sum();
+        let bytes: u64 = progress.machines.iter().map(|machine| machine.ledger.bytes_out).sum();
         let (then, before) = std::mem::replace(&mut self.before, (progress.elapsed, bytes));
         let seconds = progress.elapsed.saturating_sub(then).as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a figure of four digits for people")]
@@ -83,15 +84,16 @@ fn put(text: &str) {
 fn line(progress: &Progress, speed: f64) -> String {
     let lanes: usize = progress.machines.iter().map(|machine| machine.lanes).sum();
     let stalled: usize = progress.machines.iter().map(|machine| machine.stalled).sum();
-    let lost: u64 = progress.machines.iter().map(|machine| machine.lost).sum();
+    let lost: u64 = progress.machines.iter().map(|machine| machine.ledger.pages_lost).sum();
     let mut line =
         format!("recording {:.0} s, {lanes} lanes, {speed:.3} GB/s, {lost} lost", progress.elapsed.as_secs_f64());
     if stalled > 0 {
         line.push_str(&format!(", {stalled} stalled"));
     }
-    for MachineProgress { name, pages, lost, silent_s, .. } in &progress.machines {
-        let lost = if *lost > 0 { format!(" ({lost} lost)") } else { String::new() };
-        line.push_str(&format!("  {name} {pages} pages{lost}{}", SilenceSuffix(*silent_s)));
+    for MachineProgress { name, ledger, silent_s, .. } in &progress.machines {
+        let Ledger { pages_out, pages_lost, .. } = ledger;
+        let lost = if *pages_lost > 0 { format!(" ({pages_lost} lost)") } else { String::new() };
+        line.push_str(&format!("  {name} {pages_out} pages{lost}{}", SilenceSuffix(*silent_s)));
     }
     line
 }
@@ -101,12 +103,10 @@ mod tests {
     use super::*;
 
     fn progress(seconds: u64, bytes: u64) -> Progress {
-        let machine = |name: &str, lanes, pages, lost, bytes, stalled| MachineProgress {
+        let machine = |name: &str, lanes, pages_out, pages_lost, bytes_out, stalled| MachineProgress {
             name: name.into(),
             lanes,
-            pages,
-            bytes,
-            lost,
+            ledger: Ledger { pages_in: pages_out, pages_out, pages_lost, bytes_out, events_lost: None },
             stalled,
             silent_s: if name == "guest1" { seconds } else { 0 },
         };

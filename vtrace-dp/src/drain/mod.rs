@@ -27,7 +27,7 @@ use std::{fmt, fs::File, io};
 use vtrace_common::{
     ids::Cpu,
     limits::{DEVICE_LANES_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
-    wire::client::{Area, DriverState, LaneEnd, LaneLedger},
+    wire::client::{Area, DriverState, LaneLedger, LaneSent},
 };
 
 /// Why a CPU has no port.
@@ -57,7 +57,7 @@ pub(crate) trait Drain: fmt::Debug + Send + Sync {
     /// As [`Drain::ledger`].
     fn ledger(&self) -> Vec<LaneLedger>;
     /// As [`Drain::finish`].
-    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done);
+    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done);
     /// As [`Drain::detach`].
     fn detach(&self);
     /// Why a lane has no port although its device is there.

@@ -15,6 +15,7 @@ use std::fs::File;
 
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     time::HostTsc,
     wire::{
         agent::{Arm, Armed, Failure, FailureKind, LaneReport, Piece},
@@ -24,13 +25,13 @@ use vtrace_common::{
 
 use crate::{
     drain::tap::{
-        splice::{Counts, End},
-        worker::{LaneEnd, Pump, PumpUse, Way},
+        splice::TapEnd,
+        worker::{Pump, PumpUse, TapReport, Way},
     },
     ftrace::metadata::{Metadata, MetadataFault},
     sys::tsc,
     trace::write::Writer,
-    tracefs::{INSTANCE_PREFIX, Instance, Tracefs},
+    tracefs::{INSTANCE_PREFIX, Instance, Tracefs, stats::events_lost},
 };
 
 /// The host's part of a recording.
@@ -46,10 +47,10 @@ pub struct HostRecorder {
 /// The result of the host's part.
 #[derive(Clone, PartialEq, Debug)]
 pub struct HostReport {
-    /// One entry per CPU, in the order of the areas. `bytes_sent`: bytes in its area.
+    /// One entry per CPU, in the order of the areas. `bytes_out`: bytes in its area.
     pub lanes: Vec<LaneReport>,
     /// Why lanes ended early, in the same order.
-    pub ends: Vec<Option<End>>,
+    pub ends: Vec<Option<TapEnd>>,
     /// TSC right after tracing was switched off.
     pub stopped: HostTsc,
     /// CPU use of the pump.
@@ -158,18 +159,7 @@ impl HostRecorder {
 
     /// The current ledgers. Readings of a lane that is moving pages may not add up.
     pub fn ledger(&self) -> Vec<LaneLedger> {
-        let Some(pump) = &self.pump else { return Vec::new() };
-        let entry = |(cpu, counts): (&Cpu, &Counts)| {
-            let pages = counts.read();
-            LaneLedger {
-                cpu: *cpu,
-                pages_in: pages.taken,
-                pages_out: pages.written,
-                pages_refused: pages.lost,
-                ..LaneLedger::default()
-            }
-        };
-        self.cpus.iter().zip(pump.counts()).map(entry).collect()
+        self.pump.as_ref().map(Pump::ledger).unwrap_or_default()
     }
 
     /// Switches tracing off, moves the remaining pages, closes the taps and reports.
@@ -186,7 +176,7 @@ impl HostRecorder {
         }
         let before = self.stats_before.iter().cloned().chain(std::iter::repeat(String::new()));
         let lanes = pumped.lanes.iter().zip(before.zip(self.stats()));
-        let lanes = lanes.map(|(lane, stats)| report(lane, self.instance.page_bytes(), stats)).collect();
+        let lanes = lanes.map(|(lane, stats)| report(lane, stats)).collect();
         let ends = pumped.lanes.iter().map(|lane| lane.end).collect();
         Ok(HostReport { lanes, ends, stopped, pump: pumped.used })
     }
@@ -279,15 +269,11 @@ impl Host {
     }
 }
 
-fn report(lane: &LaneEnd, page_bytes: u32, (stats_before, stats_after): (String, String)) -> LaneReport {
-    let pages = lane.pages;
-    assert_eq!(pages.taken, pages.written + pages.lost, "{}: the ledger adds up", lane.cpu);
+fn report(lane: &TapReport, (stats_before, stats_after): (String, String)) -> LaneReport {
+    assert!(lane.ledger.is_balanced(), "{}: every page is in the ledger: {:?}", lane.cpu, lane.ledger);
     LaneReport {
         cpu: lane.cpu,
-        pages_tapped: pages.taken,
-        pages_sent: pages.written,
-        pages_lost: pages.lost,
-        bytes_sent: pages.written * u64::from(page_bytes),
+        ledger: Ledger { events_lost: events_lost(&stats_before, &stats_after), ..lane.ledger },
         stats_before,
         stats_after,
         trouble: lane.end.map(|end| end.to_string()).unwrap_or_default(),

@@ -5,7 +5,7 @@
 //! Runs:  pure
 //! Trust: counts of guests can have any value; sums saturate
 
-use vtrace_common::{ids::Cpu, wire::client::LaneLedger};
+use vtrace_common::{ids::Cpu, ledger::Ledger, wire::client::LaneLedger};
 
 /// One machine's progress.
 #[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize)]
@@ -14,12 +14,9 @@ pub struct MachineProgress {
     pub name: String,
     /// Number of its lanes.
     pub lanes: usize,
-    /// Pages in its file.
-    pub pages: u64,
-    /// The same in bytes.
-    pub bytes: u64,
-    /// Pages that arrived and were not written.
-    pub lost: u64,
+    /// Sum of its lanes' ledgers. Between two writes it holds pages.
+    #[serde(flatten)]
+    pub ledger: Ledger,
     /// Lanes that held pages and wrote none for a whole tick: the disk is too slow.
     pub stalled: usize,
     /// Time for which a guest's agent has owed an answer, s.
@@ -33,8 +30,6 @@ pub struct MachineCounts {
     pub name: String,
     /// The ledgers of its lanes.
     pub ledgers: Vec<LaneLedger>,
-    /// Bytes of one page.
-    pub page_bytes: u32,
     /// Time for which a guest's agent has owed an answer, s.
     pub silent_s: u64,
 }
@@ -49,35 +44,30 @@ impl Meter {
     /// Takes the counts at a tick.
     pub fn tick(&mut self, machines: &[MachineCounts]) -> Vec<MachineProgress> {
         let mut progress = Vec::with_capacity(machines.len());
-        for MachineCounts { name, ledgers, page_bytes, silent_s } in machines {
-            let pages = sum(ledgers, |lane| lane.pages_out);
+        for MachineCounts { name, ledgers, silent_s } in machines {
+            let mut ledger = Ledger::default();
+            ledgers.iter().for_each(|lane| ledger += lane.ledger);
             progress.push(MachineProgress {
                 name: name.clone(),
                 lanes: ledgers.len(),
-                pages,
-                bytes: pages.saturating_mul(u64::from(*page_bytes)),
-                lost: sum(ledgers, |lane| lane.pages_refused),
+                ledger,
                 stalled: ledgers.iter().filter(|lane| self.is_stalled(name, lane)).count(),
                 silent_s: *silent_s,
             });
         }
         self.before.clear();
         for machine in machines {
-            let written = machine.ledgers.iter().map(|lane| (lane.cpu, lane.pages_out)).collect();
+            let written = machine.ledgers.iter().map(|lane| (lane.cpu, lane.ledger.pages_out)).collect();
             self.before.push((machine.name.clone(), written));
         }
         progress
     }
 
     fn is_stalled(&self, name: &str, lane: &LaneLedger) -> bool {
-        let holds = lane.pages_in > lane.pages_out.saturating_add(lane.pages_refused);
         let before = self.before.iter().find(|(other, _)| other == name);
-        holds && before.is_some_and(|(_, lanes)| lanes.contains(&(lane.cpu, lane.pages_out)))
+        lane.ledger.pages_held() > 0
+            && before.is_some_and(|(_, lanes)| lanes.contains(&(lane.cpu, lane.ledger.pages_out)))
     }
-}
-
-fn sum(ledgers: &[LaneLedger], field: fn(&LaneLedger) -> u64) -> u64 {
-    ledgers.iter().map(field).fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -85,15 +75,17 @@ mod tests {
     use super::*;
 
     fn ledger(cpu: u32, pages_in: u64, pages_out: u64) -> LaneLedger {
-        LaneLedger { cpu: Cpu(cpu), pages_in, pages_out, ..LaneLedger::default() }
+        let mut ledger = Ledger { pages_in, ..Ledger::default() };
+        ledger.set_out(pages_out, 4096);
+        LaneLedger { cpu: Cpu(cpu), ledger, ..LaneLedger::default() }
     }
 
     #[test]
     fn lane_that_holds_pages_for_a_whole_tick_is_stalled_and_one_that_writes_is_not() {
         let mut meter = Meter::default();
-        let tick = |ledgers| vec![MachineCounts { name: "host".into(), ledgers, page_bytes: 4096, silent_s: 0 }];
+        let tick = |ledgers| vec![MachineCounts { name: "host".into(), ledgers, silent_s: 0 }];
         let first = meter.tick(&tick(vec![ledger(0, 9, 5), ledger(1, 9, 5), ledger(2, 5, 5)]));
-        assert_eq!((first[0].stalled, first[0].lanes, first[0].bytes), (0, 3, 15 * 4096));
+        assert_eq!((first[0].stalled, first[0].lanes, first[0].ledger.bytes_out), (0, 3, 15 * 4096));
         let second = meter.tick(&tick(vec![ledger(0, 10, 5), ledger(1, 9, 6), ledger(2, 5, 5)]));
         assert_eq!(second[0].stalled, 1);
     }

@@ -345,10 +345,10 @@ impl Recording<'_> {
         let machines = self.counts();
         let mut states = Vec::with_capacity(machines.len());
         for (index, machine) in machines.iter().enumerate() {
-            let mut state = file_state(&machine.ledgers, machine.page_bytes);
+            let mut state = file_state(&machine.ledgers);
             // A page of the host is refused only when its file cannot take it.
             let is_host = index <= self.instances.len();
-            state.failed |= is_host && machine.ledgers.iter().any(|lane| lane.pages_refused > 0);
+            state.failed |= is_host && machine.ledgers.iter().any(|lane| lane.ledger.pages_lost > 0);
             states.push(state);
         }
         self.ended = self.limit.tick(&states);
@@ -358,7 +358,7 @@ impl Recording<'_> {
             let (host, guests) = files.split_first_mut().expect("the host has a file");
             let in_order = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);
             for (file, machine) in in_order.zip(&machines) {
-                file.drop_older(&filled(&machine.ledgers, machine.page_bytes));
+                file.drop_older(&filled(&machine.ledgers));
             }
         }
         if let Some(guests) = &mut self.guests {
@@ -381,22 +381,16 @@ impl Recording<'_> {
 
     /// The ledgers of the host, its instances and the guests, in this order.
     fn counts(&self) -> Vec<MachineCounts> {
-        let mut counts = vec![MachineCounts {
-            name: "host".into(),
-            ledgers: self.host.recorder.ledger(),
-            page_bytes: self.host.armed.page_bytes,
-            silent_s: 0,
-        }];
+        let mut counts = vec![MachineCounts { name: "host".into(), ledgers: self.host.recorder.ledger(), silent_s: 0 }];
         for instance in &self.instances {
             let (name, ledgers) = (instance.title(), instance.ledger());
-            counts.push(MachineCounts { name, ledgers, page_bytes: instance.host.armed.page_bytes, silent_s: 0 });
+            counts.push(MachineCounts { name, ledgers, silent_s: 0 });
         }
         let now = Instant::now();
         for session in self.sessions() {
             counts.push(MachineCounts {
                 name: session.name.clone(),
                 ledgers: session.ledgers_in_use(),
-                page_bytes: session.page_bytes(),
                 silent_s: session.silence.lasts(now).as_secs(),
             });
         }
@@ -441,8 +435,8 @@ fn release(guests: &mut Guests) -> Result<(), GuestsError> {
 }
 
 /// The state of a machine's file.
-fn file_state(ledgers: &[LaneLedger], page_bytes: u32) -> FileState {
-    let pages = ledgers.iter().map(|lane| lane.pages_out).fold(0, u64::saturating_add);
+fn file_state(ledgers: &[LaneLedger]) -> FileState {
+    let bytes = ledgers.iter().map(|lane| lane.ledger.bytes_out).fold(0, u64::saturating_add);
     let failed = ledgers.iter().any(|lane| lane.write_errno != 0);
-    FileState { bytes: pages.saturating_mul(u64::from(page_bytes)), failed }
+    FileState { bytes, failed }
 }

@@ -7,10 +7,17 @@
 use std::fmt;
 
 use serde::Serialize;
-use vtrace_common::wire::{agent::LaneReport, client::LaneLedger};
+use vtrace_common::{
+    ledger::Ledger,
+    wire::{agent::LaneReport, client::LaneLedger},
+};
 
 use super::{files::limit::Ended, guests::command_output::CommandSummary};
-use crate::{clock::vcpus::Vcpu, printable::Nanoseconds, tracefs::stats::Stats};
+use crate::{
+    clock::vcpus::Vcpu,
+    printable::Nanoseconds,
+    tracefs::stats::{Stats, events_read},
+};
 
 /// [`ClockSummary::source`]: KVM's TSC offsets.
 pub const KVM: &str = "kvm";
@@ -82,128 +89,102 @@ pub struct ClockSummary {
     pub why_measured: Option<String>,
 }
 
-/// The ledger of one CPU. `pages_in == pages_out + pages_lost`.
+/// One CPU. What is not known is `null` in JSON, never 0.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct LaneSummary {
-    /// The CPU.
+    /// Its number.
     pub cpu: u32,
-    /// Pages taken from its ring buffer.
-    pub pages_in: u64,
-    /// Of those: written to the file.
-    pub pages_out: u64,
-    /// Of those: replaced by newer ones (`-m`).
+    /// From the machine's ring buffer to the file.
+    #[serde(flatten)]
+    pub ledger: Ledger,
+    /// Events the kernel counted as read.
+    pub events: Option<u64>,
+    /// Of the pages out: older ones, overwritten by newer ones where only the newest are kept.
     pub pages_old: u64,
-    /// Pages added when host times needed more space than the guest's.
+    /// Pages that the file has more: host times can need more room than the guest's.
     pub pages_added: u64,
-    /// Pages lost between ring buffer and file.
-    pub pages_lost: u64,
-    /// Of those: lost in the agent (the host's: in the pump).
-    pub pages_lost_agent: u64,
-    /// Of those: sent and not received.
-    pub pages_lost_transport: u64,
-    /// Bytes sent and not received.
-    pub bytes_missing: u64,
-    /// Of the lost pages: received and not written.
-    pub pages_lost_refused: u64,
-    /// Events read, by the kernel's count.
-    pub events: u64,
-    /// Events overwritten or dropped, by the kernel's count.
-    pub events_lost: u64,
-    /// `errno` of the first failed write; 0 if none.
+    /// Of the pages lost: taken by the agent and not sent.
+    pub pages_lost_agent: Option<u64>,
+    /// Of the pages lost: sent by the agent and never received.
+    pub pages_lost_transport: Option<u64>,
+    /// Of the pages lost: received (a guest's) or taken (the host's) and not written.
+    pub pages_lost_drain: u64,
+    /// Bytes that the agent sent and the server never received.
+    pub bytes_missing: Option<u64>,
+    /// First error of a write, 0 if none failed.
     pub write_errno: i32,
 }
 
-/// Sums over lanes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Totals {
-    /// See [`LaneSummary`].
-    pub pages_in: u64,
-    /// See [`LaneSummary`].
-    pub pages_out: u64,
-    /// See [`LaneSummary`].
-    pub pages_lost: u64,
-    /// See [`LaneSummary`].
-    pub events: u64,
-    /// See [`LaneSummary`].
-    pub events_lost: u64,
-}
-
 impl LaneSummary {
-    /// A lane of the host.
+    /// A lane of the host: no agent and no transport.
     pub fn host(report: &LaneReport) -> Self {
-        assert_eq!(report.pages_tapped, report.pages_sent + report.pages_lost, "{}: pages unaccounted for", report.cpu);
-        let (events, events_lost) = events(report);
+        assert!(report.ledger.is_balanced(), "{}: pages unaccounted for", report.cpu);
         Self {
             cpu: report.cpu.0,
-            pages_in: report.pages_tapped,
-            pages_out: report.pages_sent,
-            pages_lost: report.pages_lost,
-            pages_lost_agent: report.pages_lost,
-            events,
-            events_lost,
+            ledger: report.ledger,
+            events: events_read(&report.stats_before, &report.stats_after),
+            pages_lost_drain: report.ledger.pages_lost,
             ..Self::default()
         }
     }
 
-    /// A CPU without a lane: all its events count as lost.
+    /// A CPU that came online later: its tap was never read.
     pub fn late(report: &LaneReport) -> Self {
         let stats = Stats::parse(&report.stats_after).unwrap_or_default();
-        Self { cpu: report.cpu.0, events_lost: stats.recorded(), ..Self::default() }
+        let ledger = Ledger { events_lost: Some(stats.recorded()), ..Ledger::default() };
+        Self { cpu: report.cpu.0, ledger, events: Some(0), ..Self::default() }
     }
 
-    /// A guest's lane, from the agent's report and the server's ledger. The second value is false if they contradict.
-    pub fn guest(report: Option<&LaneReport>, ledger: &LaneLedger) -> (Self, bool) {
-        let (events, events_lost) = report.map(events).unwrap_or_default();
-        // An agent that reports fewer pages than arrived is wrong; the sum still holds.
-        let tapped = report.map_or(ledger.pages_in, |report| report.pages_tapped);
-        let pages_in = tapped.max(ledger.pages_in);
-        let pages_lost_agent = report.map_or(0, |report| report.pages_lost);
-        let pages_lost_transport = report.map_or(0, |report| report.pages_sent.saturating_sub(ledger.pages_in));
-        let lane = Self {
-            cpu: ledger.cpu.0,
-            pages_in,
-            pages_out: ledger.pages_out,
-            pages_old: 0,
-            pages_added: 0,
-            pages_lost: pages_in.saturating_sub(ledger.pages_out),
+    /// A guest's lane: the agent's counts against the server's. The second value is false if the two cannot both be
+    /// true.
+    pub fn guest(report: Option<&LaneReport>, lane: &LaneLedger) -> (Self, bool) {
+        let agent = report.map(|report| report.ledger);
+        let server = lane.ledger;
+        // An agent that counts fewer than came is wrong; the sum holds all the same.
+        let pages_tapped = agent.map_or(server.pages_in, |agent| agent.pages_in);
+        let pages_in = pages_tapped.max(server.pages_in);
+        let mut ledger = Ledger { pages_in, events_lost: agent.and_then(|agent| agent.events_lost), ..server };
+        ledger.settle();
+        let pages_lost_agent = agent.map(|agent| agent.pages_lost);
+        let pages_lost_transport = agent.map(|agent| agent.pages_out.saturating_sub(server.pages_in));
+        let pages_accounted = [pages_lost_agent, pages_lost_transport, Some(server.pages_lost), Some(server.pages_out)];
+        let pages_accounted: u128 = pages_accounted.into_iter().flatten().map(u128::from).sum();
+        let summary = Self {
+            cpu: lane.cpu.0,
+            ledger,
+            events: report.and_then(|report| events_read(&report.stats_before, &report.stats_after)),
             pages_lost_agent,
             pages_lost_transport,
-            bytes_missing: ledger.bytes_missing,
-            pages_lost_refused: ledger.pages_refused,
-            events,
-            events_lost,
-            write_errno: ledger.write_errno,
+            pages_lost_drain: server.pages_lost,
+            bytes_missing: lane.bytes_missing,
+            write_errno: lane.write_errno,
+            ..Self::default()
         };
-        let causes = u128::from(pages_lost_agent) + u128::from(pages_lost_transport) + u128::from(ledger.pages_refused);
-        let balanced = u128::from(tapped) == u128::from(ledger.pages_out) + causes;
-        (lane, balanced && ledger.pages_in == ledger.pages_out + ledger.pages_refused)
+        (summary, u128::from(pages_tapped) == pages_accounted && server.is_balanced())
     }
-}
-
-/// Events read and lost between the two statistics of a report. Invalid text counts as zeros.
-fn events(report: &LaneReport) -> (u64, u64) {
-    let [before, after] =
-        [&report.stats_before, &report.stats_after].map(|text| Stats::parse(text).unwrap_or_default());
-    (after.read_events.saturating_sub(before.read_events), after.lost().saturating_sub(before.lost()))
 }
 
 impl MachineSummary {
-    /// Sums over its lanes.
-    pub fn totals(&self) -> Totals {
-        self.lanes.iter().fold(Totals::default(), |sum, lane| Totals {
-            pages_in: sum.pages_in.saturating_add(lane.pages_in),
-            pages_out: sum.pages_out.saturating_add(lane.pages_out),
-            pages_lost: sum.pages_lost.saturating_add(lane.pages_lost),
-            events: sum.events.saturating_add(lane.events),
-            events_lost: sum.events_lost.saturating_add(lane.events_lost),
-        })
+    /// Sum of its lanes' ledgers.
+    pub fn ledger(&self) -> Ledger {
+        let mut sum = Ledger { events_lost: Some(0), ..Ledger::default() };
+        self.lanes.iter().for_each(|lane| sum += lane.ledger);
+        sum
+    }
+
+    /// Events the kernel counted as read, of all lanes.
+    pub fn events(&self) -> Option<u64> {
+        self.lanes.iter().try_fold(0_u64, |sum, lane| Some(sum.saturating_add(lane.events?)))
     }
 }
 
 impl Summary {
     /// Whether a page or an event was lost anywhere.
     pub fn lost_anything(&self) -> bool {
-        self.machines.iter().map(MachineSummary::totals).any(|sum| sum.pages_lost > 0 || sum.events_lost > 0)
+        self.machines
+            .iter()
+            .flat_map(|machine| &machine.lanes)
+            .any(|lane| lane.ledger.pages_lost > 0 || lane.ledger.events_lost.is_some_and(|events| events > 0))
     }
 
     /// Whether a machine's part failed.
@@ -228,7 +209,8 @@ impl fmt::Display for Summary {
             None => {}
         }
         for machine in &self.machines {
-            let Totals { pages_in, pages_out, pages_lost, events, events_lost } = machine.totals();
+            let Ledger { pages_in, pages_out, pages_lost, events_lost, .. } = machine.ledger();
+            let (events, events_lost) = (known(machine.events()), known(events_lost));
             let (bytes, seconds) = (machine.bytes, self.seconds);
             let file = machine.file.as_deref().unwrap_or("-");
             writeln!(
@@ -286,6 +268,11 @@ impl fmt::Display for ClockSummary {
     }
 }
 
+/// A count, or a dash where it is not known.
+fn known(count: Option<u64>) -> String {
+    count.map_or_else(|| "-".into(), |count| count.to_string())
+}
+
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
@@ -294,39 +281,62 @@ fn plural(count: usize) -> &'static str {
 mod tests {
     use super::*;
 
-    fn report(tapped: u64, sent: u64) -> LaneReport {
-        LaneReport { pages_tapped: tapped, pages_sent: sent, pages_lost: tapped - sent, ..LaneReport::default() }
+    fn ledger(pages_in: u64, pages_out: u64) -> Ledger {
+        Ledger { pages_in, pages_out, pages_lost: pages_in - pages_out, ..Ledger::default() }
     }
 
-    fn ledger(pages_in: u64, pages_out: u64) -> LaneLedger {
-        LaneLedger { pages_in, pages_out, pages_refused: pages_in - pages_out, ..LaneLedger::default() }
+    fn report(pages_in: u64, pages_out: u64) -> LaneReport {
+        LaneReport { ledger: ledger(pages_in, pages_out), ..LaneReport::default() }
+    }
+
+    fn lane(pages_in: u64, pages_out: u64) -> LaneLedger {
+        LaneLedger { ledger: ledger(pages_in, pages_out), ..LaneLedger::default() }
     }
 
     #[test]
     fn every_lost_page_has_a_cause() {
-        let (lane, balanced) = LaneSummary::guest(Some(&report(10, 9)), &ledger(7, 6));
+        let (summary, balanced) = LaneSummary::guest(Some(&report(10, 9)), &lane(7, 6));
         assert!(balanced);
-        assert_eq!((lane.pages_in, lane.pages_out, lane.pages_lost), (10, 6, 4));
-        assert_eq!((lane.pages_lost_agent, lane.pages_lost_transport, lane.pages_lost_refused), (1, 2, 1));
+        assert_eq!(summary.ledger, ledger(10, 6));
+        assert_eq!((summary.pages_lost_agent, summary.pages_lost_transport), (Some(1), Some(2)));
+        assert_eq!(summary.pages_lost_drain, 1);
     }
 
     #[test]
     fn agent_that_reports_fewer_pages_than_arrived_is_detected() {
-        assert!(!LaneSummary::guest(Some(&report(5, 5)), &ledger(6, 6)).1);
-        let impossible = LaneReport { pages_tapped: u64::MAX, pages_sent: 3, ..LaneReport::default() };
-        assert!(!LaneSummary::guest(Some(&impossible), &ledger(3, 3)).1);
+        assert!(!LaneSummary::guest(Some(&report(5, 5)), &lane(6, 6)).1);
+        let ledger = Ledger { pages_in: u64::MAX, pages_out: 3, ..Ledger::default() };
+        let impossible = LaneReport { ledger, ..LaneReport::default() };
+        assert!(!LaneSummary::guest(Some(&impossible), &lane(3, 3)).1);
     }
 
     #[test]
     fn lane_without_a_report_shows_the_servers_ledger() {
-        let (lane, balanced) = LaneSummary::guest(None, &ledger(6, 5));
+        let (summary, balanced) = LaneSummary::guest(None, &lane(6, 5));
         assert!(balanced);
-        assert_eq!((lane.pages_in, lane.pages_lost), (6, 1));
+        assert_eq!(summary.ledger, ledger(6, 5));
+    }
+
+    #[test]
+    fn what_only_the_agent_counts_is_null_without_its_report() {
+        let (summary, _) = LaneSummary::guest(None, &lane(6, 5));
+        let json = serde_json::to_value(&summary).unwrap();
+        for name in ["events", "events_lost", "pages_lost_agent", "pages_lost_transport", "bytes_missing"] {
+            assert_eq!(json.get(name), Some(&serde_json::Value::Null), "{name}");
+        }
+        for (name, count) in [("pages_in", 6), ("pages_out", 5), ("pages_lost", 1), ("pages_lost_drain", 1)] {
+            assert_eq!(json[name], count, "{name}");
+        }
+        let machine = MachineSummary { name: "guest1".into(), lanes: vec![summary], ..MachineSummary::default() };
+        let (session, machines) = ("7".into(), vec![machine]);
+        let table = Summary { session, seconds: 1.0, machines, ended: None, command_status: None }.to_string();
+        let row: Vec<&str> = table.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(row[..6], ["guest1", "6", "5", "1", "-", "-"], "{table}");
     }
 
     #[test]
     fn table_names_machine_counts_clock_and_remarks() {
-        let lanes = vec![LaneSummary { pages_in: 10, pages_out: 9, pages_lost: 1, ..LaneSummary::default() }];
+        let lanes = vec![LaneSummary { ledger: ledger(10, 9), ..LaneSummary::default() }];
         let clock =
             ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 1840, steady: true, ..Default::default() };
         let machine = MachineSummary {

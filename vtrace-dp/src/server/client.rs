@@ -24,7 +24,7 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vtrace_common::wire::{
     Decoder, Fault, Hello,
-    client::{FromServer, LaneEnd, Lanes, Refusal, ToServer},
+    client::{FromServer, LaneSent, Lanes, Refusal, ToServer},
     encode,
 };
 
@@ -265,7 +265,7 @@ impl Client {
             ToServer::Ledger { guest } => self
                 .attached(&guest)
                 .map(|held| Some(FromServer::Ledger { guest, lanes: held.slot.devices.drains.ledger() })),
-            ToServer::Finish { guest, ends, wait_ms_max } => self.finish(guest, ends, wait_ms_max),
+            ToServer::Finish { guest, sent, wait_ms_max } => self.finish(guest, sent, wait_ms_max),
             ToServer::Release { guest } => self.release(&guest),
         };
         match answer {
@@ -350,12 +350,12 @@ impl Client {
         Ok(Some(FromServer::LanesReady { guest }))
     }
 
-    fn finish(&mut self, guest: String, ends: Vec<LaneEnd>, wait_ms_max: u32) -> Result<Option<FromServer>, Refusal> {
+    fn finish(&mut self, guest: String, sent: Vec<LaneSent>, wait_ms_max: u32) -> Result<Option<FromServer>, Refusal> {
         let held = self.attached(&guest)?;
         held.phase = Phase::Held;
         let session = Arc::clone(&held.session);
         let done = move |lanes| session.post(&FromServer::Finished { guest, lanes });
-        held.slot.devices.drains.finish(ends, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
+        held.slot.devices.drains.finish(sent, wait_ms_max.min(WAIT_MS_MAX), Box::new(done));
         Ok(None)
     }
 

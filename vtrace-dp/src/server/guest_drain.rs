@@ -15,7 +15,7 @@ use std::{
 
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, LaneLedger, LaneSent},
 };
 
 use crate::drain::{Done, Drain, Portless};
@@ -96,14 +96,14 @@ impl Drains {
     }
 
     /// [`Drain::finish`] of all at once; `done` is called when the last one is.
-    pub(super) fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
+    pub(super) fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
         let parts = self.drains.iter().map(|_| Vec::new()).collect();
         let gathered = Gathered { parts, missing: self.drains.len(), done: Some(done) };
         let gathered = Arc::new(Mutex::new(gathered));
-        let ends = self.parts(ends, |end| end.cpu);
-        for (device, (drain, ends)) in self.drains.iter().zip(ends).enumerate() {
+        let sent = self.parts(sent, |lane| lane.cpu);
+        for (device, (drain, sent)) in self.drains.iter().zip(sent).enumerate() {
             let gathered = Arc::clone(&gathered);
-            drain.finish(ends, wait_ms_max, Box::new(move |lanes| Gathered::add(&gathered, device, lanes)));
+            drain.finish(sent, wait_ms_max, Box::new(move |lanes| Gathered::add(&gathered, device, lanes)));
         }
     }
 
@@ -168,12 +168,12 @@ mod tests {
         attach(&drains, &[0, 3, 2]).unwrap();
         assert_eq!(cpus(&drains.ledger()), [0, 3, 2]);
         let (told, hears) = mpsc::channel();
-        let ends = vec![LaneEnd { cpu: Cpu(3), bytes_sent: 8192 }, LaneEnd { cpu: Cpu(77), bytes_sent: 1 }];
-        drains.finish(ends, 0, Box::new(move |lanes| told.send(lanes).unwrap()));
+        let sent = vec![LaneSent { cpu: Cpu(3), bytes_out: 8192 }, LaneSent { cpu: Cpu(77), bytes_out: 1 }];
+        drains.finish(sent, 0, Box::new(move |lanes| told.send(lanes).unwrap()));
         let ledgers = hears.recv_timeout(Duration::from_secs(20)).unwrap();
         assert_eq!(cpus(&ledgers), [0, 3, 2]);
-        let missing: Vec<u64> = ledgers.iter().map(|ledger| ledger.bytes_missing).collect();
-        assert_eq!(missing, [0, 8192, 0], "each end is its own lane's");
+        let missing: Vec<Option<u64>> = ledgers.iter().map(|ledger| ledger.bytes_missing).collect();
+        assert_eq!(missing, [None, Some(8192), None], "each end is its own lane's");
         assert!(hears.recv_timeout(Duration::from_millis(50)).is_err(), "one answer");
     }
 

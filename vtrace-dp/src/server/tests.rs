@@ -222,7 +222,7 @@ fn requests_for_a_guest_that_was_not_claimed_are_refused() {
         to_agent(ToAgent::Stop),
         lanes(0),
         ToServer::Ledger { guest: guest.clone() },
-        ToServer::Finish { guest: guest.clone(), ends: vec![], wait_ms_max: 0 },
+        ToServer::Finish { guest: guest.clone(), sent: vec![], wait_ms_max: 0 },
         ToServer::Release { guest },
     ] {
         assert!(matches!(refusal(ask(&mut link, &request)), Refusal::State { .. }), "{request:?}");
@@ -299,10 +299,13 @@ fn pages_go_to_the_file_that_was_passed() {
     let mut page = vec![0x11; 4096];
     page[8..16].copy_from_slice(&4080u64.to_le_bytes());
     machine.out[2].send_blocking(&page, 4096);
-    let ends = vec![vtrace_common::wire::client::LaneEnd { cpu: Cpu(1), bytes_sent: 4096 }];
-    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), ends, wait_ms_max: 5000 });
+    let ends = vec![vtrace_common::wire::client::LaneSent { cpu: Cpu(1), bytes_out: 4096 }];
+    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: ends, wait_ms_max: 5000 });
     let FromServer::Finished { lanes: ledgers, .. } = answer else { panic!("not finished: {answer:?}") };
-    assert_eq!((ledgers.len(), ledgers[0].cpu, ledgers[0].pages_in, ledgers[0].pages_out), (1, Cpu(1), 1, 1));
+    assert_eq!(
+        (ledgers.len(), ledgers[0].cpu, ledgers[0].ledger.pages_in, ledgers[0].ledger.pages_out),
+        (1, Cpu(1), 1, 1)
+    );
     let written = std::fs::read(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     assert_eq!(written[8192..8192 + 4096], page);
@@ -343,8 +346,8 @@ fn second_descriptor_is_taken_only_if_it_is_the_same_file_past_the_page_cache() 
     let mut page = vec![0x22; 4096];
     page[8..16].copy_from_slice(&4080u64.to_le_bytes());
     machine.out[2].send_blocking(&page, 4096);
-    let ends = vec![vtrace_common::wire::client::LaneEnd { cpu: Cpu(1), bytes_sent: 4096 }];
-    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), ends, wait_ms_max: 5000 });
+    let ends = vec![vtrace_common::wire::client::LaneSent { cpu: Cpu(1), bytes_out: 4096 }];
+    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: ends, wait_ms_max: 5000 });
     assert!(matches!(answer, FromServer::Finished { .. }));
     let mut written = vec![0; 4096];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut written, 8192).unwrap();

@@ -72,6 +72,24 @@ impl Stats {
     }
 }
 
+/// Events lost between two texts of one CPU; `before` is empty for a CPU that was not there yet. `None`: a text is not
+/// the kernel's.
+pub fn events_lost(before: &str, after: &str) -> Option<u64> {
+    let (before, after) = between(before, after)?;
+    Some(after.lost().saturating_sub(before.lost()))
+}
+
+/// Events read between two texts of one CPU, as [`events_lost`].
+pub fn events_read(before: &str, after: &str) -> Option<u64> {
+    let (before, after) = between(before, after)?;
+    Some(after.read_events.saturating_sub(before.read_events))
+}
+
+fn between(before: &str, after: &str) -> Option<(Stats, Stats)> {
+    let before = if before.is_empty() { Stats::default() } else { Stats::parse(before).ok()? };
+    Some((before, Stats::parse(after).ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -98,6 +116,14 @@ mod tests {
     fn number_beyond_64_bits_is_refused() {
         let text = TEXT.replace("4060", "18446744073709551616");
         assert!(matches!(Stats::parse(&text), Err(StatsFault::Number { name: "bytes", .. })));
+    }
+
+    #[test]
+    fn counts_between_two_texts_are_unknown_where_a_text_is_not_the_kernels() {
+        let before = TEXT.replace("overrun: 3", "overrun: 1").replace("read events: 77", "read events: 70");
+        assert_eq!((events_lost(&before, TEXT), events_read(&before, TEXT)), (Some(2), Some(7)));
+        assert_eq!((events_lost("", TEXT), events_read("", TEXT)), (Some(6), Some(77)));
+        assert_eq!((events_lost(TEXT, ""), events_read("entries: x", TEXT)), (None, None));
     }
 
     proptest! {

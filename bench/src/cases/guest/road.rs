@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{Area, LaneEnd},
+    wire::client::{Area, LaneSent},
 };
 use vtrace_dp::{
     drain::{
@@ -149,7 +149,7 @@ impl Receipt<'_> {
     /// Waits for exactly so many.
     pub(super) fn await_bytes(self, bytes: u64) -> Result<()> {
         match self {
-            Self::RingDrain(drain) => finish(drain, vec![LaneEnd { cpu: Cpu(0), bytes_sent: bytes }]),
+            Self::RingDrain(drain) => finish(drain, vec![LaneSent { cpu: Cpu(0), bytes_out: bytes }]),
             Self::Receiver(receiver) => {
                 wait_until("bytes of the guest are missing", || receiver.received() >= bytes)?;
                 ensure!(receiver.received() == bytes, "more came than was sent");

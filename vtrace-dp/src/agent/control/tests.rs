@@ -187,9 +187,9 @@ fn whole_session_is_answered_in_order_and_its_bytes_are_in_the_ports() {
     let mut bytes_sent = 0;
     for cpu in &armed.lanes {
         let (FromAgent::Lane(lane), _) = rig.answer() else { panic!("no report of {cpu}") };
-        assert_eq!((lane.cpu, lane.pages_tapped, lane.pages_lost), (*cpu, lane.pages_sent, 0));
+        assert_eq!((lane.cpu, lane.ledger.pages_in, lane.ledger.pages_lost), (*cpu, lane.ledger.pages_out, 0));
         assert!(lane.stats_before.contains("entries: 0") && lane.stats_after.contains("entries: 0"), "{lane:?}");
-        bytes_sent += lane.bytes_sent;
+        bytes_sent += lane.ledger.bytes_out;
     }
     assert!(matches!(rig.answer(), (FromAgent::Stopped, _)));
     assert!(rig.instance_exists() && bytes_sent > 0);

@@ -90,9 +90,9 @@ fn what_is_tapped_is_received(port: fn() -> (OwnedFd, OwnedFd)) {
     let page_bytes = usize::try_from(instance.page_bytes()).unwrap();
     let mut events_read = 0;
     for (end, received) in ends.iter().zip(&received) {
-        assert_eq!((end.trouble.as_str(), end.pages_lost), ("", 0));
-        assert_eq!(u64::try_from(received.len()).unwrap(), end.bytes_sent);
-        assert_eq!(end.bytes_sent, end.pages_sent * u64::try_from(page_bytes).unwrap());
+        assert_eq!((end.trouble.as_str(), end.ledger.pages_lost), ("", 0));
+        assert_eq!(u64::try_from(received.len()).unwrap(), end.ledger.bytes_out);
+        assert_eq!(end.ledger.bytes_out, end.ledger.pages_out * u64::try_from(page_bytes).unwrap());
         assert!(received.chunks(page_bytes).all(|page| Header::parse(page, page_bytes).unwrap().data_bytes > 0));
         assert_eq!(&std::fs::read(copies.path().join(format!("{}.raw", end.cpu))).unwrap(), received);
         let stats = Stats::parse(&instance.stats(end.cpu)).unwrap();
@@ -100,7 +100,7 @@ fn what_is_tapped_is_received(port: fn() -> (OwnedFd, OwnedFd)) {
         events_read += stats.read_events;
     }
     assert_eq!(events_read, 3001);
-    assert!(ends.iter().map(|end| end.pages_sent).sum::<u64>() >= 3001 / 4);
+    assert!(ends.iter().map(|end| end.ledger.pages_out).sum::<u64>() >= 3001 / 4);
     instance.remove().unwrap();
 }
 
@@ -135,14 +135,14 @@ fn pages_larger_than_the_smallest_pipe_are_moved_whole() {
         let mut data_bytes_max = 0;
         for (end, reader) in ends.iter().zip(readers) {
             let received = reader.join().unwrap();
-            assert_eq!((end.trouble.as_str(), end.pages_lost), ("", 0));
-            assert_eq!(end.pages_sent, u64::try_from(received.len() / page_bytes).unwrap());
+            assert_eq!((end.trouble.as_str(), end.ledger.pages_lost), ("", 0));
+            assert_eq!(end.ledger.pages_out, u64::try_from(received.len() / page_bytes).unwrap());
             for page in received.chunks(page_bytes) {
                 data_bytes_max = data_bytes_max.max(Header::parse(page, page_bytes).unwrap().data_bytes);
             }
         }
         assert!(usize::try_from(data_bytes_max).unwrap() > page_bytes * 9 / 10, "pages are as large as was asked for");
-        assert!(ends.iter().map(|end| end.bytes_sent).sum::<u64>() >= 3000 * 900);
+        assert!(ends.iter().map(|end| end.ledger.bytes_out).sum::<u64>() >= 3000 * 900);
         instance.remove().unwrap();
     }
 }
@@ -156,7 +156,9 @@ fn lone_event_arrives_with_the_drain() {
     pump.drain();
     let ends = pump.join().unwrap();
     assert_eq!(
-        ends.iter().map(|end| (end.pages_sent, end.pages_lost)).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1)),
+        ends.iter()
+            .map(|end| (end.ledger.pages_out, end.ledger.pages_lost))
+            .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1)),
         (1, 0)
     );
     let pages: Vec<Vec<u8>> =
@@ -177,8 +179,8 @@ fn ports_that_take_nothing_are_abandoned_with_their_pages_counted() {
     let ends = pump.join().unwrap();
     assert!(begun.elapsed() < CANCEL_WAIT, "cancelling works, it was not given up: {:?}", begun.elapsed());
     println!("abandoned after {:?}: {ends:?}", begun.elapsed());
-    assert!(ends.iter().any(|end| end.pages_lost > 0));
-    assert!(ends.iter().all(|end| end.pages_tapped == end.pages_sent + end.pages_lost));
+    assert!(ends.iter().any(|end| end.ledger.pages_lost > 0));
+    assert!(ends.iter().all(|end| end.ledger.pages_in == end.ledger.pages_out + end.ledger.pages_lost));
     drop(outlets);
     instance.remove().unwrap();
 }
@@ -195,7 +197,7 @@ fn lane_whose_host_vanishes_ends_with_its_reason() {
     assert!(!ended.is_empty());
     for end in ended {
         assert!(end.trouble.contains("EPIPE"), "{}", end.trouble);
-        assert!(end.pages_sent == 0 && end.pages_lost == end.pages_tapped && end.pages_lost > 0);
+        assert!(end.ledger.pages_out == 0 && end.ledger.pages_lost == end.ledger.pages_in && end.ledger.pages_lost > 0);
     }
     instance.remove().unwrap();
 }
@@ -294,7 +296,10 @@ fn full_port_holds_up_no_other_lane() {
     assert!(!is_done(&pump, Duration::ZERO) && entries(&instance, full) > 0);
     pump.order(Order::Abandon);
     let ends = pump.join().unwrap();
-    assert!(ends[0].pages_lost > 0 && ends[1].pages_lost == 0 && ends[1].pages_sent > 400, "{ends:?}");
+    assert!(
+        ends[0].ledger.pages_lost > 0 && ends[1].ledger.pages_lost == 0 && ends[1].ledger.pages_out > 400,
+        "{ends:?}"
+    );
     drop(unread);
     readers.into_iter().for_each(|reader| drop(reader.join().unwrap()));
     instance.remove().unwrap();
@@ -326,9 +331,12 @@ fn many_lanes_are_shared_among_threads_and_their_ends_keep_their_order() {
     let ends = pump.join().unwrap();
     assert_eq!(ends.iter().map(|end| end.cpu).collect::<Vec<_>>(), cpus);
     for (end, reader) in ends.iter().zip(readers) {
-        assert_eq!((end.pages_lost, end.bytes_sent), (0, u64::try_from(reader.join().unwrap().len()).unwrap()));
+        assert_eq!(
+            (end.ledger.pages_lost, end.ledger.bytes_out),
+            (0, u64::try_from(reader.join().unwrap().len()).unwrap())
+        );
     }
-    assert!(ends.iter().map(|end| end.pages_sent).sum::<u64>() >= u64::try_from(instances.len()).unwrap());
+    assert!(ends.iter().map(|end| end.ledger.pages_out).sum::<u64>() >= u64::try_from(instances.len()).unwrap());
     instances.into_iter().for_each(|instance| instance.remove().unwrap());
 }
 
@@ -379,9 +387,9 @@ fn lane_that_joins_a_running_pump_is_moved_and_drained_like_the_others() {
     pump.drain();
     assert!(is_done(&pump, Duration::from_secs(20)));
     let ends = pump.join().unwrap();
-    let sent: u64 = ends.iter().map(|end| end.bytes_sent).sum();
+    let sent: u64 = ends.iter().map(|end| end.ledger.bytes_out).sum();
     assert!(
-        ends.len() == count + 1 && ends.iter().all(|end| end.trouble.is_empty() && end.pages_lost == 0),
+        ends.len() == count + 1 && ends.iter().all(|end| end.trouble.is_empty() && end.ledger.pages_lost == 0),
         "{ends:?}"
     );
     let received: usize = readers.into_iter().map(|reader| reader.join().unwrap().len()).sum();

@@ -12,14 +12,11 @@ use std::{collections::VecDeque, sync::Arc};
 
 use vtrace_common::{
     page::{HEADER_BYTES, Header},
-    wire::client::Area,
+    wire::client::{Area, LaneLedger},
 };
 
 use crate::{
-    drain::{
-        ledger::{Counters, Ledger},
-        sink::Sink,
-    },
+    drain::{ledger::Counters, sink::Sink},
     virtq::memory::{Batch, Mark, Outside, Span, Written},
 };
 
@@ -34,7 +31,9 @@ pub struct Lane {
     area: Area,
     page_bytes: u32,
     counters: Arc<Counters>,
-    ledger: Ledger,
+    counts: LaneLedger,
+    /// Bytes received.
+    bytes_in: u64,
     /// Pages whose bytes are all in the file or in the batch.
     pages_kept: u64,
     /// Bytes of the current page that have come.
@@ -89,7 +88,8 @@ impl Lane {
             area,
             page_bytes,
             counters,
-            ledger: Ledger::default(),
+            counts: LaneLedger { cpu: area.cpu, ..LaneLedger::default() },
+            bytes_in: 0,
             pages_kept: 0,
             page_have: 0,
             verdict: Verdict::Open,
@@ -118,7 +118,7 @@ impl Lane {
     /// Takes the next bytes of the stream. They are in the file, or refused, once [`Lane::write`] was called. `batch` is
     /// this lane's own; it is written when it is full. Hot.
     pub fn accept(&mut self, mut span: Span, batch: &mut Batch, sink: &mut dyn Sink) -> Result<(), Outside> {
-        self.ledger.bytes_in += u64::from(span.bytes);
+        self.bytes_in += u64::from(span.bytes);
         while span.bytes > 0 {
             let piece = Span { gpa: span.gpa, bytes: span.bytes.min(self.page_bytes - self.page_have) };
             self.piece(piece, batch, sink)?;
@@ -153,7 +153,7 @@ impl Lane {
     }
 
     fn room(&self) -> bool {
-        self.ledger.write_errno == 0 && self.area.room(self.kept_bytes()) >= u64::from(self.page_bytes)
+        self.counts.write_errno == 0 && self.area.room(self.kept_bytes()) >= u64::from(self.page_bytes)
     }
 
     /// Copies what `piece` has of the header; decides once all of it is there. Gives how many bytes of the piece are not
@@ -196,10 +196,10 @@ impl Lane {
     }
 
     fn end_page(&mut self) {
-        self.ledger.pages_in += 1;
+        self.counts.ledger.pages_in += 1;
         match self.verdict {
             Verdict::Refuse => {
-                self.ledger.pages_refused += 1;
+                self.counts.ledger.pages_lost += 1;
                 self.gap = true;
             }
             Verdict::Open | Verdict::Keep => self.pages_kept += 1,
@@ -236,7 +236,7 @@ impl Lane {
     /// Gives what is held to the sink, the beginning of a page too. What the batch holds of the guest's memory is needed
     /// until [`Lane::chains_done`] says otherwise. Hot.
     pub fn write(&mut self, batch: &mut Batch, sink: &mut dyn Sink) {
-        if self.ledger.write_errno != 0 {
+        if self.counts.write_errno != 0 {
             batch.clear();
             self.mark = Mark::default();
         }
@@ -290,29 +290,36 @@ impl Lane {
             if written.bytes > 0 {
                 self.written_end = self.written_end.max(start + written.bytes);
             }
-            if bytes == 0 || self.ledger.write_errno != 0 {
+            if bytes == 0 || self.counts.write_errno != 0 {
                 continue;
             }
             match written.fault {
-                None => self.ledger.pages_out = (start + bytes) / u64::from(self.page_bytes),
+                None => self.count_out(start + bytes),
                 Some(fault) => self.fail(start + written.bytes, fault.raw_os_error().unwrap_or(libc::EIO)),
             }
         }
-        self.counters.publish(&self.ledger);
+        self.counters.publish(&self.counts);
+    }
+
+    /// The file has the pages in front of `end`, counted from the lane's first byte. Hot.
+    fn count_out(&mut self, end: u64) {
+        let page_bytes = u64::from(self.page_bytes);
+        self.counts.ledger.set_out(end / page_bytes, page_bytes);
     }
 
     /// The lane ends at `end`; what was to come behind is refused, from now on, and so is what the batch holds.
     fn fail(&mut self, end: u64, errno: i32) {
-        self.ledger.pages_out = end / u64::from(self.page_bytes);
-        self.ledger.pages_refused += self.pages_kept - self.ledger.pages_out;
-        self.pages_kept = self.ledger.pages_out;
-        self.ledger.write_errno = errno;
+        self.count_out(end);
+        let ledger = &mut self.counts.ledger;
+        ledger.pages_lost += self.pages_kept - ledger.pages_out;
+        self.pages_kept = ledger.pages_out;
+        self.counts.write_errno = errno;
         self.verdict = Verdict::Refuse;
     }
 
     /// Bytes that have come.
     pub fn bytes_in(&self) -> u64 {
-        self.ledger.bytes_in
+        self.bytes_in
     }
 
     /// Gives the whole pages that are held to the sink, and lets go of a page that is not whole.
@@ -320,15 +327,15 @@ impl Lane {
         if self.verdict != Verdict::Refuse && self.page_have > 0 {
             batch.rewind(self.mark);
         }
-        self.ledger.bytes_torn += u64::from(std::mem::take(&mut self.page_have));
+        self.counts.bytes_torn += u64::from(std::mem::take(&mut self.page_have));
         self.write(batch, sink);
     }
 
     /// Writes the whole pages that are held, removes what the file has of a page that is not whole, and counts the rest:
     /// `bytes_sent` is what the agent says it sent, if it said anything. No write is under way, nor begins one that does
     /// not end at once.
-    pub fn close(mut self, batch: &mut Batch, sink: &mut dyn Sink, bytes_sent: Option<u64>) -> Ledger {
-        self.ledger.bytes_missing = bytes_sent.map_or(0, |sent| sent.saturating_sub(self.ledger.bytes_in));
+    pub fn close(mut self, batch: &mut Batch, sink: &mut dyn Sink, bytes_sent: Option<u64>) -> LaneLedger {
+        self.counts.bytes_missing = bytes_sent.map(|sent| sent.saturating_sub(self.bytes_in));
         self.end(batch, sink);
         let end = self.kept_bytes();
         // What a failed write left behind the last page may be long; it is as dead as the rest of the area.
@@ -338,8 +345,8 @@ impl Lane {
             let _ = sink.erase(self.area.place(end), torn);
         }
         assert!(self.flights.is_empty(), "a lane is closed when its writes have landed");
-        assert!(self.ledger.balanced(), "a page is in the file or refused: {:?}", self.ledger);
-        self.ledger
+        assert!(self.counts.ledger.is_balanced(), "every page is in the file or lost: {:?}", self.counts);
+        self.counts
     }
 }
 

@@ -45,7 +45,7 @@ use std::{
 
 use vtrace_common::{
     ids::{Cpu, GuestId},
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, LaneLedger, LaneSent},
 };
 
 use self::{
@@ -133,7 +133,7 @@ impl RingDrain {
     /// Waits until each lane has received what its agent sent (or `wait_ms_max` has passed, or the rings are gone),
     /// writes everything, closes the lanes. The answer comes to `done` from the worker's thread, which must not call
     /// back into this handle; without lanes it is empty. Lanes without an end are not waited for.
-    pub fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
+    pub fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
         self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
     }
 
@@ -166,7 +166,7 @@ impl Drain for RingDrain {
         Self::ledger(self)
     }
 
-    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
+    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
         Self::finish(self, ends, wait_ms_max, done);
     }
 

@@ -9,11 +9,11 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use vtrace_common::{ids::Cpu, limits::RING_ENTRIES_MAX};
+use vtrace_common::{ids::Cpu, limits::RING_ENTRIES_MAX, wire::client::LaneLedger};
 
 use super::lane::Lane;
 use crate::{
-    drain::{ledger::Ledger, sink::Sink},
+    drain::sink::Sink,
     virtq::{
         memory::{Batch, Memory, Span, Written},
         ring::{Chain, Ring, RingFault},
@@ -254,7 +254,7 @@ impl Road {
     }
 
     /// Closes the lane, if there is one. It was ended, and its writes have landed.
-    pub(super) fn close(&mut self, sink: &mut dyn Sink, bytes_sent: Option<u64>) -> Option<Ledger> {
+    pub(super) fn close(&mut self, sink: &mut dyn Sink, bytes_sent: Option<u64>) -> Option<LaneLedger> {
         let lane = self.lane.take()?;
         Some(lane.close(&mut self.batch, sink, bytes_sent))
     }

@@ -4,7 +4,7 @@
 
 use std::{os::unix::fs::FileExt, sync::mpsc, thread, time::Instant};
 
-use vtrace_common::limits::MEMORY_REGIONS_MAX;
+use vtrace_common::{ledger::Ledger, limits::MEMORY_REGIONS_MAX};
 
 use super::*;
 use crate::virtq::{
@@ -47,8 +47,8 @@ fn pages(cpu: u32, numbers: std::ops::Range<u32>) -> Vec<u8> {
     numbers.flat_map(|number| page(cpu, number)).collect()
 }
 
-fn end(cpu: u32, bytes: u64) -> LaneEnd {
-    LaneEnd { cpu: Cpu(cpu), bytes_sent: bytes }
+fn end(cpu: u32, bytes: u64) -> LaneSent {
+    LaneSent { cpu: Cpu(cpu), bytes_out: bytes }
 }
 
 impl Bench {
@@ -81,7 +81,7 @@ impl Bench {
         self.drain.attach(self.file.try_clone().unwrap(), PAGE, areas).unwrap();
     }
 
-    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32) -> Vec<LaneLedger> {
+    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32) -> Vec<LaneLedger> {
         let (done, ledgers) = mpsc::channel();
         self.drain.finish(ends, wait_ms_max, Box::new(move |lanes| done.send(lanes).unwrap()));
         ledgers.recv_timeout(Duration::from_secs(20)).expect("finish answers")
@@ -119,8 +119,9 @@ fn pages_of_several_lanes_arrive_byte_for_byte_in_their_areas() {
     });
     let bytes = 1200 * u64::from(PAGE);
     let ledgers = bench.finish((0..4).map(|cpu| end(cpu, bytes)).collect(), 10_000);
-    for (cpu, ledger) in (0..).zip(ledgers) {
-        assert_eq!(ledger, LaneLedger { cpu: Cpu(cpu), pages_in: 1200, pages_out: 1200, ..LaneLedger::default() });
+    let ledger = Ledger { pages_in: 1200, pages_out: 1200, bytes_out: bytes, ..Ledger::default() };
+    for (cpu, counts) in (0..).zip(ledgers) {
+        assert_eq!(counts, LaneLedger { cpu: Cpu(cpu), ledger, bytes_missing: Some(0), ..LaneLedger::default() });
         assert!(bench.content(cpu, bytes as usize) == pages(cpu, 0..1200), "cpu {cpu}");
     }
 }
@@ -137,7 +138,7 @@ fn nothing_is_lost_where_the_indices_of_the_ring_wrap_around() {
         bench.send(0, &page(0, number));
     }
     let ledgers = bench.finish(vec![end(0, 500 * u64::from(PAGE))], 10_000);
-    assert_eq!((ledgers[0].pages_out, ledgers[0].bytes_missing), (500, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].bytes_missing), (500, Some(0)));
     assert!(bench.content(0, 500 * PAGE as usize) == pages(0, 0..500));
     assert_eq!(bench.drain.ring_stopped(Cpu(0)), Some(65_500u16.wrapping_add(500)));
 }
@@ -149,7 +150,7 @@ fn held_chain_comes_back_without_another_kick() {
     assert!(bench.drivers[0].wait(Duration::from_secs(5)), "the timer gives it back");
     assert_eq!(bench.drivers[0].reclaim(), 1);
     assert_eq!(bench.content(0, PAGE as usize), page(0, 0), "written before it comes back");
-    assert_eq!(bench.drain.ledger()[0].pages_out, 1);
+    assert_eq!(bench.drain.ledger()[0].ledger.pages_out, 1);
 }
 
 #[test]
@@ -162,7 +163,7 @@ fn stopped_ring_has_written_and_given_back_everything() {
         assert_eq!((base, bench.drivers[0].reclaim()), (round + 1, 1));
         assert_eq!(bench.drain.ring_stopped(Cpu(0)), None);
         bench.start(0, base);
-        while bench.drain.ledger()[0].pages_out != u64::from(round) + 1 {
+        while bench.drain.ledger()[0].ledger.pages_out != u64::from(round) + 1 {
             thread::yield_now();
         }
         while bench.drivers[0].free() < usize::from(ENTRIES) {
@@ -170,7 +171,7 @@ fn stopped_ring_has_written_and_given_back_everything() {
         }
     }
     let ledgers = bench.finish(vec![end(0, 20 * u64::from(PAGE))], 10_000);
-    assert_eq!((ledgers[0].pages_out, ledgers[0].bytes_torn), (20, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].bytes_torn), (20, 0));
     assert!(bench.content(0, 20 * PAGE as usize) == pages(0, 0..20));
 }
 
@@ -186,7 +187,7 @@ fn page_torn_by_a_reboot_of_the_ring_goes_on_with_the_next_ring() {
     }
     bench.send(0, &whole[1000..]);
     let ledgers = bench.finish(vec![end(0, PAGE.into())], 10_000);
-    assert_eq!((ledgers[0].pages_out, ledgers[0].bytes_torn), (1, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].bytes_torn), (1, 0));
     assert_eq!(bench.content(0, PAGE as usize), whole);
 }
 
@@ -199,7 +200,7 @@ fn finish_waits_for_what_is_on_its_way() {
     assert!(ledgers.recv_timeout(Duration::from_millis(50)).is_err(), "half of it has not come");
     bench.send(0, &page(0, 1));
     let ledgers = ledgers.recv_timeout(Duration::from_secs(10)).unwrap();
-    assert_eq!((ledgers[0].pages_out, ledgers[0].bytes_missing), (2, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].bytes_missing), (2, Some(0)));
     assert!(bench.content(0, 2 * PAGE as usize) == pages(0, 0..2));
 }
 
@@ -210,7 +211,7 @@ fn finish_ends_at_its_deadline_and_counts_what_never_came() {
     let before = Instant::now();
     let ledgers = bench.finish(vec![end(0, 5000)], 60);
     assert!(before.elapsed() >= Duration::from_millis(60));
-    assert_eq!((ledgers[0].pages_in, ledgers[0].bytes_torn, ledgers[0].bytes_missing), (0, 100, 4900));
+    assert_eq!((ledgers[0].ledger.pages_in, ledgers[0].bytes_torn, ledgers[0].bytes_missing), (0, 100, Some(4900)));
 }
 
 #[test]
@@ -223,7 +224,7 @@ fn finish_does_not_wait_for_a_ring_that_is_gone() {
     assert!(ledgers.recv_timeout(Duration::from_millis(50)).is_err(), "the other one runs");
     bench.drain.ring_stopped(Cpu(1));
     let ledgers = ledgers.recv_timeout(Duration::from_secs(10)).unwrap();
-    assert_eq!(ledgers[1].bytes_missing, 1 << 20);
+    assert_eq!(ledgers[1].bytes_missing, Some(1 << 20));
 }
 
 #[test]
@@ -239,7 +240,7 @@ fn lane_may_be_attached_before_its_ring_starts() {
     bench.send(0, &page(0, 0));
     bench.start(0, 0);
     let ledgers = bench.finish(vec![end(0, PAGE.into())], 10_000);
-    assert_eq!(ledgers[0].pages_out, 1);
+    assert_eq!(ledgers[0].ledger.pages_out, 1);
     assert_eq!(bench.content(0, PAGE as usize), page(0, 0));
 }
 
@@ -253,7 +254,7 @@ fn without_lanes_what_comes_is_discarded_and_given_back() {
     assert_eq!(bench.drain.discarded_bytes(), 200 * u64::from(PAGE), "attach takes what was sent before");
     bench.send(0, &page(0, 5));
     let ledgers = bench.finish(vec![end(0, PAGE.into())], 10_000);
-    assert_eq!(ledgers[0].pages_in, 1);
+    assert_eq!(ledgers[0].ledger.pages_in, 1);
     assert_eq!(bench.content(0, PAGE as usize), page(0, 5));
 }
 
@@ -266,8 +267,8 @@ fn sessions_follow_one_another() {
         assert_eq!(again.unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         bench.send(0, &page(0, session));
         if session % 2 == 0 {
-            assert_eq!(bench.finish(vec![end(0, PAGE.into())], 10_000)[0].pages_out, 1);
-            assert_eq!(bench.drain.ledger()[0].pages_out, 1, "to be read until detach");
+            assert_eq!(bench.finish(vec![end(0, PAGE.into())], 10_000)[0].ledger.pages_out, 1);
+            assert_eq!(bench.drain.ledger()[0].ledger.pages_out, 1, "to be read until detach");
             assert_eq!(bench.content(0, PAGE as usize), page(0, session));
         }
         bench.drain.detach();
@@ -304,7 +305,7 @@ fn slow_file_blocks_the_guest_and_loses_nothing() {
     }
     assert!(refused > 0, "a full ring is what the guest sees");
     let ledgers = bench.finish(vec![end(0, 300 * u64::from(PAGE))], 10_000);
-    assert_eq!(ledgers[0].pages_out, 300);
+    assert_eq!(ledgers[0].ledger.pages_out, 300);
     assert!(bench.content(0, 300 * PAGE as usize) == pages(0, 0..300));
 }
 
@@ -319,9 +320,9 @@ fn full_disk_never_stalls_the_guest_and_every_page_is_counted() {
     }
     let bytes = 200 * u64::from(PAGE);
     let ledgers = bench.finish(vec![end(0, bytes), end(1, bytes)], 10_000);
-    assert_eq!((ledgers[0].pages_out, ledgers[0].write_errno), (200, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].write_errno), (200, 0));
     let full = &ledgers[1];
-    assert_eq!((full.pages_in, full.pages_out, full.pages_refused), (200, 10, 190));
+    assert_eq!((full.ledger.pages_in, full.ledger.pages_out, full.ledger.pages_lost), (200, 10, 190));
     assert_eq!(full.write_errno, libc::EPERM);
     assert!(bench.content(1, 10 * PAGE as usize) == pages(1, 0..10));
 }
@@ -330,7 +331,7 @@ fn full_disk_never_stalls_the_guest_and_every_page_is_counted() {
 fn ring_at_fault_ends_its_lane_and_no_other() {
     let mut bench = Bench::attached(2);
     bench.send(0, &page(0, 0));
-    while bench.drain.ledger()[0].pages_out == 0 {
+    while bench.drain.ledger()[0].ledger.pages_out == 0 {
         thread::yield_now();
     }
     // The next chains of ring 0 lead out of memory.
@@ -343,8 +344,8 @@ fn ring_at_fault_ends_its_lane_and_no_other() {
         bench.send(1, &page(1, number));
     }
     let ledgers = bench.finish(vec![end(0, 1 << 20), end(1, 100 * u64::from(PAGE))], 600_000);
-    assert_eq!((ledgers[0].pages_out, ledgers[0].bytes_missing), (1, (1 << 20) - u64::from(PAGE)));
-    assert_eq!((ledgers[1].pages_out, ledgers[1].bytes_missing), (100, 0));
+    assert_eq!((ledgers[0].ledger.pages_out, ledgers[0].bytes_missing), (1, Some((1 << 20) - u64::from(PAGE))));
+    assert_eq!((ledgers[1].ledger.pages_out, ledgers[1].bytes_missing), (100, Some(0)));
     assert_eq!(bench.drain.ring_stopped(Cpu(0)), Some(1), "its base is still known");
 }
 
@@ -353,7 +354,7 @@ fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
     let mut bench = Bench::attached(2);
     for cpu in [0, 1] {
         bench.send(cpu, &page(cpu, 0));
-        while bench.drain.ledger()[cpu as usize].pages_out == 0 {
+        while bench.drain.ledger()[cpu as usize].ledger.pages_out == 0 {
             thread::yield_now();
         }
     }
@@ -361,8 +362,8 @@ fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
     bench.drain.handle.tell(Command::Panic(Some(Cpu(0))));
     bench.send(1, &page(1, 1));
     let ledgers = bench.finish(vec![end(0, 1 << 20), end(1, 2 * u64::from(PAGE))], 600_000);
-    assert_eq!((ledgers[0].pages_in, ledgers[0].pages_out), (1, 1));
-    assert_eq!((ledgers[1].pages_in, ledgers[1].pages_out), (2, 2));
+    assert_eq!((ledgers[0].ledger.pages_in, ledgers[0].ledger.pages_out), (1, 1));
+    assert_eq!((ledgers[1].ledger.pages_in, ledgers[1].ledger.pages_out), (2, 2));
     assert!(bench.drain.ring_stopped(Cpu(0)).is_some());
     // Too many of them: commands are all that is left.
     (0..20).for_each(|_| bench.drain.handle.tell(Command::Panic(None)));
@@ -391,12 +392,12 @@ fn lanes_that_waited_behind_one_that_panicked_are_served_without_another_kick() 
     bench.drain.attach_sink(Box::new(sink), PAGE, (0..8).map(area).collect()).unwrap();
     (0..8).for_each(|cpu| bench.send(cpu, &page(cpu, 0)));
     let begun = Instant::now();
-    while bench.drain.ledger().iter().map(|lane| lane.pages_out).sum::<u64>() < 7 {
+    while bench.drain.ledger().iter().map(|lane| lane.ledger.pages_out).sum::<u64>() < 7 {
         assert!(begun.elapsed() < Duration::from_secs(10), "one lane ends, seven go on: {:?}", bench.drain.ledger());
         thread::yield_now();
     }
     let ledgers = bench.finish(Vec::new(), 10_000);
-    assert!(ledgers.iter().all(|lane| lane.pages_in == lane.pages_out + lane.pages_refused));
+    assert!(ledgers.iter().all(|lane| lane.ledger.pages_in == lane.ledger.pages_out + lane.ledger.pages_lost));
 }
 
 #[test]
@@ -411,7 +412,7 @@ fn memory_that_is_plugged_in_while_pages_flow_disturbs_nothing() {
     }
     let count = MEMORY_REGIONS_MAX as u32 - 1;
     let ledgers = bench.finish(vec![end(0, u64::from(count) * u64::from(PAGE))], 10_000);
-    assert_eq!(ledgers[0].pages_out, u64::from(count));
+    assert_eq!(ledgers[0].ledger.pages_out, u64::from(count));
     assert!(bench.content(0, count as usize * PAGE as usize) == pages(0, 0..count));
     bench.drain.remap(Arc::default());
     assert_eq!(bench.drain.ring_stopped(Cpu(0)), Some(count as u16), "a ring without memory ends, its base is known");
@@ -425,7 +426,7 @@ fn under_load_there_is_one_interrupt_and_one_kick_for_eight_chains_or_more() {
         bench.send(0, &sixteen);
     }
     let ledgers = bench.finish(vec![end(0, chains * sixteen.len() as u64)], 10_000);
-    assert_eq!(ledgers[0].pages_out, chains * 16);
+    assert_eq!(ledgers[0].ledger.pages_out, chains * 16);
     let driver = &mut bench.drivers[0];
     driver.reclaim();
     assert!(driver.interrupts <= chains / 8, "{} interrupts", driver.interrupts);
@@ -451,7 +452,7 @@ fn idle_guest_costs_no_wake_up() {
     for number in 0..100 {
         bench.send(0, &page(0, number));
     }
-    while bench.drain.ledger()[0].pages_out < 100 {
+    while bench.drain.ledger()[0].ledger.pages_out < 100 {
         thread::yield_now();
     }
     thread::sleep(Duration::from_millis(20));
@@ -499,6 +500,6 @@ fn old_buffers_are_not_read_after_they_were_given_back() {
         bench.memory.copy_in(Span { gpa, bytes: PAGE }, &second).unwrap();
     }
     let ledgers = bench.finish(vec![end(0, PAGE.into())], 10_000);
-    assert_eq!(ledgers[0].pages_out, 1);
+    assert_eq!(ledgers[0].ledger.pages_out, 1);
     assert_eq!(bench.content(0, PAGE as usize), first);
 }

@@ -31,7 +31,7 @@ use nix::{
 use vtrace_common::{
     ids::{Cpu, GuestId, LaneId},
     limits::DEVICE_LANES_MAX,
-    wire::client::{LaneEnd, LaneLedger},
+    wire::client::{LaneLedger, LaneSent},
 };
 
 use super::{lane::Lane, source::Road};
@@ -79,7 +79,7 @@ pub(crate) enum Command {
     Remap(Arc<Memory>, Sender<()>),
     CallChanged(Cpu, Option<OwnedFd>),
     Attach(Attachment, Sender<bool>),
-    Finish(Vec<LaneEnd>, Duration, Done),
+    Finish(Vec<LaneSent>, Duration, Done),
     Detach(Sender<()>),
     Stop,
     #[cfg(test)]
@@ -88,7 +88,7 @@ pub(crate) enum Command {
 
 /// A finish that waits for what is still on its way.
 struct Finish {
-    ends: Vec<LaneEnd>,
+    ends: Vec<LaneSent>,
     deadline: Instant,
     done: Done,
 }
@@ -424,7 +424,7 @@ impl Worker {
         true
     }
 
-    fn start_finish(&mut self, ends: Vec<LaneEnd>, wait: Duration, done: Done) {
+    fn start_finish(&mut self, ends: Vec<LaneSent>, wait: Duration, done: Done) {
         self.end_finish();
         let now = Instant::now();
         let deadline = now.checked_add(wait).unwrap_or(now);
@@ -434,10 +434,10 @@ impl Worker {
 
     fn check_finish(&mut self) {
         let Some(finish) = &self.finish else { return };
-        let complete = |end: &LaneEnd| {
+        let complete = |end: &LaneSent| {
             let road = self.roads.iter().find(|road| road.cpu == end.cpu);
             let lane = road.filter(|road| road.runs()).and_then(|road| road.lane.as_ref());
-            lane.is_none_or(|lane| lane.bytes_in() >= end.bytes_sent)
+            lane.is_none_or(|lane| lane.bytes_in() >= end.bytes_out)
         };
         if self.panics >= PANICS_MAX || finish.ends.iter().all(complete) || Instant::now() >= finish.deadline {
             self.end_finish();
@@ -465,7 +465,7 @@ impl Worker {
         for index in 0..self.roads.len() {
             let cpu = self.roads[index].cpu;
             let ends = self.finish.as_ref().map_or(&[][..], |finish| &finish.ends);
-            let sent = ends.iter().find(|end| end.cpu == cpu).map(|end| end.bytes_sent);
+            let sent = ends.iter().find(|end| end.cpu == cpu).map(|end| end.bytes_out);
             self.with_road(index, |road, sink, _| {
                 road.close(sink, sent);
                 Ok(())

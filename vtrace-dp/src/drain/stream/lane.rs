@@ -18,10 +18,10 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use vtrace_common::{
     page::{HEADER_BYTES, Header},
-    wire::client::Area,
+    wire::client::{Area, LaneLedger},
 };
 
-use crate::drain::ledger::{Counters, Ledger};
+use crate::drain::ledger::Counters;
 
 /// Bytes moved at a time where a page has to go.
 const PIECE_BYTES: usize = 64 << 10;
@@ -34,7 +34,9 @@ pub(crate) struct Lane {
     area: Area,
     page_bytes: u64,
     counters: Arc<Counters>,
-    ledger: Ledger,
+    counts: LaneLedger,
+    /// Bytes received.
+    bytes_in: u64,
     /// Bytes of the pages that were kept, from the lane's first on.
     kept: u64,
     /// Bytes behind them: the beginning of the current page, or of its refusal.
@@ -52,9 +54,19 @@ pub(crate) struct Lane {
 impl Lane {
     /// A lane that has received nothing. `page_bytes` is at least a header.
     pub(crate) fn new(area: Area, page_bytes: u32, counters: Arc<Counters>) -> Self {
-        let (kept, have, written_end, gap, refuses, cut) = (0, 0, 0, false, false, false);
-        let (page_bytes, ledger) = (u64::from(page_bytes), Ledger::default());
-        Self { area, page_bytes, counters, ledger, kept, have, written_end, gap, refuses, cut }
+        Self {
+            area,
+            page_bytes: u64::from(page_bytes),
+            counters,
+            counts: LaneLedger { cpu: area.cpu, ..LaneLedger::default() },
+            bytes_in: 0,
+            kept: 0,
+            have: 0,
+            written_end: 0,
+            gap: false,
+            refuses: false,
+            cut: false,
+        }
     }
 
     /// Where in the file the next bytes belong. Hot.
@@ -74,12 +86,12 @@ impl Lane {
 
     /// Bytes that have come.
     pub(crate) fn bytes_in(&self) -> u64 {
-        self.ledger.bytes_in
+        self.bytes_in
     }
 
     /// So many bytes were put into the file, no more than there was room for. Hot.
     pub(crate) fn landed(&mut self, bytes: u64, file: &File) {
-        self.ledger.bytes_in += bytes;
+        self.bytes_in += bytes;
         self.have += bytes;
         self.written_end = self.written_end.max(self.kept + self.have);
         while self.have >= self.page_bytes && !self.refuses {
@@ -92,18 +104,18 @@ impl Lane {
     /// So many bytes were thrown away, because there was no room.
     pub(crate) fn refused(&mut self, bytes: u64) {
         self.refuses = true;
-        self.ledger.bytes_in += bytes;
+        self.bytes_in += bytes;
         let phase = self.have + bytes;
         let pages = phase / self.page_bytes;
-        self.ledger.pages_in += pages;
-        self.ledger.pages_refused += pages;
+        self.counts.ledger.pages_in += pages;
+        self.counts.ledger.pages_lost += pages;
         self.have = phase % self.page_bytes;
     }
 
     /// The file takes no more: what comes from now on is refused, the current page with it.
     pub(crate) fn fail(&mut self, error: &io::Error) {
-        if self.ledger.write_errno == 0 {
-            self.ledger.write_errno = error.raw_os_error().unwrap_or(libc::EIO);
+        if self.counts.write_errno == 0 {
+            self.counts.write_errno = error.raw_os_error().unwrap_or(libc::EIO);
         }
         self.refused(0);
     }
@@ -111,7 +123,7 @@ impl Lane {
     /// The stream has ended, in the middle of a page if there is one.
     pub(crate) fn cut(&mut self) {
         self.cut = true;
-        self.ledger.bytes_torn += self.have;
+        self.counts.bytes_torn += self.have;
         (self.have, self.refuses) = (0, true);
     }
 
@@ -122,24 +134,22 @@ impl Lane {
 
     /// Lets others see the counts. Hot.
     pub(crate) fn publish(&self) {
-        self.counters.publish(&self.ledger);
+        self.counters.publish(&self.counts);
     }
 
     /// Removes what the file has behind the last page, and counts what is missing: `bytes_sent` is what the agent says
     /// it sent, if it said anything.
-    pub(crate) fn close(mut self, file: &File, bytes_sent: Option<u64>) -> Ledger {
-        self.ledger.bytes_torn += std::mem::take(&mut self.have);
-        self.ledger.bytes_missing = bytes_sent.map_or(0, |sent| sent.saturating_sub(self.ledger.bytes_in));
-        if let Some(surplus) =
-            bytes_sent.and_then(|sent| self.ledger.bytes_in.checked_sub(sent)).filter(|more| *more > 0)
-        {
+    pub(crate) fn close(mut self, file: &File, bytes_sent: Option<u64>) -> LaneLedger {
+        self.counts.bytes_torn += std::mem::take(&mut self.have);
+        self.counts.bytes_missing = bytes_sent.map(|sent| sent.saturating_sub(self.bytes_in));
+        if let Some(surplus) = bytes_sent.and_then(|sent| self.bytes_in.checked_sub(sent)).filter(|more| *more > 0) {
             log::warn!("{}: {surplus} bytes more came than its agent says it sent", self.counters.cpu());
         }
         // If it fails, readers find the end by the count of pages.
         let _ = erase(file, self.area.place(self.kept), self.written_end.saturating_sub(self.kept));
-        assert!(self.ledger.balanced(), "a page is in the file or refused: {:?}", self.ledger);
+        assert!(self.counts.ledger.is_balanced(), "every page is in the file or lost: {:?}", self.counts);
         self.publish();
-        self.ledger
+        self.counts
     }
 
     /// Keeps the page behind the last one, or lets what is behind it take its place.
@@ -151,8 +161,8 @@ impl Lane {
         let Ok(header) = Header::parse(&header, size) else {
             let rest = self.have - self.page_bytes;
             self.gap = true;
-            self.ledger.pages_in += 1;
-            self.ledger.pages_refused += 1;
+            self.counts.ledger.pages_in += 1;
+            self.counts.ledger.pages_lost += 1;
             self.have = rest;
             return shift(file, at + self.page_bytes, at, rest);
         };
@@ -160,9 +170,9 @@ impl Lane {
             let commit = Header { missed: true, missed_stored: false, ..header }.commit();
             file.write_all_at(&commit.to_le_bytes(), at + COMMIT_AT)?;
         }
-        self.ledger.pages_in += 1;
-        self.ledger.pages_out += 1;
+        self.counts.ledger.pages_in += 1;
         self.kept += self.page_bytes;
+        self.counts.ledger.set_out(self.kept / self.page_bytes, self.page_bytes);
         self.have -= self.page_bytes;
         Ok(())
     }
@@ -253,8 +263,11 @@ mod tests {
         feed(&mut lane, &file, &pages[..5000]);
         feed(&mut lane, &file, &pages[5000..]);
         feed(&mut lane, &file, &pages[..70]);
-        let ledger = lane.close(&file, Some(9000));
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.bytes_torn, ledger.bytes_missing), (2, 2, 70, 738));
+        let counts = lane.close(&file, Some(9000));
+        assert_eq!(
+            (counts.ledger.pages_in, counts.ledger.pages_out, counts.bytes_torn, counts.bytes_missing),
+            (2, 2, 70, Some(738))
+        );
         assert_eq!(content(&file)[..8192], pages);
         assert!(content(&file)[8192..].iter().all(|byte| *byte == 0));
         assert_eq!(counters.read().bytes_torn, 70);
@@ -265,8 +278,8 @@ mod tests {
         let (mut lane, file, _) = lane(8);
         let bytes = [page(1, 100), page(2, u64::from(u32::MAX)), page(3, 300), page(4, 400), vec![9; 10]].concat();
         feed(&mut lane, &file, &bytes);
-        let ledger = lane.close(&file, None);
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (4, 3, 1));
+        let counts = lane.close(&file, None);
+        assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.ledger.pages_lost), (4, 3, 1));
         let kept = content(&file);
         assert_eq!((&kept[..4096], &kept[8192..12288]), (&page(1, 100)[..], &page(4, 400)[..]));
         let third = Header::parse(&kept[4096..], 4096).unwrap();
@@ -279,8 +292,11 @@ mod tests {
         let (mut lane, file, _) = lane(2);
         feed(&mut lane, &file, &[page(1, 1), page(2, 2), page(3, 3)].concat());
         feed(&mut lane, &file, &page(4, 4)[..50]);
-        let ledger = lane.close(&file, None);
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused, ledger.bytes_torn), (3, 2, 1, 50));
+        let counts = lane.close(&file, None);
+        assert_eq!(
+            (counts.ledger.pages_in, counts.ledger.pages_out, counts.ledger.pages_lost, counts.bytes_torn),
+            (3, 2, 1, 50)
+        );
         assert_eq!(content(&file).len(), 8192);
     }
 
@@ -293,8 +309,11 @@ mod tests {
             feed(&mut lane, &file, piece);
         }
         feed(&mut lane, &file, &page(8, 8)[..70]);
-        let ledger = lane.close(&file, None);
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused, ledger.bytes_torn), (7, 6, 1, 70));
+        let counts = lane.close(&file, None);
+        assert_eq!(
+            (counts.ledger.pages_in, counts.ledger.pages_out, counts.ledger.pages_lost, counts.bytes_torn),
+            (7, 6, 1, 70)
+        );
         let kept = content(&file);
         let times: Vec<u64> = kept.chunks(4096).map(|page| Header::parse(page, 4096).unwrap().time).collect();
         assert_eq!(times, [0, 6, 7], "1, 2 and 4 went, 5 is where the torn one began");
@@ -308,9 +327,9 @@ mod tests {
         lane.fail(&io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(lane.room(), 0);
         lane.refused(2 * 4096 - 5000 + 4096);
-        let ledger = lane.close(&file, None);
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (3, 1, 2));
-        assert_eq!((ledger.write_errno, ledger.bytes_torn), (libc::ENOSPC, 0));
+        let counts = lane.close(&file, None);
+        assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.ledger.pages_lost), (3, 1, 2));
+        assert_eq!((counts.write_errno, counts.bytes_torn), (libc::ENOSPC, 0));
     }
 
     #[test]
@@ -320,9 +339,9 @@ mod tests {
         feed(&mut lane, &file, &page(2, 2)[..1000]);
         lane.cut();
         assert!(lane.is_cut() && lane.room() == 0);
-        let ledger = lane.close(&file, Some(3 * 4096));
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.bytes_torn), (1, 1, 1000));
-        assert_eq!(ledger.bytes_missing, 3 * 4096 - 5096);
+        let counts = lane.close(&file, Some(3 * 4096));
+        assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.bytes_torn), (1, 1, 1000));
+        assert_eq!(counts.bytes_missing, Some(3 * 4096 - 5096));
         assert!(content(&file)[4096..].iter().all(|byte| *byte == 0));
     }
 
@@ -343,13 +362,13 @@ mod tests {
                 feed(&mut lane, &file, &rest[..step]);
                 rest = &rest[step..];
             }
-            let ledger = lane.close(&file, None);
-            prop_assert_eq!(ledger.pages_in, u64::try_from(pages.len()).unwrap());
-            prop_assert!(ledger.balanced());
-            prop_assert_eq!(ledger.bytes_torn, u64::try_from(tail).unwrap());
+            let counts = lane.close(&file, None);
+            prop_assert_eq!(counts.ledger.pages_in, u64::try_from(pages.len()).unwrap());
+            prop_assert!(counts.ledger.is_balanced());
+            prop_assert_eq!(counts.bytes_torn, u64::try_from(tail).unwrap());
             let kept: Vec<u64> = if file.metadata().unwrap().len() == 0 { vec![] } else {
                 let kept = content(&file);
-                let pages = kept.chunks(4096).take(usize::try_from(ledger.pages_out).unwrap());
+                let pages = kept.chunks(4096).take(usize::try_from(counts.ledger.pages_out).unwrap());
                 pages.map(|page| Header::parse(page, 4096).unwrap().time).collect()
             };
             let good: Vec<u64> = pages.iter().filter(|(_, good)| *good).map(|(time, _)| (*time).into()).collect();
@@ -371,11 +390,11 @@ mod tests {
                 rest = &rest[step..];
             }
             let area = lane.area;
-            let ledger = lane.close(&file, None);
-            prop_assert!(ledger.balanced());
+            let counts = lane.close(&file, None);
+            prop_assert!(counts.ledger.is_balanced());
             prop_assert!(file.metadata().unwrap().len() <= AT + 8 * PAGE, "nothing behind the area");
             let good: Vec<u64> = pages.iter().filter(|(_, good)| *good).map(|(time, _)| (*time).into()).collect();
-            prop_assert_eq!(ledger.pages_out, u64::try_from(good.len()).unwrap());
+            prop_assert_eq!(counts.ledger.pages_out, u64::try_from(good.len()).unwrap());
             // As many as no step of 20 000 bytes can have gone over.
             let last = good.len().saturating_sub(2);
             for (at, time) in good.iter().enumerate().skip(last) {

@@ -28,7 +28,7 @@ use std::{
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, LaneLedger, LaneSent},
 };
 
 use self::{
@@ -86,7 +86,7 @@ impl Drain for StreamDrain {
         self.handle.ledger()
     }
 
-    fn finish(&self, ends: Vec<LaneEnd>, wait_ms_max: u32, done: Done) {
+    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
         self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
     }
 

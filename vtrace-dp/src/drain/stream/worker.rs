@@ -22,7 +22,7 @@ use nix::sys::{
 };
 use vtrace_common::{
     ids::Cpu,
-    wire::client::{LaneEnd, LaneLedger},
+    wire::client::{LaneLedger, LaneSent},
 };
 
 use super::{
@@ -60,14 +60,14 @@ pub(super) struct Attachment {
 /// What others want of the worker.
 pub(super) enum Command {
     Attach(Attachment, Sender<bool>),
-    Finish(Vec<LaneEnd>, Duration, Done),
+    Finish(Vec<LaneSent>, Duration, Done),
     Detach(Sender<()>),
     Stop,
 }
 
 /// A finish that waits for what is still on its way.
 struct Finish {
-    ends: Vec<LaneEnd>,
+    ends: Vec<LaneSent>,
     deadline: Instant,
     done: Done,
 }
@@ -284,7 +284,7 @@ impl Worker {
         self.ways.iter().filter_map(|way| way.last).max().map(|last| last + QUIET)
     }
 
-    fn start_finish(&mut self, ends: Vec<LaneEnd>, wait: Duration, done: Done) {
+    fn start_finish(&mut self, ends: Vec<LaneSent>, wait: Duration, done: Done) {
         self.end_finish();
         let now = Instant::now();
         self.finish = Some(Finish { ends, deadline: now.checked_add(wait).unwrap_or(now), done });
@@ -292,10 +292,10 @@ impl Worker {
 
     fn check_finish(&mut self) {
         let Some(finish) = &self.finish else { return };
-        let complete = |end: &LaneEnd| {
+        let complete = |end: &LaneSent| {
             let way = self.ways.iter().find(|way| way.port.cpu == end.cpu);
             let lane = way.and_then(|way| way.lane.as_ref());
-            lane.is_none_or(|lane| lane.is_cut() || lane.bytes_in() >= end.bytes_sent)
+            lane.is_none_or(|lane| lane.is_cut() || lane.bytes_in() >= end.bytes_out)
         };
         if finish.ends.iter().all(complete) || Instant::now() >= finish.deadline {
             self.end_finish();
@@ -324,11 +324,11 @@ impl Worker {
     }
 
     /// From now on what comes goes nowhere.
-    fn close_lanes(&mut self, ends: &[LaneEnd]) {
+    fn close_lanes(&mut self, ends: &[LaneSent]) {
         let Some(file) = self.file.take() else { return };
         for way in &mut self.ways {
             let Some(lane) = way.lane.take() else { continue };
-            let sent = ends.iter().find(|end| end.cpu == way.port.cpu).map(|end| end.bytes_sent);
+            let sent = ends.iter().find(|end| end.cpu == way.port.cpu).map(|end| end.bytes_out);
             lane.close(&file, sent);
             way.last = Some(Instant::now());
         }

@@ -1,7 +1,7 @@
 //! The road around the page cache: tap ─► block of huge pages ─► O_DIRECT write of up to 1 MiB.
 //!
 //! In:    taps of which poll(2) has said that at least `batch` pages are full
-//! Out:   pages at the areas' offsets, one behind the other; counts: at the end `taken == written + lost`
+//! Out:   pages at the areas' offsets, one behind the other; a ledger
 //! Runs:  pages are taken on the pump's thread, written by one more ([`Writer`])
 //! Full:  while more than [`WAITING_MAX`] blocks wait for the disk, the writer goes through the page cache; when no
 //!        block is free, so does the pump itself; an area without room (unless it begins again) and a failed write end the
@@ -31,10 +31,13 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
-use super::splice::{Counts, End, Pages, Road, add, count};
-use crate::sys::{
-    SysError,
-    splice::{read, read_pieces, write_at},
+use super::splice::{Road, TapEnd};
+use crate::{
+    drain::ledger::{Counters, count},
+    sys::{
+        SysError,
+        splice::{read, read_pieces, write_at},
+    },
 };
 
 /// What is written at once.
@@ -149,7 +152,7 @@ pub(crate) struct Job<'b> {
 /// What became of it is settled at the end.
 #[derive(Debug)]
 pub(crate) struct Fate<'a> {
-    counts: &'a Counts,
+    counters: &'a Counters,
     area: Area,
     failed: AtomicBool,
     /// Where the pages that reached the file end, if some did not.
@@ -157,16 +160,16 @@ pub(crate) struct Fate<'a> {
 }
 
 impl<'a> Fate<'a> {
-    pub(crate) fn new(area: Area, counts: &'a Counts) -> Self {
-        Self { counts, area, failed: AtomicBool::new(false), torn: Mutex::new(None) }
+    pub(crate) fn new(area: Area, counters: &'a Counters) -> Self {
+        Self { counters, area, failed: AtomicBool::new(false), torn: Mutex::new(None) }
     }
 
     /// Counts a block that was written behind `start` bytes, or remembers where the lane broke off.
     fn record(&self, page_bytes: usize, bytes: usize, start: u64, written: Result<(), Torn>) {
-        let Err(torn) = written else { return add(&self.counts.written, bytes / page_bytes) };
+        let Err(torn) = written else { return self.counters.add_out(bytes / page_bytes, page_bytes) };
         let whole = torn.done / page_bytes;
-        add(&self.counts.written, whole);
-        add(&self.counts.lost, bytes / page_bytes - whole); // those behind it too, once it is settled
+        self.counters.add_out(whole, page_bytes);
+        self.counters.add_lost(bytes / page_bytes - whole); // those behind it too, once it is settled
         let end = start + count(whole * page_bytes);
         let mut first = self.torn.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none_or(|(other, _)| end < other) {
@@ -176,14 +179,16 @@ impl<'a> Fate<'a> {
     }
 
     /// What is in the file without a gap; everything behind it counts as lost. Called when nobody writes any more.
-    pub(crate) fn settle(&self, page_bytes: usize) -> Option<End> {
-        let Pages { taken, written, .. } = self.counts.read();
+    pub(crate) fn settle(&self, page_bytes: usize) -> Option<TapEnd> {
+        let mut lane = self.counters.read();
         let torn = *self.torn.lock().unwrap_or_else(PoisonError::into_inner);
-        assert!(torn.is_some() || written == taken, "{}: every block was written or failed", self.area.cpu);
-        let written = torn.map_or(taken, |(end, _)| end / count(page_bytes));
-        self.counts.written.store(written, Relaxed);
-        self.counts.lost.store(taken - written, Relaxed);
-        torn.map(|(_, error)| End::File(error))
+        assert!(torn.is_some() || lane.ledger.is_balanced(), "{}: every block was written or failed", self.area.cpu);
+        if let Some((end, _)) = torn {
+            lane.ledger.set_out(end / count(page_bytes), count(page_bytes));
+            lane.ledger.settle();
+            self.counters.publish(&lane);
+        }
+        torn.map(|(_, error)| TapEnd::File(error))
     }
 }
 
@@ -217,7 +222,7 @@ impl Writer<'_, '_> {
 struct Filling<'b> {
     block: &'b mut [u8],
     bytes: usize,
-    end: Option<End>,
+    end: Option<TapEnd>,
 }
 
 /// The pump's side of all lanes.
@@ -255,7 +260,7 @@ impl<'a, 'b> Direct<'a, 'b> {
     }
 
     fn bytes_taken(&self, at: usize) -> u64 {
-        self.fates[at].counts.read().taken * count(self.page_bytes)
+        self.fates[at].counters.ledger().pages_in * count(self.page_bytes)
     }
 
     /// Counts what a read gave. False if it was nothing; the lane goes on if the kernel only had nothing.
@@ -264,7 +269,7 @@ impl<'a, 'b> Direct<'a, 'b> {
             Ok(bytes) => {
                 assert!(bytes.is_multiple_of(self.page_bytes), "the kernel gives whole pages");
                 self.lanes[at].bytes += bytes;
-                add(&self.fates[at].counts.taken, bytes / self.page_bytes);
+                self.fates[at].counters.add_in(bytes / self.page_bytes);
                 // What comes next has its place at the start of the area: no write goes across the end.
                 if self.fates[at].area.is_at_start(self.bytes_taken(at)) {
                     self.hand_over(at);
@@ -273,7 +278,7 @@ impl<'a, 'b> Direct<'a, 'b> {
             }
             Err(error) => {
                 if !error.would_block() && error.errno != Errno::EINTR {
-                    self.lanes[at].end = Some(End::Tap(error));
+                    self.lanes[at].end = Some(TapEnd::Tap(error));
                 }
                 false
             }
@@ -285,7 +290,7 @@ impl<'a, 'b> Direct<'a, 'b> {
         if self.room(at) == 0 {
             self.hand_over(at);
             if self.room(at) == 0 {
-                self.lanes[at].end = Some(End::AreaFull { bytes_max: self.fates[at].area.bytes_max });
+                self.lanes[at].end = Some(TapEnd::AreaFull { bytes_max: self.fates[at].area.bytes_max });
             }
         }
         !self.has_ended(at)
@@ -356,7 +361,7 @@ impl Road for Direct<'_, '_> {
         (0..self.lanes.len()).for_each(|at| self.hand_over(at));
     }
 
-    fn end(&self, at: usize) -> Option<End> {
+    fn end(&self, at: usize) -> Option<TapEnd> {
         self.lanes[at].end
     }
 }

@@ -1,28 +1,28 @@
 //! One host CPU's road through the page cache: tap ─► pipe ─► file, by splice.
 //!
 //! In:    a tap, a pipe that is empty between two calls
-//! Out:   pages at the area's offset, one behind the other; counts: `taken == written + lost`
+//! Out:   pages at the area's offset, one behind the other; a ledger
 //! Runs:  on the pump's thread; a slow disk blocks it, and the kernel overwrites and counts meanwhile
 //! Full:  an area without room (unless it begins again), and a write that fails, end the lane; what the kernel has by
 //!        then stays with it
 //! Trust: the kernel
 
-use std::{
-    os::fd::BorrowedFd,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use vtrace_common::wire::client::Area;
 
-use crate::sys::{
-    SysError,
-    splice::{Pipe, SpliceFlags, read, splice, write_at},
+use crate::{
+    drain::ledger::{Counters, count},
+    sys::{
+        SysError,
+        splice::{Pipe, SpliceFlags, read, splice, write_at},
+    },
 };
 
 /// Why a lane takes no more pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum End {
+pub enum TapEnd {
     /// The area has no room for another page.
     #[error("the area of {bytes_max} bytes is full")]
     AreaFull {
@@ -50,48 +50,23 @@ pub(crate) trait Road {
     /// Sends them on.
     fn flush(&mut self);
     /// Why a lane takes no more.
-    fn end(&self, at: usize) -> Option<End>;
-}
-
-/// What a lane has done; others may look while it runs.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    pub(crate) taken: AtomicU64,
-    pub(crate) written: AtomicU64,
-    pub(crate) lost: AtomicU64,
-}
-
-/// [`Counts`] at one moment. At the end, `taken == written + lost`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Pages {
-    /// Out of the ring buffer.
-    pub(crate) taken: u64,
-    /// Into the file.
-    pub(crate) written: u64,
-    /// Taken and not written.
-    pub(crate) lost: u64,
-}
-
-impl Counts {
-    pub(crate) fn read(&self) -> Pages {
-        Pages { taken: self.taken.load(Relaxed), written: self.written.load(Relaxed), lost: self.lost.load(Relaxed) }
-    }
+    fn end(&self, at: usize) -> Option<TapEnd>;
 }
 
 #[derive(Debug)]
 pub(crate) struct Lane<'a> {
     area: Area,
     page_bytes: usize,
-    counts: &'a Counts,
-    end: Option<End>,
+    counters: &'a Counters,
+    end: Option<TapEnd>,
 }
 
 impl<'a> Lane<'a> {
-    pub(crate) fn new(area: Area, page_bytes: usize, counts: &'a Counts) -> Self {
-        Self { area, page_bytes, counts, end: None }
+    pub(crate) fn new(area: Area, page_bytes: usize, counters: &'a Counters) -> Self {
+        Self { area, page_bytes, counters, end: None }
     }
 
-    pub(crate) fn end(&self) -> Option<End> {
+    pub(crate) fn end(&self) -> Option<TapEnd> {
         self.end
     }
 
@@ -137,19 +112,19 @@ impl<'a> Lane<'a> {
 
     fn has_room(&mut self, bytes: usize) -> bool {
         if self.end.is_none() && bytes < self.page_bytes {
-            self.end = Some(End::AreaFull { bytes_max: self.area.bytes_max });
+            self.end = Some(TapEnd::AreaFull { bytes_max: self.area.bytes_max });
         }
         self.end.is_none()
     }
 
     /// Pages that were written, in bytes.
     fn bytes_written(&self) -> u64 {
-        self.counts.written.load(Relaxed) * count(self.page_bytes)
+        self.counters.ledger().bytes_out
     }
 
     fn count_taken(&self, bytes: usize) {
         assert!(bytes.is_multiple_of(self.page_bytes), "the kernel gives whole pages");
-        add(&self.counts.taken, bytes / self.page_bytes);
+        self.counters.add_in(bytes / self.page_bytes);
     }
 
     /// Moves `bytes` from the pipe into the file. When a write fails, pages that are complete count as written, the
@@ -160,15 +135,15 @@ impl<'a> Lane<'a> {
         let mut left = bytes;
         while left > 0 && self.end.is_none() {
             match splice(pipe.reader_fd(), file, Some(&mut offset), left, SpliceFlags::empty()) {
-                Ok(0) => self.end = Some(End::File(SysError { call: "splice", errno: Errno::EIO })),
+                Ok(0) => self.end = Some(TapEnd::File(SysError { call: "splice", errno: Errno::EIO })),
                 Ok(moved) => left -= moved,
                 Err(error) if error.errno == Errno::EINTR => {}
-                Err(error) => self.end = Some(End::File(error)),
+                Err(error) => self.end = Some(TapEnd::File(error)),
             }
         }
         let written = (bytes - left) / self.page_bytes;
-        add(&self.counts.written, written);
-        add(&self.counts.lost, bytes / self.page_bytes - written);
+        self.counters.add_out(written, self.page_bytes);
+        self.counters.add_lost(bytes / self.page_bytes - written);
         discard(pipe, left);
     }
 
@@ -178,32 +153,25 @@ impl<'a> Lane<'a> {
         while done < page.len() && self.end.is_none() {
             let at = begin + count(done);
             match write_at(file, &page[done..], at) {
-                Ok(0) => self.end = Some(End::File(SysError { call: "pwrite", errno: Errno::EIO })),
+                Ok(0) => self.end = Some(TapEnd::File(SysError { call: "pwrite", errno: Errno::EIO })),
                 Ok(bytes) => done += bytes,
                 Err(error) if error.errno == Errno::EINTR => {}
-                Err(error) => self.end = Some(End::File(error)),
+                Err(error) => self.end = Some(TapEnd::File(error)),
             }
         }
-        add(if self.end.is_none() { &self.counts.written } else { &self.counts.lost }, 1);
+        match self.end {
+            None => self.counters.add_out(1, self.page_bytes),
+            Some(_) => self.counters.add_lost(1),
+        }
     }
 
     /// False, as nothing was moved; the lane goes on if the kernel only had nothing.
     fn end_unless_idle(&mut self, error: SysError) -> bool {
         if !error.would_block() && error.errno != Errno::EINTR {
-            self.end = Some(End::Tap(error));
+            self.end = Some(TapEnd::Tap(error));
         }
         false
     }
-}
-
-/// Counts pages, on the one thread that counts them there.
-pub(crate) fn add(counter: &AtomicU64, pages: usize) {
-    counter.fetch_add(count(pages), Relaxed);
-}
-
-/// A count or length of this process as a file knows it.
-pub(crate) fn count(bytes: usize) -> u64 {
-    u64::try_from(bytes).expect("usize is 64 bits")
 }
 
 /// Empties a pipe of what no file takes.
@@ -248,18 +216,18 @@ mod tests {
         Area { cpu: Cpu(3), offset: 8192, bytes_max: u64::try_from(pages * PAGE).unwrap(), begins_again: false }
     }
 
-    fn counted(counts: &Counts) -> [u64; 3] {
-        let pages = counts.read();
-        [pages.taken, pages.written, pages.lost]
+    fn counted(counters: &Counters) -> [u64; 3] {
+        let ledger = counters.ledger();
+        [ledger.pages_in, ledger.pages_out, ledger.pages_lost]
     }
 
     #[test]
     fn pages_land_in_the_area_in_order() {
-        let (tap, pipe, file, counts) =
-            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
-        let mut lane = Lane::new(area(100), PAGE, &counts);
+        let (tap, pipe, file, counters) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
+        let mut lane = Lane::new(area(100), PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
-        assert_eq!((counted(&counts), lane.end()), ([5, 5, 0], None));
+        assert_eq!((counted(&counters), lane.end()), ([5, 5, 0], None));
         let mut back = [0; 5 * PAGE];
         file.read_exact_at(&mut back, 8192).unwrap();
         assert!((0..5 * PAGE).all(|at| usize::from(back[at]) == at / PAGE + 1));
@@ -267,22 +235,22 @@ mod tests {
 
     #[test]
     fn full_area_ends_the_lane_and_takes_no_page_it_cannot_keep() {
-        let (tap, pipe, file, counts) =
-            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
-        let mut lane = Lane::new(Area { bytes_max: 3 * 4096 + 4095, ..area(0) }, PAGE, &counts);
+        let (tap, pipe, file, counters) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
+        let mut lane = Lane::new(Area { bytes_max: 3 * 4096 + 4095, ..area(0) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
-        assert_eq!(counted(&counts), [3, 3, 0]);
-        assert_eq!(lane.end(), Some(End::AreaFull { bytes_max: 3 * 4096 + 4095 }));
+        assert_eq!(counted(&counters), [3, 3, 0]);
+        assert_eq!(lane.end(), Some(TapEnd::AreaFull { bytes_max: 3 * 4096 + 4095 }));
         assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
     }
 
     #[test]
     fn lane_that_begins_again_goes_over_its_oldest_pages() {
-        let (tap, pipe, file, counts) =
-            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
-        let mut lane = Lane::new(Area { begins_again: true, ..area(3) }, PAGE, &counts);
+        let (tap, pipe, file, counters) =
+            (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
+        let mut lane = Lane::new(Area { begins_again: true, ..area(3) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
-        assert_eq!((counted(&counts), lane.end()), ([5, 5, 0], None));
+        assert_eq!((counted(&counters), lane.end()), ([5, 5, 0], None));
         assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
         let mut back = [0; 3 * PAGE];
         file.read_exact_at(&mut back, 8192).unwrap();
@@ -291,12 +259,12 @@ mod tests {
 
     #[test]
     fn file_that_cannot_be_written_ends_the_lane_and_every_page_is_accounted_for() {
-        let (tap, pipe, counts) = (tap(5), Pipe::new(1 << 20).unwrap(), Counts::default());
+        let (tap, pipe, counters) = (tap(5), Pipe::new(1 << 20).unwrap(), Counters::default());
         let read_only = File::open("/proc/self/exe").unwrap();
-        let mut lane = Lane::new(area(100), PAGE, &counts);
+        let mut lane = Lane::new(area(100), PAGE, &counters);
         assert!(lane.move_pages(tap.reader_fd(), &pipe, read_only.as_fd()));
-        assert_eq!(counted(&counts), [5, 0, 5]);
-        assert!(matches!(lane.end(), Some(End::File(SysError { errno: Errno::EBADF, .. }))));
+        assert_eq!(counted(&counters), [5, 0, 5]);
+        assert!(matches!(lane.end(), Some(TapEnd::File(SysError { errno: Errno::EBADF, .. }))));
         assert!(!lane.move_pages(tap.reader_fd(), &pipe, read_only.as_fd()));
         assert!(read(pipe.reader_fd(), &mut [0; 1]).unwrap_err().would_block(), "the pipe is empty for the next lane");
     }
@@ -310,23 +278,23 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         mount(Some("tmpfs"), directory.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
         let file = File::create(directory.path().join("trace")).unwrap();
-        let (tap, pipe, counts) = (tap(9), Pipe::new(1 << 20).unwrap(), Counts::default());
-        let mut lane = Lane::new(Area { offset: 0, ..area(100) }, PAGE, &counts);
+        let (tap, pipe, counters) = (tap(9), Pipe::new(1 << 20).unwrap(), Counters::default());
+        let mut lane = Lane::new(Area { offset: 0, ..area(100) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
-        assert_eq!(counted(&counts), [9, 4, 5]);
-        assert!(matches!(lane.end(), Some(End::File(SysError { errno: Errno::ENOSPC, .. }))));
+        assert_eq!(counted(&counters), [9, 4, 5]);
+        assert!(matches!(lane.end(), Some(TapEnd::File(SysError { errno: Errno::ENOSPC, .. }))));
         drop(file);
         umount(directory.path()).unwrap();
     }
 
     #[test]
     fn rest_is_padded_to_a_page() {
-        let (tap, file, counts) = (Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counts::default());
+        let (tap, file, counters) = (Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
         File::from(tap.writer.try_clone().unwrap()).write_all(b"partly").unwrap();
-        let mut lane = Lane::new(area(100), PAGE, &counts);
+        let mut lane = Lane::new(area(100), PAGE, &counters);
         let mut page = vec![0xff; PAGE];
         while lane.move_rest(tap.reader_fd(), &mut page, file.as_fd()) {}
-        assert_eq!((counted(&counts), lane.bytes_written()), ([1, 1, 0], 4096));
+        assert_eq!((counted(&counters), lane.bytes_written()), ([1, 1, 0], 4096));
         file.read_exact_at(&mut page, 8192).unwrap();
         assert!(page.starts_with(b"partly\0") && page[6..].iter().all(|byte| *byte == 0));
     }

@@ -29,13 +29,18 @@ use nix::sys::{
     resource::{UsageWho, getrusage},
     signal::SigSet,
 };
-use vtrace_common::{ids::Cpu, wire::client::Area};
+use vtrace_common::{
+    ids::Cpu,
+    ledger::Ledger,
+    wire::client::{Area, LaneLedger},
+};
 
 use super::{
     direct::{BLOCK_BYTES, Direct, Fate, Files, SPARE_BLOCKS, Writer, all_free},
-    splice::{Counts, End, Lane, Pages, Road},
+    splice::{Lane, Road, TapEnd},
 };
 use crate::{
+    drain::ledger::Counters,
     sys::{
         SysError,
         realtime::run_in_real_time,
@@ -59,7 +64,7 @@ const IDLE_PAUSE: Duration = Duration::from_millis(10);
 /// A running pump. Dropped, it leaves what is in the ring buffers and waits for its thread.
 #[derive(Debug)]
 pub(crate) struct Pump {
-    counts: Arc<[Counts]>,
+    counters: Arc<[Counters]>,
     stop: Arc<Waker>,
     abandoned: Arc<AtomicBool>,
     thread: Option<JoinHandle<Pumped>>,
@@ -78,16 +83,16 @@ pub(crate) struct Way {
 
 /// How a lane ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct LaneEnd {
+pub(crate) struct TapReport {
     pub(crate) cpu: Cpu,
-    pub(crate) pages: Pages,
-    pub(crate) end: Option<End>,
+    pub(crate) ledger: Ledger,
+    pub(crate) end: Option<TapEnd>,
 }
 
 /// What a pump has done.
 #[derive(Debug, Default)]
 pub(crate) struct Pumped {
-    pub(crate) lanes: Vec<LaneEnd>,
+    pub(crate) lanes: Vec<TapReport>,
     pub(crate) used: PumpUse,
     /// The wait itself failed; all lanes were given what they had.
     pub(crate) failed: Option<SysError>,
@@ -113,7 +118,7 @@ struct Run {
     pipe: Pipe,
     stop: Arc<Waker>,
     abandoned: Arc<AtomicBool>,
-    counts: Arc<[Counts]>,
+    counters: Arc<[Counters]>,
 }
 
 impl Pump {
@@ -125,7 +130,7 @@ impl Pump {
         let Way { page_bytes, batch_pages, priority } = way;
         assert!(taps.iter().map(|tap| tap.cpu).eq(areas.iter().map(|area| area.cpu)), "an area for each tap");
         let stop = Arc::new(Waker::new()?);
-        let counts: Arc<[Counts]> = areas.iter().map(|_| Counts::default()).collect();
+        let counters: Arc<[Counters]> = areas.iter().map(|area| Counters::new(area.cpu)).collect();
         let pipe = Pipe::new(PIPE_BYTES.max(page_bytes))?;
         let abandoned = Arc::new(AtomicBool::new(false));
         let run = Run {
@@ -137,7 +142,7 @@ impl Pump {
             pipe,
             stop: stop.clone(),
             abandoned: abandoned.clone(),
-            counts: counts.clone(),
+            counters: counters.clone(),
         };
         let (said, settled) = sync_channel(1);
         let thread = Builder::new().name("vtrace-pump".into()).spawn(move || {
@@ -148,12 +153,12 @@ impl Pump {
         })?;
         let prioritised = settled.recv().expect("a thread says this first");
         prioritised.map_err(|error| io::Error::other(format!("real-time priority: {error}")))?;
-        Ok(Self { counts, stop, abandoned, thread: Some(thread) })
+        Ok(Self { counters, stop, abandoned, thread: Some(thread) })
     }
 
     /// What has been moved so far, by place.
-    pub(crate) fn counts(&self) -> &[Counts] {
-        &self.counts
+    pub(crate) fn ledger(&self) -> Vec<LaneLedger> {
+        self.counters.iter().map(Counters::read).collect()
     }
 
     /// Moves what is left in the ring buffers, partly filled pages too, closes the taps and ends. Tracing has to be
@@ -204,9 +209,9 @@ impl Run {
     }
 
     fn run_direct(self, (files, mut memory): (Files, MmapMut)) -> Pumped {
-        let counts = self.counts.clone();
+        let counters = self.counters.clone();
         let fates: Vec<Fate<'_>> =
-            self.areas.iter().zip(counts.iter()).map(|(area, counts)| Fate::new(*area, counts)).collect();
+            self.areas.iter().zip(counters.iter()).map(|(area, counters)| Fate::new(*area, counters)).collect();
         let (files, fates) = (&files, &fates[..]);
         let (mut ends, failed, used) = scope(|scope| {
             let (jobs, queue) = bounded(fates.len() + SPARE_BLOCKS);
@@ -218,7 +223,7 @@ impl Run {
             });
             let mut road = Direct::new((files, fates), self.page_bytes, self.batch_pages, jobs, free);
             let (failed, mut used) = self.pump_all(&mut road);
-            let ends: Vec<Option<End>> = (0..fates.len()).map(|at| road.end(at)).collect();
+            let ends: Vec<Option<TapEnd>> = (0..fates.len()).map(|at| road.end(at)).collect();
             drop(road);
             used.cpu_ns += writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             (ends, failed, used)
@@ -230,19 +235,22 @@ impl Run {
     }
 
     fn run_spliced(self) -> Pumped {
-        let counts = self.counts.clone();
-        let zip = self.areas.iter().zip(counts.iter());
-        let lanes = zip.map(|(area, counts)| Lane::new(*area, self.page_bytes, counts)).collect();
+        let counters = self.counters.clone();
+        let zip = self.areas.iter().zip(counters.iter());
+        let lanes = zip.map(|(area, counters)| Lane::new(*area, self.page_bytes, counters)).collect();
         let page = vec![0; self.page_bytes];
         let mut road = Spliced { lanes, page, pipe: &self.pipe, file: self.file.as_fd() };
         let (failed, used) = self.pump_all(&mut road);
-        let ends: Vec<Option<End>> = (0..self.areas.len()).map(|at| road.end(at)).collect();
+        let ends: Vec<Option<TapEnd>> = (0..self.areas.len()).map(|at| road.end(at)).collect();
         self.report(&ends, used, failed)
     }
 
-    fn report(&self, ends: &[Option<End>], used: PumpUse, failed: Option<SysError>) -> Pumped {
-        let lanes = self.areas.iter().zip(self.counts.iter().zip(ends));
-        let lanes = lanes.map(|(area, (counts, end))| LaneEnd { cpu: area.cpu, pages: counts.read(), end: *end });
+    fn report(&self, ends: &[Option<TapEnd>], used: PumpUse, failed: Option<SysError>) -> Pumped {
+        let lanes = self.counters.iter().zip(ends).map(|(counters, end)| TapReport {
+            cpu: counters.cpu(),
+            ledger: counters.ledger(),
+            end: *end,
+        });
         Pumped { lanes: lanes.collect(), used, failed }
     }
 
@@ -321,7 +329,7 @@ impl Road for Spliced<'_> {
 
     fn flush(&mut self) {}
 
-    fn end(&self, at: usize) -> Option<End> {
+    fn end(&self, at: usize) -> Option<TapEnd> {
         self.lanes[at].end()
     }
 }

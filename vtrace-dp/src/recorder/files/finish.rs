@@ -19,7 +19,7 @@ use super::{
 use crate::{
     analysis::{host_lanes::Decoders, vcpu_runs::HostLanes},
     clock::math::HostRange,
-    drain::tap::splice::End,
+    drain::tap::splice::TapEnd,
     ftrace::fields::Formats,
     recorder::{
         guests::session::Trouble,
@@ -77,7 +77,7 @@ fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) ->
 fn open_host_lanes(host: &Host, file: &MachineFile, report: &HostReport) -> io::Result<HostLanes> {
     let mut lanes = Vec::new();
     for area in file.writer.areas() {
-        let bytes = report.lanes.iter().find(|lane| lane.cpu == area.cpu).map_or(0, |lane| lane.bytes_sent);
+        let bytes = report.lanes.iter().find(|lane| lane.cpu == area.cpu).map_or(0, |lane| lane.ledger.bytes_out);
         lanes.push(LaneData { cpu: area.cpu, offset: area.offset, bytes });
     }
     let low = host.started.map_or(report.stopped, |(_, after)| after);
@@ -120,7 +120,7 @@ fn finish_instances(
         }
         // The file that it becomes a part of, and its share.
         machine.file = Some(recording.plan.host.output.display().to_string());
-        machine.bytes = report.lanes.iter().map(|lane| lane.bytes_sent).sum();
+        machine.bytes = report.lanes.iter().map(|lane| lane.ledger.bytes_out).sum();
         machines.push(machine);
     }
     (machines, parts)
@@ -139,7 +139,7 @@ fn host_machine(recording: &Recording, name: String, file: &MachineFile, report:
 }
 
 fn filled_by(report: &HostReport) -> Vec<(Cpu, u64)> {
-    report.lanes.iter().map(|lane| (lane.cpu, lane.bytes_sent)).collect()
+    report.lanes.iter().map(|lane| (lane.cpu, lane.ledger.bytes_out)).collect()
 }
 
 fn finish_host(
@@ -176,6 +176,6 @@ fn missing_lanes(online: &[Cpu], lanes: &[Cpu]) -> Option<String> {
 }
 
 /// Whether a lane ended at `--max-file`.
-fn is_size_limit(recording: &Recording, end: &End) -> bool {
-    recording.plan.file_bytes_max.is_some() && matches!(end, End::AreaFull { .. })
+fn is_size_limit(recording: &Recording, end: &TapEnd) -> bool {
+    recording.plan.file_bytes_max.is_some() && matches!(end, TapEnd::AreaFull { .. })
 }

@@ -44,7 +44,7 @@ pub(super) fn note_old_pages(file: &MachineFile, filled: &[(Cpu, u64)], machine:
         let kept = area.map_or(*bytes, |area| file.writer.kept_bytes(area, *bytes));
         let old = bytes.saturating_sub(kept);
         if let Some(lane) = machine.lanes.iter_mut().find(|lane| lane.cpu == cpu.0 && old > 0) {
-            lane.pages_old = lane.pages_out * old / bytes;
+            lane.pages_old = lane.ledger.pages_out * old / bytes;
         }
     }
     let old: u64 = machine.lanes.iter().map(|lane| lane.pages_old).sum();

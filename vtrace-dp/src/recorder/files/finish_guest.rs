@@ -51,7 +51,7 @@ pub(super) fn finish_guest(
     let (link, threads_known) = guest_link(session, file.trace_id, &lanes, &clock.kvm);
     let start_skew_ns = start_skew_ns(recording, shared, session, &clock);
 
-    let written = filled(&ledgers, armed.page_bytes);
+    let written = filled(&ledgers);
     let mut in_file = written.clone();
     let mut options = machine_options(shared, &armed.clock, guest_uname(session), file.trace_id);
     let cmdlines = &session.metadata.cmdlines;

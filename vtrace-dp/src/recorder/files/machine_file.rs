@@ -63,6 +63,6 @@ impl MachineFile {
 }
 
 /// Bytes that were written to each lane's area.
-pub(crate) fn filled(ledgers: &[LaneLedger], page_bytes: u32) -> Vec<(Cpu, u64)> {
-    ledgers.iter().map(|ledger| (ledger.cpu, ledger.pages_out * u64::from(page_bytes))).collect()
+pub(crate) fn filled(ledgers: &[LaneLedger]) -> Vec<(Cpu, u64)> {
+    ledgers.iter().map(|lane| (lane.cpu, lane.ledger.bytes_out)).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! Trust: texts of a guest are bounded by `wire` and contain no control characters
 
-use vtrace_common::{ids::Cpu, wire::agent::LaneReport};
+use vtrace_common::{ids::Cpu, ledger::Ledger, wire::agent::LaneReport};
 
 use crate::{
     clock::vcpus::Vcpu,
@@ -77,7 +77,8 @@ pub(super) fn cpu_stats(machine: &MachineSummary, reports: &[LaneReport]) -> imp
 /// The kernel's statistics of a CPU, then the lane's ledger and the guest's clock.
 fn cpu_stat(lane: &LaneSummary, report: Option<&LaneReport>, clock: Option<&ClockSummary>) -> String {
     let kernel = report.map(|report| report.stats_after.trim_end()).unwrap_or_default();
-    let LaneSummary { cpu, pages_in, pages_out, pages_lost, pages_added, .. } = lane;
+    let LaneSummary { cpu, ledger, pages_added, .. } = lane;
+    let Ledger { pages_in, pages_out, pages_lost, .. } = ledger;
     let clock = clock.map(|clock| format!("vtrace clock: {clock}\n")).unwrap_or_default();
     format!(
         "CPU: {cpu}\n{kernel}\nvtrace pages: {pages_in} in, {pages_out} out, {pages_lost} lost, {pages_added} added\n{clock}"

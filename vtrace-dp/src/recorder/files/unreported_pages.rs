@@ -15,8 +15,11 @@ pub(super) fn count(writer: &Writer, last: &[LaneLedger], page_bytes: u32) -> Ve
     let mut ledgers = Vec::new();
     for area in writer.areas() {
         let known = last.iter().find(|lane| lane.cpu == area.cpu).copied().unwrap_or_default();
-        let pages_out = known.pages_out + pages_after(writer, area, known.pages_out, page_bytes);
-        ledgers.push(LaneLedger { cpu: area.cpu, pages_out, pages_in: pages_out + known.pages_refused, ..known });
+        let mut ledger = known.ledger;
+        let pages_out = ledger.pages_out + pages_after(writer, area, ledger.pages_out, page_bytes);
+        ledger.set_out(pages_out, page_bytes.into());
+        ledger.pages_in = ledger.pages_out + ledger.pages_lost;
+        ledgers.push(LaneLedger { cpu: area.cpu, ledger, ..known });
     }
     ledgers
 }

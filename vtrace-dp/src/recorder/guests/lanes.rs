@@ -5,6 +5,7 @@
 use nix::errno::Errno;
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     wire::{agent::LaneReport, client::LaneLedger},
 };
 
@@ -29,14 +30,15 @@ pub(crate) fn guest_lanes(session: &GuestSession, ledgers: &[LaneLedger]) -> (Ve
     late.extend(&session.late);
 
     let mut remarks = Vec::new();
-    for lane in late.into_iter().map(LaneSummary::late).filter(|lane| lane.events_lost > 0) {
-        let LaneSummary { cpu, events_lost, .. } = lane;
+    for lane in late.into_iter().map(LaneSummary::late) {
+        let LaneSummary { cpu, ledger: Ledger { events_lost, .. }, .. } = lane;
+        let Some(events_lost) = events_lost.filter(|events| *events > 0) else { continue };
         remarks.push(format!("{} came online after the start: its {events_lost} events are in no file", Cpu(cpu)));
         lanes.push(lane);
     }
     for ledger in ledgers.iter().filter(|ledger| ledger.write_errno != 0) {
         let (cpu, why) = (ledger.cpu, Errno::from_raw(ledger.write_errno).desc());
-        remarks.push(format!("{cpu}: {} pages could not be written: {why}", ledger.pages_refused));
+        remarks.push(format!("{cpu}: {} pages could not be written: {why}", ledger.ledger.pages_lost));
     }
     if session.reports.len() < ledgers.len() {
         remarks.push("its agent's page counts are missing: losses inside the guest are not known".into());
@@ -54,5 +56,5 @@ fn report_of(session: &GuestSession, cpu: Cpu) -> Option<&LaneReport> {
 /// The lane of a CPU that was offline when the guest was armed and of which no page was taken.
 fn is_idle_spare(session: &GuestSession, ledger: &LaneLedger, report: Option<&LaneReport>) -> bool {
     let is_spare = session.armed.as_ref().is_some_and(|armed| armed.spare.contains(&ledger.cpu));
-    is_spare && ledger.pages_in == 0 && report.is_none_or(|report| report.pages_tapped == 0)
+    is_spare && ledger.ledger.pages_in == 0 && report.is_none_or(|report| report.ledger.pages_in == 0)
 }

@@ -18,7 +18,7 @@ use vtrace_common::{
     time::GuestTsc,
     wire::{
         agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
-        client::{Area, Claimed, FromServer, Gone, LaneEnd, LaneLedger, Lanes, Refusal, ToServer},
+        client::{Area, Claimed, FromServer, Gone, LaneLedger, LaneSent, Lanes, Refusal, ToServer},
     },
 };
 
@@ -172,11 +172,6 @@ impl GuestSession {
         self.phase
     }
 
-    /// Bytes of one of its pages; 0 until it is armed.
-    pub fn page_bytes(&self) -> u32 {
-        self.armed.as_ref().map_or(0, |armed| armed.page_bytes)
-    }
-
     /// Lanes, page size and clock of a guest that has a file.
     pub(crate) fn armed(&self) -> &Armed {
         self.armed.as_ref().expect("every guest is armed before its file is made")
@@ -292,7 +287,7 @@ impl GuestSession {
                 self.late.push(shown_report(report));
                 vec![]
             }
-            (Phase::Stopping, FromAgent::Stopped) => self.drain(self.ends(), WAIT_MS_MAX),
+            (Phase::Stopping, FromAgent::Stopped) => self.drain(self.sent(), WAIT_MS_MAX),
             // The probed CPU went offline: its earlier measurement stays.
             (_, FromAgent::Failed(failure)) if self.probing => {
                 self.probe_refused = Some(shown_failure(failure));
@@ -406,13 +401,13 @@ impl GuestSession {
         }
     }
 
-    fn drain(&mut self, ends: Vec<LaneEnd>, wait_ms_max: u32) -> Vec<ToServer> {
+    fn drain(&mut self, sent: Vec<LaneSent>, wait_ms_max: u32) -> Vec<ToServer> {
         self.phase = Phase::Draining;
-        vec![ToServer::Finish { guest: self.name.clone(), ends, wait_ms_max }]
+        vec![ToServer::Finish { guest: self.name.clone(), sent, wait_ms_max }]
     }
 
-    fn ends(&self) -> Vec<LaneEnd> {
-        self.reports.iter().map(|report| LaneEnd { cpu: report.cpu, bytes_sent: report.bytes_sent }).collect()
+    fn sent(&self) -> Vec<LaneSent> {
+        self.reports.iter().map(|report| LaneSent { cpu: report.cpu, bytes_out: report.ledger.bytes_out }).collect()
     }
 
     /// Whether the report of this lane is outstanding.
@@ -447,7 +442,7 @@ impl GuestSession {
 
 /// The lanes of a machine without those of CPUs that were offline when it was armed and sent no page.
 pub(crate) fn lanes_in_use(armed: &Armed, ledgers: &[LaneLedger]) -> Vec<Cpu> {
-    let has_pages = |cpu: Cpu| ledgers.iter().any(|ledger| ledger.cpu == cpu && ledger.pages_in > 0);
+    let has_pages = |cpu: Cpu| ledgers.iter().any(|ledger| ledger.cpu == cpu && ledger.ledger.pages_in > 0);
     armed.lanes.iter().copied().filter(|cpu| !armed.spare.contains(cpu) || has_pages(*cpu)).collect()
 }
 

@@ -8,6 +8,7 @@ use std::{
 };
 
 use vtrace_common::{
+    ledger::Ledger,
     time::GuestTsc,
     wire::{
         Decoder, Family, Hello,
@@ -65,8 +66,9 @@ fn answer(request: &ToServer, sleeper: &str) -> Vec<FromServer> {
         },
         ToServer::Lanes(lanes) => vec![FromServer::LanesReady { guest: lanes.guest.clone() }],
         ToServer::Finish { guest, .. } => {
-            let ledger = LaneLedger { pages_in: 9, pages_out: 9, ..LaneLedger::default() };
-            vec![FromServer::Finished { guest: guest.clone(), lanes: vec![ledger] }]
+            let ledger = Ledger { pages_in: 9, pages_out: 9, ..Ledger::default() };
+            let lane = LaneLedger { ledger, ..LaneLedger::default() };
+            vec![FromServer::Finished { guest: guest.clone(), lanes: vec![lane] }]
         }
         ToServer::Release { guest } => vec![FromServer::Released { guest: guest.clone() }],
         ToServer::List | ToServer::Ledger { .. } => vec![],
@@ -139,7 +141,7 @@ fn guest_that_sleeps_while_it_records_is_waited_for_and_given_up_in_bounded_time
     let [awake, asleep] = &guests.sessions[..] else { panic!("two guests") };
     assert_eq!(awake.trouble, None);
     assert_eq!(asleep.trouble, Some(Trouble::Silent { phase: Phase::Stopping, seconds: bound.as_secs() }));
-    assert!(asleep.is_finished() && asleep.ledgers[0].pages_out == 9, "what came is kept");
+    assert!(asleep.is_finished() && asleep.ledgers[0].ledger.pages_out == 9, "what came is kept");
     let longest = asleep.silence.longest(Instant::now());
     sleep(Duration::from_millis(20));
     assert!(longest >= bound && asleep.silence.longest(Instant::now()) == longest, "nobody waits for it any more");

@@ -86,7 +86,7 @@ fn count_events(page: &[u8]) -> u64 {
 fn walk(file: &File, area: Area, report: &LaneReport, page_bytes: usize) -> (u64, u64) {
     let mut page = vec![0; page_bytes];
     let (mut events, mut gaps, mut last) = (0, 0, 0);
-    for number in 0..report.pages_sent {
+    for number in 0..report.ledger.pages_out {
         file.read_exact_at(&mut page, area.offset + number * u64::try_from(page_bytes).unwrap()).unwrap();
         let header = page::Header::parse(&page, page_bytes).unwrap();
         assert!(header.time >= last, "{}: page {number} is younger than the one before", area.cpu);
@@ -131,15 +131,20 @@ fn lanes_that_begin_again_have_their_newest_pages_by_either_road() {
         recorder.start("vtrace start").unwrap();
         let pages = bytes_max / 4096;
         // However little of the machine is left for us: until every lane has begun again twice.
-        let has_room = |recorder: &HostRecorder| recorder.ledger().iter().any(|lane| lane.pages_in <= 2 * pages);
+        let has_room = |recorder: &HostRecorder| recorder.ledger().iter().any(|lane| lane.ledger.pages_in <= 2 * pages);
         let rounds = (0..ROUNDS_MAX).take_while(|_| has_room(&recorder));
         rounds.for_each(|_| load(Duration::from_millis(100)));
         let report = recorder.stop().unwrap();
         recorder.close().unwrap();
         for (area, lane) in areas.iter().zip(&report.lanes) {
-            assert!(lane.pages_sent > 2 * pages && lane.pages_lost == 0, "{}: {} pages", lane.cpu, lane.pages_sent);
+            assert!(
+                lane.ledger.pages_out > 2 * pages && lane.ledger.pages_lost == 0,
+                "{}: {} pages",
+                lane.cpu,
+                lane.ledger.pages_out
+            );
             let (mut page, mut last) = ([0; 4096], 0);
-            for number in lane.pages_sent - pages..lane.pages_sent {
+            for number in lane.ledger.pages_out - pages..lane.ledger.pages_out {
                 file.read_exact_at(&mut page, area.place(number * 4096)).unwrap();
                 let header = page::Header::parse(&page, 4096).unwrap();
                 assert!(header.time > last, "{}: page {number} is younger than the one before", lane.cpu);
@@ -160,7 +165,8 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (tsc_before, tsc_after) = recorder.start("vtrace start").unwrap();
     // However little of the machine is left for us.
-    let is_little = |recorder: &HostRecorder| recorder.ledger().iter().map(|lane| lane.pages_in).sum::<u64>() < 400;
+    let is_little =
+        |recorder: &HostRecorder| recorder.ledger().iter().map(|lane| lane.ledger.pages_in).sum::<u64>() < 400;
     load(Duration::from_secs(1));
     (0..ROUNDS_MAX).take_while(|_| is_little(&recorder)).for_each(|_| load(Duration::from_millis(100)));
     let report = recorder.stop().unwrap();
@@ -170,10 +176,10 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     for (area, lane) in areas.iter().zip(&report.lanes) {
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let (events, gaps) = walk(&file, *area, lane, page_bytes);
-        println!("{}: {events} events in {} pages, {gaps} gaps, {stats:?}", lane.cpu, lane.pages_sent);
+        println!("{}: {events} events in {} pages, {gaps} gaps, {stats:?}", lane.cpu, lane.ledger.pages_out);
         assert_eq!((events, stats.entries), (stats.read_events, 0));
-        assert_eq!((lane.pages_lost, gaps > 0), (0, stats.lost() > 0));
-        assert_eq!(lane.bytes_sent, lane.pages_sent * 4096);
+        assert_eq!((lane.ledger.pages_lost, gaps > 0), (0, stats.lost() > 0));
+        assert_eq!(lane.ledger.bytes_out, lane.ledger.pages_out * 4096);
         total += events;
     }
     println!("{total} events, {:?}", report.pump);
@@ -204,7 +210,7 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
         let (file, area) =
             (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20, begins_again: false });
         let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), WAY).unwrap();
-        let lane = report(&pump.stop().lanes[0], 4096, (String::new(), instance.stats(cpu)));
+        let lane = report(&pump.stop().lanes[0], (String::new(), instance.stats(cpu)));
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let mut page = [0; 4096];
         file.read_exact_at(&mut page, 0).unwrap();
@@ -252,8 +258,8 @@ fn both_roads_bring_the_same_markers_in_the_same_order() {
         instance.set_tracing(false).unwrap();
         let ends = pump.stop().lanes;
         let lanes: Vec<Vec<u32>> =
-            areas.iter().zip(&ends).map(|(area, lane)| markers(&file, *area, lane.pages.written)).collect();
-        assert!(ends.iter().all(|lane| (lane.pages.lost, lane.end) == (0, None)), "{ends:?}");
+            areas.iter().zip(&ends).map(|(area, lane)| markers(&file, *area, lane.ledger.pages_out)).collect();
+        assert!(ends.iter().all(|lane| (lane.ledger.pages_lost, lane.end) == (0, None)), "{ends:?}");
         assert!(lanes.iter().all(|lane| lane.is_sorted()), "in order on each CPU");
         let mut all = lanes.concat();
         all.sort_unstable();
@@ -279,7 +285,7 @@ fn large_pages_reach_the_file_whole() {
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let (events, gaps) = walk(&file, *area, lane, 64 << 10);
         assert_eq!((events, gaps > 0), (stats.read_events, stats.lost() > 0));
-        assert!(lane.pages_sent > 0 && lane.bytes_sent == lane.pages_sent << 16);
+        assert!(lane.ledger.pages_out > 0 && lane.ledger.bytes_out == lane.ledger.pages_out << 16);
     }
 }
 
@@ -314,12 +320,11 @@ fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
     (0..4000).for_each(|_| instance.mark(&"m".repeat(1000)).unwrap());
     instance.set_tracing(false).unwrap();
     let ends = pump.stop().lanes;
-    let pages =
-        |count: fn(&crate::drain::tap::splice::Pages) -> u64| ends.iter().map(|lane| count(&lane.pages)).sum::<u64>();
+    let pages = |count: fn(&Ledger) -> u64| ends.iter().map(|lane| count(&lane.ledger)).sum::<u64>();
     println!("{ends:?}");
-    assert!((1..=256).contains(&pages(|pages| pages.written)), "what fits into 1 MiB");
-    assert!(pages(|pages| pages.lost) > 0 && ends.iter().any(|lane| matches!(lane.end, Some(End::File(_)))));
-    assert!(ends.iter().all(|lane| lane.pages.taken == lane.pages.written + lane.pages.lost));
+    assert!((1..=256).contains(&pages(|ledger| ledger.pages_out)), "what fits into 1 MiB");
+    assert!(pages(|ledger| ledger.pages_lost) > 0 && ends.iter().any(|lane| matches!(lane.end, Some(TapEnd::File(_)))));
+    assert!(ends.iter().all(|lane| lane.ledger.pages_in == lane.ledger.pages_out + lane.ledger.pages_lost));
     drop(file);
     umount(directory.path()).unwrap();
 }
@@ -332,8 +337,8 @@ fn marker_is_the_only_event_of_a_trace_without_events() {
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (before, after) = recorder.start("first words").unwrap();
     let report = recorder.stop().unwrap();
-    assert_eq!(report.lanes.iter().map(|lane| lane.pages_sent).sum::<u64>(), 1);
-    let at = report.lanes.iter().position(|lane| lane.pages_sent == 1).unwrap();
+    assert_eq!(report.lanes.iter().map(|lane| lane.ledger.pages_out).sum::<u64>(), 1);
+    let at = report.lanes.iter().position(|lane| lane.ledger.pages_out == 1).unwrap();
     let mut page = [0; 4096];
     file.read_exact_at(&mut page, areas[at].offset).unwrap();
     assert_eq!(count_events(&page), 1);
@@ -354,12 +359,12 @@ fn full_area_ends_its_lane_and_the_rest_is_counted_by_the_kernel() {
     for (area, lane) in areas.iter().zip(&report.lanes) {
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let (events, _) = walk(&file, *area, lane, 4096);
-        assert_eq!((lane.pages_tapped, lane.pages_sent, lane.pages_lost), (3, 3, 0));
+        assert_eq!((lane.ledger.pages_in, lane.ledger.pages_out, lane.ledger.pages_lost), (3, 3, 0));
         assert_eq!(events, stats.read_events);
         assert!(stats.entries + stats.overrun > 0);
         assert!(lane.trouble.contains("is full"), "{}", lane.trouble);
     }
-    assert_eq!(report.ends[0], Some(End::AreaFull { bytes_max: 3 * 4096 + 100 }));
+    assert_eq!(report.ends[0], Some(TapEnd::AreaFull { bytes_max: 3 * 4096 + 100 }));
 }
 
 #[test]
@@ -386,7 +391,7 @@ fn buffer_of_a_few_pages_does_not_make_the_pump_spin() {
     let report = recorder.stop().unwrap();
     println!("{:?}", report.pump);
     assert!(report.pump.wakeups_idle <= 31, "one in 10 ms at most: {:?}", report.pump);
-    assert_eq!(report.lanes.iter().map(|lane| lane.pages_sent).sum::<u64>(), 1);
+    assert_eq!(report.lanes.iter().map(|lane| lane.ledger.pages_out).sum::<u64>(), 1);
 }
 
 #[test]

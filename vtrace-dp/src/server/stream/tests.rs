@@ -17,7 +17,7 @@ use vtrace_common::{
     wire::{
         Decoder, Family, Frame, Hello,
         agent::{Armed, FromAgent, Machine, ToAgent},
-        client::{Area, FromServer, Gone, GuestState, LaneEnd, LaneLedger, ToServer},
+        client::{Area, FromServer, Gone, GuestState, LaneLedger, LaneSent, ToServer},
         encode,
     },
 };
@@ -85,7 +85,7 @@ impl Trial {
 
     fn finish(&self, sent: u64) -> Vec<LaneLedger> {
         let (told, hears) = mpsc::channel();
-        let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: sent }];
+        let ends = vec![LaneSent { cpu: Cpu(0), bytes_out: sent }];
         self.slot().devices.drains.finish(ends, 5000, Box::new(move |lanes| told.send(lanes).unwrap()));
         hears.recv_timeout(Duration::from_secs(20)).unwrap()
     }
@@ -177,8 +177,11 @@ fn pages_of_a_session_are_in_the_file_and_those_before_and_behind_are_not() {
         lane.write_all(&page(99)[..1000]).unwrap();
         trial.attach(&file);
         lane.write_all(&[page(session), page(session + 10), page(50)[..70].to_vec()].concat()).unwrap();
-        let ledger = trial.finish(2 * 4096 + 70)[0];
-        assert_eq!((ledger.pages_in, ledger.pages_out, ledger.bytes_torn, ledger.bytes_missing), (2, 2, 70, 0));
+        let counts = trial.finish(2 * 4096 + 70)[0];
+        assert_eq!(
+            (counts.ledger.pages_in, counts.ledger.pages_out, counts.bytes_torn, counts.bytes_missing),
+            (2, 2, 70, Some(0))
+        );
         trial.slot().devices.drains.detach();
         lane.write_all(&page(98)).unwrap();
         let mut back = vec![0; 2 * PAGE];
@@ -200,14 +203,14 @@ fn stream_that_is_cut_ends_its_lane_and_the_next_session_has_the_new_one() {
     drop(lane);
     let mut lane = trial.connect("trace-path-cpu0");
     lane.write_all(&page(3)).unwrap();
-    let ledger = trial.finish(3 * 4096)[0];
-    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.bytes_torn), (1, 1, 100));
-    assert_eq!(ledger.bytes_missing, 3 * 4096 - 4196);
+    let counts = trial.finish(3 * 4096)[0];
+    assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.bytes_torn), (1, 1, 100));
+    assert_eq!(counts.bytes_missing, Some(3 * 4096 - 4196));
     trial.slot().devices.drains.detach();
     trial.await_port(Cpu(0));
     trial.attach(&file);
     lane.write_all(&page(4)).unwrap();
-    assert_eq!(trial.finish(4096)[0].pages_out, 1);
+    assert_eq!(trial.finish(4096)[0].ledger.pages_out, 1);
     trial.server.stop();
 }
 
@@ -278,7 +281,7 @@ fn fifos_are_served_in_whatever_order_their_ends_come() {
         let file = tempfile::tempfile().unwrap();
         trial.attach(&file);
         lane.write_all(&[page(boot), page(7)].concat()).unwrap();
-        assert_eq!(trial.finish(8192)[0].pages_out, 2);
+        assert_eq!(trial.finish(8192)[0].ledger.pages_out, 2);
         trial.slot().devices.drains.detach();
         drop((to_agent, agent, lane));
         trial.await_state("gone", |state| state.vmm_pid.is_none() && state.agent.is_none());

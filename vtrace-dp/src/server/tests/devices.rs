@@ -4,7 +4,7 @@ use std::process::Command;
 
 use vtrace_common::wire::{
     agent::{Failure, FailureKind},
-    client::{DeviceState, LaneEnd},
+    client::{DeviceState, LaneSent},
 };
 
 use super::*;
@@ -71,10 +71,10 @@ fn guest_of_two_devices_is_one_guest_with_all_their_lanes() {
             machine.out[port].send_blocking(&page(cpu), 4096);
         }
     }
-    let ends = (0..4).map(|cpu| LaneEnd { cpu: Cpu(cpu), bytes_sent: 4096 }).collect();
-    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), ends, wait_ms_max: 5000 });
+    let ends = (0..4).map(|cpu| LaneSent { cpu: Cpu(cpu), bytes_out: 4096 }).collect();
+    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: ends, wait_ms_max: 5000 });
     let FromServer::Finished { lanes, .. } = answer else { panic!("not finished: {answer:?}") };
-    let counts: Vec<_> = lanes.iter().map(|lane| (lane.cpu.0, lane.pages_in, lane.pages_out)).collect();
+    let counts: Vec<_> = lanes.iter().map(|lane| (lane.cpu.0, lane.ledger.pages_in, lane.ledger.pages_out)).collect();
     assert_eq!(counts, [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1)]);
     assert_eq!(ask(&mut link, &ToServer::Ledger { guest: guest1() }), refused_without_lanes());
     for cpu in 0..4u8 {
@@ -159,9 +159,9 @@ fn further_device_has_no_control_port_and_no_more_ports_than_lanes() {
     assert!(machine.out[3].send(&page(9), 4096), "room in a ring that nobody serves");
     link.send_with_file(&lanes_of(&[2, 3]), &tempfile::tempfile().unwrap()).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
-    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), ends: vec![], wait_ms_max: 0 });
+    let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: vec![], wait_ms_max: 0 });
     let FromServer::Finished { lanes, .. } = answer else { panic!("not finished: {answer:?}") };
-    assert_eq!(lanes.iter().map(|lane| lane.pages_in).collect::<Vec<_>>(), [0, 0]);
+    assert_eq!(lanes.iter().map(|lane| lane.ledger.pages_in).collect::<Vec<_>>(), [0, 0]);
     first.answer(&FromAgent::Pong { id: 1 });
     assert_eq!(next(&mut link), from_agent(FromAgent::Pong { id: 1 }), "the agent is heard, and nobody else was");
 }

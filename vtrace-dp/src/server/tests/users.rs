@@ -51,7 +51,7 @@ fn another_users_session_is_neither_touched_nor_shown() {
             to_agent(ToAgent::Stop),
             to_agent(ToAgent::Close),
             ToServer::Ledger { guest: guest1() },
-            ToServer::Finish { guest: guest1(), ends: vec![], wait_ms_max: 0 },
+            ToServer::Finish { guest: guest1(), sent: vec![], wait_ms_max: 0 },
             ToServer::Release { guest: guest1() },
             ToServer::Lanes(Lanes { guest: guest1(), page_bytes: 4096, areas: vec![] }),
         ];

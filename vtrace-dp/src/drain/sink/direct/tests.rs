@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use vtrace_common::{
     ids::{Cpu, GuestId},
     page::Header,
-    wire::client::{Area, LaneEnd, LaneLedger},
+    wire::client::{Area, LaneLedger, LaneSent},
 };
 
 use super::*;
@@ -85,9 +85,9 @@ impl Bench {
         stream.chunks(BUFFER as usize).for_each(|chain| self.driver.send_blocking(chain, PAGE));
     }
 
-    fn finish(&self, bytes_sent: u64) -> LaneLedger {
+    fn finish(&self, bytes_out: u64) -> LaneLedger {
         let (done, ledgers) = mpsc::channel();
-        let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent }];
+        let ends = vec![LaneSent { cpu: Cpu(0), bytes_out }];
         self.drain.finish(ends, 20_000, Box::new(move |lanes| done.send(lanes[0]).unwrap()));
         ledgers.recv_timeout(Duration::from_secs(30)).expect("finish answers")
     }
@@ -106,8 +106,8 @@ fn lane_that_begins_again_has_its_newest_pages_with_writes_in_flight() {
     let mut bench = Bench::in_area(files, area);
     let (stream, area_bytes) = (pages(14_000), 40 << 20);
     bench.send(&stream);
-    let ledger = bench.finish(stream.len() as u64);
-    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.write_errno), (14_000, 14_000, 0));
+    let counts = bench.finish(stream.len() as u64);
+    assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.write_errno), (14_000, 14_000, 0));
     let content = bench.content(area_bytes);
     assert!(content[..stream.len() - area_bytes] == stream[area_bytes..], "the newest");
     assert!(content[stream.len() - area_bytes..] == stream[stream.len() - area_bytes..area_bytes], "and those before");
@@ -119,8 +119,8 @@ fn pages_arrive_byte_for_byte_past_the_page_cache() {
     let mut bench = Bench::new(files, 63 << 20);
     let stream = pages(8000);
     bench.send(&stream);
-    let ledger = bench.finish(stream.len() as u64);
-    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.write_errno), (8000, 8000, 0));
+    let counts = bench.finish(stream.len() as u64);
+    assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.write_errno), (8000, 8000, 0));
     assert!(bench.content(stream.len()) == stream);
 }
 
@@ -135,12 +135,12 @@ fn stopped_ring_has_nothing_in_flight_and_gave_everything_back() {
             let base = bench.drain.ring_stopped(Cpu(0)).unwrap();
             bench.driver.reclaim();
             assert_eq!(bench.driver.free(), usize::from(ENTRIES) - usize::from(round - base), "taken is given back");
-            let ledger = bench.drain.ledger()[0];
-            assert_eq!(ledger.pages_out, u64::from(base) * 16, "and in the file");
+            let counts = bench.drain.ledger()[0];
+            assert_eq!(counts.ledger.pages_out, u64::from(base) * 16, "and in the file");
             bench.start(base);
         }
     }
-    assert_eq!(bench.finish(stream.len() as u64).pages_out, 16 * 127);
+    assert_eq!(bench.finish(stream.len() as u64).ledger.pages_out, 16 * 127);
     assert!(bench.content(stream.len()) == stream);
 }
 
@@ -158,7 +158,7 @@ fn memory_may_go_as_soon_as_a_remap_has_answered() {
         // The driver of this test holds windows, not the table.
         drop(old);
     }
-    assert_eq!(bench.finish(stream.len() as u64).pages_out, 16 * 100);
+    assert_eq!(bench.finish(stream.len() as u64).ledger.pages_out, 16 * 100);
     assert!(bench.content(stream.len()) == stream);
 }
 
@@ -170,8 +170,8 @@ fn gap_is_marked_in_the_file_and_pages_behind_it_fly_again() {
     bad[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
     let stream = [page(0), bad, page(2), pages(2000)].concat();
     bench.send(&stream);
-    let ledger = bench.finish(stream.len() as u64);
-    assert_eq!((ledger.pages_in, ledger.pages_out, ledger.pages_refused), (2003, 2002, 1));
+    let counts = bench.finish(stream.len() as u64);
+    assert_eq!((counts.ledger.pages_in, counts.ledger.pages_out, counts.ledger.pages_lost), (2003, 2002, 1));
     let found = bench.content(2002 * PAGE as usize);
     let missed = |page: &[u8]| Header::parse(page, PAGE as usize).unwrap().missed;
     let marks: Vec<_> =
@@ -188,9 +188,9 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
     bench.send(&pages(1500));
     bench.drain.handle.tell(crate::drain::ring::worker::Command::Panic(Some(Cpu(0))));
     let base = bench.drain.ring_stopped(Cpu(0)).expect("its base is still known");
-    let ledger = bench.finish(0);
-    assert_eq!(ledger.pages_in, ledger.pages_out + ledger.pages_refused);
-    let kept = ledger.pages_out as usize * PAGE as usize;
+    let counts = bench.finish(0);
+    assert_eq!(counts.ledger.pages_in, counts.ledger.pages_out + counts.ledger.pages_lost);
+    let kept = counts.ledger.pages_out as usize * PAGE as usize;
     assert!(bench.content(kept) == pages(1500)[..kept]);
     // The next session of the same guest is whole.
     let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 63 << 20, begins_again: false };
@@ -199,7 +199,7 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
     bench.driver.begin_at(base);
     bench.start(base);
     bench.send(&pages(700));
-    assert_eq!(bench.finish(700 * u64::from(PAGE)).pages_out, 700);
+    assert_eq!(bench.finish(700 * u64::from(PAGE)).ledger.pages_out, 700);
     assert!(bench.content(700 * PAGE as usize) == pages(700));
 }
 
@@ -208,7 +208,7 @@ fn idle_lane_costs_no_wake_up_once_its_writes_have_landed() {
     let Some(files) = files(here(), 64 << 20) else { return };
     let mut bench = Bench::new(files, 63 << 20);
     bench.send(&pages(1000));
-    while bench.drain.ledger()[0].pages_out < 1000 {
+    while bench.drain.ledger()[0].ledger.pages_out < 1000 {
         thread::yield_now();
     }
     thread::sleep(Duration::from_millis(30));
@@ -273,11 +273,14 @@ fn full_disk_ends_the_lane_with_exactly_the_pages_that_are_in_the_file() {
     let mut bench = Bench::new(files, 63 << 20);
     let stream = pages(8000);
     bench.send(&stream);
-    let ledger = bench.finish(stream.len() as u64);
-    assert_eq!((ledger.pages_in, ledger.pages_in), (8000, ledger.pages_out + ledger.pages_refused));
-    assert_eq!(ledger.write_errno, libc::ENOSPC);
-    assert!((1000..4096).contains(&ledger.pages_out), "most of 16 MiB: {ledger:?}");
-    let kept = ledger.pages_out as usize * PAGE as usize;
+    let counts = bench.finish(stream.len() as u64);
+    assert_eq!(
+        (counts.ledger.pages_in, counts.ledger.pages_in),
+        (8000, counts.ledger.pages_out + counts.ledger.pages_lost)
+    );
+    assert_eq!(counts.write_errno, libc::ENOSPC);
+    assert!((1000..4096).contains(&counts.ledger.pages_out), "most of 16 MiB: {counts:?}");
+    let kept = counts.ledger.pages_out as usize * PAGE as usize;
     assert!(bench.content(kept) == stream[..kept]);
 }
 

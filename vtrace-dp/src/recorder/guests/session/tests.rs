@@ -3,13 +3,21 @@
 use proptest::prelude::*;
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     wire::agent::{FailureKind, Machine},
 };
 
 use super::*;
-use crate::recorder::guests::lanes::guest_lanes;
+use crate::{
+    recorder::{guests::lanes::guest_lanes, summary::LaneSummary},
+    tracefs::stats::events_lost,
+};
 
 const GUEST: &str = "guest1";
+
+fn passed(pages: u64) -> Ledger {
+    Ledger { pages_in: pages, pages_out: pages, bytes_out: pages << 12, ..Ledger::default() }
+}
 
 fn agent(answer: FromAgent) -> FromServer {
     FromServer::Agent { guest: GUEST.into(), answer }
@@ -43,9 +51,10 @@ fn whole_session_goes_from_claim_to_release() {
     session.on(FromServer::LanesReady { guest: GUEST.into() });
     session.on(agent(FromAgent::Started { before: GuestTsc(1), after: GuestTsc(2) }));
     assert_eq!(session.stop(), [session.ask(ToAgent::Stop)]);
-    session.on(agent(FromAgent::Lane(LaneReport { bytes_sent: 8192, ..LaneReport::default() })));
-    let ends = vec![LaneEnd { cpu: Cpu(0), bytes_sent: 8192 }];
-    let finish = ToServer::Finish { guest: GUEST.into(), ends, wait_ms_max: WAIT_MS_MAX };
+    let sent = Ledger { bytes_out: 8192, ..Ledger::default() };
+    session.on(agent(FromAgent::Lane(LaneReport { ledger: sent, ..LaneReport::default() })));
+    let sent = vec![LaneSent { cpu: Cpu(0), bytes_out: 8192 }];
+    let finish = ToServer::Finish { guest: GUEST.into(), sent, wait_ms_max: WAIT_MS_MAX };
     assert_eq!(session.on(agent(FromAgent::Stopped)), [finish]);
     session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![] });
     assert_eq!(session.phase(), Phase::Drained);
@@ -160,9 +169,9 @@ fn second_trouble_does_not_forget_what_the_server_has_written() {
     session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Agent });
     assert!(session.on(FromServer::Gone { guest: GUEST.into(), what: Gone::Device }).is_empty());
     assert_eq!(session.phase(), Phase::Draining);
-    let lane = LaneLedger { pages_out: 7, ..LaneLedger::default() };
+    let lane = LaneLedger { ledger: passed(7), ..LaneLedger::default() };
     session.on(FromServer::Finished { guest: GUEST.into(), lanes: vec![lane] });
-    assert_eq!((session.phase(), session.ledgers[0].pages_out), (Phase::Drained, 7));
+    assert_eq!((session.phase(), session.ledgers[0].ledger.pages_out), (Phase::Drained, 7));
 }
 
 #[test]
@@ -211,9 +220,9 @@ fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
         format!("entries: {entries}\noverrun: 0\ncommit overrun: 0\nbytes: 0\ndropped events: 0\nread events: {read}\n")
     };
     let report = |cpu, pages, stats_after: &str| {
-        let (pages_tapped, pages_sent, stats_after) = (pages, pages, stats_after.to_owned());
-        let report = LaneReport { cpu: Cpu(cpu), pages_tapped, pages_sent, stats_after, ..LaneReport::default() };
-        agent(FromAgent::Lane(report))
+        let ledger = Ledger { events_lost: events_lost("", stats_after), ..passed(pages) };
+        let stats_after = stats_after.to_owned();
+        agent(FromAgent::Lane(LaneReport { cpu: Cpu(cpu), ledger, stats_after, ..LaneReport::default() }))
     };
     // CPU 2 came and could not be opened, CPU 3 did not come, CPU 4 came and nobody knew it.
     let said = [(0, 7, stats(0, 70)), (1, 5, stats(0, 50)), (2, 0, stats(20, 0)), (3, 0, String::new())];
@@ -222,7 +231,7 @@ fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
     }
     session.on(report(4, 0, &stats(30, 0)));
     assert_eq!((&session.trouble, session.reports.len(), session.late.len()), (&None, 4, 1));
-    let ledger = |cpu, pages| LaneLedger { cpu: Cpu(cpu), pages_in: pages, pages_out: pages, ..LaneLedger::default() };
+    let ledger = |cpu, pages| LaneLedger { cpu: Cpu(cpu), ledger: passed(pages), ..LaneLedger::default() };
     session.on(agent(FromAgent::Stopped));
     let lanes = vec![ledger(0, 7), ledger(1, 5), ledger(2, 0), ledger(3, 0)];
     session.on(FromServer::Finished { guest: GUEST.into(), lanes });
@@ -230,8 +239,12 @@ fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
     assert_eq!(session.lanes_in_use(), [Cpu(0), Cpu(1)]);
     assert_eq!(session.ledgers_in_use(), [ledger(0, 7), ledger(1, 5)]);
     let (lanes, remarks) = guest_lanes(&session, &session.ledgers);
-    let counts: Vec<_> = lanes.iter().map(|lane| (lane.cpu, lane.pages_out, lane.events, lane.events_lost)).collect();
-    assert_eq!(counts, [(0, 7, 70, 0), (1, 5, 50, 0), (2, 0, 0, 20), (4, 0, 0, 30)]);
+    let counts = |lane: &LaneSummary| {
+        let known = lane.events.zip(lane.ledger.events_lost).expect("the kernel's counts came");
+        (lane.cpu, lane.ledger.pages_out, known)
+    };
+    let counts: Vec<_> = lanes.iter().map(counts).collect();
+    assert_eq!(counts, [(0, 7, (70, 0)), (1, 5, (50, 0)), (2, 0, (0, 20)), (4, 0, (0, 30))]);
     let missing = |cpu, events| format!("cpu{cpu} came online after the start: its {events} events are in no file");
     assert_eq!(remarks, [missing(2, 20), missing(4, 30)]);
 }
