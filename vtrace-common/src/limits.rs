@@ -64,6 +64,8 @@ pub const WORDS_MAX: usize = 1024;
 pub const OUTPUT_BYTES_MAX: usize = 4096;
 /// Bytes of one command's output in one session; what it writes beyond is counted and thrown away.
 pub const OUTPUT_TOTAL_BYTES_MAX: u64 = 1 << 20;
+/// Changed settings that an agent reports of one recording.
+pub const CHANGES_MAX: usize = 32;
 /// Near matches named for an event that does not exist.
 pub const NEAR_MAX: usize = 5;
 /// Bytes of everything a machine tells about itself in one session (formats, symbols, command lines).

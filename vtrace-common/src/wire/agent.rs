@@ -110,6 +110,8 @@ pub enum FromAgent {
         /// So many events are on.
         events: u32,
     },
+    /// A setting of the buffer was changed while it was recorded. Sent before `Stopped`.
+    Changed(SettingChange),
 }
 
 /// What a machine offers. Each kind's text is the file of that name in tracefs.
@@ -238,6 +240,18 @@ pub struct LaneReport {
     pub apic: Option<u32>,
 }
 
+/// A setting of a recorded buffer that another program, or a trigger, changed. If both values are empty, the file was
+/// written, or the pipe was opened, and nothing else is known.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SettingChange {
+    /// The file in the buffer's directory.
+    pub setting: String,
+    /// Its value when tracing was switched on.
+    pub armed: String,
+    /// Its value before tracing was switched off.
+    pub found: String,
+}
+
 /// Which rule a request broke.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum FailureKind {
@@ -331,6 +345,11 @@ impl Message for FromAgent {
                 text(&lane.stats_before)?;
                 text(&lane.stats_after)?;
                 text(&lane.trouble)
+            }
+            Self::Changed(change) => {
+                text(&change.setting)?;
+                text(&change.armed)?;
+                text(&change.found)
             }
             Self::Failed(failure) => {
                 bounded(failure.near.len(), NEAR_MAX)?;

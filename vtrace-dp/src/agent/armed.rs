@@ -19,7 +19,7 @@ use vtrace_common::{
     ledger::Ledger,
     limits::TEXT_BYTES_MAX,
     time::GuestTsc,
-    wire::agent::{Arm, Armed, CommandRequest, Failure, FailureKind, FromAgent, LaneReport, Piece},
+    wire::agent::{Arm, Armed, CommandRequest, Failure, FailureKind, FromAgent, LaneReport, Piece, SettingChange},
 };
 
 use super::{
@@ -75,6 +75,8 @@ pub(super) struct ArmedSession {
     late_cpus: LateCpus,
     ends: Vec<LaneEnd>,
     stats_before: Vec<(Cpu, String)>,
+    /// Settings that had changed when tracing was switched off.
+    changes: Vec<SettingChange>,
     instance: Instance,
 }
 
@@ -106,7 +108,8 @@ impl ArmedSession {
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
         let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
         let (pump, ends) = (Some(pump), Vec::new());
-        let work = Self { commands, requests, own_only, pump, late_cpus, ends, stats_before, instance };
+        let work =
+            Self { commands, requests, own_only, pump, late_cpus, ends, stats_before, changes: Vec::new(), instance };
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
@@ -133,9 +136,9 @@ impl ArmedSession {
     }
 
     /// Tracing on, start marker written: the TSC around both.
-    pub(super) fn start(&self, marker: &str) -> Result<FromAgent, Failure> {
+    pub(super) fn start(&mut self, marker: &str) -> Result<FromAgent, Failure> {
         let before = GuestTsc(tsc::read());
-        self.instance.set_tracing(true)?;
+        self.instance.start_tracing()?;
         if let Err(failure) = self.instance.mark(marker) {
             self.instance.set_tracing(false)?;
             return Err(failure);
@@ -155,12 +158,19 @@ impl ArmedSession {
     /// Writes a marker.
     pub(super) fn mark(&self, text: &str) -> Result<FromAgent, Failure> {
         let before = GuestTsc(tsc::read());
-        self.instance.mark(text)?;
+        if let Err(failure) = self.instance.mark(text) {
+            if !self.instance.was_switched_off() {
+                return Err(failure);
+            }
+            // The report names what was switched off; the pages that were recorded before stay.
+            log::warn!("no marker: tracing was switched off: {text}");
+        }
         Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
     }
 
     /// Tracing off; the pump moves what is left, then [`ArmedSession::done`] is readable.
     pub(super) fn drain(&mut self) {
+        self.changes = self.instance.setting_changes();
         if let Err(failure) = self.instance.set_tracing(false) {
             log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
         }
@@ -197,6 +207,9 @@ impl ArmedSession {
             tell(&FromAgent::Lane(LaneReport { cpu, stats_after, ..LaneReport::default() }))?;
         }
         described(|each| self.instance.describe_end(each), tell)?;
+        for change in &self.changes {
+            tell(&FromAgent::Changed(change.clone()))?;
+        }
         tell(&FromAgent::Stopped)?;
         Ok(())
     }

@@ -353,7 +353,8 @@ impl<'a> Control<'a> {
     }
 
     fn start(&mut self, marker: &str) -> Result<(), Refused> {
-        let started = self.armed().start(marker)?;
+        let work = self.work.as_mut().expect("SessionState::on allows this only while a session exists");
+        let started = work.start(marker)?;
         self.state = self.state.after(SessionOutcome::Started);
         self.tell(&started)?;
         self.start_commands()

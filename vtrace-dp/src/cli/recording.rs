@@ -27,7 +27,7 @@ pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
     if plan.json {
         return put_json(summary);
     }
-    if !plan.quiet || summary.failed() {
+    if !plan.quiet || summary.failed() || summary.was_changed() {
         say(&summary.to_string());
     }
     Ok(())
@@ -36,7 +36,7 @@ pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
 fn exit_status(plan: &Plan, summary: &Summary) -> u8 {
     match summary.command_status {
         _ if summary.failed() => FAILED,
-        _ if plan.strict && summary.lost_anything() => LOST,
+        _ if plan.strict && (summary.lost_anything() || summary.was_changed()) => LOST,
         Some(status) => status,
         None => 0,
     }

@@ -39,6 +39,7 @@ use crate::{
         },
         write::{WriteFault, Writer, host_lanes::HostingFault, host_times::Rewritten},
     },
+    tracefs::TRACE_CLOCK,
 };
 
 /// Runs of a vCPU are looked up this far after a step back of its TSC, cycles: as long as one page can last.
@@ -54,6 +55,8 @@ pub(super) struct GuestClock {
     is_raw: bool,
     /// The pages go to a named instance, to which stock readers apply no time shift.
     is_instance: bool,
+    /// The guest's trace clock was changed while it recorded: nothing is known of its times.
+    is_changed: bool,
     since: HostTsc,
     remarks: Vec<String>,
 }
@@ -133,9 +136,14 @@ impl GuestClock {
             lanes,
             is_raw: recording.plan.raw_clock,
             is_instance: instances::of_guest(recording.plan, session).is_some(),
+            is_changed: false,
             since: recording.since,
             remarks: Vec::new(),
         };
+        if session.changes.iter().any(|change| change.setting == TRACE_CLOCK) {
+            clock.is_changed = true;
+            return clock;
+        }
         clock.source = match clock.kvm_table(recording, readings, session, host) {
             Ok(table) => {
                 let shape =
@@ -249,6 +257,8 @@ impl GuestClock {
         let segments = segments(&self.kvm);
         let mut summary = ClockSummary { segments, kvm: self.kvm, steady: true, ..ClockSummary::default() };
         match self.source {
+            // A changed clock has a line of its own in the table.
+            ClockSource::None if self.is_changed => return converted,
             ClockSource::None if self.is_raw => {}
             ClockSource::None => {
                 converted.remarks.push("its clock could not be measured: its times stay its own".into());

@@ -18,7 +18,7 @@ use vtrace_common::{
     ledger::Ledger,
     time::HostTsc,
     wire::{
-        agent::{Arm, Armed, Failure, FailureKind, LaneReport, Piece},
+        agent::{Arm, Armed, Failure, FailureKind, LaneReport, Piece, SettingChange},
         client::{Area, LaneLedger},
     },
 };
@@ -55,6 +55,8 @@ pub struct HostReport {
     pub stopped: HostTsc,
     /// CPU use of the pump.
     pub pump: PumpUse,
+    /// Settings that were changed while it recorded.
+    pub changes: Vec<SettingChange>,
 }
 
 /// Why the host's part cannot be recorded.
@@ -142,7 +144,7 @@ impl HostRecorder {
         }
         self.stats_before = self.stats();
         let before = HostTsc(tsc::read());
-        self.instance.set_tracing(true)?;
+        self.instance.start_tracing()?;
         self.instance.mark(marker)?;
         Ok((before, HostTsc(tsc::read())))
     }
@@ -167,6 +169,7 @@ impl HostRecorder {
     /// # Errors
     /// `State` before `attach`; `Kernel`
     pub fn stop(&mut self) -> Result<HostReport, Failure> {
+        let changes = self.instance.setting_changes();
         self.instance.set_tracing(false)?;
         let stopped = HostTsc(tsc::read());
         let pump = self.pump.take().ok_or_else(|| state("nothing of the host is being recorded"))?;
@@ -178,7 +181,7 @@ impl HostRecorder {
         let lanes = pumped.lanes.iter().zip(before.zip(self.stats()));
         let lanes = lanes.map(|(lane, stats)| report(lane, stats)).collect();
         let ends = pumped.lanes.iter().map(|lane| lane.end).collect();
-        Ok(HostReport { lanes, ends, stopped, pump: pumped.used })
+        Ok(HostReport { lanes, ends, stopped, pump: pumped.used, changes })
     }
 
     /// The description that is known only after the trace: command lines.

@@ -9,7 +9,10 @@ use std::fmt;
 use serde::Serialize;
 use vtrace_common::{
     ledger::Ledger,
-    wire::{agent::LaneReport, client::LaneLedger},
+    wire::{
+        agent::{LaneReport, SettingChange},
+        client::LaneLedger,
+    },
 };
 
 use super::{files::limit::Ended, guests::command_output::CommandSummary};
@@ -62,6 +65,8 @@ pub struct MachineSummary {
     pub commands: Vec<CommandSummary>,
     /// The longest time for which its agent owed an answer, ms. Agents are asked every second.
     pub silence_ms_max: u64,
+    /// Settings of its buffer that another program, or a trigger, changed while it recorded.
+    pub changes: Vec<SettingChange>,
     /// Its part ended early, or its file is not as it should be.
     pub failed: bool,
     /// Failures, and facts that a reader of the file needs.
@@ -179,6 +184,11 @@ impl MachineSummary {
 }
 
 impl Summary {
+    /// Whether settings were changed while a machine recorded: events may be missing, or times be of another clock.
+    pub fn was_changed(&self) -> bool {
+        self.machines.iter().any(|machine| !machine.changes.is_empty())
+    }
+
     /// Whether a page or an event was lost anywhere.
     pub fn lost_anything(&self) -> bool {
         self.machines
@@ -235,11 +245,39 @@ impl fmt::Display for Summary {
                 };
                 writeln!(f, "command {}: {command}: {end}{dropped}", machine.name)?;
             }
+            for change in &machine.changes {
+                writeln!(f, "changed {}: {}", machine.name, ChangeText(change))?;
+            }
             for remark in &machine.remarks {
                 writeln!(f, "note {}: {remark}", machine.name)?;
             }
         }
         Ok(())
+    }
+}
+
+/// A changed setting as a line of the table.
+pub(crate) struct ChangeText<'a>(pub(crate) &'a SettingChange);
+
+impl fmt::Display for ChangeText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let SettingChange { setting, armed, found } = self.0;
+        let is_pipe = setting.contains("trace_pipe");
+        match (armed.as_str(), found.as_str()) {
+            ("", "") if is_pipe => write!(f, "{setting} was opened by another program: events it read are missing"),
+            ("", "") if setting == "trace" => write!(f, "trace was written: its ring buffers were cleared"),
+            ("", "") => write!(f, "{setting} was written while it recorded, and has its value again"),
+            (_, "0") if setting == "tracing_on" => {
+                write!(f, "tracing was switched off while it recorded: later events are missing")
+            }
+            _ if setting == "trace_clock" => {
+                write!(
+                    f,
+                    "trace_clock was changed from {armed} to {found} while it recorded: its times are not converted"
+                )
+            }
+            _ => write!(f, "{setting} was changed from {armed} to {found} while it recorded"),
+        }
     }
 }
 
@@ -341,6 +379,7 @@ mod tests {
             ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 1840, steady: true, ..Default::default() };
         let machine = MachineSummary {
             commands: Vec::new(),
+            changes: Vec::new(),
             name: "guest1".into(),
             file: Some("trace-guest1.dat".into()),
             bytes: 36864,
@@ -384,5 +423,31 @@ mod tests {
         let machine = MachineSummary { file: Some(path.display().to_string()), ..MachineSummary::default() };
         let json = serde_json::to_string(&machine).unwrap();
         assert!(json.contains("d\u{fffd}/trace.dat"), "{json}");
+    }
+
+    #[test]
+    fn changed_settings_are_lines_of_the_table_and_count_for_strict() {
+        let change = |setting: &str, armed: &str, found: &str| SettingChange {
+            setting: setting.into(),
+            armed: armed.into(),
+            found: found.into(),
+        };
+        let changes = vec![
+            change("trace_clock", "x86-tsc", "global"),
+            change("tracing_on", "1", "0"),
+            change("per_cpu/cpu0/trace_pipe", "", ""),
+        ];
+        let machine = MachineSummary { name: "host".into(), changes, ..MachineSummary::default() };
+        let summary =
+            Summary { session: "7".into(), seconds: 3.0, machines: vec![machine], ended: None, command_status: None };
+        let text = summary.to_string();
+        for line in [
+            "changed host: trace_clock was changed from x86-tsc to global while it recorded",
+            "changed host: tracing was switched off while it recorded: later events are missing",
+            "changed host: per_cpu/cpu0/trace_pipe was opened by another program",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        assert!(summary.was_changed() && !summary.lost_anything());
     }
 }

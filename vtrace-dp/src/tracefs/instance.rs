@@ -23,13 +23,15 @@ use nix::{
 use vtrace_common::{
     ids::Cpu,
     limits::{PAGE_BYTES_MAX, PAGE_BYTES_MIN},
-    wire::agent::{Arm, Failure, FailureKind, Piece},
+    wire::agent::{Arm, Failure, FailureKind, Piece, SettingChange},
 };
 
 use super::{
     INSTANCE_PREFIX, Tap, Tracefs, cpus, describe,
     events::{Events, switch_on},
-    expressions, failure, nearest, read, refused, settings, shortened,
+    expressions, failure, nearest, read, refused,
+    setting_watch::{self, SettingWatch},
+    settings, shortened,
     stats::Stats,
     top, write,
 };
@@ -68,6 +70,9 @@ pub struct Instance {
     /// Which CPUs are traced, if not all.
     mask: Option<BTreeSet<Cpu>>,
     on: Events,
+    watch: Option<SettingWatch>,
+    /// Writes that remove its filters and triggers.
+    undo: Vec<expressions::Undo>,
 }
 
 impl Tracefs {
@@ -111,10 +116,12 @@ impl Tracefs {
         let available = Events::parse(&read(&self.root().join("available_events"))?);
         let mut undo = Vec::new();
         let applied = expressions::apply(&instance.path, &available, &arm.events, &mut undo);
-        if let Some(borrowed) = &mut instance.borrowed {
-            borrowed.undo = undo;
+        match &mut instance.borrowed {
+            Some(borrowed) => borrowed.undo = undo,
+            None => instance.undo = undo,
         }
         applied?;
+        instance.check_clock(arm)?;
         instance.on = switch_on(&instance.path, &available, &arm.events, each)?;
         Ok(instance)
     }
@@ -146,6 +153,8 @@ impl Tracefs {
             page_bytes: 0,
             mask: None,
             on: Events::default(),
+            watch: None,
+            undo: Vec::new(),
         };
         instance.switch = Some(instance.open_to_write("tracing_on")?);
         instance.marker = Some(instance.open_to_write("trace_marker")?);
@@ -198,6 +207,45 @@ impl Instance {
     pub fn set_tracing(&self, on: bool) -> Result<(), Failure> {
         let mut switch = self.switch.as_ref().expect("open until it is removed");
         switch.write_all(if on { b"1" } else { b"0" }).map_err(|error| refused(&self.path.join("tracing_on"), &error))
+    }
+
+    /// Switches tracing on and from now on detects changes of settings. All taps of online CPUs must be open.
+    ///
+    /// # Errors
+    /// `Kernel`
+    pub fn start_tracing(&mut self) -> Result<(), Failure> {
+        self.set_tracing(true)?;
+        self.watch = Some(SettingWatch::begin(&self.path, &self.cpus));
+        Ok(())
+    }
+
+    /// Settings that changed since [`Instance::start_tracing`]; to be asked before tracing is switched off.
+    pub fn setting_changes(&self) -> Vec<SettingChange> {
+        self.watch.as_ref().map(SettingWatch::changes).unwrap_or_default()
+    }
+
+    /// Whether tracing was switched off after [`Instance::start_tracing`], by a trigger or another program.
+    pub fn was_switched_off(&self) -> bool {
+        self.watch.is_some() && setting_watch::value(&self.path, "tracing_on").as_deref() == Some("0")
+    }
+
+    /// Refuses triggers that made the kernel switch the buffer's clock.
+    ///
+    /// Source: kernel/trace/trace_events_hist.c, `event_hist_trigger_parse()`: a trigger with `common_timestamp` sets the
+    /// clock that its `clock=` names, `global` by default.
+    fn check_clock(&self, arm: &Arm) -> Result<(), Failure> {
+        let Some(found) = setting_watch::value(&self.path, "trace_clock") else { return Ok(()) };
+        if arm.clock.is_empty() || found == arm.clock {
+            return Ok(());
+        }
+        let triggers = arm.events.iter().flat_map(|request| &request.triggers);
+        let culprit = triggers.clone().find(|trigger| trigger.contains("common_timestamp"));
+        let object = culprit.or_else(|| triggers.clone().next()).map_or("trace_clock", String::as_str);
+        let detail = format!(
+            "it makes the kernel switch the buffer's clock from {0} to {found}: add :clock={0} to the trigger",
+            arm.clock
+        );
+        Err(failure(FailureKind::Expression, object, &detail))
     }
 
     /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page. Where not all CPUs are traced,
@@ -261,9 +309,13 @@ impl Instance {
     fn take_down(&mut self) -> Result<(), Failure> {
         let Some(mut switch) = self.switch.take() else { return Ok(()) };
         let stopped = switch.write_all(b"0");
-        drop((switch, self.marker.take()));
+        drop((switch, self.marker.take(), self.watch.take()));
         if let Some(borrowed) = self.borrowed.take() {
             borrowed.give_back();
+        }
+        // A trigger with a variable keeps its instance.
+        for (path, text) in self.undo.drain(..).rev() {
+            let _ = write(&path, &text);
         }
         let removed = stopped.and(remove_directory(&self.directory));
         removed.map_err(|error| refused(&self.directory, &error))

@@ -16,6 +16,7 @@ mod expressions;
 mod instance;
 mod pattern;
 mod pieces;
+mod setting_watch;
 mod settings;
 pub mod stats;
 mod symbols;
@@ -42,6 +43,9 @@ use vtrace_common::{
 
 pub use cpus::{online_cpus, parse_cpus, possible_cpus};
 pub use instance::{BUFFER_PERCENT, Instance};
+
+/// The file with a buffer's clock.
+pub const TRACE_CLOCK: &str = "trace_clock";
 
 /// Prefix of the names of our instances; a process id follows, then anything.
 pub const INSTANCE_PREFIX: &str = "vtrace-";

@@ -14,7 +14,7 @@ use super::{
     finish_form::{PartFile, WantedForm},
     finish_guest::finish_guest,
     machine_file::MachineFile,
-    options::{cpu_stats, machine_options, uname},
+    options::{cpu_stats, machine_options, recorded_clock, uname},
 };
 use crate::{
     analysis::{host_lanes::Decoders, vcpu_runs::HostLanes},
@@ -31,7 +31,7 @@ use crate::{
         format::option::TraceOption,
         read::{LaneData, input::FileSource},
     },
-    tracefs::online_cpus,
+    tracefs::{TRACE_CLOCK, online_cpus},
 };
 
 /// Finishes all files: the guests' first, so that the host's can link them.
@@ -64,10 +64,11 @@ pub(crate) fn finish(
     Summary { session, seconds, machines, ended: recording.ended, command_status }
 }
 
-/// The host's pages, to look up when vCPUs ran. `None` where only the newest pages are kept, which are not in order, and
-/// where the file cannot be opened again.
+/// The host's pages, to look up when vCPUs ran. `None` where only the newest pages are kept, which are not in order,
+/// where its clock was changed, and where the file cannot be opened again.
 fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) -> Option<HostLanes> {
-    if recording.plan.newest_bytes.is_some() {
+    let has_other_clock = report.changes.iter().any(|change| change.setting == TRACE_CLOCK);
+    if recording.plan.newest_bytes.is_some() || has_other_clock {
         return None;
     }
     let opened = open_host_lanes(&recording.host, file, report);
@@ -104,9 +105,11 @@ fn finish_instances(
 ) -> (Vec<MachineSummary>, Vec<PartFile>) {
     let mut machines = Vec::new();
     let mut parts = Vec::new();
-    for (instance, (file, report)) in recording.instances.iter().zip(stopped) {
+    for (instance, (mut file, report)) in recording.instances.iter().zip(stopped) {
         let mut machine = host_machine(recording, instance.title(), &file, &report);
-        let mut options = machine_options(shared, &instance.host.armed.clock, &uname(), file.trace_id);
+        let clock = recorded_clock(&instance.host.armed.clock, &report.changes);
+        file.writer.set_clock(&clock);
+        let mut options = machine_options(shared, &clock, &uname(), file.trace_id);
         options.extend(cpu_stats(&machine, &report.lanes));
         let entry = file.output.entry().clone();
         let handle = file.output.file.try_clone();
@@ -133,6 +136,7 @@ fn host_machine(recording: &Recording, name: String, file: &MachineFile, report:
         file: Some(file.output.path().display().to_string()),
         lanes: report.lanes.iter().map(LaneSummary::host).collect(),
         failed: report.ends.iter().flatten().any(|end| !is_size_limit(recording, end)),
+        changes: report.changes.clone(),
         remarks: report.lanes.iter().filter_map(trouble_of).collect(),
         ..MachineSummary::default()
     }
@@ -144,7 +148,7 @@ fn filled_by(report: &HostReport) -> Vec<(Cpu, u64)> {
 
 fn finish_host(
     recording: &Recording,
-    file: MachineFile,
+    mut file: MachineFile,
     report: &HostReport,
     links: Vec<TraceOption>,
     shared: &SharedFacts,
@@ -152,7 +156,9 @@ fn finish_host(
 ) -> MachineSummary {
     let mut machine = host_machine(recording, "host".into(), &file, report);
     machine.remarks.extend(online_since_start(&recording.host.armed.lanes));
-    let mut options = machine_options(shared, &recording.host.armed.clock, &uname(), shared.host_id);
+    let clock = recorded_clock(&recording.host.armed.clock, &report.changes);
+    file.writer.set_clock(&clock);
+    let mut options = machine_options(shared, &clock, &uname(), shared.host_id);
     options.extend(cpu_stats(&machine, &report.lanes));
     options.extend(links);
     let wanted = WantedForm { form: recording.plan.form, ..WantedForm::default() };

@@ -16,7 +16,7 @@ use super::{
     finish_file::{Reform, note_old_pages, trouble_of, write},
     finish_form::WantedForm,
     machine_file::{MachineFile, filled},
-    options::{cpu_stats, guest_link, guest_uname, machine_options},
+    options::{cpu_stats, guest_link, guest_uname, machine_options, recorded_clock},
     unreported_pages,
 };
 use crate::{
@@ -53,7 +53,9 @@ pub(super) fn finish_guest(
 
     let written = filled(&ledgers);
     let mut in_file = written.clone();
-    let mut options = machine_options(shared, &armed.clock, guest_uname(session), file.trace_id);
+    let recorded_clock = recorded_clock(&armed.clock, &session.changes);
+    file.writer.set_clock(&recorded_clock);
+    let mut options = machine_options(shared, &recorded_clock, guest_uname(session), file.trace_id);
     let cmdlines = &session.metadata.cmdlines;
     let pages = FilePages { writer: &mut file.writer, filled: &mut in_file, cmdlines, options: &options };
     let mut times = clock.convert(pages, shared);
@@ -113,6 +115,7 @@ fn guest_summary(
         sink: Some(if file.direct.is_some() { "direct" } else { "buffered" }),
         clock: times.summary,
         commands: session.outputs.commands().to_vec(),
+        changes: session.changes.clone(),
         silence_ms_max: u64::try_from(longest_silence.as_millis()).unwrap_or(u64::MAX),
         failed: has_failed(session, ledgers) || times.failed,
         remarks,

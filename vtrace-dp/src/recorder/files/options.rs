@@ -2,7 +2,11 @@
 //!
 //! Trust: texts of a guest are bounded by `wire` and contain no control characters
 
-use vtrace_common::{ids::Cpu, ledger::Ledger, wire::agent::LaneReport};
+use vtrace_common::{
+    ids::Cpu,
+    ledger::Ledger,
+    wire::agent::{LaneReport, SettingChange},
+};
 
 use crate::{
     clock::vcpus::Vcpu,
@@ -13,12 +17,21 @@ use crate::{
         summary::{ClockSummary, LaneSummary, MachineSummary},
     },
     trace::format::option::TraceOption,
+    tracefs::TRACE_CLOCK,
     vmm::vcpu_threads::vcpu_threads,
 };
 
 /// The text of a marker: the same in all files of a session.
 pub(crate) fn marker(plan: &Plan, word: &str) -> String {
     format!("vtrace: {word} {:016x}", plan.host.arm.session)
+}
+
+/// The clock of a machine's file: the one that was armed, or the one it was changed to while it was recorded.
+pub(super) fn recorded_clock(armed: &str, changes: &[SettingChange]) -> String {
+    match changes.iter().find(|change| change.setting == TRACE_CLOCK && !change.found.is_empty()) {
+        Some(change) => format!("[{}]", change.found),
+        None => armed.into(),
+    }
 }
 
 /// The options of a machine that are known before its trace begins.

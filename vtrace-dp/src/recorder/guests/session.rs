@@ -14,10 +14,10 @@ use std::{collections::BTreeSet, time::Instant};
 
 use vtrace_common::{
     ids::Cpu,
-    limits::{CPUS_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
+    limits::{CHANGES_MAX, CPUS_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     time::GuestTsc,
     wire::{
-        agent::{Arm, Armed, Failure, FromAgent, LaneReport, ToAgent},
+        agent::{Arm, Armed, Failure, FromAgent, LaneReport, SettingChange, ToAgent},
         client::{Area, Claimed, FromServer, Gone, LaneLedger, LaneSent, Lanes, Refusal, ToServer},
     },
 };
@@ -124,6 +124,8 @@ pub struct GuestSession {
     pub reports: Vec<LaneReport>,
     /// The agent's ledger of CPUs that came online after the start and have no lane.
     pub late: Vec<LaneReport>,
+    /// Settings of its buffer that were changed while it recorded.
+    pub changes: Vec<SettingChange>,
     /// Why the agent refused the last probe.
     pub probe_refused: Option<Failure>,
     probing: bool,
@@ -156,6 +158,7 @@ impl GuestSession {
             echo: None,
             reports: Vec::new(),
             late: Vec::new(),
+            changes: Vec::new(),
             probe_refused: None,
             probing: false,
             ledgers: Vec::new(),
@@ -285,6 +288,12 @@ impl GuestSession {
             }
             (Phase::Stopping, FromAgent::Lane(report)) if self.is_late(report.cpu) => {
                 self.late.push(shown_report(report));
+                vec![]
+            }
+            (Phase::Stopping, FromAgent::Changed(change)) => {
+                if self.changes.len() < CHANGES_MAX {
+                    self.changes.push(shown_change(&change));
+                }
                 vec![]
             }
             (Phase::Stopping, FromAgent::Stopped) => self.drain(self.sent(), WAIT_MS_MAX),
@@ -458,6 +467,11 @@ fn is_possible(armed: &Armed) -> bool {
 fn shown_failure(failure: Failure) -> Failure {
     let near = failure.near.iter().map(|name| printable(name)).collect();
     Failure { object: printable(&failure.object), detail: printable(&failure.detail), near, ..failure }
+}
+
+fn shown_change(change: &SettingChange) -> SettingChange {
+    let [setting, armed, found] = [&change.setting, &change.armed, &change.found].map(|text| printable(text));
+    SettingChange { setting, armed, found }
 }
 
 fn shown_report(report: LaneReport) -> LaneReport {

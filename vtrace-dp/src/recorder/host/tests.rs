@@ -417,3 +417,52 @@ fn calls_out_of_order_are_refused() {
     recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     assert_eq!(recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap_err().kind, FailureKind::State);
 }
+
+#[test]
+fn settings_that_are_changed_while_recording_are_reported() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(0x5e77, &["sched:sched_switch"], 0)).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let areas = areas(&recorder, 1 << 20);
+    recorder.attach(file, &areas, None).unwrap();
+    recorder.start("start").unwrap();
+    let buffer = recorder.instance.path().to_owned();
+    std::fs::write(buffer.join("events/sched/sched_wakeup/enable"), "1").unwrap();
+    std::fs::write(buffer.join("trace_clock"), "global").unwrap();
+    std::fs::write(buffer.join("tracing_on"), "0").unwrap();
+    std::fs::write(buffer.join("buffer_size_kb"), "100").unwrap();
+    drop(std::fs::File::open(buffer.join(format!("per_cpu/{}/trace_pipe_raw", areas[0].cpu))).unwrap());
+    let report = recorder.stop().unwrap();
+    let of = |setting: &str| report.changes.iter().find(|change| change.setting == setting).cloned();
+    let clock = of("trace_clock").unwrap();
+    assert_eq!((&*clock.armed, &*clock.found), ("x86-tsc", "global"));
+    assert_eq!(of("tracing_on").map(|change| change.found), Some("0".into()));
+    assert!(of("buffer_size_kb").is_some() && of("set_event").is_some(), "{:?}", report.changes);
+    assert!(of(&format!("per_cpu/{}/trace_pipe_raw", areas[0].cpu)).is_some(), "{:?}", report.changes);
+}
+
+#[test]
+fn recording_that_is_left_alone_reports_no_change() {
+    let Some(_alone) = alone() else { return };
+    let mut recorder = HostRecorder::arm(&arm(0x5e78, &["sched:sched_switch"], 0)).unwrap();
+    let areas = areas(&recorder, 1 << 20);
+    recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
+    recorder.start("start").unwrap();
+    recorder.mark("here").unwrap();
+    assert_eq!(recorder.stop().unwrap().changes, []);
+}
+
+#[test]
+fn trigger_that_switches_the_clock_is_refused_with_its_reason() {
+    let Some(_alone) = alone() else { return };
+    let mut request = arm(0x5e79, &["sched:sched_waking"], 0);
+    request.events[0].triggers.push("hist:keys=pid:ts0=common_timestamp.usecs".into());
+    let Err(refusal) = HostRecorder::arm(&request) else { panic!("it was armed") };
+    if refusal.detail.contains("Invalid argument") || refusal.detail.contains("no such") {
+        println!("skipped: this kernel has no hist triggers");
+        return;
+    }
+    assert!(refusal.detail.contains("clock from x86-tsc to global: add :clock=x86-tsc"), "{refusal:?}");
+    let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), 0x5e79);
+    assert!(!Tracefs::find_or_mount().unwrap().root().join("instances").join(name).exists(), "it is removed");
+}

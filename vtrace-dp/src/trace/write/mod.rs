@@ -159,6 +159,11 @@ impl Writer {
         Ok(())
     }
 
+    /// The file gets this clock when it is finished: the one that its pages were recorded with in the end.
+    pub fn set_clock(&mut self, clock: &str) {
+        chosen(clock).clone_into(&mut self.frame.clock);
+    }
+
     /// Gives all events of all lanes their host times. `filled`: as for [`finish`](Self::finish); lanes can become longer.
     /// `cmdlines`, `options`: what the file shall have if [`finish`](Self::finish) is never reached:
     /// [`super::restore`] goes on where this was killed.

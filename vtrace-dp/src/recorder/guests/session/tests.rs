@@ -259,3 +259,14 @@ fn machine_whose_cpus_are_all_to_come_or_come_without_a_lane_is_refused() {
         assert!(session.trouble.is_some() && session.armed.is_none());
     }
 }
+
+#[test]
+fn changes_that_an_agent_reports_are_bounded_and_printable() {
+    let mut session = running();
+    session.stop();
+    let change = SettingChange { setting: "trace_clock".into(), armed: "x86-tsc".into(), found: "\u{1b}[2Jx".into() };
+    for _ in 0..CHANGES_MAX + 5 {
+        session.on(agent(FromAgent::Changed(change.clone())));
+    }
+    assert_eq!((session.changes.len(), &*session.changes[0].found), (CHANGES_MAX, "?[2Jx"));
+}
