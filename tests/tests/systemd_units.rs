@@ -42,11 +42,16 @@ fn systemd_has_nothing_to_say_about_the_units() -> Result<()> {
         let path = entry?.path();
         if matches!(path.extension().and_then(|extension| extension.to_str()), Some("service" | "socket")) {
             let unit = folder.path().join(path.file_name().context("a unit has a name")?);
-            fs::write(&unit, fs::read_to_string(&path)?.replace("/usr/bin/vtrace", &program))?;
+            fs::write(
+                &unit,
+                fs::read_to_string(&path)?
+                    .replace("/usr/bin/vtrace-agent", &program)
+                    .replace("/usr/bin/vtrace", &program),
+            )?;
             units.push(unit);
         }
     }
-    ensure!(units.len() == 3, "{units:?}");
+    ensure!(units.len() == 4, "{units:?}");
     let verify = |units: &[PathBuf]| -> Result<(bool, String)> {
         let output = Command::new("systemd-analyze").args(["verify", "--man=no"]).args(units).output()?;
         Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))

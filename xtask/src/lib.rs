@@ -8,6 +8,7 @@ pub mod cache;
 pub mod cpio;
 pub mod debian;
 pub mod demo;
+pub mod dist;
 pub mod ebpf;
 pub mod fuzz;
 pub mod image;

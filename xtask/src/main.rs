@@ -18,6 +18,8 @@ enum Task {
     Boot(xtask::boot::Arguments),
     /// Boot a guest and record it together with this host
     Demo,
+    /// Make the stripped static vtrace and the Debian packages
+    Dist,
     /// Build the eBPF object from its source
     Ebpf {
         /// Only prove that the committed object is what its source gives
@@ -65,6 +67,7 @@ enum Lab {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Boot(arguments) => xtask::boot::run(&arguments),
+        Task::Dist => xtask::dist::run(),
         Task::Demo => xtask::demo::run(),
         Task::Fuzz(arguments) => xtask::fuzz::run(&arguments),
         Task::Image => xtask::image::run(),

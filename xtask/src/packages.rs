@@ -15,7 +15,7 @@ pub const COMPILERS: [&str; 3] = ["gcc", "g++", "libc6-dev"];
 ///
 /// The suites that boot no guest run in an empty Debian root that has these packages only (`cargo xtask test guest`).
 /// Debian 12's libkshark-dev does not depend on libjson-c-dev, whose header its own headers include.
-pub const LISTED: [(&str, &[&str]); 23] = [
+pub const LISTED: [(&str, &[&str]); 26] = [
     ("bash", &["/bin/bash"]),
     ("binutils", &["/usr/bin/strip"]),
     ("bsdutils", &["/usr/bin/script"]),
@@ -29,6 +29,7 @@ pub const LISTED: [(&str, &[&str]); 23] = [
     ("libjson-c-dev", &["/usr/include/json-c/json.h"]),
     ("libkshark-dev", &["/usr/include/kernelshark/libkshark.h"]),
     ("libxml2-utils", &["/usr/bin/xmllint"]),
+    ("lz4", &["/usr/bin/lz4"]),
     ("man-db", &["/usr/bin/man"]),
     ("mmdebstrap", &["/usr/bin/mmdebstrap"]),
     ("mount", &["/bin/mount", "/bin/umount"]),
@@ -37,11 +38,13 @@ pub const LISTED: [(&str, &[&str]); 23] = [
         "systemd",
         &["/bin/systemd-analyze", "/bin/systemd-socket-activate", "/bin/systemd-sysusers", "/bin/systemd-tmpfiles"],
     ),
+    ("systemd-container", &["/usr/bin/systemd-nspawn"]),
     ("trace-cmd", &["/usr/bin/trace-cmd"]),
     ("udev", &["/bin/udevadm"]),
     ("util-linux", &["/usr/bin/setpriv", "/usr/bin/unshare", "/sbin/fsfreeze"]),
     ("xfsprogs", &["/sbin/mkfs.xfs"]),
     ("xz-utils", &["/usr/bin/xz"]),
+    ("zstd", &["/usr/bin/zstd"]),
 ];
 /// Programs of packages that every Debian has (`Essential: yes`), and those that rustup brings.
 #[cfg(test)]
