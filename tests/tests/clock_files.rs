@@ -139,7 +139,7 @@ fn write_as(path: &Path, pairs: &[Pair], is_raw: bool) -> Result<Guest> {
     let Recorded { mut writer, mut filled, table, stories } = record(path, pairs, 250_000_000, 30_000_000_000 / 8)?;
     let mut options = options();
     let shape = shape(&table, &LANES, 0x1111);
-    let (mut rewritten, mut doubts) = (Vec::new(), Vec::new());
+    let (mut rewritten, mut uncertainties) = (Vec::new(), Vec::new());
     let shown = match &shape {
         _ if is_raw => Shown::Raw,
         Shape::Shift(shift) => {
@@ -149,12 +149,12 @@ fn write_as(path: &Path, pairs: &[Pair], is_raw: bool) -> Result<Guest> {
         Shape::Rewrite => {
             let hosted = writer.host_times(&mut filled, &table, CMDLINES, &options)?;
             hosted.fault.map_or(Ok(()), Err)?;
-            doubts = hosted.doubts;
+            uncertainties = hosted.uncertainties;
             rewritten.extend(hosted.lanes.into_iter().map(|(_, done)| done));
             Shown::Rewritten
         }
     };
-    options.push(TraceOption::Segments(Segments { shown, table: table.clone(), doubts }));
+    options.push(TraceOption::Segments(Segments { shown, table: table.clone(), uncertainties }));
     writer.finish(&filled, CMDLINES, &options, "{}")?;
     Ok(Guest { table, stories, shape, rewritten })
 }
@@ -287,7 +287,7 @@ fn lanes_that_keep_their_newest_pages_only_and_have_begun_again_are_shown_as_hos
     hosted.fault.map_or(Ok(()), Err)?;
     writer.finish(&filled, CMDLINES, &options(), "{}")?;
     kept.sort_unstable();
-    assert_eq!(hosted.doubts.len(), 0);
+    assert_eq!(hosted.uncertainties.len(), 0);
     for report in [trace_cmd(&["report", "-t"], &[&path])?, trace_cmd_newest(&["report", "-t"], &[&path])?] {
         let mut found: Vec<(Cpu, u64)> = lines(&report).iter().map(|line| (line.cpu, line.time)).collect();
         found.sort_unstable();

@@ -208,7 +208,7 @@ pub struct Hits {
 /// One vCPU's TSC as the programs last told it.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Told {
+pub struct ReportedState {
     /// `tgid << 32 | tid` of the thread that ran it: a new VM at an old address is not taken for the old one.
     pub owner: u64,
     /// As in [`TscChange`].
@@ -230,7 +230,7 @@ pub struct PerCpu {
     /// The vCPU of the last hit on this CPU.
     pub vcpu: u64,
     /// What was last told about it.
-    pub told: Told,
+    pub reported: ReportedState,
 }
 
 /// Words of a [`PerCpu`].

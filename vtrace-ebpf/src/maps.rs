@@ -5,7 +5,7 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use vtrace_common::kvm::{CHANGES_BYTES, Layout, PROCESSES_MAX, PerCpu, Told, VCPUS_REMEMBERED_MAX};
+use vtrace_common::kvm::{CHANGES_BYTES, Layout, PROCESSES_MAX, PerCpu, ReportedState, VCPUS_REMEMBERED_MAX};
 
 /// Offsets of the running kernel; the loader fills it in and freezes it, so each word is a constant to the verifier.
 #[unsafe(no_mangle)]
@@ -27,7 +27,7 @@ pub static PER_CPU: PerCpuArray<PerCpu> = PerCpuArray::with_max_entries(1, 0);
 
 /// What was last told about each vCPU, by its address: a vCPU that changes its CPU is not told again.
 #[map]
-pub static TOLD: LruHashMap<u64, Told> = LruHashMap::with_max_entries(VCPUS_REMEMBERED_MAX, 0);
+pub static TOLD: LruHashMap<u64, ReportedState> = LruHashMap::with_max_entries(VCPUS_REMEMBERED_MAX, 0);
 
 /// Processes (tgid) whose vCPUs are told; 0 is everyone.
 #[map]

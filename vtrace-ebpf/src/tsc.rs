@@ -8,7 +8,7 @@ use aya_ebpf::{
         bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_printk, bpf_probe_read_kernel, bpf_seq_write, generated,
     },
 };
-use vtrace_common::kvm::{ABSENT, PerCpu, SPAN_BYTES_MAX, Told, TscChange, VcpuState, source};
+use vtrace_common::kvm::{ABSENT, PerCpu, SPAN_BYTES_MAX, ReportedState, TscChange, VcpuState, source};
 
 use crate::maps::{CHANGES, PER_CPU, TOLD, WANTED, layout};
 
@@ -29,14 +29,14 @@ pub fn watch(vcpu: *const u8, seen_by: u8) {
         _ => per_cpu.hits.emulate += 1,
     }
     let owner = bpf_get_current_pid_tgid();
-    if per_cpu.told.owner != owner && !is_wanted(owner) {
+    if per_cpu.reported.owner != owner && !is_wanted(owner) {
         return;
     }
-    let Some(now) = told(vcpu, owner) else {
+    let Some(now) = read_state(vcpu, owner) else {
         per_cpu.hits.unread += 1;
         return;
     };
-    if per_cpu.vcpu != vcpu as u64 || per_cpu.told != now {
+    if per_cpu.vcpu != vcpu as u64 || per_cpu.reported != now {
         changed(per_cpu, vcpu, now, seen_by);
     }
 }
@@ -51,7 +51,7 @@ pub fn snapshot(context: *const TaskFile) {
     }
     let Some(vcpu) = vcpu_of(file.cast()) else { return };
     let Some(tgid) = read::<u32>(task.cast(), layout!(task_tgid)) else { return };
-    let Some(state) = told(vcpu, u64::from(tgid) << 32 | u64::from(vcpu_thread(vcpu))) else { return };
+    let Some(state) = read_state(vcpu, u64::from(tgid) << 32 | u64::from(vcpu_thread(vcpu))) else { return };
     let mut record = MaybeUninit::<VcpuState>::uninit();
     record.write(VcpuState {
         tsc: change(vcpu, &state, source::SNAPSHOT),
@@ -86,7 +86,7 @@ fn is_wanted(owner: u64) -> bool {
 
 /// The four fields in one read.
 #[inline(always)]
-fn told(vcpu: *const u8, owner: u64) -> Option<Told> {
+fn read_state(vcpu: *const u8, owner: u64) -> Option<ReportedState> {
     let mut span = MaybeUninit::<[u64; SPAN_BYTES_MAX as usize / 8]>::uninit();
     let (from, bytes) = (vcpu.wrapping_add(layout!(span) as usize), layout!(span_bytes));
     // SAFETY: the loader keeps `span_bytes` within `span` (and the verifier refuses the program if it did not).
@@ -98,7 +98,7 @@ fn told(vcpu: *const u8, owner: u64) -> Option<Told> {
         // SAFETY: the loader keeps the four offsets, multiples of eight, below `span_bytes`, which was just written.
         unsafe { *span.as_ptr().cast::<u64>().byte_add(offset as usize) }
     };
-    Some(Told {
+    Some(ReportedState {
         owner,
         offset: at(layout!(offset)),
         ratio: at(layout!(ratio)),
@@ -110,23 +110,23 @@ fn told(vcpu: *const u8, owner: u64) -> Option<Told> {
 /// Something differs from this CPU's memory: tells it, unless only the CPU is new. What cannot be told is forgotten, so
 /// that the next hit tries again.
 #[inline(always)]
-fn changed(per_cpu: &mut PerCpu, vcpu: *const u8, now: Told, seen_by: u8) {
+fn changed(per_cpu: &mut PerCpu, vcpu: *const u8, now: ReportedState, seen_by: u8) {
     if !is_wanted(now.owner) {
         return;
     }
     let key = vcpu as u64;
     // SAFETY: a copy is taken at once; an element that is reused meanwhile differs and costs one record too many.
     let before = TOLD.get_ptr(key).map(|told| unsafe { *told });
-    if before != Some(now) && !tell(per_cpu, vcpu, &now, seen_by) {
+    if before != Some(now) && !report(per_cpu, vcpu, &now, seen_by) {
         return;
     }
     per_cpu.vcpu = key;
-    per_cpu.told = now;
+    per_cpu.reported = now;
 }
 
 /// Puts one record into the ring buffer and, if asked, one line into the host's trace.
 #[inline(always)]
-fn tell(per_cpu: &mut PerCpu, vcpu: *const u8, now: &Told, seen_by: u8) -> bool {
+fn report(per_cpu: &mut PerCpu, vcpu: *const u8, now: &ReportedState, seen_by: u8) -> bool {
     let Some(mut record) = CHANGES.reserve::<TscChange>(0) else {
         per_cpu.hits.full += 1;
         return false;
@@ -145,7 +145,7 @@ fn tell(per_cpu: &mut PerCpu, vcpu: *const u8, now: &Told, seen_by: u8) -> bool 
 
 /// The whole record of one vCPU.
 #[inline(always)]
-fn change(vcpu: *const u8, now: &Told, seen_by: u8) -> TscChange {
+fn change(vcpu: *const u8, now: &ReportedState, seen_by: u8) -> TscChange {
     TscChange {
         vcpu: vcpu as u64,
         kvm: read(vcpu, layout!(kvm)).unwrap_or(0),

@@ -11,7 +11,7 @@ use vtrace_dp::{
     ftrace::{fields::Formats, metadata::Metadata},
     trace::{
         format::{compressed::Compression, option::TraceOption},
-        read::{Reader, merge::Merge, times::Stamps},
+        read::{Reader, merge::Merge, times::FileClock},
         restore,
         write::Writer,
     },
@@ -46,8 +46,8 @@ pub fn run(bytes: &[u8]) {
 
 /// Every field of every event, by time.
 fn decode(reader: &Reader<&[u8]>) {
-    let formats = Formats::of(reader.metadata());
-    let Ok(stamps) = Stamps::of(reader.options(), reader.other_options()) else { return };
+    let formats = Formats::parse(reader.metadata());
+    let Ok(stamps) = FileClock::from_options(reader.options(), reader.other_options()) else { return };
     let buffers: Vec<_> = reader.buffers().iter().take(16).map(|buffer| (buffer, stamps.clone())).collect();
     let Ok(mut merge) = Merge::new(reader, &buffers) else { return };
     for _ in 0..EVENTS_MAX {

@@ -9,7 +9,7 @@ use vtrace_dp::{
     ftrace::fields::Formats,
     trace::{
         format::{compressed::Compression, option::TraceOption},
-        read::{merge::Merge, times::Stamps},
+        read::{merge::Merge, times::FileClock},
     },
 };
 use vtrace_tests::judge::{Line, convert_packed, lines, trace_cmd};
@@ -21,8 +21,8 @@ type Seen = (Cpu, u64, String, Option<[u32; 2]>);
 
 fn decoded(path: &Path) -> Result<Vec<Seen>> {
     let reader = open(path)?;
-    let stamps = Stamps::of(reader.options(), reader.other_options())?;
-    let formats = Formats::of(reader.metadata());
+    let stamps = FileClock::from_options(reader.options(), reader.other_options())?;
+    let formats = Formats::parse(reader.metadata());
     let mut merge = Merge::new(&reader, &[(reader.top().context("a top instance")?, stamps)])?;
     let mut seen = Vec::new();
     while let Some(event) = merge.next_event()? {

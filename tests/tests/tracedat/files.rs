@@ -15,8 +15,8 @@ use vtrace_common::ids::Cpu;
 use vtrace_dp::{
     ftrace::metadata::Metadata,
     trace::{
-        format::areas::State,
-        write::{Finished, Writer, collapse::Way},
+        format::areas::WriteState,
+        write::{Finished, Writer, collapse::Compaction},
     },
 };
 
@@ -107,7 +107,7 @@ fn check(path: &Path, filled: &[(Cpu, u64)], page_bytes: u32) -> Result<()> {
             assert!(found?.1 == page(lane.cpu, index, page_bytes), "{} page {index}", lane.cpu);
         }
     }
-    assert_eq!(reader.areas()?.context("areas")?.state, State::Finished);
+    assert_eq!(reader.areas()?.context("areas")?.state, WriteState::Finished);
     Ok(())
 }
 
@@ -129,7 +129,7 @@ fn finish_on(path: &Path, page_bytes: u32) -> Result<Finished> {
 fn ext4_takes_the_holes_out() -> Result<()> {
     let mount = Mount::image("mkfs.ext4", &["-q"], "e2fsprogs", 512 << 20)?;
     for page_bytes in [4096, 8192, 65536, 524_288] {
-        assert_eq!(finish_on(&mount.path(), page_bytes)?.way, Way::Collapsed);
+        assert_eq!(finish_on(&mount.path(), page_bytes)?.compaction, Compaction::Collapsed);
         fs::remove_file(mount.path())?;
     }
     Ok(())
@@ -138,7 +138,7 @@ fn ext4_takes_the_holes_out() -> Result<()> {
 #[test]
 fn ext4_with_small_blocks_takes_the_holes_out() -> Result<()> {
     let mount = Mount::image("mkfs.ext4", &["-q", "-b", "1024"], "e2fsprogs", 512 << 20)?;
-    assert_eq!(finish_on(&mount.path(), 4096)?.way, Way::Collapsed);
+    assert_eq!(finish_on(&mount.path(), 4096)?.compaction, Compaction::Collapsed);
     Ok(())
 }
 
@@ -146,7 +146,7 @@ fn ext4_with_small_blocks_takes_the_holes_out() -> Result<()> {
 fn xfs_takes_the_holes_out() -> Result<()> {
     let mount = Mount::image("mkfs.xfs", &["-q"], "xfsprogs", 1 << 30)?;
     for page_bytes in [4096, 65536] {
-        assert_eq!(finish_on(&mount.path(), page_bytes)?.way, Way::Collapsed);
+        assert_eq!(finish_on(&mount.path(), page_bytes)?.compaction, Compaction::Collapsed);
         fs::remove_file(mount.path())?;
     }
     Ok(())
@@ -156,7 +156,7 @@ fn xfs_takes_the_holes_out() -> Result<()> {
 fn btrfs_shares_what_it_copies() -> Result<()> {
     let mount = Mount::image("mkfs.btrfs", &["-q"], "btrfs-progs", 1 << 30)?;
     for page_bytes in [4096, 65536] {
-        assert_eq!(finish_on(&mount.path(), page_bytes)?.way, Way::Copied);
+        assert_eq!(finish_on(&mount.path(), page_bytes)?.compaction, Compaction::Copied);
         fs::remove_file(mount.path())?;
     }
     Ok(())
@@ -166,7 +166,7 @@ fn btrfs_shares_what_it_copies() -> Result<()> {
 fn tmpfs_is_copied_downwards() -> Result<()> {
     let mount = Mount::tmpfs("256m")?;
     for page_bytes in [4096, 8192, 65536, 524_288] {
-        assert_eq!(finish_on(&mount.path(), page_bytes)?.way, Way::Copied);
+        assert_eq!(finish_on(&mount.path(), page_bytes)?.compaction, Compaction::Copied);
         fs::remove_file(mount.path())?;
     }
     Ok(())
@@ -178,7 +178,7 @@ fn copying_needs_no_room_for_a_second_copy() -> Result<()> {
     let writer = create(&mount.path(), 4096, &[Cpu(0), Cpu(1)])?;
     let filled = fill(&writer, &[4000, 4000], 4096);
     assert_eq!(filled, [(Cpu(0), 4000 * 4096), (Cpu(1), 4000 * 4096)]);
-    assert_eq!(writer.finish(&filled, b"", &[], "")?.way, Way::Copied);
+    assert_eq!(writer.finish(&filled, b"", &[], "")?.compaction, Compaction::Copied);
     check(&mount.path(), &filled, 4096)
 }
 
@@ -200,7 +200,7 @@ fn full(mount: &Mount, page_bytes: u32) -> Result<(Writer, Vec<(Cpu, u64)>)> {
 fn full_disk_has_room_for_what_comes_at_the_end() -> Result<()> {
     let mount = Mount::tmpfs("8m")?;
     let (writer, filled) = full(&mount, 4096)?;
-    assert_eq!(writer.finish(&filled, b"1 init\n", &[], "{}")?.way, Way::Copied);
+    assert_eq!(writer.finish(&filled, b"1 init\n", &[], "{}")?.compaction, Compaction::Copied);
     check(&mount.path(), &filled, 4096)
 }
 
@@ -211,7 +211,7 @@ fn lane_that_cannot_be_moved_stays_behind_its_hole() -> Result<()> {
     let (writer, filled) = full(&mount, page_bytes)?;
     // What was reserved is just enough for the notes, and pages this large begin behind it.
     let finished = writer.finish(&filled, b"1 init\n", &[], &"x".repeat(200 << 10))?;
-    assert_eq!(finished.way, Way::Left);
+    assert_eq!(finished.compaction, Compaction::Left);
     check(&mount.path(), &filled, page_bytes)?;
     assert!(trace_cmd(&["dump", "--validate"], &[&mount.path()])?.contains("is a valid trace-cmd file"));
     Ok(())
@@ -227,7 +227,7 @@ fn end_that_finds_no_room_is_an_error_and_loses_no_page() -> Result<()> {
     );
     let reader = open(&mount.path())?;
     let areas = reader.areas()?.context("areas")?;
-    assert_eq!(areas.state, State::Closed);
+    assert_eq!(areas.state, WriteState::Closed);
     let file = File::open(mount.path())?;
     for (lane, (cpu, bytes)) in areas.lanes.iter().zip(&filled) {
         assert_eq!((lane.cpu, lane.moved.bytes + lane.rest.bytes), (*cpu, *bytes));
@@ -252,7 +252,7 @@ fn file_that_was_never_finished_says_where_its_lanes_are() -> Result<()> {
     let reader = open(&path)?;
     assert!(reader.top().context("a top instance")?.lanes.is_empty());
     let found = reader.areas()?.context("areas")?;
-    assert_eq!((found.state, found.page_bytes), (State::Open, 4096));
+    assert_eq!((found.state, found.page_bytes), (WriteState::Open, 4096));
     for (area, lane) in areas.iter().zip(&found.lanes) {
         assert_eq!((area.cpu, area.offset, area.bytes_max), (lane.cpu, lane.rest.offset, lane.rest.bytes));
     }
@@ -313,7 +313,7 @@ fn finish_of_two_lanes_of_a_gibibyte() -> Result<()> {
         }
         let begun = std::time::Instant::now();
         let finished = writer.finish(&filled, b"1 init\n", &[], "{}")?;
-        eprintln!("{:?}, written back before: {synced}: {:?}", finished.way, begun.elapsed());
+        eprintln!("{:?}, written back before: {synced}: {:?}", finished.compaction, begun.elapsed());
         fs::remove_file(path)?;
     }
     Ok(())

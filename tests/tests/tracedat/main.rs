@@ -16,7 +16,7 @@ use vtrace_dp::{
     trace::{
         format::{layout::id, option::TraceOption},
         read::{Reader, input::FileSource},
-        write::collapse::Way,
+        write::collapse::Compaction,
     },
 };
 use vtrace_tests::judge::{Line, convert, kshark, lines, run, trace_cmd};
@@ -239,7 +239,7 @@ fn guest_of_which_nothing_came_is_still_a_file() -> Result<()> {
     recording.lanes.iter_mut().for_each(|(_, pages)| pages.clear());
     let file = folder.path().join("empty.dat");
     let finished = recording.write(&file, &recording.options(), "{}")?;
-    assert_eq!(finished.way, Way::Collapsed);
+    assert_eq!(finished.compaction, Compaction::Collapsed);
     assert!(events(&file)?.is_empty());
     assert!(trace_cmd(&["dump", "--validate"], &[&file])?.contains("is a valid trace-cmd file"));
     assert!(lines(&trace_cmd(&["report"], &[&file])?).is_empty());

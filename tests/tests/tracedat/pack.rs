@@ -5,7 +5,7 @@ use std::{fs::File, path::Path};
 use anyhow::Result;
 use vtrace_dp::trace::{
     format::{compressed::Compression, option::TraceOption},
-    write::pack::{Form, Version, pack, pack_instance},
+    write::pack::{Form, FormatVersion, pack, pack_instance},
 };
 use vtrace_tests::judge::{Line, convert_packed, lines, shark_entries, trace_cmd, trace_cmd_newest};
 
@@ -16,9 +16,9 @@ use super::{
 };
 
 const FORMS: [Form; 3] = [
-    Form { version: Version::V7, compression: Compression::None },
-    Form { version: Version::V7, compression: Compression::Zstd },
-    Form { version: Version::V6, compression: Compression::None },
+    Form { version: FormatVersion::V7, compression: Compression::None },
+    Form { version: FormatVersion::V7, compression: Compression::Zstd },
+    Form { version: FormatVersion::V6, compression: Compression::None },
 ];
 
 fn options(recording: &Recording) -> Vec<TraceOption> {
@@ -63,7 +63,7 @@ fn stock_tools_see_every_event_of_every_instance_in_every_form() -> Result<()> {
         let reader = open(&path)?;
         assert_eq!((reader.compression(), reader.buffers().len()), (form.compression, 2));
         assert_same(&events(&path)?, &events(&top)?, "as we read them");
-        let keeps = if form.version == Version::V7 { Some("{\"kept\":1}") } else { None };
+        let keeps = if form.version == FormatVersion::V7 { Some("{\"kept\":1}") } else { None };
         assert_eq!(reader.notes()?.as_deref(), keeps);
         assert!(reader.options().contains(&TraceOption::TraceId(7)));
         // The first stream is the top instance; others are streams of their own.
@@ -128,7 +128,7 @@ fn version_6_is_never_compressed_and_has_one_page_size() -> Result<()> {
     recording.write(&small, &recording.options(), "")?;
     let recording = record("pack-other", 64)?;
     recording.write(&large, &recording.options(), "")?;
-    let compressed = Form { version: Version::V6, compression: Compression::Zstd };
+    let compressed = Form { version: FormatVersion::V6, compression: Compression::Zstd };
     let refused = pack(File::open(&small)?, &[], compressed, &File::create_new(&out)?);
     assert_eq!(refused.unwrap_err().to_string(), "version 6 cannot be compressed");
     let refused = pack(File::open(&small)?, &[("large", File::open(&large)?)], FORMS[2], &File::create(&out)?);

@@ -3,8 +3,9 @@
 //! | module | what |
 //! |---|---|
 //! | [`windows`] | when a vCPU could run: boundaries, gaps |
-//! | [`host_lanes`] | what the host's file says of every vCPU thread |
-//! | [`vcpu_runs`] | the same from the host's pages, before they are a file |
+//! | [`host_events`] | the host's events that matter to vCPUs, decoded |
+//! | [`host_windows`] | the windows of every vCPU thread, from a finished file of the host |
+//! | [`vcpu_runs`] | the runs of chosen threads in chosen periods, from the host's pages while the file is finished |
 //! | [`pairs`] | what the host saw of something the guest did |
 //! | [`check`] | `vtrace check`: whether a guest's times agree with the host's |
 //!
@@ -14,7 +15,8 @@
 //! Trust: nothing: files come from anyone
 
 pub mod check;
-pub mod host_lanes;
+pub mod host_events;
+pub mod host_windows;
 pub mod pairs;
 pub mod vcpu_runs;
 pub mod windows;

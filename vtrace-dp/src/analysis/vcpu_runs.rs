@@ -1,9 +1,9 @@
-//! When vCPUs ran, and where their TSCs were found changed: from the host's pages, before these are a file.
+//! When vCPUs ran and when their TSC offsets changed, from the pages of a host file that is not finished yet.
 //!
-//! In:    the host's pages in their areas; stretches of time, threads
-//! Out:   [`Doings`]: runs, gaps, announced changes
-//! Runs:  on the caller's thread, when the host has stopped; reads only the pages of the stretches that are asked for
-//! Full:  [`BOUNDARIES_MAX`] boundaries are held; of what is behind them nothing is known
+//! In:    the host's pages in their areas; periods and threads
+//! Out:   [`VcpuActivity`]: runs, gaps, announced changes
+//! Runs:  on the caller's thread after the host has stopped; reads only the pages of the requested periods
+//! Full:  at most [`BOUNDARIES_MAX`] boundaries are held; nothing is known of later times
 //! Trust: the host's kernel
 
 use std::collections::HashMap;
@@ -12,62 +12,63 @@ use vtrace_common::time::HostTsc;
 
 use crate::{
     analysis::{
-        host_lanes::{BOUNDARIES_MAX, Decoders, Did},
+        host_events::{Decoders, HostAction},
+        host_windows::BOUNDARIES_MAX,
         windows::{Gaps, Windows},
     },
     clock::{math::HostRange, segment::Runs},
     trace::read::{
-        LaneData, Pages, WalkFault,
+        LaneData, LanePages, WalkFault,
         input::FileSource,
         merge::{Merge, Merged},
-        times::Stamps,
+        times::FileClock,
     },
 };
 
-/// Stretches that are closer than this are read as one, cycles.
+/// Periods that are closer to each other than this are read as one, cycles.
 const APART_MIN: u64 = 1 << 20;
-/// An announced change is written so long after it was seen at most, cycles: an interrupt may come between.
+/// Longest time between the change of a TSC and its announcement, cycles: an interrupt may delay the announcement.
 const ANNOUNCED_WITHIN: u64 = 1 << 24;
 
-/// The host's pages.
-pub(crate) struct HostLanes {
+/// The pages of a host file that is not finished yet.
+pub(crate) struct HostPages {
     /// The host's file.
     pub(crate) source: FileSource,
-    /// Where the pages of each CPU lie in it.
+    /// The pages of each CPU in it.
     pub(crate) lanes: Vec<LaneData>,
-    /// Of each page.
+    /// Bytes of one page.
     pub(crate) page_bytes: u32,
-    /// Reads the events of the host's kernel.
+    /// Decoders of the host's events.
     pub(crate) decoders: Decoders,
-    /// While the host was traced.
+    /// The period in which the host was traced.
     pub(crate) traced: HostRange,
 }
 
-impl HostLanes {
-    /// What these threads did in these stretches.
+impl HostPages {
+    /// What these threads did in these periods.
     ///
     /// # Errors
     /// A page cannot be read or is broken.
-    pub(crate) fn look(&self, wanted: &[HostRange], threads: &[u32]) -> Result<Doings, WalkFault> {
-        let mut doings = Doings { knows_runs: self.decoders.know_runs(), ..Doings::default() };
-        threads.iter().for_each(|thread| drop(doings.windows.insert(*thread, Windows::default())));
+    pub(crate) fn look(&self, wanted: &[HostRange], threads: &[u32]) -> Result<VcpuActivity, WalkFault> {
+        let mut activity = VcpuActivity { knows_runs: self.decoders.know_runs(), ..VcpuActivity::default() };
+        threads.iter().for_each(|thread| drop(activity.windows.insert(*thread, Windows::default())));
         for stretch in joined(wanted, self.traced) {
             let (from, to) = (stretch.low.0, stretch.high.0);
             let pages = |lane: &LaneData| {
-                Ok((lane.cpu, Stamps::default(), Pages::between(&self.source, lane, self.page_bytes, from, to)?))
+                Ok((lane.cpu, FileClock::default(), LanePages::between(&self.source, lane, self.page_bytes, from, to)?))
             };
             let pages = self.lanes.iter().map(pages).collect::<Result<Vec<_>, WalkFault>>()?;
-            let mut merge = Merge::of(pages)?;
+            let mut merge = Merge::from_pages(pages)?;
             while let Some(event) = merge.next_event()? {
-                doings.take(&event, &self.decoders, stretch);
+                activity.take(&event, &self.decoders, stretch);
             }
         }
-        doings.gaps.settle();
-        Ok(doings)
+        activity.gaps.settle();
+        Ok(activity)
     }
 }
 
-/// Stretches in order and apart, within `bounds`.
+/// The periods within `bounds`, sorted; those closer than [`APART_MIN`] are joined.
 fn joined(wanted: &[HostRange], bounds: HostRange) -> Vec<HostRange> {
     let mut all: Vec<HostRange> = wanted.iter().copied().filter(|range| range.meets(bounds)).collect();
     all.sort_unstable_by_key(|range| range.low);
@@ -82,7 +83,7 @@ fn joined(wanted: &[HostRange], bounds: HostRange) -> Vec<HostRange> {
     joined
 }
 
-/// A change that our eBPF program wrote into the host's trace.
+/// A TSC change that the eBPF program wrote to the host's trace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Announced {
     at: HostTsc,
@@ -91,9 +92,9 @@ struct Announced {
     ratio: u64,
 }
 
-/// What threads did in the stretches that were asked for.
+/// What threads did in the requested periods.
 #[derive(Debug, Default)]
-pub(crate) struct Doings {
+pub(crate) struct VcpuActivity {
     windows: HashMap<u32, Windows>,
     gaps: Gaps,
     announced: Vec<Announced>,
@@ -101,21 +102,21 @@ pub(crate) struct Doings {
     boundaries: usize,
 }
 
-impl Doings {
+impl VcpuActivity {
     fn take(&mut self, event: &Merged<'_>, decoders: &Decoders, stretch: HostRange) {
         let is_inside = (stretch.low.0..=stretch.high.0).contains(&event.time);
         if let Some(since) = event.lost_since {
             let low = since.max(stretch.low.0);
             self.gaps.push(low, event.time.max(low));
         }
-        let Some((thread, did)) = decoders.read(event.data).filter(|_| is_inside) else { return };
-        match did {
-            Did::Enter(_) => self.bound(thread, event.time, true),
-            Did::Leave => self.bound(thread, event.time, false),
-            Did::Announce { offset, ratio } => {
+        let Some((thread, action)) = decoders.read(event.data).filter(|_| is_inside) else { return };
+        match action {
+            HostAction::Enter(_) => self.bound(thread, event.time, true),
+            HostAction::Leave => self.bound(thread, event.time, false),
+            HostAction::Announce { offset, ratio } => {
                 self.announced.push(Announced { at: HostTsc(event.time), thread, offset, ratio });
             }
-            Did::Switch(..) | Did::Cause(..) => {}
+            HostAction::Switch(..) | HostAction::Cause(..) => {}
         }
     }
 
@@ -125,7 +126,7 @@ impl Doings {
         self.boundaries += 1;
     }
 
-    /// The runs of a thread in these stretches, as far as they are known.
+    /// The known runs of a thread in these periods.
     pub(crate) fn runs(&self, thread: u32, wanted: &[HostRange]) -> Runs {
         let (mut runs, mut known) = (Vec::new(), Vec::new());
         let range = |(low, high): (u64, u64)| HostRange { low: HostTsc(low), high: HostTsc(high) };
@@ -139,8 +140,8 @@ impl Doings {
         Runs::new(runs, known)
     }
 
-    /// When a thread announced that it had found this state, around `seen`: no code of the guest ran between the reading
-    /// and that.
+    /// When a thread announced this state, at about `seen`. No code of the guest ran between the reading of the state
+    /// and its announcement.
     pub(crate) fn announced(&self, thread: u32, (offset, ratio): (u64, u64), seen: HostRange) -> Option<HostTsc> {
         let until = seen.high.0.saturating_add(ANNOUNCED_WITHIN);
         let from = self.announced.partition_point(|announced| announced.at < seen.low);
@@ -151,7 +152,7 @@ impl Doings {
     }
 }
 
-/// The stretch in which a state that was seen at `seen` is announced.
+/// The period in which a state that was read at `seen` can be announced.
 pub(crate) fn around(seen: HostRange) -> HostRange {
     let (low, high) = (seen.low.0.saturating_sub(ANNOUNCED_WITHIN), seen.high.0.saturating_add(ANNOUNCED_WITHIN));
     HostRange { low: HostTsc(low), high: HostTsc(high) }
@@ -177,23 +178,23 @@ mod tests {
     fn announced_change_is_found_by_thread_state_and_time() {
         let at = |at, thread, offset| Announced { at: HostTsc(at), thread, offset, ratio: 1 };
         let announced = vec![at(100, 7, 5), at(210, 8, 5), at(220, 7, 5), at(230, 7, 6)];
-        let doings = Doings { announced, ..Doings::default() };
-        assert_eq!(doings.announced(7, (5, 1), range(150, 205)), Some(HostTsc(220)));
-        assert_eq!(doings.announced(7, (6, 1), range(150, 205)), Some(HostTsc(230)));
-        assert_eq!(doings.announced(7, (5, 2), range(150, 205)), None);
-        assert_eq!(doings.announced(9, (5, 1), range(0, 1 << 30)), None);
+        let activity = VcpuActivity { announced, ..VcpuActivity::default() };
+        assert_eq!(activity.announced(7, (5, 1), range(150, 205)), Some(HostTsc(220)));
+        assert_eq!(activity.announced(7, (6, 1), range(150, 205)), Some(HostTsc(230)));
+        assert_eq!(activity.announced(7, (5, 2), range(150, 205)), None);
+        assert_eq!(activity.announced(9, (5, 1), range(0, 1 << 30)), None);
     }
 
     #[test]
-    fn host_that_tells_no_exits_knows_no_runs() {
-        let mut doings = Doings::default();
+    fn host_without_exit_events_has_no_runs() {
+        let mut activity = VcpuActivity::default();
         let mut windows = Windows::default();
         [(10, true), (20, false), (30, true), (40, false)].iter().for_each(|(time, opens)| windows.push(*time, *opens));
-        doings.windows.insert(7, windows);
-        assert_eq!(doings.runs(7, &[range(0, 50)]), Runs::default());
-        doings.knows_runs = true;
+        activity.windows.insert(7, windows);
+        assert_eq!(activity.runs(7, &[range(0, 50)]), Runs::default());
+        activity.knows_runs = true;
         let expected = Runs::new(vec![range(10, 20), range(30, 40)], vec![range(10, 40)]);
-        assert_eq!(doings.runs(7, &[range(0, 50)]), expected);
-        assert_eq!(doings.runs(8, &[range(0, 50)]), Runs::default());
+        assert_eq!(activity.runs(7, &[range(0, 50)]), expected);
+        assert_eq!(activity.runs(8, &[range(0, 50)]), Runs::default());
     }
 }

@@ -32,7 +32,7 @@ pub struct Windows {
 
 /// What is known of a thread in some stretch of time.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Known {
+pub struct KnownWindows {
     /// Windows, ends included, in order.
     pub inside: Vec<(u64, u64)>,
     /// Stretches of which all windows are known, in order.
@@ -48,7 +48,7 @@ pub struct Gaps {
 
 /// Where a time lies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum Coverage {
     /// In a window, ends included.
     Inside,
     /// Between two windows, so far from the nearer one.
@@ -75,8 +75,8 @@ impl Windows {
     }
 
     /// What is known of `from..=to`: when the thread was inside, and in which stretches of it that is the whole truth.
-    pub fn known(&self, gaps: &Gaps, from: u64, to: u64) -> Known {
-        let mut known = Known::default();
+    pub fn known(&self, gaps: &Gaps, from: u64, to: u64) -> KnownWindows {
+        let mut known = KnownWindows::default();
         let first = self.boundaries.partition_point(|boundary| boundary.time < from);
         let last = self.boundaries.partition_point(|boundary| boundary.time <= to);
         for pair in self.boundaries[first..last].windows(2) {
@@ -97,24 +97,24 @@ impl Windows {
     }
 
     /// Where `time` lies.
-    pub fn place(&self, gaps: &Gaps, time: u64) -> Place {
+    pub fn coverage(&self, gaps: &Gaps, time: u64) -> Coverage {
         let above = self.boundaries.partition_point(|boundary| boundary.time <= time);
-        let Some(from) = above.checked_sub(1).map(|at| self.boundaries[at]) else { return Place::Uncovered };
+        let Some(from) = above.checked_sub(1).map(|at| self.boundaries[at]) else { return Coverage::Uncovered };
         if from.time == time {
-            return Place::Inside; // one end of a window, whichever it is
+            return Coverage::Inside; // one end of a window, whichever it is
         }
-        let Some(&to) = self.boundaries.get(above) else { return Place::Uncovered };
-        let Some(side) = gaps.side(from.time, to.time, time) else { return Place::Uncovered };
+        let Some(&to) = self.boundaries.get(above) else { return Coverage::Uncovered };
+        let Some(side) = gaps.side(from.time, to.time, time) else { return Coverage::Uncovered };
         let inside = match (from.opens, to.opens, side) {
-            (true, false, _) | (true, true, Side::Before) | (false, false, Side::Behind) => true,
-            (false, true, _) | (true, true, Side::Behind) | (false, false, Side::Before) => false,
-            (true, true, Side::Without) | (false, false, Side::Without) => return Place::Uncovered,
+            (true, false, _) | (true, true, Side::Before) | (false, false, Side::After) => true,
+            (false, true, _) | (true, true, Side::After) | (false, false, Side::Before) => false,
+            (true, true, Side::Without) | (false, false, Side::Without) => return Coverage::Uncovered,
         };
         match (inside, from.opens, to.opens) {
-            (true, ..) => Place::Inside,
-            (false, true, _) => Place::Outside(to.time - time), // its own window ended in the gap, nobody knows when
-            (false, _, false) => Place::Outside(time - from.time),
-            (false, false, true) => Place::Outside((time - from.time).min(to.time - time)),
+            (true, ..) => Coverage::Inside,
+            (false, true, _) => Coverage::Outside(to.time - time), // its own window ended in the gap, nobody knows when
+            (false, _, false) => Coverage::Outside(time - from.time),
+            (false, false, true) => Coverage::Outside((time - from.time).min(to.time - time)),
         }
     }
 }
@@ -124,7 +124,7 @@ impl Windows {
 enum Side {
     Without,
     Before,
-    Behind,
+    After,
 }
 
 impl Gaps {
@@ -159,7 +159,7 @@ impl Gaps {
         match (before, after) {
             (Some(stretch), _) if stretch.1 >= time => None,
             (Some(_), true) => None,
-            (Some(_), false) => Some(Side::Behind),
+            (Some(_), false) => Some(Side::After),
             (None, true) => Some(Side::Before),
             (None, false) => Some(Side::Without),
         }
@@ -190,37 +190,40 @@ mod tests {
     #[test]
     fn time_is_inside_outside_or_not_covered() {
         let windows = windows(&RUNS);
-        let place = |time| windows.place(&Gaps::default(), time);
-        assert_eq!([9, 41].map(place), [Place::Uncovered; 2]);
-        assert_eq!([10, 15, 20, 30, 35, 40].map(place), [Place::Inside; 6]);
-        assert_eq!([21, 25, 28].map(place), [1, 5, 2].map(Place::Outside));
+        let coverage = |time| windows.coverage(&Gaps::default(), time);
+        assert_eq!([9, 41].map(coverage), [Coverage::Uncovered; 2]);
+        assert_eq!([10, 15, 20, 30, 35, 40].map(coverage), [Coverage::Inside; 6]);
+        assert_eq!([21, 25, 28].map(coverage), [1, 5, 2].map(Coverage::Outside));
         assert_eq!(windows.count(), 2);
     }
 
     #[test]
     fn missing_boundary_without_a_gap_covers_nothing() {
         let windows = windows(&[(10, true), (20, true), (30, false), (40, false)]);
-        let place = |time| windows.place(&Gaps::default(), time);
-        assert_eq!([15, 25, 35].map(place), [Place::Uncovered, Place::Inside, Place::Uncovered]);
+        let coverage = |time| windows.coverage(&Gaps::default(), time);
+        assert_eq!([15, 25, 35].map(coverage), [Coverage::Uncovered, Coverage::Inside, Coverage::Uncovered]);
     }
 
     #[test]
     fn gap_hides_only_itself() {
         let whole = windows(&RUNS);
-        let place = |time| whole.place(&gaps(&[(13, 15), (24, 25)]), time);
-        assert_eq!([12, 13, 15, 16].map(place), [Place::Inside, Place::Uncovered, Place::Uncovered, Place::Inside]);
-        assert_eq!([23, 24, 27].map(place), [Place::Outside(3), Place::Uncovered, Place::Outside(3)]);
+        let coverage = |time| whole.coverage(&gaps(&[(13, 15), (24, 25)]), time);
+        assert_eq!(
+            [12, 13, 15, 16].map(coverage),
+            [Coverage::Inside, Coverage::Uncovered, Coverage::Uncovered, Coverage::Inside]
+        );
+        assert_eq!([23, 24, 27].map(coverage), [Coverage::Outside(3), Coverage::Uncovered, Coverage::Outside(3)]);
     }
 
     #[test]
     fn boundary_lost_in_a_gap_leaves_both_sides_known() {
         let gaps = gaps(&[(14, 16)]);
         let open = windows(&[(10, true), (20, true), (30, false)]);
-        let place = |time| open.place(&gaps, time);
-        assert_eq!([12, 15, 18].map(place), [Place::Inside, Place::Uncovered, Place::Outside(2)]);
+        let coverage = |time| open.coverage(&gaps, time);
+        assert_eq!([12, 15, 18].map(coverage), [Coverage::Inside, Coverage::Uncovered, Coverage::Outside(2)]);
         let close = windows(&[(10, false), (20, false)]);
-        let place = |time| close.place(&gaps, time);
-        assert_eq!([12, 15, 18].map(place), [Place::Outside(2), Place::Uncovered, Place::Inside]);
+        let coverage = |time| close.coverage(&gaps, time);
+        assert_eq!([12, 15, 18].map(coverage), [Coverage::Outside(2), Coverage::Uncovered, Coverage::Inside]);
     }
 
     #[test]
@@ -242,7 +245,7 @@ mod tests {
     proptest! {
         /// The same asked of every window one by one.
         #[test]
-        fn place_is_what_each_window_says(mut ends in prop::collection::btree_set(0..200u64, 4..40), time in 0..220u64) {
+        fn coverage_is_what_each_window_says(mut ends in prop::collection::btree_set(0..200u64, 4..40), time in 0..220u64) {
             if ends.len() % 2 == 1 {
                 ends.pop_last();
             }
@@ -251,11 +254,11 @@ mod tests {
             let distance = |pair: &[u64]| if time < pair[0] { pair[0] - time } else { time.saturating_sub(pair[1]) };
             let nearest = ends.chunks(2).map(distance).min().unwrap();
             let expected = match nearest {
-                _ if time < ends[0] || time > *ends.last().unwrap() => Place::Uncovered,
-                0 => Place::Inside,
-                distance => Place::Outside(distance),
+                _ if time < ends[0] || time > *ends.last().unwrap() => Coverage::Uncovered,
+                0 => Coverage::Inside,
+                distance => Coverage::Outside(distance),
             };
-            prop_assert_eq!(windows.place(&Gaps::default(), time), expected);
+            prop_assert_eq!(windows.coverage(&Gaps::default(), time), expected);
         }
 
         #[test]
@@ -264,9 +267,9 @@ mod tests {
             stretches in prop::collection::vec(any::<(u64, u64)>(), 0..8), time: u64,
         ) {
             let (windows, gaps) = (windows(&boundaries), gaps(&stretches));
-            let _ = windows.place(&gaps, time);
+            let _ = windows.coverage(&gaps, time);
             for (time, _) in boundaries {
-                let _ = windows.place(&gaps, time);
+                let _ = windows.coverage(&gaps, time);
             }
         }
     }

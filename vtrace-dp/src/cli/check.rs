@@ -9,7 +9,7 @@ use super::{
     output::{put, put_json},
 };
 use crate::{
-    analysis::check::{check, guest::GuestFile, report::Verdict},
+    analysis::check::{check, guest::GuestFile, report::ClockVerdict},
     printable::chain,
     trace::read::{Reader, input::FileSource},
 };
@@ -34,9 +34,9 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8, Complaint> {
         put(&report.text(args.verbose))?;
     }
     Ok(match report.verdict() {
-        Verdict::Exact | Verdict::WithinBound => 0,
-        Verdict::Wrong => FAILED,
-        Verdict::Unchecked => USAGE,
+        ClockVerdict::Exact | ClockVerdict::WithinBound => 0,
+        ClockVerdict::Wrong => FAILED,
+        ClockVerdict::Unchecked => USAGE,
     })
 }
 

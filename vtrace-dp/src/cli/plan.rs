@@ -19,7 +19,7 @@ use crate::{
     server::check_name,
     trace::{
         format::compressed::Compression,
-        write::pack::{Form, Version},
+        write::pack::{Form, FormatVersion},
     },
 };
 
@@ -83,7 +83,7 @@ fn check_host(arm: &Arm, args: &RecordArgs) -> Result<(), PlanFault> {
 
 fn form(args: &RecordArgs) -> Result<Form, PlanFault> {
     let form = Form { version: args.file_version, compression: args.compression };
-    let is_impossible = form.version == Version::V6 && form.compression != Compression::None;
+    let is_impossible = form.version == FormatVersion::V6 && form.compression != Compression::None;
     if is_impossible { Err(PlanFault::CompressedVersion6) } else { Ok(form) }
 }
 
@@ -112,7 +112,7 @@ fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<Ins
     if clock != host.clock {
         return Err(PlanFault::InstanceClock { instance: name, clock, host: host.clock.clone() });
     }
-    if args.file_version == Version::V6 && arm.subbuf_kb.max(4) != host.subbuf_kb.max(4) {
+    if args.file_version == FormatVersion::V6 && arm.subbuf_kb.max(4) != host.subbuf_kb.max(4) {
         return Err(PlanFault::InstancePages(name));
     }
     check_processes(&format!("-B {name}"), &arm, !args.command.is_empty())?;

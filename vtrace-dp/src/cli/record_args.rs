@@ -8,7 +8,7 @@ use super::control_args::{BackgroundArgs, SESSION};
 use crate::{
     drain::sink::choice::SinkChoice,
     server::DIRECTORY,
-    trace::{format::compressed::Compression, write::pack::Version},
+    trace::{format::compressed::Compression, write::pack::FormatVersion},
 };
 
 const EVENTS: &str = "Events and tracers (for the preceding machine or instance)";
@@ -78,7 +78,7 @@ pub struct RecordArgs {
     /// Version of the file format: use 6 for readers that do not support 7. Version 6 and compressed files are written
     /// when recording ends, and need the same disk space again until then
     #[arg(long, value_enum, value_name = "VERSION", default_value_t, help_heading = FILES)]
-    pub file_version: Version,
+    pub file_version: FormatVersion,
     /// Use wall-clock timestamps, in seconds since 1970
     #[arg(long, help_heading = FILES)]
     pub date: bool,

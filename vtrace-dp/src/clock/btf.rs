@@ -62,7 +62,7 @@ pub enum BtfError {
     },
     /// The TSC fields do not lie close enough together, or not at multiples of eight.
     #[error("the TSC fields of this kernel's struct kvm_vcpu span {bytes} bytes; one read takes {SPAN_BYTES_MAX}")]
-    Span {
+    TscSpan {
         /// From the first to behind the last.
         bytes: u32,
     },
@@ -129,7 +129,7 @@ pub fn find(vmlinux: &[u8], module: Option<&[u8]>) -> Result<Fields, BtfError> {
     let module = module.map(|bytes| Btf::parse(bytes, Some(&vmlinux))).transpose()?;
     let kernel = Kernel { vmlinux: &vmlinux, module: module.as_ref() };
     let vcpu = kernel.structure("kvm_vcpu", &["kvm", "vcpu_id", "arch.l1_tsc_offset", "arch.tsc_scaling_ratio"])?;
-    let span = Span::find(&vcpu)?;
+    let span = TscSpan::find(&vcpu)?;
     let exit_argument = kernel.files().find_map(|file| file.tracepoint_argument("kvm_exit", "kvm_vcpu"));
     let offset = |structure, field| kernel.structure(structure, &[field])?.offset(field);
     let layout = Layout {
@@ -172,7 +172,7 @@ fn caps(kernel: &Kernel<'_>) -> Option<Caps> {
 }
 
 /// The four TSC fields as one stretch of memory.
-struct Span {
+struct TscSpan {
     start: u32,
     bytes: u32,
     offset: u32,
@@ -181,7 +181,7 @@ struct Span {
     active_ratio: u32,
 }
 
-impl Span {
+impl TscSpan {
     fn find(vcpu: &Copies<'_>) -> Result<Self, BtfError> {
         let offset = vcpu.offset("arch.l1_tsc_offset")?;
         let active_offset = vcpu.offset("arch.tsc_offset")?;
@@ -191,7 +191,7 @@ impl Span {
         let start = all.into_iter().min().expect("four fields");
         let bytes = all.into_iter().max().expect("four fields") - start + 8;
         if bytes > SPAN_BYTES_MAX || all.into_iter().any(|field| !(field - start).is_multiple_of(8)) {
-            return Err(BtfError::Span { bytes });
+            return Err(BtfError::TscSpan { bytes });
         }
         Ok(Self {
             start,

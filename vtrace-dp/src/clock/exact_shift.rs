@@ -99,7 +99,7 @@ mod tests {
     }
 
     fn table(segments: Vec<Segment>) -> Table {
-        Table::of(HostTsc(1000), vec![History::of(Cpu(1), segments).unwrap()]).unwrap()
+        Table::from_histories(HostTsc(1000), vec![History::from_segments(Cpu(1), segments).unwrap()]).unwrap()
     }
 
     /// What trace-cmd does with a time stamp.

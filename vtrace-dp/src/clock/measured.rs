@@ -49,7 +49,7 @@ pub struct ClockPlan {
 
 /// What is known of one CPU.
 #[derive(Clone, Copy, Debug)]
-enum Known {
+enum VcpuOffset {
     /// Both measurements (or the only one) allow one offset.
     Constant { times: [u64; 2], interval: Interval },
     /// They do not.
@@ -61,14 +61,18 @@ enum Known {
 pub fn plan(start: &[Measurement], end: &[Measurement], lanes: &[Cpu], peer: u64) -> Option<ClockPlan> {
     let last = lanes.iter().copied().max().filter(|cpu| usize::try_from(cpu.0).is_ok_and(|cpu| cpu < CPUS_MAX))?;
     let of = |list: &[Measurement], cpu| list.iter().find(|measurement| measurement.cpu == cpu).copied();
-    let known: Vec<Option<Known>> = (0..=last.0).map(|cpu| know(of(start, Cpu(cpu)), of(end, Cpu(cpu)))).collect();
+    let known: Vec<Option<VcpuOffset>> = (0..=last.0).map(|cpu| know(of(start, Cpu(cpu)), of(end, Cpu(cpu)))).collect();
     let mut lanes = lanes.to_vec();
     lanes.sort_unstable();
     let unmeasured: Vec<Cpu> = lanes.iter().copied().filter(|cpu| at(&known, *cpu).is_none()).collect();
     let mut moved: Vec<Cpu> =
         start.iter().chain(end).filter(|measurement| measurement.moved).map(|measurement| measurement.cpu).collect();
     moved.extend(
-        (0..).map(Cpu).zip(&known).filter(|(_, known)| matches!(known, Some(Known::Moved { .. }))).map(|(cpu, _)| cpu),
+        (0..)
+            .map(Cpu)
+            .zip(&known)
+            .filter(|(_, known)| matches!(known, Some(VcpuOffset::Moved { .. })))
+            .map(|(cpu, _)| cpu),
     );
     moved.sort_unstable();
     moved.dedup();
@@ -124,10 +128,10 @@ impl ClockPlan {
             further = further.max(apart.unsigned_abs().div_ceil(2));
             let middle = Offset(first.0.wrapping_add_signed(apart / 2));
             let pair = Pair { offset: middle.0.wrapping_neg(), ratio: None };
-            History::of(Cpu(cpu), vec![Segment { from: HostRange::at(HostTsc(0)), pair }])
+            History::from_segments(Cpu(cpu), vec![Segment { from: HostRange::at(HostTsc(0)), pair }])
         };
         let histories = (0..).zip(&self.time_shift.cpus).map(history).collect::<Option<Vec<_>>>()?;
-        Some((Table::of(since, histories)?, further))
+        Some((Table::from_histories(since, histories)?, further))
     }
 }
 
@@ -138,11 +142,11 @@ struct Samples {
     shared_bound_cycles: Option<u64>,
 }
 
-fn at(known: &[Option<Known>], cpu: Cpu) -> Option<Known> {
+fn at(known: &[Option<VcpuOffset>], cpu: Cpu) -> Option<VcpuOffset> {
     usize::try_from(cpu.0).ok().and_then(|cpu| known.get(cpu).copied().flatten())
 }
 
-fn know(start: Option<Measurement>, end: Option<Measurement>) -> Option<Known> {
+fn know(start: Option<Measurement>, end: Option<Measurement>) -> Option<VcpuOffset> {
     let (first, second) = match (start, end) {
         (Some(start), Some(end)) => (start, end),
         (Some(only), None) | (None, Some(only)) => (only, only),
@@ -150,8 +154,8 @@ fn know(start: Option<Measurement>, end: Option<Measurement>) -> Option<Known> {
     };
     let times = in_order(first.at, second.at);
     Some(match first.interval.intersect(&second.interval) {
-        Some(interval) => Known::Constant { times: times.unwrap_or([0, 1]), interval },
-        None => Known::Moved { times, intervals: [first.interval, second.interval] },
+        Some(interval) => VcpuOffset::Constant { times: times.unwrap_or([0, 1]), interval },
+        None => VcpuOffset::Moved { times, intervals: [first.interval, second.interval] },
     })
 }
 
@@ -162,22 +166,22 @@ fn in_order(first: GuestTsc, second: GuestTsc) -> Option<[u64; 2]> {
 }
 
 /// The offsets that fit all measurements of all CPUs.
-fn common(known: &[Option<Known>]) -> Option<Interval> {
+fn common(known: &[Option<VcpuOffset>]) -> Option<Interval> {
     let mut all = known.iter().flatten().map(|known| match known {
-        Known::Constant { interval, .. } => Some(*interval),
-        Known::Moved { .. } => None,
+        VcpuOffset::Constant { interval, .. } => Some(*interval),
+        VcpuOffset::Moved { .. } => None,
     });
     let first = all.next()??;
     all.try_fold(first, |common, interval| common.intersect(&interval?))
 }
 
-fn share(common: Interval, known: &[Option<Known>]) -> Samples {
+fn share(common: Interval, known: &[Option<VcpuOffset>]) -> Samples {
     let offset = common.middle();
     let mut bound_cycles = 0;
     let mut cpus = Vec::new();
     for known in known {
         let times = match known {
-            Some(Known::Constant { times, interval }) => {
+            Some(VcpuOffset::Constant { times, interval }) => {
                 bound_cycles = bound_cycles.max(interval.distance_max(offset));
                 *times
             }
@@ -188,15 +192,15 @@ fn share(common: Interval, known: &[Option<Known>]) -> Samples {
     Samples { interpolate: false, cpus, bound_cycles, shared_bound_cycles: Some(common.distance_max(offset)) }
 }
 
-fn separate(known: &[Option<Known>]) -> Samples {
+fn separate(known: &[Option<VcpuOffset>]) -> Samples {
     let mut samples = Samples { interpolate: false, cpus: Vec::new(), bound_cycles: 0, shared_bound_cycles: None };
     for known in known {
         let (cpu, bound) = match known {
-            Some(Known::Constant { times, interval }) => {
+            Some(VcpuOffset::Constant { times, interval }) => {
                 let offset = interval.middle();
                 (constant(*times, offset), interval.distance_max(offset))
             }
-            Some(Known::Moved { times, intervals }) => between(*times, intervals),
+            Some(VcpuOffset::Moved { times, intervals }) => between(*times, intervals),
             None => (constant([0, 1], Offset(0)), 0), // no lane, no events
         };
         samples.interpolate |= cpu[0].offset != cpu[1].offset;

@@ -1,30 +1,34 @@
-//! Guest time becomes host time.
+//! Converts guest time to host time.
 //!
-//! From the top down; each module uses only what stands below it:
+//! A guest reads the host's TSC shifted by an offset, and perhaps scaled by a ratio. KVM knows both; where there is no KVM
+//! (TCG), the offset is measured over the control port. Top down, each module uses only those below it:
 //!
 //! | module | what |
 //! |---|---|
-//! | `feed` | the eBPF programs at work: every vCPU's offset and ratio, now and at each change |
-//! | `btf` | the fields that they read, found in the running kernel's BTF |
-//! | `exact` | what a file says so that readers that know nothing of segments show host times |
-//! | `lane` | the times of one lane, page by page, in order |
-//! | `trap` | events whose times stood still while the clock went back |
-//! | `plan` | from measurements at both ends to one time shift |
-//! | `vcpus` | which vCPU is which CPU of a guest, and what KVM said of it |
-//! | `sync` | questions and answers: between which two host times a guest time lies |
-//! | `table` | all of a guest's clock: the histories of its vCPUs |
-//! | `segment` | the history of one vCPU's TSC |
-//! | `math` | one stretch of it, forward as the hardware does it and exactly back |
-//! | `ratio` | how a scaling ratio is to be read |
+//! | `watch` | KVM's offsets and ratios during one recording, with host times |
+//! | `feed` | the eBPF programs that report the offset and ratio of every vCPU |
+//! | `btf` | finds the kernel's fields that these programs read |
+//! | `exact_shift` | from known offsets to the time shift of a file that stock readers apply exactly |
+//! | `measured` | from measured offsets to the time shift of a file, with its error bound |
+//! | `page_times` | host times of the events of one lane, page by page |
+//! | `stalled_times` | host times of events that were written while the guest's clock stepped back |
+//! | `vcpus` | which vCPU is which CPU of a guest |
+//! | `sync` | bounds of an offset from round trips between host and guest |
+//! | `table` | the clock of a guest: the histories of all of its vCPUs |
+//! | `segment` | the history of one vCPU's offset and ratio |
+//! | `math` | the conversion within one segment, forward as the hardware does it and its exact inverse |
+//! | `ratio` | the fixed-point scaling ratio |
+//! | `shift` | the time shift of a file |
+//! | `scale` | nanoseconds per cycle of the host's TSC |
+//! | `reading` | the TSC and a kernel clock at one moment |
 //!
-//! In:    what was measured or observed of a guest's clock; the kernel's own word through eBPF ([`btf`], [`feed`])
-//! Out:   the time shift of a file, with its bound
-//! Runs:  pure, no clock is read here; but for [`feed`], which is a thread's own
-//! Trust: guests say anything about their clocks: arithmetic is modulo 2⁶⁴, impossible statements are counted and
-//!        passed over, and no statement of one guest reaches another's plan
+//! In:    offsets and ratios from the kernel, round trips with a guest's agent, time stamps of a guest's pages
+//! Out:   host times, and the time shift of a file with its error bound
+//! Runs:  on the caller's thread. Only `watch`, `feed`, `scale` and `reading` read a clock or the kernel
+//! Trust: the kernel; nothing that a guest reports: arithmetic is modulo 2⁶⁴, impossible readings are counted and ignored,
+//!        and no guest's readings affect another guest
 //!
-//! This is the only room that turns a [`GuestTsc`] into a [`HostTsc`]. An offset is always *host − guest*, in cycles,
-//! modulo 2⁶⁴.
+//! Only this room turns a [`GuestTsc`] into a [`HostTsc`]. An [`Offset`] is always *host − guest*, in cycles, modulo 2⁶⁴.
 
 pub mod btf;
 pub mod exact_shift;
@@ -33,6 +37,7 @@ pub mod math;
 pub mod measured;
 pub mod page_times;
 pub mod ratio;
+mod reading;
 pub mod scale;
 pub mod segment;
 pub mod shift;
@@ -56,22 +61,22 @@ impl Offset {
         Self(host.0.wrapping_sub(guest.0))
     }
 
-    /// What the host's TSC was when the guest's was `guest`.
+    /// The host's TSC when the guest's was `guest`.
     pub fn to_host(self, guest: GuestTsc) -> HostTsc {
         HostTsc(guest.0.wrapping_add(self.0))
     }
 
-    /// As a file says it: what to add, two's complement.
+    /// What a reader of a file has to add to a guest time, two's complement.
     pub fn to_file(self) -> i64 {
         self.0.cast_signed()
     }
 
-    /// The offset so many cycles larger.
+    /// The offset that is larger by `cycles`.
     pub fn plus(self, cycles: u64) -> Self {
         Self(self.0.wrapping_add(cycles))
     }
 
-    /// How much larger this is than `other`, the short way round.
+    /// How much larger this is than `other`; negative if it is less than half of 2⁶⁴ below.
     pub fn minus(self, other: Self) -> i64 {
         self.0.wrapping_sub(other.0).cast_signed()
     }

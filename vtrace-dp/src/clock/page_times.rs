@@ -7,7 +7,7 @@
 //! Trust: pages come from guests: any times have an answer
 //!
 //! A page alone can look right in two places: that of a guest whose clock went back by a second looks the same a second
-//! later, if it ran then. All pages behind it have to find a place too: [`Lane::look_ahead`] goes through them before.
+//! later, if it ran then. All pages behind it have to find a place too: [`LaneTimes::look_ahead`] goes through them before.
 //!
 //! [`super::table`] says which segment a time belongs to, [`super::stalled_times`] what becomes of times that stood still.
 
@@ -23,7 +23,7 @@ use super::{
     stalled_times,
     table::{Certainty, Conversion, Table, Vcpu, distance},
 };
-use crate::ftrace::events::Stamp;
+use crate::ftrace::events::TimeEncoding;
 
 /// Places of pages to come that are remembered; beyond these only the next page is looked at.
 const AHEAD_MAX: usize = 1 << 20;
@@ -32,10 +32,10 @@ const AHEAD_SEGMENTS_MAX: usize = 1 << 12;
 
 /// A way through one lane.
 #[derive(Debug)]
-pub struct Lane<'a> {
+pub struct LaneTimes<'a> {
     vcpu: &'a Vcpu,
     /// Behind the last event: the segment it was in, the earliest time it can have had, what was shown.
-    place: Place,
+    position: Position,
     shown: HostTsc,
     candidates: Vec<Candidate>,
     /// For each event that is looked at: where its candidates begin.
@@ -48,7 +48,7 @@ pub struct Lane<'a> {
 
 /// Where the way has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Place {
+struct Position {
     segment: usize,
     low: HostTsc,
 }
@@ -66,20 +66,20 @@ struct Candidate {
 }
 
 /// An event's guest time, and how it was written.
-pub type Stamped = (GuestTsc, Stamp);
+pub type StampedTime = (GuestTsc, TimeEncoding);
 
 impl Table {
     /// Goes through a lane, from its first page on. `None`: nothing is known of its vCPU.
-    pub fn lane(&self, cpu: Cpu) -> Option<Lane<'_>> {
-        self.vcpu(cpu).map(|vcpu| Lane::new(vcpu, self.since()))
+    pub fn lane(&self, cpu: Cpu) -> Option<LaneTimes<'_>> {
+        self.vcpu(cpu).map(|vcpu| LaneTimes::new(vcpu, self.since()))
     }
 }
 
-impl<'a> Lane<'a> {
+impl<'a> LaneTimes<'a> {
     fn new(vcpu: &'a Vcpu, since: HostTsc) -> Self {
-        let place = Place { segment: 0, low: since };
+        let position = Position { segment: 0, low: since };
         let (candidates, begins, ahead) = (Vec::new(), Vec::new(), HashMap::new());
-        Self { vcpu, place, shown: since, candidates, begins, number: 0, ahead }
+        Self { vcpu, position, shown: since, candidates, begins, number: 0, ahead }
     }
 
     /// Whose it is.
@@ -96,7 +96,7 @@ impl<'a> Lane<'a> {
     pub fn look_ahead(&mut self, pages: impl Iterator<Item = (u64, GuestTsc)>) {
         let (mut behind, mut remembered): (Option<Vec<(usize, HostRange)>>, usize) = (None, 0);
         for (number, guest) in pages {
-            let all = self.places(0, guest, self.place.low);
+            let all = self.places(0, guest, self.position.low);
             let leads = |(segment, range): &(usize, HostRange)| {
                 let follows = |(next, place): &(usize, HostRange)| next >= segment && place.high.0 >= range.low.0;
                 behind.as_ref().is_none_or(|behind| behind.iter().any(follows))
@@ -127,7 +127,7 @@ impl<'a> Lane<'a> {
 
     /// Converts the events of the next page into `out`, which is emptied first. `next`: the time with which the page
     /// behind it begins, if there is one.
-    pub fn page(&mut self, events: &[Stamped], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
+    pub fn page(&mut self, events: &[StampedTime], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         out.clear();
         self.number += 1;
         if !self.is_quiet(events, out) {
@@ -141,9 +141,9 @@ impl<'a> Lane<'a> {
     }
 
     /// All events lie in the segment of the last one, and could not lie in another: true for nearly every page. Hot.
-    fn is_quiet(&mut self, events: &[Stamped], out: &mut Vec<Conversion>) -> bool {
+    fn is_quiet(&mut self, events: &[StampedTime], out: &mut Vec<Conversion>) -> bool {
         let Some((last, _)) = events.last() else { return true };
-        let Place { segment, mut low } = self.place;
+        let Position { segment, mut low } = self.position;
         let current = self.vcpu.segments()[segment];
         if !self.vcpu.is_below_later(segment, *last) {
             return false;
@@ -154,18 +154,18 @@ impl<'a> Lane<'a> {
             let Some(possible) = current.pair.to_host(*guest, low) else { return false };
             let in_order = distance(*guest, before) >= 0 && possible.high >= low;
             let inside = possible.low >= current.from.high && possible.high < until;
-            if !in_order || !inside || *stamp == Stamp::Stopped {
+            if !in_order || !inside || *stamp == TimeEncoding::Stopped {
                 return false;
             }
             (before, low) = (*guest, possible.low);
             out.push(Conversion { at: possible.middle(), possible, certainty: Certainty::Exact });
         }
-        self.place.low = low;
+        self.position.low = low;
         true
     }
 
     /// Weighs all segments for every event.
-    fn choose(&mut self, events: &[Stamped], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
+    fn choose(&mut self, events: &[StampedTime], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         let stopped = stopped(events);
         let anchors = events.iter().zip(&stopped).filter(|(_, stopped)| !**stopped).map(|((guest, _), _)| *guest);
         self.gather(anchors, next);
@@ -176,12 +176,12 @@ impl<'a> Lane<'a> {
         while at < events.len() {
             let length = stopped[at..].iter().take_while(|stopped| **stopped).count();
             if length == 0 {
-                out.push(self.take(events[at].0, anchor));
+                out.push(self.convert(events[at].0, anchor));
                 anchor += 1;
                 at += 1;
             } else {
                 // A clock that went back twice begins a second group.
-                let again = events[at + 1..at + length].iter().position(|(_, stamp)| *stamp == Stamp::Stopped);
+                let again = events[at + 1..at + length].iter().position(|(_, stamp)| *stamp == TimeEncoding::Stopped);
                 let length = again.map_or(length, |again| again + 1);
                 self.release(&events[at..at + length], anchor, out);
                 at += length;
@@ -193,7 +193,7 @@ impl<'a> Lane<'a> {
     fn gather(&mut self, times: impl Iterator<Item = GuestTsc>, next: Option<GuestTsc>) {
         self.candidates.clear();
         self.begins.clear();
-        let Place { segment, low } = self.place;
+        let Position { segment, low } = self.position;
         for guest in times {
             self.note(self.places(segment, guest, low));
         }
@@ -222,16 +222,16 @@ impl<'a> Lane<'a> {
         self.begins.len() - 1
     }
 
-    fn of(&self, event: usize) -> std::ops::Range<usize> {
+    fn candidates_of(&self, event: usize) -> std::ops::Range<usize> {
         self.begins[event]..self.begins[event + 1]
     }
 
     /// Finds the candidates that a path in order goes through. With `in_runs`, false if no path has all events in runs
     /// that can be in one. Without, events that no path reaches are passed over.
     fn solve(&mut self, in_runs: bool) -> bool {
-        let mut before = vec![(self.place.segment, self.place.low)];
+        let mut before = vec![(self.position.segment, self.position.low)];
         for event in 0..self.count() {
-            let range = self.of(event);
+            let range = self.candidates_of(event);
             let filter = in_runs && self.candidates[range.clone()].iter().any(|candidate| candidate.in_run);
             let mut reached = Vec::new();
             for candidate in &mut self.candidates[range] {
@@ -258,7 +258,7 @@ impl<'a> Lane<'a> {
         let mut behind: Option<Vec<(usize, HostTsc)>> = None;
         for event in (0..self.count()).rev() {
             let mut usable = Vec::new();
-            let range = self.of(event);
+            let range = self.candidates_of(event);
             for candidate in self.candidates[range].iter_mut().filter(|candidate| candidate.reached) {
                 let leads =
                     |(segment, high): &(usize, HostTsc)| *segment >= candidate.segment && *high >= candidate.range.low;
@@ -275,32 +275,32 @@ impl<'a> Lane<'a> {
 
     /// What can be used of an event's candidates, from where the way has come.
     fn usable(&self, event: usize) -> impl Iterator<Item = &Candidate> {
-        let Place { segment, low } = self.place;
-        let range = if event < self.count() { self.of(event) } else { 0..0 };
+        let Position { segment, low } = self.position;
+        let range = if event < self.count() { self.candidates_of(event) } else { 0..0 };
         let ahead = move |candidate: &&Candidate| candidate.segment >= segment && candidate.range.high >= low;
         self.candidates[range].iter().filter(|candidate| candidate.usable).filter(ahead)
     }
 
-    fn take(&mut self, guest: GuestTsc, event: usize) -> Conversion {
+    fn convert(&mut self, guest: GuestTsc, event: usize) -> Conversion {
         let Some(first) = self.usable(event).next().copied() else { return self.foreign(guest) };
         let low = self.usable(event).map(|candidate| candidate.range.low).min().unwrap_or(first.range.low);
         let high = self.usable(event).map(|candidate| candidate.range.high).max().unwrap_or(first.range.high);
         let possible = HostRange { low, high };
         let certainty = if possible == first.range { Certainty::Exact } else { Certainty::Unsure };
-        self.place = Place { segment: first.segment, low: first.range.low.max(self.place.low) };
+        self.position = Position { segment: first.segment, low: first.range.low.max(self.position.low) };
         Conversion { at: first.range.middle(), possible, certainty }
     }
 
     /// A time that fits nowhere: by the last segment, but not before the last event and not behind that segment.
     fn foreign(&self, guest: GuestTsc) -> Conversion {
-        let Place { segment, low } = self.place;
+        let Position { segment, low } = self.position;
         let place = self.vcpu.segments()[segment].pair.to_host_or_next(guest, low).middle();
         let at = place.min(self.vcpu.until(segment).high).max(low);
         Conversion { at, possible: HostRange::at(at), certainty: Certainty::Foreign }
     }
 
     /// Places events whose clock had gone back: between the last event before them and the first behind.
-    fn release(&mut self, events: &[Stamped], anchor: usize, out: &mut Vec<Conversion>) {
+    fn release(&mut self, events: &[StampedTime], anchor: usize, out: &mut Vec<Conversion>) {
         let first = events[0].0;
         let until = self.usable(anchor).map(|behind| behind.segment).max();
         let until = until.unwrap_or(self.vcpu.segments().len() - 1);
@@ -309,22 +309,22 @@ impl<'a> Lane<'a> {
             let begun = self.vcpu.segments()[*segment];
             distance(begun.pair.to_guest(begun.from.low), first) < 0
         };
-        let Some(segment) = (self.place.segment + 1..=until).find(steps) else {
+        let Some(segment) = (self.position.segment + 1..=until).find(steps) else {
             // The clock never went back: an interrupt came between, and the kernel did not know what had passed.
             events.iter().for_each(|(guest, _)| out.push(self.plain(*guest)));
             return;
         };
-        let low = self.place.low.max(self.vcpu.segments()[segment].from.low);
-        if segment == self.place.segment + 1 && until == segment {
+        let low = self.position.low.max(self.vcpu.segments()[segment].from.low);
+        if segment == self.position.segment + 1 && until == segment {
             self.fit(events, segment, HostRange { low, high: end }, out);
         } else {
             self.bound(events, segment..until + 1, HostRange { low, high: end }, out);
         }
-        self.place.segment = segment;
+        self.position.segment = segment;
     }
 
     /// One change: what is written of the events is right among themselves, and their runs say when they happened.
-    fn fit(&mut self, events: &[Stamped], segment: usize, between: HostRange, out: &mut Vec<Conversion>) {
+    fn fit(&mut self, events: &[StampedTime], segment: usize, between: HostRange, out: &mut Vec<Conversion>) {
         let (pair, first) = (self.vcpu.segments()[segment].pair, events[0].0);
         // Two guest times say how far apart they are up to one tick of theirs on either side.
         let tick = pair.ratio.map_or(0, |_| pair.resolution());
@@ -338,14 +338,14 @@ impl<'a> Lane<'a> {
             let later = |host: HostTsc, more: u64| HostTsc(host.0.saturating_add(after).saturating_add(more));
             let possible = HostRange { low: later(fit.possible.low, 0), high: later(fit.possible.high, 2 * tick) };
             out.push(Conversion { at: later(fit.at, tick), possible, certainty: Certainty::Trapped });
-            self.place.low = self.place.low.max(possible.low);
+            self.position.low = self.position.low.max(possible.low);
         }
     }
 
     /// Several changes: they happened between the events around them, and no later than any of the segments has them.
     fn bound(
         &mut self,
-        events: &[Stamped],
+        events: &[StampedTime],
         segments: std::ops::Range<usize>,
         between: HostRange,
         out: &mut Vec<Conversion>,
@@ -361,30 +361,30 @@ impl<'a> Lane<'a> {
             let possible = HostRange { low: between.low, high: HostTsc(high) };
             out.push(Conversion { at: possible.middle(), possible, certainty: Certainty::Trapped });
         }
-        self.place.low = between.low;
+        self.position.low = between.low;
     }
 
     /// By the first segment from here on that has it.
     fn plain(&mut self, guest: GuestTsc) -> Conversion {
-        let Place { segment, low } = self.place;
+        let Position { segment, low } = self.position;
         let all = segment..self.vcpu.segments().len();
         let found = all.filter_map(|at| self.vcpu.place(at, guest, low).map(|range| (at, range)));
         let Some((segment, possible)) = found.into_iter().find(|(_, range)| range.high >= low) else {
             return self.foreign(guest);
         };
-        self.place = Place { segment, low: low.max(possible.low) };
+        self.position = Position { segment, low: low.max(possible.low) };
         Conversion { at: possible.middle(), possible, certainty: Certainty::Exact }
     }
 }
 
 /// Of which events the clock had gone back: from where it is written until the next absolute stamp.
-fn stopped(events: &[Stamped]) -> Vec<bool> {
+fn stopped(events: &[StampedTime]) -> Vec<bool> {
     let mut stopped = false;
     let all = events.iter().map(|(_, stamp)| {
         stopped = match stamp {
-            Stamp::Stopped => true,
-            Stamp::Absolute => false,
-            Stamp::Delta => stopped,
+            TimeEncoding::Stopped => true,
+            TimeEncoding::Absolute => false,
+            TimeEncoding::Delta => stopped,
         };
         stopped
     });

@@ -13,13 +13,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::time::{ClockId, clock_gettime};
+use nix::time::ClockId;
 
+use super::reading::ClockReading;
 use crate::sys;
 
 /// Shortest time between the two readings of a measurement. At 0.1 s and 50 ns a reading the error is below 1 ppm.
 pub const SPAN_MIN: Duration = Duration::from_millis(100);
 
+/// Attempts for one reading of both clocks: the tightest counts.
 const READINGS: usize = 64;
 const SHIFT_MAX: u32 = 32;
 const MULT_MAX: u32 = i32::MAX.cast_unsigned();
@@ -33,7 +35,7 @@ pub struct Scale {
     /// At most 32.
     pub shift: u32,
     /// Where it comes from.
-    pub source: Source,
+    pub source: ScaleSource,
     /// How far its rate may be from CLOCK_MONOTONIC_RAW's, in parts per million.
     pub error_ppm: f64,
     /// How far the frequency named by CPUID is from it, where CPUID names one, in parts per million.
@@ -42,40 +44,31 @@ pub struct Scale {
 
 /// Where a scale comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Source {
+pub enum ScaleSource {
     /// The kernel's own factor, from perf.
     Perf,
     /// Measured against CLOCK_MONOTONIC_RAW.
     Measured,
 }
 
-/// TSC and CLOCK_MONOTONIC_RAW at one moment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Reading {
-    tsc: u64,
-    ns: u64,
-    /// Cycles between the TSC before and after; the clock was read somewhere between.
-    window: u64,
-}
-
 /// A measurement that has begun. The longer until [`Calibration::scale`], the smaller the error.
 #[derive(Clone, Copy, Debug)]
 pub struct Calibration {
-    first: Reading,
+    first: ClockReading,
     begun: Instant,
 }
 
 impl Calibration {
     /// Takes the first reading: some microseconds.
     pub fn begin() -> Self {
-        Self { first: Reading::best(), begun: Instant::now() }
+        Self { first: reading(), begun: Instant::now() }
     }
 
     /// The scale of perf, else of what was measured since `begin`.
     pub fn scale(&self) -> Scale {
         sleep(SPAN_MIN.saturating_sub(self.begun.elapsed()));
-        let last = Reading::best();
-        let span = Span::between(self.first, last);
+        let last = reading();
+        let span = Elapsed::between(self.first, last);
         let perf = sys::perf::time_factor().unwrap_or_else(|error| {
             log::debug!("no factor from perf: {error}");
             None
@@ -84,33 +77,21 @@ impl Calibration {
     }
 }
 
-impl Reading {
-    /// The tightest of some.
-    fn best() -> Self {
-        let readings = (0..READINGS).map(|_| Self::take());
-        readings.min_by_key(|reading| reading.window).expect("there is at least one reading")
-    }
-
-    fn take() -> Self {
-        let before = sys::tsc::read();
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).expect("every kernel has CLOCK_MONOTONIC_RAW");
-        let window = sys::tsc::read().saturating_sub(before);
-        let ns = Duration::from(now).as_nanos();
-        Self { tsc: before + window / 2, ns: u64::try_from(ns).expect("584 years have not passed"), window }
-    }
+fn reading() -> ClockReading {
+    ClockReading::tightest(ClockId::CLOCK_MONOTONIC_RAW, READINGS)
 }
 
 /// Cycles and nanoseconds that passed in the same time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Span {
+struct Elapsed {
     cycles: u64,
     ns: u64,
     /// How many cycles it may be wrong by.
     cycles_error: u64,
 }
 
-impl Span {
-    fn between(first: Reading, last: Reading) -> Self {
+impl Elapsed {
+    fn between(first: ClockReading, last: ClockReading) -> Self {
         Self {
             cycles: last.tsc.saturating_sub(first.tsc).max(1),
             ns: last.ns.saturating_sub(first.ns).max(1),
@@ -123,11 +104,11 @@ impl Span {
         let (mult, shift, source) = match perf {
             Some((mult, shift)) => {
                 let (mult, shift) = as_stock_readers_take_it(mult, u32::from(shift));
-                (mult, shift, Source::Perf)
+                (mult, shift, ScaleSource::Perf)
             }
             None => {
                 let (mult, shift) = mult_shift(self.cycles, self.ns);
-                (mult, shift, Source::Measured)
+                (mult, shift, ScaleSource::Measured)
             }
         };
         let ns_per_cycle = f64::from(mult) / (1u64 << shift) as f64;
@@ -178,30 +159,30 @@ mod tests {
         let scale = Calibration::begin().scale();
         println!("{scale:?}, {} Hz", scale.hz());
         assert!(scale.error_ppm < 50.0, "{scale:?}");
-        let first = Reading::best();
+        let first = reading();
         sleep(SPAN_MIN);
-        let last = Reading::best();
+        let last = reading();
         let (ours, kernels) = (scale.ns(last.tsc) - scale.ns(first.tsc), last.ns - first.ns);
         assert!(ours.abs_diff(kernels) < kernels / 10_000, "{ours} ns, the kernel says {kernels}");
     }
 
     #[test]
     fn longer_span_has_the_smaller_error() {
-        let of = |cycles: u64, ns: u64| Span { cycles, ns, cycles_error: 200 }.scale(None, None).error_ppm;
+        let of = |cycles: u64, ns: u64| Elapsed { cycles, ns, cycles_error: 200 }.scale(None, None).error_ppm;
         assert!(of(2_000_000_000, 1_000_000_000) < of(200_000_000, 100_000_000) / 9.0);
     }
 
     #[test]
     fn perfs_factor_is_kept_and_its_distance_is_shown() {
-        let span = Span { cycles: 2_100_000_000, ns: 1_000_000_000, cycles_error: 0 };
+        let span = Elapsed { cycles: 2_100_000_000, ns: 1_000_000_000, cycles_error: 0 };
         let scale = span.scale(Some((1_000_000_000, 31)), Some(2_100_000_000));
-        assert_eq!((scale.mult, scale.shift, scale.source), (1_000_000_000, 31, Source::Perf));
+        assert_eq!((scale.mult, scale.shift, scale.source), (1_000_000_000, 31, ScaleSource::Perf));
         assert!((scale.error_ppm - 22_090.0).abs() < 100.0 && scale.cpuid_ppm.is_some_and(|ppm| ppm < -20_000.0));
     }
 
     #[test]
     fn factor_that_stock_readers_take_for_negative_is_halved() {
-        let span = Span { cycles: 500_000_000, ns: 1_000_000_000, cycles_error: 0 };
+        let span = Elapsed { cycles: 500_000_000, ns: 1_000_000_000, cycles_error: 0 };
         let scale = span.scale(Some((1 << 31, 30)), None);
         assert_eq!((scale.mult, scale.shift, scale.hz()), (1 << 30, 29, 500_000_000));
     }
@@ -228,7 +209,7 @@ mod tests {
             let (high, low) = (tsc >> 32, tsc & u64::from(u32::MAX));
             let mult_wide = u64::from(mult);
             let stock = ((low * mult_wide) >> shift).wrapping_add((high * mult_wide) << (32 - shift));
-            let scale = Scale { mult, shift, source: Source::Perf, error_ppm: 0.0, cpuid_ppm: None };
+            let scale = Scale { mult, shift, source: ScaleSource::Perf, error_ppm: 0.0, cpuid_ppm: None };
             prop_assert_eq!(scale.ns(tsc), stock);
         }
     }

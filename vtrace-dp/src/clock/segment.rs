@@ -161,7 +161,7 @@ impl History {
     }
 
     /// From segments that were made before.
-    pub(crate) fn of(cpu: Cpu, segments: Vec<Segment>) -> Option<Self> {
+    pub(crate) fn from_segments(cpu: Cpu, segments: Vec<Segment>) -> Option<Self> {
         let seen_last = segments.last()?.from.low;
         let ordered = |pair: &[Segment]| pair[0].from.high <= pair[1].from.high && pair[0].from.low <= pair[1].from.low;
         let sound = segments.iter().all(|segment| segment.from.low <= segment.from.high);

@@ -2,7 +2,7 @@
 //!
 //! In:    [`Seen`] states in the order in which they were seen; the runs of vCPUs, where they are known; guest times
 //! Out:   [`Conversion`]s: the host ticks at which a guest time can have been, and the one to show
-//! Runs:  anywhere; pure. A [`Lane`](super::page_times::Lane) holds what is needed to go through one lane page by page
+//! Runs:  anywhere; pure. A [`LaneTimes`](super::page_times::LaneTimes) holds what is needed to go through one lane page by page
 //! Full:  does not apply
 //! Trust: states come from the kernel, times from guests: any number has an answer, and one that fits nowhere is marked
 //!
@@ -133,7 +133,7 @@ impl Table {
                 None => histories.push(History::new(&seen, isa)?),
             }
         }
-        let table = Self::of(since, histories).ok_or(Refusal::TooMany)?;
+        let table = Self::from_histories(since, histories).ok_or(Refusal::TooMany)?;
         match lanes.iter().find(|cpu| table.history(**cpu).is_none()) {
             Some(cpu) => Err(Refusal::NeverSeen(*cpu)),
             None => Ok(table),
@@ -141,7 +141,7 @@ impl Table {
     }
 
     /// A table of these histories; none if they are too long together.
-    pub(crate) fn of(since: HostTsc, mut histories: Vec<History>) -> Option<Self> {
+    pub(crate) fn from_histories(since: HostTsc, mut histories: Vec<History>) -> Option<Self> {
         let count: usize = histories.iter().map(|history| history.segments().len()).sum();
         histories.sort_by_key(History::cpu);
         let vcpus = histories.into_iter().map(|history| Vcpu::new(history, since)).collect();

@@ -1,10 +1,9 @@
-//! Which vCPU is which CPU of a guest, and what KVM said of its TSC, in the order of time.
+//! Maps the CPUs of a guest to KVM's vCPUs, and lists the TSC states of each in time order.
 //!
-//! In:    what the eBPF programs told of a VMM's vCPUs; the APIC ids that the guest's agent reports
-//! Out:   a [`Vcpu`] for each lane's CPU, or [`Unknown`]: why there is none
+//! In:    the changes that the eBPF programs reported; the APIC ids that the guest's agent reported
+//! Out:   a [`Vcpu`] for each lane's CPU, or the reason why it is [`Unknown`]
 //! Runs:  pure
-//! Full:  does not apply; the caller bounds what is told
-//! Trust: the kernel. A guest that lies about its APIC ids or its clock misplaces its own events only
+//! Trust: the kernel. A guest that reports wrong APIC ids or clock readings misplaces only its own events
 
 use serde::Serialize;
 use vtrace_common::{ids::Cpu, kvm::TscChange, time::HostTsc};
@@ -15,99 +14,100 @@ use super::{
     sync::Measurement,
 };
 
-/// A state and when it was seen.
+/// A TSC state as the eBPF programs reported it, with the host's TSC at that moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Told {
+pub struct TimedChange {
     /// The host's TSC at [`TscChange::seen_ns`].
     pub seen: HostTsc,
-    /// How far that may be off, cycles.
+    /// Largest error of `seen`, cycles.
     pub error_cycles: u64,
-    /// The state.
+    /// The reported state.
     pub change: TscChange,
 }
 
-/// A stretch of a vCPU's life with one offset and one ratio.
+/// A period in which a vCPU had one offset and one ratio.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct TscState {
-    /// When it was first seen. It began to hold after the run of the guest before; the first one held before it was seen.
+    /// When it was first seen. It took effect after the guest's previous run; the first state was in effect earlier.
     pub seen: HostTsc,
-    /// How far that may be off, cycles.
+    /// Largest error of `seen`, cycles.
     pub error_cycles: u64,
     /// `l1_tsc_offset`: guest − scaled host, cycles, modulo 2⁶⁴.
     pub offset: u64,
     /// `l1_tsc_scaling_ratio`, fixed point.
     pub ratio: u64,
-    /// The guest's TSC when it was last left, under the state before: a hint; 0 if unknown.
+    /// The guest's TSC at its last exit under the previous state: a hint; 0 if unknown.
     pub last_guest_tsc: u64,
-    /// Where it was seen: [`vtrace_common::kvm::source`].
+    /// The hook that reported it: [`vtrace_common::kvm::source`].
     pub source: u8,
 }
 
-/// One CPU of a guest as KVM knows it.
+/// One CPU of a guest, as KVM knows it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Vcpu {
-    /// The guest's number.
+    /// The guest's number of the CPU.
     pub cpu: Cpu,
-    /// KVM's number, the APIC id.
+    /// KVM's number of the vCPU: the APIC id.
     pub vcpu_id: u32,
-    /// The thread that ran it last; 0 if it never ran.
+    /// The thread that last ran it; 0 if it never ran.
     pub tid: u32,
-    /// At least one, in the order of time; each differs from the one before in offset or ratio.
+    /// At least one, in time order; each differs from the previous one in offset or ratio.
     pub states: Vec<TscState>,
-    /// All that was told, in the order of time: states that were told again too.
+    /// All reported changes in time order, including those that repeat a state.
     #[serde(skip)]
-    pub told: Vec<Told>,
+    pub changes: Vec<TimedChange>,
 }
 
 /// Why a guest's vCPUs are not known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Unknown {
-    /// TCG, or another hypervisor.
+    /// The guest runs under TCG or another hypervisor.
     #[error("its VMM runs no vCPU under KVM")]
     NoVcpus,
-    /// Not an x86 guest, or a /proc/cpuinfo without APIC ids.
-    #[error("its agent names no APIC id of {0}")]
+    /// The guest is not x86, or its /proc/cpuinfo has no APIC ids.
+    #[error("its agent reported no APIC id of {0}")]
     NoApic(Cpu),
     /// The VMM has vCPUs, but none with this id.
     #[error("its VMM has no vCPU with the APIC id {apic} of {cpu}")]
     NoVcpu {
-        /// Whose.
+        /// The guest's CPU.
         cpu: Cpu,
-        /// Which.
+        /// Its APIC id.
         apic: u32,
     },
-    /// None of the VMM's VMs, or several, could be this guest.
-    #[error("{fit} of the {vms} VMs of its VMM fit what was measured")]
+    /// The measurement matches none of the VMM's VMs, or several.
+    #[error("the measured offset matches {fit} of the {vms} VMs of its VMM")]
     Ambiguous {
-        /// So many have the right vCPUs and offsets.
+        /// VMs with the guest's vCPUs and a matching offset.
         fit: usize,
-        /// Of so many.
+        /// VMs of the process.
         vms: usize,
     },
-    /// Secure TSC: the true offset is encrypted.
-    #[error("the TSC of {0} is out of KVM's hands")]
+    /// Secure TSC: the true offset is in encrypted memory.
+    #[error("KVM does not control the TSC of {0} (Secure TSC)")]
     Protected(Cpu),
 }
 
-/// The vCPUs of `vmm_pid` that are the guest's CPUs `lanes`. Several VMs of one process are told apart by `measured`.
+/// The vCPUs of the process `vmm_pid` that are the guest's CPUs `lanes`. If the process has several VMs, the `measured`
+/// offsets identify the guest's.
 ///
 /// # Errors
-/// When a lane has no vCPU, or KVM does not know its TSC.
-pub fn of_guest(
-    told: &[Told],
+/// A lane has no vCPU, or KVM does not know its TSC.
+pub fn guest_vcpus(
+    changes: &[TimedChange],
     vmm_pid: u32,
     apics: &[(Cpu, u32)],
     lanes: &[Cpu],
     measured: &[Measurement],
     isa: Isa,
 ) -> Result<Vec<Vcpu>, Unknown> {
-    let mut told: Vec<Told> = told.iter().filter(|told| told.change.vmm_pid == vmm_pid).copied().collect();
-    told.sort_by_key(|told| told.change.seen_ns);
-    let mut vms: Vec<u64> = told.iter().map(|told| told.change.kvm).collect();
+    let mut changes: Vec<TimedChange> = changes.iter().filter(|seen| seen.change.vmm_pid == vmm_pid).copied().collect();
+    changes.sort_by_key(|seen| seen.change.seen_ns);
+    let mut vms: Vec<u64> = changes.iter().map(|seen| seen.change.kvm).collect();
     vms.sort_unstable();
     vms.dedup();
     let candidates = vms.iter().map(|kvm| {
-        let of_vm: Vec<Told> = told.iter().filter(|told| told.change.kvm == *kvm).copied().collect();
+        let of_vm: Vec<TimedChange> = changes.iter().filter(|seen| seen.change.kvm == *kvm).copied().collect();
         lanes.iter().map(|cpu| of_cpu(&of_vm, *cpu, apics, isa)).collect::<Result<Vec<Vcpu>, Unknown>>()
     });
     let mut candidates: Vec<_> = candidates.collect();
@@ -122,13 +122,13 @@ pub fn of_guest(
     fitting.next().filter(|_| count == 1).ok_or(Unknown::Ambiguous { fit: count, vms: vms.len() })
 }
 
-/// One CPU's vCPU among those of one VM.
-fn of_cpu(told: &[Told], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcpu, Unknown> {
+/// The vCPU of one CPU, among the changes of one VM.
+fn of_cpu(changes: &[TimedChange], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcpu, Unknown> {
     let (_, apic) = *apics.iter().find(|(named, _)| *named == cpu).ok_or(Unknown::NoApic(cpu))?;
-    let told: Vec<Told> = told.iter().filter(|told| told.change.vcpu_id == apic).copied().collect();
-    let mut vcpu = Vcpu { cpu, vcpu_id: apic, tid: 0, states: Vec::new(), told };
-    for &Told { seen, error_cycles, change } in &vcpu.told {
-        // TDX holds its own offset too, and tells KVM once for all.
+    let changes: Vec<TimedChange> = changes.iter().filter(|seen| seen.change.vcpu_id == apic).copied().collect();
+    let mut vcpu = Vcpu { cpu, vcpu_id: apic, tid: 0, states: Vec::new(), changes };
+    for &TimedChange { seen, error_cycles, change } in &vcpu.changes {
+        // TDX protects the TSC too, but KVM has a copy of its constant offset.
         if change.tsc_protected != 0 && isa != Isa::Vmx {
             return Err(Unknown::Protected(cpu));
         }
@@ -143,13 +143,13 @@ fn of_cpu(told: &[Told], cpu: Cpu, apics: &[(Cpu, u32)], isa: Isa) -> Result<Vcp
     if vcpu.states.is_empty() { Err(Unknown::NoVcpu { cpu, apic }) } else { Ok(vcpu) }
 }
 
-/// host − guest under a state, where the guest's TSC runs at the host's rate.
+/// host − guest in this state; `None` if the guest's TSC is scaled.
 fn offset_of(state: &TscState, isa: Isa) -> Option<Offset> {
     matches!(Ratio::read(state.ratio, isa), Ok(None)).then(|| Offset(state.offset.wrapping_neg()))
 }
 
-/// Whether every measurement allows an offset that its vCPU had. One that moved meanwhile says nothing, nor does one of
-/// a scaled TSC.
+/// Whether every measurement contains an offset that its vCPU had. Measurements during which the offset moved, and those
+/// of a scaled TSC, match any vCPU.
 fn fit(vcpus: &[Vcpu], measured: &[Measurement], isa: Isa) -> bool {
     measured.iter().filter(|measurement| !measurement.moved).all(|measurement| {
         let states = vcpus.iter().filter(|vcpu| vcpu.cpu == measurement.cpu).flat_map(|vcpu| &vcpu.states);
@@ -158,7 +158,7 @@ fn fit(vcpus: &[Vcpu], measured: &[Measurement], isa: Isa) -> bool {
     })
 }
 
-/// How many stretches the vCPU with the most has.
+/// The largest number of states of any vCPU.
 pub fn segments(vcpus: &[Vcpu]) -> usize {
     vcpus.iter().map(|vcpu| vcpu.states.len()).max().unwrap_or(0)
 }
@@ -170,7 +170,7 @@ mod tests {
 
     const VMM: u32 = 77;
 
-    fn told(kvm: u64, vcpu_id: u32, seen_ns: u64, offset: i64) -> Told {
+    fn told(kvm: u64, vcpu_id: u32, seen_ns: u64, offset: i64) -> TimedChange {
         let change = TscChange {
             vcpu: kvm + u64::from(vcpu_id),
             kvm,
@@ -183,7 +183,7 @@ mod tests {
             source: source::ENTRY,
             ..TscChange::default()
         };
-        Told { seen: HostTsc(seen_ns * 3), error_cycles: 1, change }
+        TimedChange { seen: HostTsc(seen_ns * 3), error_cycles: 1, change }
     }
 
     fn measured(cpu: u32, low: u64) -> Measurement {
@@ -192,9 +192,9 @@ mod tests {
         Measurement { cpu, at, interval, rounds: 1, refused: 0, best_round_trip: 100, moved: false }
     }
 
-    fn guest(told: &[Told], apics: &[(Cpu, u32)], measured: &[Measurement]) -> Result<Vec<Vcpu>, Unknown> {
+    fn guest(changes: &[TimedChange], apics: &[(Cpu, u32)], measured: &[Measurement]) -> Result<Vec<Vcpu>, Unknown> {
         let lanes: Vec<Cpu> = apics.iter().map(|(cpu, _)| *cpu).collect();
-        of_guest(told, VMM, apics, &lanes, measured, Isa::Svm)
+        guest_vcpus(changes, VMM, apics, &lanes, measured, Isa::Svm)
     }
 
     #[test]
@@ -214,7 +214,7 @@ mod tests {
         let vcpus = guest(&told, &[(Cpu(0), 0)], &[]).unwrap();
         let states: Vec<_> = vcpus[0].states.iter().map(|state| (state.seen.0, state.offset.cast_signed())).collect();
         assert_eq!((states, segments(&vcpus)), (vec![(15, -500), (27, -400)], 2));
-        assert_eq!(vcpus[0].told.iter().map(|told| told.seen.0).collect::<Vec<_>>(), [15, 21, 27]);
+        assert_eq!(vcpus[0].changes.iter().map(|change| change.seen.0).collect::<Vec<_>>(), [15, 21, 27]);
     }
 
     #[test]
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn vms_of_one_process_are_told_apart_by_measurement() {
+    fn measurement_decides_between_vms_of_one_process() {
         let told = [told(1, 0, 5, -500), told(2, 0, 6, -9000)];
         let apics = [(Cpu(0), 0)];
         let vcpus = guest(&told, &apics, &[measured(0, 8950)]).unwrap();
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn word_that_contradicts_the_measurement_is_not_taken() {
+    fn offset_that_contradicts_the_measurement_is_refused() {
         let told = [told(1, 0, 5, -500)];
         assert_eq!(guest(&told, &[(Cpu(0), 0)], &[measured(0, 501)]), Err(Unknown::Ambiguous { fit: 0, vms: 1 }));
         let moved = Measurement { moved: true, ..measured(0, 501) };
@@ -252,7 +252,7 @@ mod tests {
         secret.change.tsc_protected = 1;
         assert_eq!(guest(&[secret], &[(Cpu(0), 0)], &[]), Err(Unknown::Protected(Cpu(0))));
         let lanes = [Cpu(0)];
-        let nameless = of_guest(&[told(1, 0, 5, -500)], VMM, &[], &lanes, &[], Isa::Svm);
+        let nameless = guest_vcpus(&[told(1, 0, 5, -500)], VMM, &[], &lanes, &[], Isa::Svm);
         assert_eq!(nameless, Err(Unknown::NoApic(Cpu(0))));
     }
 }

@@ -30,12 +30,12 @@ pub struct Event<'a> {
     /// Bytes from the start of the page to its first word.
     pub at: usize,
     /// How its time was written.
-    pub stamp: Stamp,
+    pub stamp: TimeEncoding,
 }
 
 /// How the time of an event was written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stamp {
+pub enum TimeEncoding {
     /// As what passed since the event, or the page, before it.
     Delta,
     /// As nothing passed, in the long form for what is too long for the short one: the writer's clock had gone back
@@ -74,10 +74,10 @@ pub struct Walk {
     end: usize,
     time: u64,
     /// What stood in front of the next event.
-    stamp: Stamp,
+    stamp: TimeEncoding,
     /// Of the event that was found last.
     event_at: usize,
-    event_stamp: Stamp,
+    event_stamp: TimeEncoding,
 }
 
 impl<'a> Events<'a> {
@@ -122,7 +122,15 @@ impl Walk {
         let header = Header::parse(page, page.len()).map_err(PageFault::Header)?;
         let data_bytes = usize::try_from(header.data_bytes).expect("Header::parse compared it with the page");
         let (at, end) = (HEADER_BYTES, HEADER_BYTES + data_bytes);
-        Ok(Self { header, at, end, time: header.time, event_at: at, event_stamp: Stamp::Delta, stamp: Stamp::Delta })
+        Ok(Self {
+            header,
+            at,
+            end,
+            time: header.time,
+            event_at: at,
+            event_stamp: TimeEncoding::Delta,
+            stamp: TimeEncoding::Delta,
+        })
     }
 
     /// The page's header.
@@ -161,8 +169,8 @@ impl Walk {
                 let stamp = long | (self.time & STAMP_UPPER);
                 self.time = if kind == TIME_STAMP { stamp } else { self.time.wrapping_add(long) };
                 self.stamp = match (kind, long) {
-                    (TIME_STAMP, _) => Stamp::Absolute,
-                    (_, 0) if self.at > HEADER_BYTES => Stamp::Stopped,
+                    (TIME_STAMP, _) => TimeEncoding::Absolute,
+                    (_, 0) if self.at > HEADER_BYTES => TimeEncoding::Stopped,
                     _ => self.stamp,
                 };
                 self.at += 8;
@@ -188,7 +196,7 @@ impl Walk {
         if kind == PADDING {
             return Ok(None);
         }
-        self.event_stamp = std::mem::replace(&mut self.stamp, Stamp::Delta);
+        self.event_stamp = std::mem::replace(&mut self.stamp, TimeEncoding::Delta);
         Ok(Some(start..end))
     }
 
@@ -250,7 +258,7 @@ mod tests {
             [extend(0), event, extend(1), event, extend(0), event, event, [word(TIME_STAMP, 3), 1], event, event];
         let page = page(9, &words.concat());
         let stamps: Vec<_> = Events::new(&page).unwrap().map(|event| event.unwrap().stamp).collect();
-        use Stamp::{Absolute, Delta, Stopped};
+        use TimeEncoding::{Absolute, Delta, Stopped};
         assert_eq!(stamps, [Delta, Delta, Stopped, Delta, Absolute, Delta], "the first word of a page may say zero");
     }
 

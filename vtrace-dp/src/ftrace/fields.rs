@@ -36,14 +36,14 @@ pub struct Field {
     /// A number with a sign.
     pub signed: bool,
     /// Where its contents are.
-    pub place: Place,
+    pub location: FieldLocation,
 }
 
 /// Where the contents of a field are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum FieldLocation {
     /// In the field itself.
-    Here,
+    Inline,
     /// The field says where: length << 16 | offset in the event.
     DataLocation,
     /// The same, from the end of the field on.
@@ -75,14 +75,14 @@ impl Field {
         let mut number = |name: &str| parts.next()?.strip_prefix(name)?.parse::<usize>().ok();
         let (offset, bytes) = (number("offset:")?, number("size:")?);
         let signed = number("signed:") == Some(1);
-        let place = match declaration.split_whitespace().next()? {
-            "__data_loc" => Place::DataLocation,
-            "__rel_loc" => Place::RelativeLocation,
-            _ => Place::Here,
+        let location = match declaration.split_whitespace().next()? {
+            "__data_loc" => FieldLocation::DataLocation,
+            "__rel_loc" => FieldLocation::RelativeLocation,
+            _ => FieldLocation::Inline,
         };
         let name = declaration.rsplit(char::is_whitespace).find(|word| !word.starts_with('['))?;
         let name = name.trim_start_matches('*').split('[').next()?;
-        Some(Self { name: name.to_owned(), offset, bytes, signed, place })
+        Some(Self { name: name.to_owned(), offset, bytes, signed, location })
     }
 
     fn own<'e>(&self, event: &'e [u8]) -> Option<&'e [u8]> {
@@ -110,10 +110,10 @@ impl Field {
     /// Its contents in `event`, wherever they are.
     pub fn contents<'e>(&self, event: &'e [u8]) -> Option<&'e [u8]> {
         let own = self.own(event)?;
-        let base = match self.place {
-            Place::Here => return Some(own),
-            Place::DataLocation => 0,
-            Place::RelativeLocation => self.offset + self.bytes,
+        let base = match self.location {
+            FieldLocation::Inline => return Some(own),
+            FieldLocation::DataLocation => 0,
+            FieldLocation::RelativeLocation => self.offset + self.bytes,
         };
         let word = u32::from_le_bytes(own.try_into().ok()?);
         let start = usize::try_from(word & 0xffff).ok()?.checked_add(base)?;
@@ -127,7 +127,7 @@ pub struct Formats(HashMap<u16, EventFormat>);
 
 impl Formats {
     /// Those of ftrace itself and of all systems. Formats that make no sense are left out.
-    pub fn of(metadata: &Metadata) -> Self {
+    pub fn parse(metadata: &Metadata) -> Self {
         let own = metadata.ftrace_formats.iter().map(|text| ("ftrace", text));
         let systems = metadata.event_formats.iter();
         let all = own.chain(systems.flat_map(|(system, texts)| texts.iter().map(|text| (system.as_str(), text))));
@@ -212,7 +212,7 @@ mod tests {
             event_formats: [("sched".to_owned(), vec![FORMAT.as_bytes().to_vec()])].into(),
             ..Metadata::default()
         };
-        let formats = Formats::of(&metadata);
+        let formats = Formats::parse(&metadata);
         assert_eq!(formats.of_event(&event()).unwrap().name, "sample");
         assert_eq!(formats.of_event(&[1]), None);
         assert!(formats.named("sched", "sample").is_some() && formats.named("irq", "sample").is_none());

@@ -31,12 +31,12 @@ pub struct Metadata {
     /// saved_cmdlines; may come as late as the end
     pub cmdlines: Vec<u8>,
     /// How far the pieces have come.
-    pub gathered: Gathered,
+    pub gathered: PiecesReceived,
 }
 
 /// How far the pieces have come. No part of what they say: all are equal.
 #[derive(Clone, Debug, Default)]
-pub struct Gathered {
+pub struct PiecesReceived {
     bytes: usize,
     formats: usize,
     /// Parts whose text is not complete, with the system an event format belongs to.
@@ -45,13 +45,13 @@ pub struct Gathered {
     complete: BTreeSet<Part>,
 }
 
-impl PartialEq for Gathered {
+impl PartialEq for PiecesReceived {
     fn eq(&self, _: &Self) -> bool {
         true
     }
 }
 
-impl Eq for Gathered {}
+impl Eq for PiecesReceived {}
 
 /// Why a piece is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -19,7 +19,7 @@ use super::{
     summary::{ClockSummary, KVM, MEASURED, RAW},
 };
 use crate::{
-    analysis::vcpu_runs::{HostLanes, around},
+    analysis::vcpu_runs::{HostPages, around},
     clock::{
         exact_shift::{Shape, shape},
         math::HostRange,
@@ -27,7 +27,7 @@ use crate::{
         ratio::Isa,
         segment::{Refusal, Seen, tsc_is_stable},
         table::Table,
-        vcpus::{Told, Unknown, Vcpu, of_guest, segments},
+        vcpus::{TimedChange, Unknown, Vcpu, guest_vcpus, segments},
         watch::KvmFault,
     },
     printable::chain,
@@ -35,7 +35,7 @@ use crate::{
         format::{
             option::TraceOption,
             segments::{Segments, Shown},
-            uncertainty::Doubt,
+            uncertainty::Uncertainty,
         },
         write::{WriteFault, Writer, host_lanes::HostingFault, host_times::Rewritten},
     },
@@ -117,7 +117,7 @@ pub(super) struct ConvertedTimes {
     /// The times could not be rewritten, or only those of some lanes.
     pub(super) failed: bool,
     /// Times that are not exact.
-    doubts: Vec<Doubt>,
+    uncertainties: Vec<Uncertainty>,
 }
 
 impl GuestClock {
@@ -127,7 +127,7 @@ impl GuestClock {
         index: usize,
         (session, lanes): (&GuestSession, Vec<Cpu>),
         shared: &SharedFacts,
-        host: Option<&HostLanes>,
+        host: Option<&HostPages>,
     ) -> Self {
         let readings = &recording.clocks[index];
         let mut clock = Self {
@@ -164,7 +164,7 @@ impl GuestClock {
         recording: &'a Recording,
         readings: &ClockReadings,
         session: &GuestSession,
-        host: Option<&HostLanes>,
+        host: Option<&HostPages>,
     ) -> Result<Table, NoKvmClock<'a>> {
         let isa = Isa::of_this_machine().unwrap_or(Isa::None);
         self.kvm = kvm_vcpus(recording, readings, session, &self.lanes, isa)?;
@@ -179,10 +179,10 @@ impl GuestClock {
     }
 
     /// Every TSC state that KVM reported, with its time as exact as the host's trace allows.
-    fn seen(&mut self, since: HostTsc, host: Option<&HostLanes>) -> Vec<Seen> {
+    fn seen(&mut self, since: HostTsc, host: Option<&HostPages>) -> Vec<Seen> {
         let mut stretches = Vec::new();
         let mut threads = Vec::new();
-        for told in self.kvm.iter().flat_map(|vcpu| &vcpu.told) {
+        for told in self.kvm.iter().flat_map(|vcpu| &vcpu.changes) {
             if told.change.source == source::ENTRY && told.seen >= since {
                 stretches.push(around(range(told)));
                 threads.push(told.change.vcpu_tid);
@@ -198,7 +198,7 @@ impl GuestClock {
         };
         let mut all = Vec::new();
         for vcpu in &self.kvm {
-            for told in &vcpu.told {
+            for told in &vcpu.changes {
                 let mut seen = Seen::new(&told.change, vcpu.cpu, range(told));
                 if let Some(doings) = &doings {
                     let thread = told.change.vcpu_tid;
@@ -216,7 +216,7 @@ impl GuestClock {
     }
 
     /// Adds the runs of vCPUs to the table, where they decide which offset held.
-    fn add_runs(&mut self, table: &mut Table, host: Option<&HostLanes>) {
+    fn add_runs(&mut self, table: &mut Table, host: Option<&HostPages>) {
         let Some(host) = host else { return };
         let mut wanted: Vec<(Cpu, u32, Vec<HostRange>)> = Vec::new();
         for vcpu in &self.kvm {
@@ -319,7 +319,11 @@ impl ConvertedTimes {
                 Err(error) => self.not_rewritten(&error),
             },
         };
-        self.options.push(TraceOption::Segments(Segments { shown, table, doubts: std::mem::take(&mut self.doubts) }));
+        self.options.push(TraceOption::Segments(Segments {
+            shown,
+            table,
+            uncertainties: std::mem::take(&mut self.uncertainties),
+        }));
     }
 
     /// Rewrites the pages with the times that the plan's time shift would give.
@@ -342,7 +346,7 @@ impl ConvertedTimes {
             Ok(total) => self.note(&total),
             Err(error) => drop(self.not_rewritten(&error)),
         }
-        self.doubts.clear();
+        self.uncertainties.clear();
     }
 
     /// Some lanes, or all, keep the guest's own times.
@@ -357,7 +361,7 @@ impl ConvertedTimes {
     /// Rewrites the pages of all lanes with host times.
     fn rewrite(&mut self, table: &Table, pages: FilePages<'_>) -> Result<Rewritten, RewriteError> {
         let hosted = pages.writer.host_times(pages.filled, table, pages.cmdlines, pages.options)?;
-        self.doubts = hosted.doubts;
+        self.uncertainties = hosted.uncertainties;
         let mut total = Rewritten::default();
         for (cpu, done) in hosted.lanes {
             self.added.push((cpu, done.pages_added));
@@ -391,7 +395,7 @@ fn kvm_vcpus<'a>(
     let told = recording.kvm.as_ref().map_err(NoKvmClock::Watch)?;
     let claimed = session.claimed.as_ref().ok_or(NoKvmClock::NotArmed)?;
     let measured = [&readings.start[..], &readings.end[..]].concat();
-    Ok(of_guest(told, claimed.vmm_pid, &apics(session), lanes, &measured, isa)?)
+    Ok(guest_vcpus(told, claimed.vmm_pid, &apics(session), lanes, &measured, isa)?)
 }
 
 /// The APIC ids that the agent reported: in its hello, and at the end for CPUs that came online since.
@@ -402,8 +406,8 @@ fn apics(session: &GuestSession) -> Vec<(Cpu, u32)> {
 }
 
 /// When a state was seen.
-fn range(told: &Told) -> HostRange {
-    let Told { seen, error_cycles, .. } = told;
+fn range(told: &TimedChange) -> HostRange {
+    let TimedChange { seen, error_cycles, .. } = told;
     HostRange {
         low: HostTsc(seen.0.saturating_sub(*error_cycles)),
         high: HostTsc(seen.0.saturating_add(*error_cycles)),

@@ -339,7 +339,7 @@ impl Recording<'_> {
 
     fn on_tick(&mut self, begun: Instant, files: &mut [MachineFile], tell: Tell<'_>) -> Result<(), RecordError> {
         self.with_watch(|watch| {
-            watch.stamp();
+            watch.read_clocks();
             Ok(())
         });
         let machines = self.counts();

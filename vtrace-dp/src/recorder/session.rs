@@ -31,7 +31,7 @@ use crate::{
     clock::{
         scale::{Calibration, Scale},
         sync::Measurement,
-        vcpus::Told,
+        vcpus::TimedChange,
         watch::{self, KvmFault, Watch},
     },
     sys::tsc,
@@ -52,7 +52,7 @@ pub(crate) struct Recording<'a> {
     pub(crate) clocks: Vec<ClockReadings>,
     pub(crate) watch: Option<Watch>,
     /// KVM's reports on the vCPUs of all guests, once the recording has stopped.
-    pub(crate) kvm: Result<Vec<Told>, KvmFault>,
+    pub(crate) kvm: Result<Vec<TimedChange>, KvmFault>,
     pub(crate) limit: Limit,
     pub(crate) meter: Meter,
     /// Set when the files end the recording.

@@ -24,7 +24,7 @@
 //! | `metadata` | what a machine tells about itself |
 //! | `option` | ids and payloads |
 //! | `segments` | the clock of a guest in its file |
-//! | `doubt` | which times are not exact, and how far off each can be |
+//! | `uncertainty` | which times are not exact, and how far off each can be |
 //! | `compressed` | blocks of zstd or zlib |
 //! | `input` | bounded reading |
 //! | `section` | the 16 bytes in front of every section |

@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn threads_that_kvm_reports_need_no_name() {
-        let vcpu = |cpu, tid| Vcpu { cpu: Cpu(cpu), vcpu_id: 2 * cpu, tid, states: Vec::new(), told: Vec::new() };
+        let vcpu = |cpu, tid| Vcpu { cpu: Cpu(cpu), vcpu_id: 2 * cpu, tid, states: Vec::new(), changes: Vec::new() };
         let pid = std::process::id();
         let cpus = [Cpu(0), Cpu(1)];
         let found = vcpu_threads(pid, &cpus, &[vcpu(1, 41), vcpu(0, 40)]);

@@ -9,9 +9,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use vtrace_common::ids::Cpu;
 
-use super::report::{Counts, GuestReport, Stray, Unit, VcpuReport, Verdict};
+use super::report::{ClockVerdict, EventCounts, GuestReport, Stray, Unit, VcpuReport};
 use crate::{
-    analysis::{Against, CheckError, host_lanes::Host, pairs::Reading, windows::Place},
+    analysis::{Against, CheckError, host_windows::HostWindows, pairs::Reading, windows::Coverage},
     ftrace::fields::{Field, Formats},
     trace::{
         format::{option::TraceOption, segments::Shown},
@@ -19,7 +19,7 @@ use crate::{
             Buffer, Reader,
             input::Source,
             merge::{Merge, Merged},
-            times::Stamps,
+            times::FileClock,
         },
     },
 };
@@ -49,7 +49,7 @@ pub struct GuestFile<'a, S> {
 
 /// The work on one guest.
 struct Check<'a> {
-    host: &'a mut Host,
+    host: &'a mut HostWindows,
     against: Against,
     vcpus: &'a Vcpus,
     /// How far off a time may be, nanoseconds, where the file does not say it for each.
@@ -58,23 +58,23 @@ struct Check<'a> {
     stated: Option<Stated>,
     formats: Formats,
     readings: HashMap<u16, Reading>,
-    counts: BTreeMap<Cpu, Counts>,
+    counts: BTreeMap<Cpu, EventCounts>,
     strays: Vec<Stray>,
 }
 
 pub(super) fn check_guest<S: Source>(
     host: &Reader<S>,
-    seen: &mut Host,
+    seen: &mut HostWindows,
     guest: &GuestFile<'_, S>,
     vcpus: &Vcpus,
 ) -> Result<GuestReport, CheckError> {
     let reader = guest.reader;
-    let stamps = Stamps::of(reader.options(), reader.other_options())?;
+    let stamps = FileClock::from_options(reader.options(), reader.other_options())?;
     let threads: Vec<u32> = vcpus.threads.values().copied().collect();
     let unit = unit(reader, &stamps);
     let bound = bound_ns(reader).filter(|_| unit == Unit::Ns);
     let stated = Stated::of(reader, &stamps).filter(|_| unit == Unit::Ns);
-    let formats = Formats::of(reader.metadata());
+    let formats = Formats::parse(reader.metadata());
     let reading = |format: &crate::ftrace::fields::EventFormat| Some((format.id, Reading::of_guest(format)?));
     let readings = formats.each().filter_map(reading).collect();
     let mut notes = notes(host, reader, &stamps, seen);
@@ -102,11 +102,11 @@ impl Check<'_> {
     fn take(&mut self, event: &Merged<'_>) {
         let thread = self.vcpus.threads.get(&event.cpu).copied();
         let windows = thread.and_then(|thread| self.host.windows(self.against, thread));
-        let place = windows.map_or(Place::Uncovered, |windows| windows.place(&self.host.gaps, event.time));
+        let place = windows.map_or(Coverage::Uncovered, |windows| windows.coverage(&self.host.gaps, event.time));
         let counts = self.counts.entry(event.cpu).or_default();
         let bound = self.stated.as_ref().map_or(self.bound, |stated| stated.bound(event.cpu, event.time));
         counts.add(place, bound);
-        if let Place::Outside(distance) = place {
+        if let Coverage::Outside(distance) = place {
             self.stray(event, distance);
         }
         let Some(thread) = thread else { return };
@@ -142,10 +142,10 @@ impl Check<'_> {
             VcpuReport { cpu: cpu.0, thread, windows, counts: self.counts.get(&cpu).copied().unwrap_or_default() }
         };
         let vcpus: Vec<VcpuReport> = cpus.into_iter().map(vcpu).collect();
-        let mut counts = Counts::default();
+        let mut counts = EventCounts::default();
         vcpus.iter().for_each(|vcpu| counts.join(&vcpu.counts));
         let pairs = self.host.causes.pairs(&threads, self.bound);
-        let verdict = Verdict::of(&counts, &pairs);
+        let verdict = ClockVerdict::new(&counts, &pairs);
         GuestReport {
             name: self.vcpus.name.clone().unwrap_or_else(|| guest.file.clone()),
             file: guest.file.clone(),
@@ -166,18 +166,18 @@ impl Check<'_> {
 struct Stated {
     /// Half the ticks within which the guest's clock keeps its value.
     resolution: u64,
-    doubts: BTreeMap<Cpu, Vec<Span>>,
+    uncertainties: BTreeMap<Cpu, Vec<StatedBound>>,
 }
 
 /// Events from `first` to `last` may be off by `bound`.
-struct Span {
+struct StatedBound {
     first: u64,
     last: u64,
     bound: u64,
 }
 
 impl Stated {
-    fn of<S: Source>(reader: &Reader<S>, stamps: &Stamps) -> Option<Self> {
+    fn of<S: Source>(reader: &Reader<S>, stamps: &FileClock) -> Option<Self> {
         let segments = reader.segments().ok().flatten().filter(|segments| segments.shown == Shown::Rewritten)?;
         let pairs = segments.table.histories().flat_map(|history| history.segments().iter().map(|one| one.pair));
         let ticks = pairs.map(|pair| pair.resolution()).max().unwrap_or(1) / 2;
@@ -187,17 +187,17 @@ impl Stated {
             let shown = |time| plain.shown(Cpu(0), time);
             shown(at.saturating_add(ticks)).saturating_sub(shown(at)).saturating_add(u64::from(ticks > 0))
         };
-        let mut doubts: BTreeMap<Cpu, Vec<Span>> = BTreeMap::new();
-        for doubt in segments.doubts {
-            let [first, last] = [doubt.first, doubt.last].map(|at| stamps.shown(doubt.cpu, at.0));
-            let span = Span { first, last, bound: ns(doubt.first.0, doubt.error) };
-            doubts.entry(doubt.cpu).or_default().push(span);
+        let mut uncertainties: BTreeMap<Cpu, Vec<StatedBound>> = BTreeMap::new();
+        for uncertainty in segments.uncertainties {
+            let [first, last] = [uncertainty.first, uncertainty.last].map(|at| stamps.shown(uncertainty.cpu, at.0));
+            let span = StatedBound { first, last, bound: ns(uncertainty.first.0, uncertainty.error) };
+            uncertainties.entry(uncertainty.cpu).or_default().push(span);
         }
-        Some(Self { resolution: ns(segments.table.since().0, ticks), doubts })
+        Some(Self { resolution: ns(segments.table.since().0, ticks), uncertainties })
     }
 
     fn bound(&self, cpu: Cpu, time: u64) -> u64 {
-        let spans = self.doubts.get(&cpu).into_iter().flatten();
+        let spans = self.uncertainties.get(&cpu).into_iter().flatten();
         let of = spans.filter(|span| (span.first..=span.last).contains(&time));
         of.map(|span| span.bound).max().unwrap_or(0).max(self.resolution)
     }
@@ -210,7 +210,7 @@ fn recorded<S: Source>(reader: &Reader<S>) -> Option<&Buffer> {
 }
 
 /// What the times of this file are.
-fn unit<S: Source>(reader: &Reader<S>, stamps: &Stamps) -> Unit {
+fn unit<S: Source>(reader: &Reader<S>, stamps: &FileClock) -> Unit {
     let counts_cycles = clock(reader).is_some_and(|clock| clock == "x86-tsc");
     if counts_cycles && !stamps.is_scaled() { Unit::Cycles } else { Unit::Ns }
 }
@@ -229,9 +229,9 @@ fn clock<S: Source>(reader: &Reader<S>) -> Option<String> {
 }
 
 /// What a person has to know of how these files fit together.
-fn notes<S: Source>(host: &Reader<S>, guest: &Reader<S>, stamps: &Stamps, seen: &Host) -> Vec<String> {
+fn notes<S: Source>(host: &Reader<S>, guest: &Reader<S>, stamps: &FileClock, seen: &HostWindows) -> Vec<String> {
     let mut notes = Vec::new();
-    let scale = Stamps::of(host.options(), host.other_options()).ok().and_then(|stamps| stamps.scale());
+    let scale = FileClock::from_options(host.options(), host.other_options()).ok().and_then(|stamps| stamps.scale());
     if scale != stamps.scale() {
         notes.push("host and guest do not turn cycles into nanoseconds alike".into());
     }

@@ -3,7 +3,7 @@
 //! In:    the trace.dat of a host and those of its guests, ours or stock trace-cmd's
 //! Out:   [`Report`]: for each guest how many events lie in the windows of their vCPU, and a verdict
 //! Runs:  on the caller's thread; once through each file
-//! Full:  windows are held, events are not; see [`super::host_lanes::BOUNDARIES_MAX`] and [`super::pairs::CAUSES_MAX`]
+//! Full:  windows are held, events are not; see [`super::host_windows::BOUNDARIES_MAX`] and [`super::pairs::CAUSES_MAX`]
 //! Trust: nothing: files come from anyone, and a guest's events from the guest
 //!
 //! A guest's code runs between kvm_entry and kvm_exit of its vCPU's thread and at no other time. So each of its events,
@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use vtrace_common::ids::Cpu;
 
-use super::{CheckError, host_lanes::Host};
+use super::{CheckError, host_windows::HostWindows};
 use crate::trace::{
     format::option::TraceOption,
     read::{Reader, input::Source},
@@ -32,7 +32,7 @@ use report::{GuestReport, Report};
 pub fn check<S: Source>(host: &Reader<S>, guests: &[GuestFile<'_, S>]) -> Result<Report, (Option<usize>, CheckError)> {
     let named: Vec<Vcpus> = guests.iter().map(|guest| named(host, guest.reader)).collect();
     let threads: Vec<u32> = named.iter().flat_map(|vcpus| vcpus.threads.values().copied()).collect();
-    let mut seen = Host::read(host, &threads).map_err(|error| (None, error))?;
+    let mut seen = HostWindows::read(host, &threads).map_err(|error| (None, error))?;
     let mut report = Report { guests: Vec::new() };
     for (index, (guest, mut vcpus)) in guests.iter().zip(named).enumerate() {
         if vcpus.threads.is_empty() && guests.len() == 1 {
@@ -65,7 +65,7 @@ fn named<S: Source>(host: &Reader<S>, guest: &Reader<S>) -> Vcpus {
 }
 
 /// The host does not say whose thread is whose, but there is only this guest, and each vCPU id has one thread.
-fn learn(vcpus: &mut Vcpus, host: &Host) {
+fn learn(vcpus: &mut Vcpus, host: &HostWindows) {
     let mut threads = BTreeMap::new();
     for (thread, vcpu) in &host.vcpu_ids {
         if threads.insert(Cpu(*vcpu), *thread).is_some() {

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::{
-    analysis::{Against, pairs::Pairs, windows::Place},
+    analysis::{Against, pairs::Pairs, windows::Coverage},
     printable::Nanoseconds,
 };
 
@@ -28,7 +28,7 @@ pub struct GuestReport {
     /// Its file.
     pub file: String,
     /// The result.
-    pub verdict: Verdict,
+    pub verdict: ClockVerdict,
     /// What its events were held against.
     pub against: Against,
     /// Unit of all times and distances.
@@ -38,7 +38,7 @@ pub struct GuestReport {
     pub bound: Option<u64>,
     /// Of all vCPUs.
     #[serde(flatten)]
-    pub counts: Counts,
+    pub counts: EventCounts,
     /// One by one.
     pub vcpus: Vec<VcpuReport>,
     /// Cause and effect, each rule that has pairs.
@@ -60,12 +60,12 @@ pub struct VcpuReport {
     pub windows: u64,
     /// Its events.
     #[serde(flatten)]
-    pub counts: Counts,
+    pub counts: EventCounts,
 }
 
 /// Events by where they lie. `events == inside + within_bound + outside + uncovered`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct Counts {
+pub struct EventCounts {
     /// All.
     pub events: u64,
     /// In a window.
@@ -108,7 +108,7 @@ pub enum Unit {
 /// The result for one guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub enum ClockVerdict {
     /// No event lies outside, no timer setting out of order.
     Exact,
     /// Some do, by no more than the file's own bound.
@@ -119,8 +119,8 @@ pub enum Verdict {
     Unchecked,
 }
 
-impl Verdict {
-    pub(super) fn of(counts: &Counts, pairs: &[Pairs]) -> Self {
+impl ClockVerdict {
+    pub(super) fn new(counts: &EventCounts, pairs: &[Pairs]) -> Self {
         let exact = || pairs.iter().filter(|pairs| pairs.exact);
         if counts.outside > 0 || exact().any(|pairs| pairs.out_of_order > 0) {
             Self::Wrong
@@ -134,18 +134,18 @@ impl Verdict {
     }
 }
 
-impl Counts {
+impl EventCounts {
     /// Events of which it can be said where they lie.
     pub fn covered(&self) -> u64 {
         self.events - self.uncovered
     }
 
-    pub(super) fn add(&mut self, place: Place, bound: u64) {
+    pub(super) fn add(&mut self, place: Coverage, bound: u64) {
         self.events += 1;
         match place {
-            Place::Inside => self.inside += 1,
-            Place::Uncovered => self.uncovered += 1,
-            Place::Outside(distance) => {
+            Coverage::Inside => self.inside += 1,
+            Coverage::Uncovered => self.uncovered += 1,
+            Coverage::Outside(distance) => {
                 self.worst = self.worst.max(distance);
                 *(if distance <= bound { &mut self.within_bound } else { &mut self.outside }) += 1;
             }
@@ -164,10 +164,10 @@ impl Counts {
 
 impl Report {
     /// The worst verdict of all guests; `Unchecked` if there are none.
-    pub fn verdict(&self) -> Verdict {
+    pub fn verdict(&self) -> ClockVerdict {
         let has = |verdict| self.guests.iter().any(|guest| guest.verdict == verdict);
-        let worst = [Verdict::Wrong, Verdict::Unchecked, Verdict::WithinBound, Verdict::Exact];
-        worst.into_iter().find(|verdict| has(*verdict)).unwrap_or(Verdict::Unchecked)
+        let worst = [ClockVerdict::Wrong, ClockVerdict::Unchecked, ClockVerdict::WithinBound, ClockVerdict::Exact];
+        worst.into_iter().find(|verdict| has(*verdict)).unwrap_or(ClockVerdict::Unchecked)
     }
 
     /// A line for each guest and one for each kind of pairs; with `verbose` vCPUs, events outside, and notes too.
@@ -180,7 +180,7 @@ impl GuestReport {
     fn text(&self, verbose: bool) -> String {
         let mut lines = vec![self.line()];
         lines.extend(self.pairs.iter().map(|pairs| self.pairs_line(pairs)));
-        let notes_matter = verbose || self.verdict != Verdict::Exact;
+        let notes_matter = verbose || self.verdict != ClockVerdict::Exact;
         if verbose {
             lines.extend(self.vcpus.iter().map(|vcpu| self.vcpu_line(vcpu)));
             lines.extend(self.farthest.iter().map(|stray| self.stray_line(stray)));
@@ -228,14 +228,14 @@ impl GuestReport {
         let weaker =
             if self.against == Against::OnCpu { " (no kvm_entry in the host's file: a weaker check)" } else { "" };
         let words = match (self.verdict, self.against) {
-            (Verdict::Exact, Against::Runs) => "clock exact".to_owned(),
-            (Verdict::Exact, _) => "no contradiction".to_owned(),
-            (Verdict::WithinBound, _) => format!("clock within its bound{bound}"),
-            (Verdict::Wrong, _) => format!(
+            (ClockVerdict::Exact, Against::Runs) => "clock exact".to_owned(),
+            (ClockVerdict::Exact, _) => "no contradiction".to_owned(),
+            (ClockVerdict::WithinBound, _) => format!("clock within its bound{bound}"),
+            (ClockVerdict::Wrong, _) => format!(
                 "clock wrong{}",
                 if bound.is_empty() { bound } else { format!(" by more than its bound{bound}") }
             ),
-            (Verdict::Unchecked, _) => "not checked".to_owned(),
+            (ClockVerdict::Unchecked, _) => "not checked".to_owned(),
         };
         words + weaker
     }
@@ -254,7 +254,7 @@ impl GuestReport {
     }
 
     fn vcpu_line(&self, vcpu: &VcpuReport) -> String {
-        let Counts { inside, events, outside, within_bound, uncovered, worst } = vcpu.counts;
+        let EventCounts { inside, events, outside, within_bound, uncovered, worst } = vcpu.counts;
         let thread = vcpu.thread.map_or("no thread known".into(), |thread| format!("thread {thread}"));
         format!(
             "{} CPU {} ({thread}, {} windows): {} events, {} inside, {} within the bound, {} outside, {} not covered, worst {}",

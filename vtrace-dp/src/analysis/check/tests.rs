@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::FileExt};
 use proptest::prelude::*;
 use vtrace_common::time::HostTsc;
 
-use super::{report::Verdict, *};
+use super::{report::ClockVerdict, *};
 use crate::{
     analysis::{Against, pairs::Rule},
     clock::{
@@ -20,7 +20,7 @@ use crate::{
         format::{
             option::TraceOption,
             segments::{Segments, Shown},
-            uncertainty::Doubt,
+            uncertainty::Uncertainty,
         },
         write::Writer,
     },
@@ -40,15 +40,15 @@ const ROUNDS: u64 = 40;
 
 /// Event by number with the fields its format says.
 #[derive(Clone, Debug)]
-struct Event {
+struct GuestEvent {
     time: u64,
     data: Vec<u8>,
 }
 
-fn event(time: u64, id: u16, pid: u32, fields: &[u64]) -> Event {
+fn event(time: u64, id: u16, pid: u32, fields: &[u64]) -> GuestEvent {
     let mut data = [&id.to_le_bytes()[..], &[0, 0], &pid.to_le_bytes()].concat();
     fields.iter().for_each(|field| data.extend(field.to_le_bytes()));
-    Event { time, data }
+    GuestEvent { time, data }
 }
 
 fn formats() -> Metadata {
@@ -81,7 +81,7 @@ fn formats() -> Metadata {
 }
 
 /// Pages of a lane, ten events each, and which of them say that events were lost in front.
-fn pages(events: &[Event], lost: &[usize]) -> Vec<u8> {
+fn pages(events: &[GuestEvent], lost: &[usize]) -> Vec<u8> {
     let mut out = Vec::new();
     for (at, chunk) in events.chunks(10).enumerate() {
         let mut data = Vec::new();
@@ -121,15 +121,15 @@ const SCALE: TraceOption = TraceOption::Tsc2Nsec { mult: 1, shift: 0 };
 
 /// A recording that can be spoiled.
 struct Pair {
-    host: [Vec<Event>; 2],
-    guest: [Vec<Event>; 2],
+    host: [Vec<GuestEvent>; 2],
+    guest: [Vec<GuestEvent>; 2],
     threads: Option<[u32; 2]>,
     offset: i64,
     notes: String,
     /// Pages of the host's first lane that say that events were lost before them.
     lost: Vec<usize>,
     /// The guest's pages have the host's times, but for these.
-    doubts: Option<Vec<Doubt>>,
+    uncertainties: Option<Vec<Uncertainty>>,
 }
 
 /// vCPU 0 runs from 100 to 600 and vCPU 1 from 500 to 900 of every 1000, each time on another CPU of the host.
@@ -150,16 +150,24 @@ fn pair() -> Pair {
         }
     }
     host.iter_mut().for_each(|lane| lane.sort_by_key(|event| event.time));
-    Pair { host, guest, threads: Some(THREADS), offset: OFFSET, notes: String::new(), lost: Vec::new(), doubts: None }
+    Pair {
+        host,
+        guest,
+        threads: Some(THREADS),
+        offset: OFFSET,
+        notes: String::new(),
+        lost: Vec::new(),
+        uncertainties: None,
+    }
 }
 
 /// What a file with the host's times says of its clock.
-fn rewritten(doubts: Vec<Doubt>) -> TraceOption {
+fn rewritten(uncertainties: Vec<Uncertainty>) -> TraceOption {
     let at = HostRange::at(HostTsc(0));
     let seen =
         [0, 1].map(|cpu| Seen { cpu: Cpu(cpu), offset: 0, ratio: 0, protected: false, at, since: Since::Before });
     let table = Table::build(HostTsc(0), Isa::Svm, seen, &[Cpu(0), Cpu(1)]).unwrap();
-    TraceOption::Segments(Segments { shown: Shown::Rewritten, table, doubts })
+    TraceOption::Segments(Segments { shown: Shown::Rewritten, table, uncertainties })
 }
 
 impl Pair {
@@ -174,11 +182,12 @@ impl Pair {
         let host = file(&[pages(&self.host[0], &self.lost), pages(&self.host[1], &[])], &options, "");
         let samples = || [0, 1].map(|time| ShiftSample { time, offset: self.offset }).to_vec();
         let shift = TimeShift { peer: 1, interpolate: false, cpus: vec![samples(), samples()] };
-        let times = |lane: &Vec<Event>| {
-            let moved = |event: &Event| Event { time: event.time.wrapping_add_signed(self.offset), ..event.clone() };
-            if self.doubts.is_some() { lane.iter().map(moved).collect() } else { lane.clone() }
+        let times = |lane: &Vec<GuestEvent>| {
+            let moved =
+                |event: &GuestEvent| GuestEvent { time: event.time.wrapping_add_signed(self.offset), ..event.clone() };
+            if self.uncertainties.is_some() { lane.iter().map(moved).collect() } else { lane.clone() }
         };
-        let clock = self.doubts.clone().map_or(TraceOption::TimeShift(shift), rewritten);
+        let clock = self.uncertainties.clone().map_or(TraceOption::TimeShift(shift), rewritten);
         let options = [TraceOption::TraceId(2), SCALE, clock];
         let guest = file(&self.guest.each_ref().map(|lane| pages(&times(lane), &[])), &options, &self.notes);
         (host, guest)
@@ -195,7 +204,7 @@ impl Pair {
     }
 
     fn without(mut self, ids: &[u16]) -> Self {
-        let is_kept = |event: &Event| !ids.contains(&u16::from_le_bytes([event.data[0], event.data[1]]));
+        let is_kept = |event: &GuestEvent| !ids.contains(&u16::from_le_bytes([event.data[0], event.data[1]]));
         self.host.iter_mut().for_each(|lane| lane.retain(is_kept));
         self
     }
@@ -209,7 +218,7 @@ fn line(report: &GuestReport) -> String {
 #[test]
 fn guest_with_the_right_clock_is_inside_with_every_event() {
     let report = pair().check();
-    assert_eq!((report.verdict, report.against), (Verdict::Exact, Against::Runs));
+    assert_eq!((report.verdict, report.against), (ClockVerdict::Exact, Against::Runs));
     assert_eq!((report.counts.events, report.counts.inside, report.counts.worst), (240, 240, 0));
     assert_eq!(report.vcpus.iter().map(|vcpu| vcpu.windows).collect::<Vec<_>>(), [ROUNDS, ROUNDS]);
     let expected = "guest1: 240 of 240 events inside their vCPU's run windows (covered 100 %), worst 0 ns: clock exact";
@@ -219,7 +228,7 @@ fn guest_with_the_right_clock_is_inside_with_every_event() {
 #[test]
 fn clock_that_is_off_by_half_a_round_is_wrong() {
     let report = Pair { offset: OFFSET + 450, ..pair() }.check();
-    assert_eq!(report.verdict, Verdict::Wrong);
+    assert_eq!(report.verdict, ClockVerdict::Wrong);
     // vCPU 0: 551 inside, 750 and 1049 outside; vCPU 1: 951 and 1150 and 1349.
     assert!(report.counts.outside > 190 && report.counts.worst == 250, "{:?}", report.counts);
     assert_eq!(report.farthest.len(), 10);
@@ -230,7 +239,7 @@ fn clock_that_is_off_by_half_a_round_is_wrong() {
 #[test]
 fn swapped_vcpus_are_found() {
     let report = Pair { threads: Some([THREADS[1], THREADS[0]]), ..pair() }.check();
-    assert_eq!(report.verdict, Verdict::Wrong);
+    assert_eq!(report.verdict, ClockVerdict::Wrong);
     assert_eq!(report.counts.worst, 201);
 }
 
@@ -238,26 +247,29 @@ fn swapped_vcpus_are_found() {
 fn event_outside_by_less_than_the_stated_bound_is_said_to_be_so() {
     let notes = "{\"clock\":{\"bound_ns\":80}}".to_owned();
     let report = Pair { offset: OFFSET + 60, notes, ..pair() }.check();
-    assert_eq!((report.verdict, report.bound), (Verdict::WithinBound, Some(80)));
+    assert_eq!((report.verdict, report.bound), (ClockVerdict::WithinBound, Some(80)));
     assert_eq!((report.counts.outside, report.counts.worst), (0, 59));
     assert!(report.counts.within_bound > 70);
     let report = Pair { offset: OFFSET + 60, ..pair() }.check();
-    assert_eq!(report.verdict, Verdict::Wrong);
+    assert_eq!(report.verdict, ClockVerdict::Wrong);
 }
 
 #[test]
 fn only_events_that_the_file_marks_may_be_outside_and_by_no_more_than_it_says() {
     let notes = "{\"clock\":{\"bound_ns\":80}}".to_owned();
-    let doubt = |cpu, error| Doubt { cpu: Cpu(cpu), events: 120, first: HostTsc(0), last: HostTsc(1 << 40), error };
-    let check = |doubts| Pair { offset: OFFSET + 60, notes: notes.clone(), doubts: Some(doubts), ..pair() }.check();
-    let all = check(vec![doubt(0, 58), doubt(1, 80)]);
-    assert_eq!((all.verdict, all.counts.outside), (Verdict::WithinBound, 0));
+    let uncertainty =
+        |cpu, error| Uncertainty { cpu: Cpu(cpu), events: 120, first: HostTsc(0), last: HostTsc(1 << 40), error };
+    let check = |uncertainties| {
+        Pair { offset: OFFSET + 60, notes: notes.clone(), uncertainties: Some(uncertainties), ..pair() }.check()
+    };
+    let all = check(vec![uncertainty(0, 58), uncertainty(1, 80)]);
+    assert_eq!((all.verdict, all.counts.outside), (ClockVerdict::WithinBound, 0));
     assert!(all.counts.within_bound > 70 && line(&all).contains("by no more than the file says"), "{}", line(&all));
-    let one = check(vec![doubt(0, 80)]);
-    assert_eq!(one.verdict, Verdict::Wrong, "the others are said to be exact, whatever the bound of all");
+    let one = check(vec![uncertainty(0, 80)]);
+    assert_eq!(one.verdict, ClockVerdict::Wrong, "the others are said to be exact, whatever the bound of all");
     assert!(one.vcpus[0].counts.outside == 0 && one.vcpus[1].counts.outside > 35);
-    let tight = check(vec![doubt(0, 57), doubt(1, 57)]);
-    assert_eq!(tight.verdict, Verdict::Wrong);
+    let tight = check(vec![uncertainty(0, 57), uncertainty(1, 57)]);
+    assert_eq!(tight.verdict, ClockVerdict::Wrong);
 }
 
 #[test]
@@ -273,7 +285,7 @@ fn lost_host_events_are_not_covered_and_nothing_is_called_outside() {
     );
     pair.lost = vec![5];
     let report = pair.check();
-    assert_eq!(report.verdict, Verdict::Exact, "{:?}", report.counts);
+    assert_eq!(report.verdict, ClockVerdict::Exact, "{:?}", report.counts);
     assert!(report.counts.uncovered > 0 && pages > 10);
     assert!(report.notes.iter().any(|note| note.contains("lost events in 1 places")), "{:?}", report.notes);
     // One boundary of each kind is gone: the other lane still says when the vCPUs ran.
@@ -284,25 +296,28 @@ fn lost_host_events_are_not_covered_and_nothing_is_called_outside() {
 fn without_kvm_entry_the_threads_time_on_a_cpu_is_a_weaker_check() {
     let weak = || pair().without(&[ENTRY, EXIT]);
     let report = weak().check();
-    assert_eq!((report.verdict, report.against), (Verdict::Exact, Against::OnCpu));
+    assert_eq!((report.verdict, report.against), (ClockVerdict::Exact, Against::OnCpu));
     assert!(line(&report).contains("weaker check"), "{}", line(&report));
     let report = Pair { offset: OFFSET + 45, ..weak() }.check();
-    assert_eq!(report.verdict, Verdict::Exact, "windows are wider");
+    assert_eq!(report.verdict, ClockVerdict::Exact, "windows are wider");
     let report = Pair { offset: OFFSET + 450, ..weak() }.check();
-    assert_eq!(report.verdict, Verdict::Wrong);
+    assert_eq!(report.verdict, ClockVerdict::Wrong);
 }
 
 #[test]
 fn host_that_saw_neither_leaves_nothing_to_check_against() {
     let report = pair().without(&[ENTRY, EXIT, SWITCH]).check();
-    assert_eq!((report.verdict, report.against, report.counts.uncovered), (Verdict::Unchecked, Against::Nothing, 240));
+    assert_eq!(
+        (report.verdict, report.against, report.counts.uncovered),
+        (ClockVerdict::Unchecked, Against::Nothing, 240)
+    );
     assert!(line(&report).contains("nothing to check against"), "{}", line(&report));
 }
 
 #[test]
 fn only_guest_of_a_host_that_names_none_is_found_by_its_vcpu_ids() {
     let report = Pair { threads: None, ..pair() }.check();
-    assert_eq!((report.verdict, report.counts.inside), (Verdict::Exact, 240));
+    assert_eq!((report.verdict, report.counts.inside), (ClockVerdict::Exact, 240));
     assert!(report.notes.iter().any(|note| note.contains("assumed")), "{:?}", report.notes);
     assert_eq!(report.name, "trace-guest1.dat");
 }
@@ -327,11 +342,11 @@ fn timer_settings_are_paired_by_their_deadline() {
     let report = with_timers().check();
     let pairs = report.pairs[0];
     assert_eq!((pairs.rule, pairs.in_order, pairs.out_of_order, pairs.distance_median), (Rule::Timer, ROUNDS, 0, 491));
-    assert_eq!(report.verdict, Verdict::Exact);
+    assert_eq!(report.verdict, ClockVerdict::Exact);
     // One whole round early, all events are inside windows again. The timers tell.
     let early = Pair { offset: OFFSET - 1000, ..with_timers() }.check();
     assert_eq!((early.counts.outside, early.pairs[0].out_of_order, early.pairs[0].worst), (0, ROUNDS, 509));
-    assert_eq!(early.verdict, Verdict::Wrong);
+    assert_eq!(early.verdict, ClockVerdict::Wrong);
 }
 
 #[test]
@@ -341,9 +356,9 @@ fn several_guests_are_worth_their_worst_verdict() {
     let wrong = Pair { offset: OFFSET + 450, ..pair() }.check();
     let verdict =
         |guests: &[&GuestReport]| Report { guests: guests.iter().map(|guest| (*guest).clone()).collect() }.verdict();
-    assert_eq!(verdict(&[&good, &good]), Verdict::Exact);
-    assert_eq!(verdict(&[&good, &none]), Verdict::Unchecked);
-    assert_eq!(verdict(&[&none, &wrong, &good]), Verdict::Wrong);
+    assert_eq!(verdict(&[&good, &good]), ClockVerdict::Exact);
+    assert_eq!(verdict(&[&good, &none]), ClockVerdict::Unchecked);
+    assert_eq!(verdict(&[&none, &wrong, &good]), ClockVerdict::Wrong);
 }
 
 proptest! {
@@ -353,19 +368,19 @@ proptest! {
     #[test]
     fn every_shift_is_counted_as_the_rounds_say(shift in -3000i64..3000) {
         let report = Pair { offset: OFFSET + shift, ..pair() }.check();
-        let mut expected = report::Counts::default();
+        let mut expected = report::EventCounts::default();
         for (from, to) in [(100i64, 600i64), (500, 900)] {
             for round in 0..i64::try_from(ROUNDS).unwrap() {
                 for time in [from + 1, from + 200, to - 1].map(|time| round * 1000 + time + shift) {
                     let last = i64::try_from(ROUNDS - 1).unwrap() * 1000;
                     let inside = time.rem_euclid(1000);
                     let place = match inside {
-                        _ if time < from || time > last + to => crate::analysis::windows::Place::Uncovered,
-                        _ if (from..=to).contains(&inside) => crate::analysis::windows::Place::Inside,
+                        _ if time < from || time > last + to => crate::analysis::windows::Coverage::Uncovered,
+                        _ if (from..=to).contains(&inside) => crate::analysis::windows::Coverage::Inside,
                         _ => {
                             let behind = (inside - to).rem_euclid(1000);
                             let before = (from - inside).rem_euclid(1000);
-                            crate::analysis::windows::Place::Outside(behind.min(before).unsigned_abs())
+                            crate::analysis::windows::Coverage::Outside(behind.min(before).unsigned_abs())
                         }
                     };
                     expected.add(place, 0);

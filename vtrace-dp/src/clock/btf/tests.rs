@@ -111,7 +111,7 @@ fn missing_struct_is_named() {
 #[test]
 fn fields_too_far_apart_for_one_read_are_refused() {
     let error = find(&kernel(None, 64 + 128 * 8).file(), None).unwrap_err();
-    assert!(matches!(error, BtfError::Span { bytes: 136 }), "{error}");
+    assert!(matches!(error, BtfError::TscSpan { bytes: 136 }), "{error}");
 }
 
 #[test]

@@ -246,14 +246,14 @@ proptest! {
     fn any_times_have_an_answer(
         events in prop::collection::vec((any::<u64>(), 0..3usize), 0..30), next: Option<u64>, small: bool, seed: u64,
     ) {
-        use crate::ftrace::events::Stamp;
+        use crate::ftrace::events::TimeEncoding;
         let life = Life::new(seed, vec![change(0, scaled(0, 500)), change(1 << 20, offset(-5)), change(1 << 20, scaled(99, 1500))]);
         let story = life.live(payload);
         for with_runs in [false, true] {
             let table = table(&life, &story, with_runs);
             let mut lane = table.lane(CPU).unwrap();
             let near = |time: u64| GuestTsc(if small { (1 << 42) + time % (1 << 24) } else { time });
-            let stamp = |kind: usize| [Stamp::Delta, Stamp::Absolute, Stamp::Stopped][kind];
+            let stamp = |kind: usize| [TimeEncoding::Delta, TimeEncoding::Absolute, TimeEncoding::Stopped][kind];
             let events: Vec<_> = events.iter().map(|(time, kind)| (near(*time), stamp(*kind))).collect();
             let mut out = Vec::new();
             for _ in 0..3 {

@@ -17,7 +17,7 @@ use super::{
     options::{cpu_stats, machine_options, recorded_clock, uname},
 };
 use crate::{
-    analysis::{host_lanes::Decoders, vcpu_runs::HostLanes},
+    analysis::{host_events::Decoders, vcpu_runs::HostPages},
     clock::math::HostRange,
     drain::tap::splice::TapEnd,
     ftrace::fields::Formats,
@@ -66,7 +66,7 @@ pub(crate) fn finish(
 
 /// The host's pages, to look up when vCPUs ran. `None` where only the newest pages are kept, which are not in order,
 /// where its clock was changed, and where the file cannot be opened again.
-fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) -> Option<HostLanes> {
+fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) -> Option<HostPages> {
     let has_other_clock = report.changes.iter().any(|change| change.setting == TRACE_CLOCK);
     if recording.plan.newest_bytes.is_some() || has_other_clock {
         return None;
@@ -75,18 +75,18 @@ fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) ->
     opened.inspect_err(|error| log::warn!("{}: {error}", file.output.path().display())).ok()
 }
 
-fn open_host_lanes(host: &Host, file: &MachineFile, report: &HostReport) -> io::Result<HostLanes> {
+fn open_host_lanes(host: &Host, file: &MachineFile, report: &HostReport) -> io::Result<HostPages> {
     let mut lanes = Vec::new();
     for area in file.writer.areas() {
         let bytes = report.lanes.iter().find(|lane| lane.cpu == area.cpu).map_or(0, |lane| lane.ledger.bytes_out);
         lanes.push(LaneData { cpu: area.cpu, offset: area.offset, bytes });
     }
     let low = host.started.map_or(report.stopped, |(_, after)| after);
-    Ok(HostLanes {
+    Ok(HostPages {
         source: FileSource::new(file.writer.file().try_clone()?)?,
         lanes,
         page_bytes: host.armed.page_bytes,
-        decoders: Decoders::of(&Formats::of(&host.metadata)),
+        decoders: Decoders::new(&Formats::parse(&host.metadata)),
         traced: HostRange { low, high: report.stopped },
     })
 }

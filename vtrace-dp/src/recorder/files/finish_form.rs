@@ -14,7 +14,7 @@ use crate::{
     sys::folder_entry::FolderEntry,
     trace::{
         format::compressed::Compression,
-        write::pack::{Form, PackFault, Version, pack, pack_instance},
+        write::pack::{Form, FormatVersion, PackFault, pack, pack_instance},
     },
 };
 
@@ -71,7 +71,7 @@ fn remaining(parts: &[PathBuf]) -> String {
 
 /// Whether a file has this form when it is finished.
 fn is_plain(form: Form) -> bool {
-    form.version == Version::V7 && form.compression == Compression::None
+    form.version == FormatVersion::V7 && form.compression == Compression::None
 }
 
 /// Rewrites the finished file `entry` in the wanted form. Its new size in bytes; `None` if it has that form already.

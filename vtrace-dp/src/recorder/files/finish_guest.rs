@@ -20,7 +20,7 @@ use super::{
     unreported_pages,
 };
 use crate::{
-    analysis::vcpu_runs::HostLanes,
+    analysis::vcpu_runs::HostPages,
     recorder::{
         clocks::{ConvertedTimes, FilePages, GuestClock},
         guests::{
@@ -42,7 +42,7 @@ pub(super) fn finish_guest(
     session: &GuestSession,
     mut file: MachineFile,
     shared: &SharedFacts,
-    host: Option<&HostLanes>,
+    host: Option<&HostPages>,
 ) -> (MachineSummary, TraceOption) {
     let armed = session.armed();
     let ledgers = final_ledgers(session, &file.writer, armed);

@@ -36,7 +36,7 @@ impl Extent {
 
 /// How far a file has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum State {
+pub enum WriteState {
     /// Pages are being written: the pages of a lane are somewhere in its area, from its start on.
     Open,
     /// All pages are written and counted, and are being moved together.
@@ -80,7 +80,7 @@ impl LaneArea {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Areas {
     /// How far the file has come.
-    pub state: State,
+    pub state: WriteState,
     /// Bytes of one page.
     pub page_bytes: u32,
     /// The file's size for which `lanes` are right.
@@ -133,7 +133,7 @@ impl Areas {
         if input.u32("version of areas")? != VERSION {
             return Err(nonsense());
         }
-        let state = State::from_code(input.u32("state of areas")?).ok_or_else(nonsense)?;
+        let state = WriteState::from_code(input.u32("state of areas")?).ok_or_else(nonsense)?;
         let page_bytes = input.u32("page of areas")?;
         let count = input.u32("number of areas")?;
         if usize::try_from(count).map_or(true, |count| count > CPUS_MAX) {
@@ -180,7 +180,7 @@ fn read_extent<S: Source + ?Sized>(input: &mut Input<'_, S>) -> Result<Extent, R
     Ok(Extent { offset: input.u64("area")?, bytes: input.u64("area")? })
 }
 
-impl State {
+impl WriteState {
     fn code(self) -> u32 {
         match self {
             Self::Open => 0,
@@ -206,7 +206,7 @@ mod tests {
         };
         let pending = Extent { offset: 110, bytes: 90 };
         Areas {
-            state: State::Closed,
+            state: WriteState::Closed,
             page_bytes: 4096,
             file_bytes: 1000,
             pending,

@@ -13,7 +13,7 @@
 //! ```text
 //! u32 version 2 · u32 shown · u64 since · u32 vCPUs · u32 0
 //! each vCPU: u32 CPU · u32 segments · each: u64 from low · u64 from high · u64 offset · u64 ratio (0: 1) · u64 fraction bits
-//! u64 doubts · each: u32 CPU · u32 0 · u64 events · u64 first · u64 last · u64 error
+//! u64 uncertainties · each: u32 CPU · u32 0 · u64 events · u64 first · u64 last · u64 error
 //! pending only, each vCPU again: u64 runs · u64 stretches in which all are known · each: u64 low · u64 high
 //! ```
 
@@ -23,7 +23,7 @@ use vtrace_common::{ids::Cpu, limits::CPUS_MAX, time::HostTsc};
 
 use super::{
     layout::{SEGMENTS_BYTES_MAX, id},
-    uncertainty::{Doubt, FILE_DOUBTS_MAX},
+    uncertainty::{UNCERTAINTIES_MAX, Uncertainty},
 };
 use crate::{
     clock::{
@@ -66,7 +66,7 @@ pub struct Segments {
     /// The clock.
     pub table: Table,
     /// Of rewritten pages: which times are not exact.
-    pub doubts: Vec<Doubt>,
+    pub uncertainties: Vec<Uncertainty>,
 }
 
 impl Segments {
@@ -90,9 +90,9 @@ impl Segments {
                 }
             }
         }
-        let doubts = &self.doubts[..self.doubts.len().min(FILE_DOUBTS_MAX)];
-        out.extend(u64::from(short(doubts.len())).to_le_bytes());
-        for Doubt { cpu, events, first, last, error } in doubts {
+        let uncertainties = &self.uncertainties[..self.uncertainties.len().min(UNCERTAINTIES_MAX)];
+        out.extend(u64::from(short(uncertainties.len())).to_le_bytes());
+        for Uncertainty { cpu, events, first, last, error } in uncertainties {
             out.extend([u64::from(cpu.0), *events, first.0, last.0, *error].map(u64::to_le_bytes).concat());
         }
         if self.shown == Shown::Pending {
@@ -140,9 +140,9 @@ impl Segments {
             }
             histories.push(history);
         }
-        let doubts = read_doubts(input)?.ok_or_else(nonsense)?;
+        let uncertainties = read_uncertainties(input)?.ok_or_else(nonsense)?;
         let cpus: Vec<Cpu> = histories.iter().map(History::cpu).collect();
-        let mut table = Table::of(since, histories).ok_or_else(nonsense)?;
+        let mut table = Table::from_histories(since, histories).ok_or_else(nonsense)?;
         if shown == Shown::Pending {
             let mut left = RUNS_MAX;
             for cpu in cpus {
@@ -153,7 +153,7 @@ impl Segments {
                 }
             }
         }
-        Ok(Self { shown, table, doubts })
+        Ok(Self { shown, table, uncertainties })
     }
 }
 
@@ -169,23 +169,27 @@ fn read_history<S: Source + ?Sized>(input: &mut Input<'_, S>, left: &mut usize) 
         let Some(ratio) = read_ratio(raw, fraction_bits) else { return Ok(None) };
         segments.push(Segment { from, pair: Pair { offset, ratio } });
     }
-    Ok(History::of(cpu, segments))
+    Ok(History::from_segments(cpu, segments))
 }
 
-fn read_doubts<S: Source + ?Sized>(input: &mut Input<'_, S>) -> Result<Option<Vec<Doubt>>, ReadFault> {
-    let count = input.u64("number of doubts")?;
-    if usize::try_from(count).map_or(true, |count| count > FILE_DOUBTS_MAX) {
+fn read_uncertainties<S: Source + ?Sized>(input: &mut Input<'_, S>) -> Result<Option<Vec<Uncertainty>>, ReadFault> {
+    let count = input.u64("number of uncertainties")?;
+    if usize::try_from(count).map_or(true, |count| count > UNCERTAINTIES_MAX) {
         return Ok(None);
     }
-    let mut doubts = Vec::new();
+    let mut uncertainties = Vec::new();
     for _ in 0..count {
-        let cpu = Cpu(input.u32("CPU of a doubt")?);
-        input.u32("doubt")?;
-        let [events, first, last, error] =
-            [input.u64("doubt")?, input.u64("doubt")?, input.u64("doubt")?, input.u64("doubt")?];
-        doubts.push(Doubt { cpu, events, first: HostTsc(first), last: HostTsc(last), error });
+        let cpu = Cpu(input.u32("CPU of a uncertainty")?);
+        input.u32("uncertainty")?;
+        let [events, first, last, error] = [
+            input.u64("uncertainty")?,
+            input.u64("uncertainty")?,
+            input.u64("uncertainty")?,
+            input.u64("uncertainty")?,
+        ];
+        uncertainties.push(Uncertainty { cpu, events, first: HostTsc(first), last: HostTsc(last), error });
     }
-    Ok(Some(doubts))
+    Ok(Some(uncertainties))
 }
 
 fn read_runs<S: Source + ?Sized>(
@@ -229,7 +233,7 @@ impl Shown {
 }
 
 const _: () = {
-    let runs = CPUS_MAX * 2 * 8 + RUNS_MAX * RUN_BYTES + 8 + FILE_DOUBTS_MAX * 5 * 8;
+    let runs = CPUS_MAX * 2 * 8 + RUNS_MAX * RUN_BYTES + 8 + UNCERTAINTIES_MAX * 5 * 8;
     assert!(HEAD_BYTES + CPUS_MAX * VCPU_BYTES + SEGMENTS_MAX * SEGMENT_BYTES + runs <= SEGMENTS_BYTES_MAX);
     assert!(id::SEGMENTS & 1 << 14 != 0, "above all ids of stock options");
 };
@@ -251,7 +255,7 @@ mod tests {
                 at = from.high.0;
                 Segment { from, pair: Pair { offset, ratio } }
             });
-            History::of(Cpu(cpu), segments.collect()).unwrap()
+            History::from_segments(Cpu(cpu), segments.collect()).unwrap()
         })
     }
 
@@ -266,12 +270,12 @@ mod tests {
         let shown = prop::sample::select(vec![Shown::Shifted, Shown::Rewritten, Shown::Raw, Shown::Pending]);
         let histories = (any_history(0), any_history(3), any_history(4095));
         (shown, 0..1u64 << 60, histories, any_runs()).prop_map(|(shown, since, (a, b, c), runs)| {
-            let mut table = Table::of(HostTsc(since), vec![a, b, c]).unwrap();
+            let mut table = Table::from_histories(HostTsc(since), vec![a, b, c]).unwrap();
             if shown == Shown::Pending {
                 table.learn(Cpu(3), runs);
             }
-            let doubt = Doubt { cpu: Cpu(3), events: 2, first: HostTsc(5), last: HostTsc(9), error: 77 };
-            Segments { shown, table, doubts: vec![doubt; usize::from(shown == Shown::Rewritten)] }
+            let uncertainty = Uncertainty { cpu: Cpu(3), events: 2, first: HostTsc(5), last: HostTsc(9), error: 77 };
+            Segments { shown, table, uncertainties: vec![uncertainty; usize::from(shown == Shown::Rewritten)] }
         })
     }
 
@@ -282,8 +286,8 @@ mod tests {
     #[test]
     fn history_that_runs_backwards_is_refused() {
         let segment = |from| Segment { from: HostRange::at(HostTsc(from)), pair: Pair::SAME };
-        assert!(History::of(Cpu(0), vec![segment(5), segment(4)]).is_none());
-        assert!(History::of(Cpu(0), vec![]).is_none());
+        assert!(History::from_segments(Cpu(0), vec![segment(5), segment(4)]).is_none());
+        assert!(History::from_segments(Cpu(0), vec![]).is_none());
     }
 
     proptest! {

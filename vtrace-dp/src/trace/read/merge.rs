@@ -11,13 +11,13 @@ use std::{cmp::Reverse, collections::BinaryHeap, ops::Range};
 
 use vtrace_common::ids::Cpu;
 
-use super::{Buffer, Pages, Reader, WalkFault, input::Source, times::Stamps};
+use super::{Buffer, LanePages, Reader, WalkFault, input::Source, times::FileClock};
 use crate::ftrace::events::{PageFault, Walk};
 
 /// Lanes being read together.
 #[derive(Debug)]
 pub struct Merge<'a, S> {
-    lanes: Vec<Lane<'a, S>>,
+    lanes: Vec<LaneCursor<'a, S>>,
     /// Next event of each lane that has one: its time, its lane.
     next: BinaryHeap<Reverse<(u64, usize)>>,
     /// The lane whose event was given away last: its next one is looked for when it is asked for.
@@ -38,10 +38,10 @@ pub struct Merged<'m> {
 }
 
 #[derive(Debug)]
-struct Lane<'a, S> {
+struct LaneCursor<'a, S> {
     cpu: Cpu,
-    stamps: Stamps,
-    pages: Pages<'a, S>,
+    stamps: FileClock,
+    pages: LanePages<'a, S>,
     page: Vec<u8>,
     page_at: u64,
     walk: Option<Walk>,
@@ -56,22 +56,22 @@ impl<'a, S: Source> Merge<'a, S> {
     ///
     /// # Errors
     /// The first page of a lane cannot be read or is broken.
-    pub fn new(reader: &'a Reader<S>, buffers: &[(&Buffer, Stamps)]) -> Result<Self, WalkFault> {
+    pub fn new(reader: &'a Reader<S>, buffers: &[(&Buffer, FileClock)]) -> Result<Self, WalkFault> {
         let lanes = buffers.iter().flat_map(|(buffer, stamps)| {
             buffer.lanes.iter().map(move |lane| (lane.cpu, stamps.clone(), reader.pages(buffer, lane)))
         });
-        Self::of(lanes)
+        Self::from_pages(lanes)
     }
 
     /// These lanes: of each its CPU, how its stamps become times, and its pages.
     ///
     /// # Errors
     /// The first page of a lane cannot be read or is broken.
-    pub fn of(lanes: impl IntoIterator<Item = (Cpu, Stamps, Pages<'a, S>)>) -> Result<Self, WalkFault> {
+    pub fn from_pages(lanes: impl IntoIterator<Item = (Cpu, FileClock, LanePages<'a, S>)>) -> Result<Self, WalkFault> {
         let mut merge = Self { lanes: Vec::new(), next: BinaryHeap::new(), taken: None };
         for (cpu, stamps, pages) in lanes {
             let (page, page_at, walk, range) = (Vec::new(), 0, None, 0..0);
-            merge.lanes.push(Lane { cpu, stamps, pages, page, page_at, walk, time: 0, range, lost_since: None });
+            merge.lanes.push(LaneCursor { cpu, stamps, pages, page, page_at, walk, time: 0, range, lost_since: None });
             merge.advance(merge.lanes.len() - 1)?;
         }
         Ok(merge)
@@ -100,7 +100,7 @@ impl<'a, S: Source> Merge<'a, S> {
     }
 }
 
-impl<S: Source> Lane<'_, S> {
+impl<S: Source> LaneCursor<'_, S> {
     /// Finds the next event; false at the end.
     fn step(&mut self) -> Result<bool, WalkFault> {
         self.lost_since = None;
@@ -177,7 +177,7 @@ mod tests {
 
     fn merged(bytes: &[u8]) -> Vec<Seen> {
         let reader = Reader::open(bytes).unwrap();
-        let mut merge = Merge::new(&reader, &[(reader.top().unwrap(), Stamps::default())]).unwrap();
+        let mut merge = Merge::new(&reader, &[(reader.top().unwrap(), FileClock::default())]).unwrap();
         let mut seen = Vec::new();
         while let Some(event) = merge.next_event().unwrap() {
             assert_eq!(u64::from(u32::from_le_bytes(event.data.try_into().unwrap())), event.time);
@@ -208,7 +208,7 @@ mod tests {
         broken[16..20].copy_from_slice(&2u32.to_le_bytes());
         let bytes = file(&[(Cpu(0), [page(&[1], false), broken].concat()), (Cpu(1), page(&[8], false))]);
         let reader = Reader::open(bytes.as_slice()).unwrap();
-        let mut merge = Merge::new(&reader, &[(reader.top().unwrap(), Stamps::default())]).unwrap();
+        let mut merge = Merge::new(&reader, &[(reader.top().unwrap(), FileClock::default())]).unwrap();
         assert_eq!(merge.next_event().unwrap().map(|event| event.time), Some(1));
         assert!(merge.next_event().is_err());
         assert_eq!(merge.next_event().unwrap().map(|event| event.time), Some(8));

@@ -206,14 +206,14 @@ impl<S: Source> Reader<S> {
     }
 
     /// The pages of a lane, each whole; the last one may be short.
-    pub fn pages<'a>(&'a self, buffer: &Buffer, lane: &LaneData) -> Pages<'a, S> {
+    pub fn pages<'a>(&'a self, buffer: &Buffer, lane: &LaneData) -> LanePages<'a, S> {
         let chunks = match self.contents.compression {
             Compression::None => None,
             compression => Some(Chunks { compression, left: None, bytes: Vec::new(), used: 0, offset: lane.offset }),
         };
         // Stock trace-cmd counts a compressed lane four bytes short.
         let end = if chunks.is_some() { self.source.bytes() } else { lane.offset + lane.bytes };
-        Pages { source: &self.source, at: lane.offset, end, page_bytes: buffer.page_bytes, chunks }
+        LanePages { source: &self.source, at: lane.offset, end, page_bytes: buffer.page_bytes, chunks }
     }
 
     /// Calls `each` with (raw time, event) for every event of a lane.
@@ -233,9 +233,9 @@ impl<S: Source> Reader<S> {
     }
 }
 
-/// Pages of one lane: place (of a compressed one: of its chunk) and bytes. After an error there are no more.
+/// LanePages of one lane: place (of a compressed one: of its chunk) and bytes. After an error there are no more.
 #[derive(Debug)]
-pub struct Pages<'a, S> {
+pub struct LanePages<'a, S> {
     source: &'a S,
     at: u64,
     end: u64,
@@ -255,7 +255,7 @@ struct Chunks {
     offset: u64,
 }
 
-impl<S: Source> Iterator for Pages<'_, S> {
+impl<S: Source> Iterator for LanePages<'_, S> {
     type Item = Result<(u64, Vec<u8>), ReadFault>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -267,7 +267,7 @@ impl<S: Source> Iterator for Pages<'_, S> {
     }
 }
 
-impl<'a, S: Source> Pages<'a, S> {
+impl<'a, S: Source> LanePages<'a, S> {
     /// Those pages of a lane that is not compressed in which events of `from..=to` can be, in raw stamps: found by the
     /// times in their headers, which never decrease. The lane need not be in a finished file.
     ///

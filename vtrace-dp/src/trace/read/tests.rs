@@ -172,7 +172,7 @@ proptest! {
         let file: Vec<u8> = begins.iter().flat_map(|time| page(*time)).collect();
         let (source, to) = (file.as_slice(), from + length);
         let lane = LaneData { cpu: Cpu(0), offset: 0, bytes: u64::try_from(file.len()).unwrap() };
-        let pages = Pages::between(&source, &lane, 4096, from, to).unwrap();
+        let pages = LanePages::between(&source, &lane, 4096, from, to).unwrap();
         let found: Vec<u64> = pages.map(|page| u64::from_le_bytes(page.unwrap().1[..8].try_into().unwrap())).collect();
         let between = |times: &[u64]| times.iter().copied().filter(|time| (from..=to).contains(time)).collect::<Vec<_>>();
         prop_assert_eq!(between(&found), between(&begins));

@@ -1,4 +1,4 @@
-//! From the time stamps in a file's pages to the times that a stock reader shows.
+//! From the time clock in a file's pages to the times that a stock reader shows.
 //!
 //! In:    a file's options
 //! Out:   for each raw stamp the time in `trace-cmd report -t`: nanoseconds if the file says how, else as recorded
@@ -18,9 +18,9 @@ use crate::trace::format::{
     section::bytes_of,
 };
 
-/// How a file's stamps become times.
+/// How a file's clock become times.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Stamps {
+pub struct FileClock {
     shift: Shift,
     scale: Option<(u32, u32)>,
     offset: u64,
@@ -41,13 +41,13 @@ struct Sample {
     fraction: i64,
 }
 
-impl Stamps {
+impl FileClock {
     /// From options and [`super::Reader::other_options`].
     ///
     /// # Errors
     /// A time shift that reaches beyond its end, or has too many CPUs.
-    pub fn of(options: &[TraceOption], others: &[(u16, Vec<u8>)]) -> Result<Self, ReadFault> {
-        let mut stamps = Self::default();
+    pub fn from_options(options: &[TraceOption], others: &[(u16, Vec<u8>)]) -> Result<Self, ReadFault> {
+        let mut clock = Self::default();
         for option in options {
             match option {
                 TraceOption::TimeShift(shift) => {
@@ -58,24 +58,24 @@ impl Stamps {
                         fraction: 0,
                     };
                     let cpus = shift.cpus.iter().map(|samples| sorted(samples.iter().map(sample).collect()));
-                    stamps.shift = Shift { interpolate: shift.interpolate, cpus: cpus.collect() };
+                    clock.shift = Shift { interpolate: shift.interpolate, cpus: cpus.collect() };
                 }
                 TraceOption::Date(text) => {
-                    stamps.offset = stamps.offset.wrapping_add(number(text.as_bytes()).wrapping_mul(1000));
+                    clock.offset = clock.offset.wrapping_add(number(text.as_bytes()).wrapping_mul(1000));
                 }
-                TraceOption::Tsc2Nsec { mult, shift } => stamps.scale = (*mult > 0).then_some((*mult, *shift)),
+                TraceOption::Tsc2Nsec { mult, shift } => clock.scale = (*mult > 0).then_some((*mult, *shift)),
                 _ => {}
             }
         }
         for (id, payload) in others {
             match *id {
-                id::TIME_SHIFT => stamps.shift = Shift::parse(payload)?,
-                id::DATE => stamps.offset = stamps.offset.wrapping_add(number(payload).wrapping_mul(1000)),
-                id::OFFSET => stamps.offset = stamps.offset.wrapping_add(number(payload)),
+                id::TIME_SHIFT => clock.shift = Shift::parse(payload)?,
+                id::DATE => clock.offset = clock.offset.wrapping_add(number(payload).wrapping_mul(1000)),
+                id::OFFSET => clock.offset = clock.offset.wrapping_add(number(payload)),
                 _ => {}
             }
         }
-        Ok(stamps)
+        Ok(clock)
     }
 
     /// The same without a time shift: for instances that are not the top one.
@@ -209,14 +209,14 @@ mod tests {
     use super::*;
     use crate::clock::shift::{ShiftSample, TimeShift};
 
-    fn shift(interpolate: bool, samples: &[(u64, i64)]) -> Stamps {
+    fn shift(interpolate: bool, samples: &[(u64, i64)]) -> FileClock {
         let sample = |&(time, offset): &(u64, i64)| ShiftSample { time, offset };
         let cpus = vec![samples.iter().map(sample).collect()];
-        Stamps::of(&[TraceOption::TimeShift(TimeShift { peer: 1, interpolate, cpus })], &[]).unwrap()
+        FileClock::from_options(&[TraceOption::TimeShift(TimeShift { peer: 1, interpolate, cpus })], &[]).unwrap()
     }
 
-    fn shown(stamps: &Stamps, times: &[u64]) -> Vec<u64> {
-        times.iter().map(|time| stamps.shown(Cpu(0), *time)).collect()
+    fn shown(clock: &FileClock, times: &[u64]) -> Vec<u64> {
+        times.iter().map(|time| clock.shown(Cpu(0), *time)).collect()
     }
 
     #[test]
@@ -228,14 +228,14 @@ mod tests {
 
     #[test]
     fn three_samples_are_steps_and_the_last_is_never_used() {
-        let stamps = shift(false, &[(10, 1), (20, 2), (30, 3)]);
-        assert_eq!(shown(&stamps, &[5, 10, 19, 20, 29, 30, 99]), [6, 11, 20, 22, 31, 32, 101]);
+        let clock = shift(false, &[(10, 1), (20, 2), (30, 3)]);
+        assert_eq!(shown(&clock, &[5, 10, 19, 20, 29, 30, 99]), [6, 11, 20, 22, 31, 32, 101]);
     }
 
     #[test]
     fn interpolation_is_a_line_and_goes_on_beyond_both_ends() {
-        let stamps = shift(true, &[(100, 0), (200, 10), (300, 110)]);
-        assert_eq!(shown(&stamps, &[90, 100, 150, 200, 250, 300, 350]), [90, 100, 155, 210, 310, 410, 510]);
+        let clock = shift(true, &[(100, 0), (200, 10), (300, 110)]);
+        assert_eq!(shown(&clock, &[90, 100, 150, 200, 250, 300, 350]), [90, 100, 155, 210, 310, 410, 510]);
     }
 
     #[test]
@@ -243,17 +243,17 @@ mod tests {
         let mut payload = [1u64.to_le_bytes().as_slice(), &0u32.to_le_bytes(), &1u32.to_le_bytes()].concat();
         payload.extend(2u32.to_le_bytes());
         [0u64, 1, 7, 7, 3, 3, 1, 1].iter().for_each(|word| payload.extend(word.to_le_bytes()));
-        let stamps = Stamps::of(&[], &[(id::TIME_SHIFT, payload.clone())]).unwrap();
-        assert_eq!(stamps.shown(Cpu(0), 100), ((100 * 3) >> 1) + 7);
-        assert!(Stamps::of(&[], &[(id::TIME_SHIFT, payload[..40].to_vec())]).is_err());
+        let clock = FileClock::from_options(&[], &[(id::TIME_SHIFT, payload.clone())]).unwrap();
+        assert_eq!(clock.shown(Cpu(0), 100), ((100 * 3) >> 1) + 7);
+        assert!(FileClock::from_options(&[], &[(id::TIME_SHIFT, payload[..40].to_vec())]).is_err());
     }
 
     #[test]
     fn date_counts_in_microseconds_and_offset_as_it_is() {
         let others = [(id::DATE, b"0x10\0".to_vec()), (id::OFFSET, b"-7\n".to_vec())];
-        let stamps = Stamps::of(&[TraceOption::Tsc2Nsec { mult: 1, shift: 1 }], &others).unwrap();
-        assert!(stamps.is_scaled());
-        assert_eq!(stamps.shown(Cpu(0), 10), 5 + 16_000 - 7);
+        let clock = FileClock::from_options(&[TraceOption::Tsc2Nsec { mult: 1, shift: 1 }], &others).unwrap();
+        assert!(clock.is_scaled());
+        assert_eq!(clock.shown(Cpu(0), 10), 5 + 16_000 - 7);
         assert_eq!([number(b" +017"), number(b"12ab"), number(b"")], [15, 12, 0]);
     }
 
@@ -273,8 +273,8 @@ mod tests {
             let _ = shift(interpolate, &samples).shown(Cpu(0), time);
             let options = [TraceOption::Tsc2Nsec { mult, shift: bits }];
             for id in [id::TIME_SHIFT, id::DATE, id::OFFSET] {
-                if let Ok(stamps) = Stamps::of(&options, &[(id, payload.clone())]) {
-                    let _ = stamps.shown(Cpu(0), time);
+                if let Ok(clock) = FileClock::from_options(&options, &[(id, payload.clone())]) {
+                    let _ = clock.shown(Cpu(0), time);
                 }
             }
         }

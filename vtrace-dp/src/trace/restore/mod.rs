@@ -25,7 +25,7 @@ use vtrace_common::limits::{
 use self::uncounted_pages::Scan;
 use super::{
     format::{
-        areas::{Areas, LaneArea, State},
+        areas::{Areas, LaneArea, WriteState},
         description,
         layout::{
             FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX, SECTION_HEADER_BYTES, SEGMENTS_BYTES_MAX,
@@ -38,7 +38,7 @@ use super::{
     read::input::{FileSource, Input, ReadFault, Source},
     write::{
         WriteFault,
-        collapse::Way,
+        collapse::Compaction,
         early_options::{self, RawOption},
         frame::{Frame, Sections, Texts, raw},
         host_lanes::{HostingFault, host_lanes},
@@ -158,7 +158,7 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
     let io = |action| move |source| RestoreFault::Io { action, source };
     let source = FileSource::new(file.try_clone().map_err(io("open again"))?).map_err(io("ask for the size"))?;
     let skeleton = inspect(&source)?;
-    if skeleton.areas.state == State::Finished {
+    if skeleton.areas.state == WriteState::Finished {
         let bytes = source.bytes();
         return Ok(Restored {
             was: Was::Finished,
@@ -182,7 +182,7 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
         lane.pages = area.rest.bytes / u64::from(page_bytes);
     }
     let finished = frame.finish(plan.areas, &plan.texts)?;
-    let sparse = finished.way == Way::Left;
+    let sparse = finished.compaction == Compaction::Left;
     Ok(Restored { was: plan.was, bytes: finished.bytes, sparse, linked: plan.linked, converted, lanes: plan.lanes })
 }
 
@@ -198,7 +198,8 @@ fn host_times(frame: &Frame, areas: &mut Areas, texts: &mut Texts) -> Result<u64
     let mut total = Rewritten::default();
     hosted.lanes.iter().for_each(|(_, done)| total.join(done));
     let note = serde_json::json!({ "restored": { "converted": total.events } });
-    let segments = TraceOption::Segments(Segments { shown: Shown::Rewritten, table, doubts: hosted.doubts });
+    let segments =
+        TraceOption::Segments(Segments { shown: Shown::Rewritten, table, uncertainties: hosted.uncertainties });
     texts.notes = note.to_string();
     texts.segments = vec![segments.encode().map_err(WriteFault::from)?];
     Ok(total.events)
@@ -214,7 +215,7 @@ pub fn look<S: Source>(source: &S, unit: u64) -> Result<Vec<LaneFound>, RestoreF
 }
 
 /// What to do.
-struct Plan {
+struct RestorePlan {
     was: Was,
     linked: bool,
     clock: String,
@@ -225,17 +226,17 @@ struct Plan {
     changes: Vec<(u64, Vec<u8>)>,
 }
 
-fn plan<S: Source>(source: &S, skeleton: &Skeleton, unit: u64) -> Result<Plan, RestoreFault> {
+fn plan<S: Source>(source: &S, skeleton: &Skeleton, unit: u64) -> Result<RestorePlan, RestoreFault> {
     let tail = read_tail(source, skeleton).ok();
     let early = early_options::read(source, skeleton.areas.early_at).map(|(_, options)| options);
     let areas = skeleton.areas.clone();
     let cpus = areas.lanes.iter().map(|lane| lane.cpu.0 + 1).max().unwrap_or(0);
-    let is_open = areas.state == State::Open;
+    let is_open = areas.state == WriteState::Open;
     let written = tail.as_ref().filter(|tail| !is_open && !tail.texts.notes.is_empty());
     let clock = tail.as_ref().map(|tail| tail.clock.clone());
     let clock = clock.or_else(|| early.as_ref().and_then(|options| clock_of(options))).unwrap_or_default();
     let linked = written.is_some() || early.is_some();
-    let mut plan = Plan {
+    let mut plan = RestorePlan {
         was: if is_open { Was::Open } else { Was::Closed },
         linked,
         clock,
@@ -261,7 +262,7 @@ fn plan<S: Source>(source: &S, skeleton: &Skeleton, unit: u64) -> Result<Plan, R
     Ok(plan)
 }
 
-impl Plan {
+impl RestorePlan {
     /// An open file: looks for the pages.
     fn find<S: Source>(&mut self, source: &S, unit: u64) -> Result<(), RestoreFault> {
         let page = u64::from(self.areas.page_bytes);
@@ -305,7 +306,7 @@ impl Plan {
 }
 
 /// What a file that was never closed says instead of the closing table.
-fn notes(plan: &Plan) -> String {
+fn notes(plan: &RestorePlan) -> String {
     let note = serde_json::json!({ "restored": { "was": plan.was, "linked": plan.linked, "lanes": plan.lanes } });
     note.to_string()
 }
@@ -363,7 +364,7 @@ fn check(skeleton: &Skeleton) -> Result<(), RestoreFault> {
             if part.offset < end || last.is_none() || !part.offset.is_multiple_of(page) {
                 return Err(RestoreFault::Areas("its lanes lie over each other"));
             }
-            if areas.state == State::Closed && !part.bytes.is_multiple_of(page) {
+            if areas.state == WriteState::Closed && !part.bytes.is_multiple_of(page) {
                 return Err(RestoreFault::Areas("a lane ends within a page"));
             }
             end = part.end();

@@ -1,7 +1,7 @@
 //! The pages of a lane that nobody counted: what a crash left in its area.
 //!
 //! In:    an area of a file, the size of a page
-//! Out:   stretches of whole pages, one behind the other; then the lane as a file can have it ([`Lane`])
+//! Out:   stretches of whole pages, one behind the other; then the lane as a file can have it ([`FoundLane`])
 //! Runs:  anywhere; one chunk of pages in memory. Time goes with the bytes that are there: holes cost nothing
 //! Full:  what does not fit the bounds (stretches, gaps) is left out and counted
 //! Trust: nothing: a page counts as whole if its header is sane and its events can be walked to the end
@@ -29,7 +29,7 @@ const GAP_BYTES_MAX: u64 = 64 << 20;
 
 /// Whole pages, one behind the other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Run {
+pub struct PageRun {
     /// Where they are.
     pub extent: Extent,
     /// Time stamp of the first.
@@ -42,7 +42,7 @@ pub struct Run {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Scan {
     /// Whole pages.
-    pub runs: Vec<Run>,
+    pub runs: Vec<PageRun>,
     /// Pages that begin and do not end.
     pub torn: u64,
     /// Whole pages older than the one in front of them.
@@ -53,7 +53,7 @@ pub struct Scan {
 
 /// A lane as a file can have it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Lane {
+pub struct FoundLane {
     /// Its older pages, if it began again at its area's start.
     pub older: Extent,
     /// Its pages.
@@ -130,13 +130,13 @@ impl Scan {
             self.cut = true;
             return;
         }
-        self.runs.push(Run { extent: Extent { offset: at, bytes: page }, first: time, last: time });
+        self.runs.push(PageRun { extent: Extent { offset: at, bytes: page }, first: time, last: time });
     }
 
     /// The lane as a file can have it. `unit`: lanes begin at its multiples; `newest`: the lane kept its newest pages
     /// only; `room_end`: where the area of the next lane begins.
-    pub fn lane(&self, area: Extent, page: u64, unit: u64, newest: bool, room_end: u64) -> Lane {
-        let mut lane = Lane::default();
+    pub fn lane(&self, area: Extent, page: u64, unit: u64, newest: bool, room_end: u64) -> FoundLane {
+        let mut lane = FoundLane::default();
         let mut back = (1..self.runs.len()).filter(|at| newest && self.runs[*at].first < self.runs[*at - 1].last);
         // Writes in flight may have left new pages among old ones where the lane came round: these are left out.
         let first = back.next().unwrap_or(self.runs.len());
@@ -165,8 +165,8 @@ impl Scan {
 }
 
 /// Where a lane's older pages have a hole, those behind it are newer.
-fn behind_wide_gap(runs: &[Run]) -> &[Run] {
-    let wide = |pair: &[Run]| pair[1].extent.offset - pair[0].extent.end() > GAP_BYTES_MAX;
+fn behind_wide_gap(runs: &[PageRun]) -> &[PageRun] {
+    let wide = |pair: &[PageRun]| pair[1].extent.offset - pair[0].extent.end() > GAP_BYTES_MAX;
     &runs[runs.windows(2).rposition(wide).map_or(0, |at| at + 1)..]
 }
 
@@ -178,9 +178,9 @@ pub fn whole_at(page: &[u8]) -> Option<u64> {
     }
 }
 
-impl Lane {
+impl FoundLane {
     /// One stretch out of several, as long as the gaps between them fit into `room`.
-    fn put(&mut self, runs: &[Run], page: u64, (least, unit): (u64, u64), room: &mut u64) -> Extent {
+    fn put(&mut self, runs: &[PageRun], page: u64, (least, unit): (u64, u64), room: &mut u64) -> Extent {
         let Some(first) = runs.first() else { return Extent::default() };
         let offset = (first.extent.offset / unit * unit).max(least);
         let mut whole = Extent { offset, bytes: 0 };
@@ -245,7 +245,7 @@ mod tests {
         times.iter().flat_map(of).collect()
     }
 
-    fn lane(times: &[u64], newest: bool) -> (Scan, Lane) {
+    fn lane(times: &[u64], newest: bool) -> (Scan, FoundLane) {
         let bytes = file(times);
         let area = Extent { offset: 0, bytes: bytes_of(&bytes) };
         let scan = scan(&bytes.as_slice(), area, 4096).unwrap();

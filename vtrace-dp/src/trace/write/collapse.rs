@@ -25,7 +25,7 @@ use crate::trace::format::areas::{Areas, Extent, LaneArea};
 
 /// How the holes went.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Way {
+pub enum Compaction {
     /// The file system took them out (or there were none).
     Collapsed,
     /// Bytes were copied downwards.
@@ -60,21 +60,21 @@ pub(crate) struct Collapse<'a> {
 
 impl Collapse<'_> {
     /// Moves the lanes together, the first one to `start` (a multiple of the unit, not behind it).
-    pub(crate) fn run(&mut self, start: u64) -> io::Result<Way> {
+    pub(crate) fn run(&mut self, start: u64) -> io::Result<Compaction> {
         self.join()?;
         self.cut()?;
         match self.collapse(start) {
-            Ok(()) => return Ok(Way::Collapsed),
+            Ok(()) => return Ok(Compaction::Collapsed),
             Err(error) if is_refusal(&error) || is_full(&error) => {}
             Err(error) => return Err(error),
         }
         let bytes = self.areas.lanes.iter().filter(|lane| lane.rest.offset > start).map(|lane| lane.rest.bytes);
         if bytes.sum::<u64>() > self.copy_bytes_max && !shares_blocks(self.file) {
-            return Ok(Way::Left);
+            return Ok(Compaction::Left);
         }
-        let way = self.copy(start)?;
+        let compaction = self.copy(start)?;
         self.cut()?;
-        Ok(way)
+        Ok(compaction)
     }
 
     /// Puts lanes that lie in two places into one, the first: those that began again at their area's start, and those
@@ -128,7 +128,7 @@ impl Collapse<'_> {
         (self.save)(self.areas)
     }
 
-    fn copy(&mut self, start: u64) -> io::Result<Way> {
+    fn copy(&mut self, start: u64) -> io::Result<Compaction> {
         let mut to = start;
         for index in 0..self.areas.lanes.len() {
             let from = self.areas.lanes[index].rest;
@@ -141,14 +141,14 @@ impl Collapse<'_> {
                         // What the failed step wrote in front of the lane is of no use.
                         let dead = Extent { offset: to, bytes: from.offset - to };
                         let _ = punch(self.file, dead);
-                        return Ok(Way::Left);
+                        return Ok(Compaction::Left);
                     }
                     result => result?,
                 }
             }
             to = self.areas.lanes[index].rest.end().next_multiple_of(self.unit);
         }
-        Ok(Way::Copied)
+        Ok(Compaction::Copied)
     }
 
     fn move_lane(&mut self, index: usize, to: u64) -> io::Result<()> {
@@ -261,7 +261,7 @@ mod tests {
     use vtrace_common::ids::Cpu;
 
     use super::*;
-    use crate::trace::format::areas::State;
+    use crate::trace::format::areas::WriteState;
 
     const UNIT: u64 = 4096;
     const AREA: u64 = 64 * UNIT;
@@ -287,7 +287,7 @@ mod tests {
             });
         }
         Areas {
-            state: State::Closed,
+            state: WriteState::Closed,
             page_bytes: 4096,
             file_bytes: 5 * AREA,
             pending: Extent::default(),
@@ -312,7 +312,7 @@ mod tests {
     }
 
     /// Stops at every save in turn, as a crash would, and looks for all pages where the last save says they are.
-    fn crash_everywhere(folder: &Path, expected: Way) {
+    fn crash_everywhere(folder: &Path, expected: Compaction) {
         for limit in 0.. {
             let file = tempfile::tempfile_in(folder).unwrap();
             let mut areas = recorded(&file);
@@ -331,9 +331,9 @@ mod tests {
             let result = collapse.run(UNIT);
             let file_bytes = file.metadata().unwrap().len();
             assert_whole(&file, &saved.settle(file_bytes));
-            if let Ok(way) = result {
+            if let Ok(compaction) = result {
                 assert_whole(&file, &areas);
-                assert_eq!((way, areas.file_bytes, file_bytes), (expected, 28 * UNIT, 28 * UNIT));
+                assert_eq!((compaction, areas.file_bytes, file_bytes), (expected, 28 * UNIT, 28 * UNIT));
                 assert!(limit > 4, "it was interrupted {limit} times");
                 return;
             }
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn pages_are_found_after_a_crash_at_any_step_of_copying() {
-        crash_everywhere(Path::new("/dev/shm"), Way::Copied);
+        crash_everywhere(Path::new("/dev/shm"), Compaction::Copied);
     }
 
     #[test]
@@ -352,10 +352,10 @@ mod tests {
         probe.set_len(1 << 20).unwrap();
         let hole = Extent { offset: 4096, bytes: 4096 };
         match allocate(&probe, FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, hole) {
-            Ok(()) => crash_everywhere(folder, Way::Collapsed),
+            Ok(()) => crash_everywhere(folder, Compaction::Collapsed),
             Err(error) => {
                 assert!(is_refusal(&error), "{error}");
-                crash_everywhere(folder, Way::Copied);
+                crash_everywhere(folder, Compaction::Copied);
             }
         }
     }

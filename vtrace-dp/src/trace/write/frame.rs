@@ -15,11 +15,11 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 use vtrace_common::{ids::Cpu, limits::CMDLINES_BYTES_MAX};
 
 use super::{
-    collapse::{COPY_BYTES_MAX, Collapse, STEP_BYTES, Way},
+    collapse::{COPY_BYTES_MAX, Collapse, Compaction, STEP_BYTES},
     early_options::{self, RawOption},
 };
 use crate::trace::format::{
-    areas::{Areas, LaneArea, State},
+    areas::{Areas, LaneArea, WriteState},
     description,
     layout::{
         AREA_BYTES_MIN, NOTES_BYTES_MAX, OPTION_HEADER_BYTES, OPTIONS_BYTES_MAX, OPTIONS_POINTER_AT,
@@ -113,14 +113,14 @@ pub struct Finished {
     /// Its size.
     pub bytes: u64,
     /// What became of the holes between the areas.
-    pub way: Way,
+    pub compaction: Compaction,
 }
 
 impl Frame {
     /// Says that all pages are where `areas` says, and puts the texts where `restore` finds them; gives where the tail
     /// ends.
     pub(crate) fn close(&self, areas: &mut Areas, texts: &Texts) -> Result<u64, WriteFault> {
-        areas.state = State::Closed;
+        areas.state = WriteState::Closed;
         self.save(areas)?;
         // The tail's length does not depend on where the data will be: no option is written in numbers of varying length.
         let tail = self.tail(texts, &areas.lanes)?;
@@ -141,7 +141,8 @@ impl Frame {
         let mut put = |areas: &Areas| self.file.write_all_at(&areas.encode(), self.areas_at);
         let (file, unit, step_bytes, copy_bytes_max) = (&self.file, self.unit, STEP_BYTES, COPY_BYTES_MAX);
         let mut collapse = Collapse { file, areas: &mut areas, unit, step_bytes, copy_bytes_max, save: &mut put };
-        let way = collapse.run(start).map_err(|source| WriteFault::Io { action: "move pages together", source })?;
+        let compaction =
+            collapse.run(start).map_err(|source| WriteFault::Io { action: "move pages together", source })?;
 
         let tail = self.tail(texts, &areas.lanes)?;
         let has_data = areas.lanes.iter().any(|lane| lane.rest.bytes > 0);
@@ -150,10 +151,10 @@ impl Frame {
         self.point_to(&tail)?;
         let resized = self.file.set_len(bytes);
         resized.map_err(|source| WriteFault::Io { action: "cut the file", source })?;
-        areas.state = State::Finished;
+        areas.state = WriteState::Finished;
         areas.file_bytes = bytes;
         self.save(&areas)?;
-        Ok(Finished { bytes, way })
+        Ok(Finished { bytes, compaction })
     }
 
     /// Everything between the areas section and the data.

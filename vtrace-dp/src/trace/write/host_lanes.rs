@@ -26,7 +26,7 @@ use crate::{
     clock::table::Table,
     trace::format::{
         areas::{Areas, Extent, LaneArea},
-        uncertainty::{Doubt, FILE_DOUBTS_MAX},
+        uncertainty::{UNCERTAINTIES_MAX, Uncertainty},
     },
 };
 
@@ -50,7 +50,7 @@ pub struct Hosted {
     /// The lanes that have host times now.
     pub lanes: Vec<(Cpu, Rewritten)>,
     /// Which of their times are not exact.
-    pub doubts: Vec<Doubt>,
+    pub uncertainties: Vec<Uncertainty>,
     /// Why the others have not.
     pub fault: Option<HostingFault>,
 }
@@ -63,18 +63,18 @@ pub(crate) fn host_lanes(
     table: &Table,
     save: &mut dyn FnMut(&Areas) -> Result<(), WriteFault>,
 ) -> Hosted {
-    let mut hosted = Hosted { lanes: Vec::new(), doubts: Vec::new(), fault: None };
+    let mut hosted = Hosted { lanes: Vec::new(), uncertainties: Vec::new(), fault: None };
     for index in (0..areas.lanes.len()).rev() {
         let lane = areas.lanes[index];
         let Some(way) = table.lane(lane.cpu).filter(|_| !lane.is_hosted && lane.bytes() > 0) else { continue };
         let to = place(areas, index, unit);
         match rewrite(file, [lane.moved, lane.rest], to, areas.page_bytes, way) {
-            Ok((done, doubts)) => {
+            Ok((done, uncertainties)) => {
                 let rest = Extent { offset: to, bytes: done.bytes };
                 areas.lanes[index] = LaneArea { moved: Extent::default(), rest, is_hosted: true, ..lane };
                 hosted.lanes.push((lane.cpu, done));
-                let room = FILE_DOUBTS_MAX - hosted.doubts.len();
-                hosted.doubts.extend(doubts.into_iter().take(room));
+                let room = UNCERTAINTIES_MAX - hosted.uncertainties.len();
+                hosted.uncertainties.extend(uncertainties.into_iter().take(room));
             }
             Err(fault) => {
                 // Room that the rest of the file may need; best effort.

@@ -25,13 +25,13 @@ use vtrace_common::{
 
 use crate::{
     clock::{
-        page_times::{Lane, Stamped},
+        page_times::{LaneTimes, StampedTime},
         table::{Certainty, Conversion},
     },
-    ftrace::events::{Event, Events, Stamp},
+    ftrace::events::{Event, Events, TimeEncoding},
     trace::format::{
         areas::Extent,
-        uncertainty::{Doubt, Doubts},
+        uncertainty::{Uncertainty, UncertaintyList},
     },
 };
 
@@ -128,39 +128,39 @@ pub fn rewrite(
     from: [Extent; 2],
     to: u64,
     page_bytes: u32,
-    lane: Lane<'_>,
-) -> Result<(Rewritten, Vec<Doubt>), RewriteFault> {
-    let place = LanePlace { file, parts: from, page_bytes };
+    lane: LaneTimes<'_>,
+) -> Result<(Rewritten, Vec<Uncertainty>), RewriteFault> {
+    let place = StoredLane { file, parts: from, page_bytes };
     let pages = place.pages();
     let done = Rewritten { pages, ..Rewritten::default() };
     let mut lane = lane;
     if lane.is_moved() {
         place.look_ahead(pages, &mut lane)?;
     }
-    let (cpu, pager, doubts) = (lane.cpu(), Pager::default(), Doubts::default());
-    let mut pass = Pass { place, to, cpu, lane, pager, out: Vec::new(), done, doubts };
+    let (cpu, rewriter, uncertainties) = (lane.cpu(), PageRewriter::default(), UncertaintyList::default());
+    let mut pass = Pass { place, to, cpu, lane, rewriter, out: Vec::new(), done, uncertainties };
     pass.forward(pages)?;
     pass.done.pages_added = pass.done.bytes / u64::from(page_bytes) - pages;
-    Ok((pass.done, pass.doubts.into_list()))
+    Ok((pass.done, pass.uncertainties.into_list()))
 }
 
 /// Where a lane lies.
-struct LanePlace<'a> {
+struct StoredLane<'a> {
     file: &'a File,
     parts: [Extent; 2],
     page_bytes: u32,
 }
 
 struct Pass<'a> {
-    place: LanePlace<'a>,
+    place: StoredLane<'a>,
     to: u64,
     cpu: Cpu,
-    lane: Lane<'a>,
-    pager: Pager,
+    lane: LaneTimes<'a>,
+    rewriter: PageRewriter,
     /// Pages to be written.
     out: Vec<u8>,
     done: Rewritten,
-    doubts: Doubts,
+    uncertainties: UncertaintyList,
 }
 
 impl Pass<'_> {
@@ -188,11 +188,11 @@ impl Pass<'_> {
         let (page, behind) = rest.split_at(page_bytes);
         let next = Header::parse(behind, page_bytes).ok().filter(|header| header.data_bytes > 0);
         let next = next.map(|header| GuestTsc(header.time));
-        let is_whole = self.pager.rewrite(page, next, &mut self.lane);
+        let is_whole = self.rewriter.rewrite(page, next, &mut self.lane);
         self.done.pages_cut += u64::from(!is_whole);
-        self.done.count(&self.pager.conversions);
-        self.doubts.look(self.cpu, &self.pager.conversions);
-        self.out.extend(&self.pager.out);
+        self.done.count(&self.rewriter.conversions);
+        self.uncertainties.look(self.cpu, &self.rewriter.conversions);
+        self.out.extend(&self.rewriter.out);
     }
 
     fn write(&mut self) -> Result<(), RewriteFault> {
@@ -205,13 +205,13 @@ impl Pass<'_> {
     }
 }
 
-impl LanePlace<'_> {
+impl StoredLane<'_> {
     fn pages(&self) -> u64 {
         self.parts.iter().map(|part| part.bytes / u64::from(self.page_bytes)).sum()
     }
 
     /// Shows the lane's way the first times of all its pages.
-    fn look_ahead(&self, pages: u64, lane: &mut Lane<'_>) -> Result<(), RewriteFault> {
+    fn look_ahead(&self, pages: u64, lane: &mut LaneTimes<'_>) -> Result<(), RewriteFault> {
         let mut failed = Ok(());
         let first_time = |number: u64| -> Result<Option<GuestTsc>, RewriteFault> {
             let mut header = [0; HEADER_BYTES];
@@ -250,8 +250,8 @@ impl LanePlace<'_> {
 
 /// Lays out one page anew. Its buffers are used again for the next.
 #[derive(Debug, Default)]
-struct Pager {
-    times: Vec<Stamped>,
+struct PageRewriter {
+    times: Vec<StampedTime>,
     /// From where to where each event lies.
     spans: Vec<(usize, usize)>,
     conversions: Vec<Conversion>,
@@ -259,15 +259,15 @@ struct Pager {
     out: Vec<u8>,
 }
 
-impl Pager {
+impl PageRewriter {
     /// Puts the page's events with host times into `out`. False if the page was cut.
-    fn rewrite(&mut self, page: &[u8], next: Option<GuestTsc>, lane: &mut Lane<'_>) -> bool {
+    fn rewrite(&mut self, page: &[u8], next: Option<GuestTsc>, lane: &mut LaneTimes<'_>) -> bool {
         self.times.clear();
         self.spans.clear();
         let (header, lost, is_whole) = self.walk(page);
         if self.times.is_empty() {
             // Nothing but a time: it is shown nowhere, and stays in order.
-            lane.page(&[(GuestTsc(header.time), Stamp::Delta)], next, &mut self.conversions);
+            lane.page(&[(GuestTsc(header.time), TimeEncoding::Delta)], next, &mut self.conversions);
         } else {
             lane.page(&self.times, next, &mut self.conversions);
         }
@@ -295,24 +295,25 @@ impl Pager {
     /// Writes the events into as many pages as they need. Hot.
     fn layout(&mut self, page: &[u8], header: Header, lost: Option<u64>) {
         let stored = if lost.is_some() { 8 } else { 0 };
-        let mut sheet = Sheet { out: &mut self.out, page_bytes: page.len(), begin: 0, room: page.len() - stored };
-        sheet.out.clear();
+        let mut builder =
+            PageBuilder { out: &mut self.out, page_bytes: page.len(), begin: 0, room: page.len() - stored };
+        builder.out.clear();
         let first = self.conversions.first().map_or(HostTsc(0), |conversion| conversion.at);
-        sheet.open(first);
+        builder.open(first);
         let mut before = first.0;
         for ((start, end), conversion) in self.spans.iter().zip(&self.conversions) {
             let record = &page[*start..*end];
             let delta = conversion.at.0.saturating_sub(before);
-            if !sheet.push(record, delta) {
-                let flags = if sheet.begin == 0 { flags(header, lost) } else { 0 };
-                sheet.close(flags, lost.filter(|_| flags != 0));
-                sheet.open(conversion.at);
-                assert!(sheet.push(record, 0), "an event of one page fits another");
+            if !builder.push(record, delta) {
+                let flags = if builder.begin == 0 { flags(header, lost) } else { 0 };
+                builder.close(flags, lost.filter(|_| flags != 0));
+                builder.open(conversion.at);
+                assert!(builder.push(record, 0), "an event of one page fits another");
             }
             before = conversion.at.0;
         }
-        let flags = if sheet.begin == 0 { flags(header, lost) } else { 0 };
-        sheet.close(flags, lost.filter(|_| flags != 0));
+        let flags = if builder.begin == 0 { flags(header, lost) } else { 0 };
+        builder.close(flags, lost.filter(|_| flags != 0));
     }
 }
 
@@ -323,7 +324,7 @@ fn flags(header: Header, lost: Option<u64>) -> u64 {
 }
 
 /// The page that is being filled, at the end of `out`.
-struct Sheet<'a> {
+struct PageBuilder<'a> {
     out: &'a mut Vec<u8>,
     page_bytes: usize,
     begin: usize,
@@ -331,7 +332,7 @@ struct Sheet<'a> {
     room: usize,
 }
 
-impl Sheet<'_> {
+impl PageBuilder<'_> {
     fn open(&mut self, time: HostTsc) {
         self.begin = self.out.len();
         self.out.extend(time.0.to_le_bytes());

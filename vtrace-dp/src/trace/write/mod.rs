@@ -32,7 +32,7 @@ use self::{
     host_lanes::{Hosted, PENDING_NOTE, host_lanes},
 };
 use super::format::{
-    areas::{Areas, Extent, LaneArea, State},
+    areas::{Areas, Extent, LaneArea, WriteState},
     description,
     layout::{
         AREA_BYTES_MAX, AREA_BYTES_MIN, AREAS_BYTES_MAX, FIRST_SECTION_AT, MAGIC, NOTES_BYTES_MAX, OPTIONS_BYTES_MAX,
@@ -129,7 +129,7 @@ impl Writer {
         frame.write(front, 0, "write descriptions")?;
         reserve(&frame.file, Extent { offset: frame.areas_at, bytes: frame.tail_at - frame.areas_at + RESERVED_BYTES });
         let file_bytes = data_at.max(self.areas.last().map_or(0, area_end));
-        frame.save(&self.lane_areas(State::Open, file_bytes))?;
+        frame.save(&self.lane_areas(WriteState::Open, file_bytes))?;
         let options = raw(&[], self.cpu_count_min)?;
         let tail = frame.tail(&Texts { cmdlines: cmdlines.to_vec(), options, ..Texts::default() }, &[])?;
         frame.write_tail(&tail, 0, file_bytes)?;
@@ -197,7 +197,7 @@ impl Writer {
     ) -> Result<Areas, WriteFault> {
         let mut areas = self.fill(filled)?;
         let pending =
-            TraceOption::Segments(Segments { shown: Shown::Pending, table: table.clone(), doubts: Vec::new() });
+            TraceOption::Segments(Segments { shown: Shown::Pending, table: table.clone(), uncertainties: Vec::new() });
         let (options, segments) = (raw(options, self.cpu_count_min)?, segments(&[pending])?);
         let texts = Texts { cmdlines: cmdlines.to_vec(), options, notes: PENDING_NOTE.into(), segments };
         self.frame.close(&mut areas, &texts)?;
@@ -250,7 +250,7 @@ impl Writer {
     fn fill(&self, filled: &[(Cpu, u64)]) -> Result<Areas, WriteFault> {
         let about = self.file().metadata();
         let file_bytes = about.map_err(|source| WriteFault::Io { action: "ask for the size", source })?.len();
-        let mut areas = self.lane_areas(State::Closed, file_bytes);
+        let mut areas = self.lane_areas(WriteState::Closed, file_bytes);
         areas.lanes.iter_mut().for_each(|lane| lane.rest.bytes = 0);
         for (cpu, bytes) in filled {
             let at = self.areas.iter().position(|area| area.cpu == *cpu);
@@ -279,7 +279,7 @@ impl Writer {
         Some(lane(at(kept.older), at(kept.newer)))
     }
 
-    fn lane_areas(&self, state: State, file_bytes: u64) -> Areas {
+    fn lane_areas(&self, state: WriteState, file_bytes: u64) -> Areas {
         let lane = |area: &Area| LaneArea {
             cpu: area.cpu,
             moved: Extent::default(),

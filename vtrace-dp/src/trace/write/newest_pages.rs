@@ -116,13 +116,13 @@ mod tests {
     const LATE: u64 = 64 * PAGE;
 
     /// A file that is a list of page numbers, and which are punched out by somebody who looks late.
-    struct Lane {
+    struct WrappingLane {
         newest: Newest,
         pages: Vec<Option<u64>>,
         count: u64,
     }
 
-    impl Lane {
+    impl WrappingLane {
         fn new(newest_bytes: u64, spare: u64) -> Self {
             let step = step_bytes(newest_bytes, PAGE);
             let area_bytes = newest_bytes + 3 * step + LATE + spare * PAGE;
@@ -155,7 +155,7 @@ mod tests {
             newest in 1u64..2000, spare in 0u64..700, writes in prop::collection::vec((1u64..3000, 0u64..64), 0..30),
         ) {
             let newest_bytes = newest * PAGE;
-            let mut lane = Lane::new(newest_bytes, spare);
+            let mut lane = WrappingLane::new(newest_bytes, spare);
             for (pages, later) in writes {
                 lane.write(pages);
                 let seen = lane.count;
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn lane_that_never_filled_keeps_everything() {
-        let mut lane = Lane::new(100 * PAGE, 0);
+        let mut lane = WrappingLane::new(100 * PAGE, 0);
         lane.write(99);
         lane.punch(99);
         assert!(lane.pages[..99].iter().all(Option::is_some));

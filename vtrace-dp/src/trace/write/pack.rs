@@ -45,14 +45,14 @@ const COPY_BYTES: usize = 1 << 20;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Form {
     /// Its version.
-    pub version: Version,
+    pub version: FormatVersion,
     /// How it is compressed; version 6 cannot be.
     pub compression: Compression,
 }
 
 /// The version of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
-pub enum Version {
+pub enum FormatVersion {
     /// For readers that do not support version 7 (gpuvis, Trace Compass)
     #[value(name = "6")]
     V6,
@@ -121,8 +121,8 @@ pub fn pack(top: File, named: &[(&str, File)], form: Form, out: &File) -> Result
         page_bytes: top.top().map_or(4096, |buffer| buffer.page_bytes),
     };
     match form.version {
-        Version::V7 => packer.write_7(&top),
-        Version::V6 => packer.write_6(),
+        FormatVersion::V7 => packer.write_7(&top),
+        FormatVersion::V6 => packer.write_6(),
     }
 }
 
@@ -144,8 +144,8 @@ pub fn pack_instance(file: File, name: &str, form: Form, out: &File) -> Result<u
     let metadata = reader.metadata().clone();
     let mut packer = Packer { out, at: 0, form, metadata, options, parts, page_bytes };
     match form.version {
-        Version::V7 => packer.write_7(&reader),
-        Version::V6 => packer.write_6(),
+        FormatVersion::V7 => packer.write_7(&reader),
+        FormatVersion::V6 => packer.write_6(),
     }
 }
 

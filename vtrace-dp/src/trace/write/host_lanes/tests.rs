@@ -142,7 +142,7 @@ fn lane_that_does_not_fit_its_area_pushes_those_behind_it_up() {
         ..Default::default()
     };
     let mut areas = Areas {
-        state: crate::trace::format::areas::State::Closed,
+        state: crate::trace::format::areas::WriteState::Closed,
         page_bytes: 4096,
         file_bytes: 0,
         pending: Extent::default(),

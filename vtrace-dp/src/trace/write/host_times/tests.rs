@@ -38,10 +38,14 @@ fn through_a_file(pages: &[u8], page_bytes: usize, table: &Table) -> (Rewritten,
     file.write_all_at(older, from[0].offset).unwrap();
     file.write_all_at(newer, from[1].offset).unwrap();
     let (to, page_bytes) = (from[0].end(), u32::try_from(page_bytes).unwrap());
-    let (done, doubts) = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
-    let doubted: u64 = doubts.iter().map(|doubt| doubt.events).sum();
+    let (done, uncertainties) = rewrite(&file, from, to, page_bytes, table.lane(CPU).unwrap()).unwrap();
+    let doubted: u64 = uncertainties.iter().map(|uncertainty| uncertainty.events).sum();
     assert_eq!(doubted, done.unsure + done.trapped);
-    assert!(doubts.iter().all(|doubt| doubt.error <= done.error_max && doubt.first <= doubt.last));
+    assert!(
+        uncertainties
+            .iter()
+            .all(|uncertainty| uncertainty.error <= done.error_max && uncertainty.first <= uncertainty.last)
+    );
     assert!(done.bytes <= room_bytes(u64::try_from(pages.len()).unwrap(), page_bytes));
     assert!(from.iter().map(read).collect::<Vec<_>>().concat() == pages, "they are only read");
     (done, read(&Extent { offset: to, bytes: done.bytes }))
