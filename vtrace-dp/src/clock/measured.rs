@@ -1,14 +1,21 @@
-//! From measurements at the start and at the end of a trace to the time shift of its file.
+//! From measured offsets of a guest's CPUs to the time shift of its file, with an error bound.
 //!
-//! In:    [`Measurement`]s of a guest's vCPUs
-//! Out:   [`ClockPlan`]: samples that stock readers apply right, and how wrong they can be
+//! In:    [`Measurement`]s of a guest's CPUs, from before and after its trace
+//! Out:   [`ClockPlan`]: samples that stock readers apply correctly, and the largest error of a converted time
 //! Runs:  pure
-//! Trust: guests say anything: what cannot be said to a stock reader without an overflow is said more coarsely
+//! Trust: guests report any clock readings. A line that would overflow in a stock reader is replaced by a constant
 //!
-//! What stock readers do (`timestamp_host_sync()` in trace-cmd's trace-input.c): two samples without INTERPOLATE: the
-//! first one's offset. With it, in signed 64 bits, `o0 + ((t − t0)(o1 − o0) + (t1 − t0)/2) / (t1 − t0)`. So every CPU
-//! gets two samples of different times, the scaling is 1 and the fraction 0. A CPU without an entry would keep guest
-//! times: all up to the last one get one.
+//! The bound holds for an offset that is constant or drifts in one direction. QEMU's emulated TSC (TCG) drifts: where a
+//! host CPU's TSC is lower than the value that was read last, `cpu_get_ticks()` (system/cpu-timers.c) returns that value
+//! again and adds the difference to its offset for good, so that the guest's TSC gains on the host's. A measurement before
+//! the trace bounds a falling offset from above, one after the trace bounds it from below, and the other way round for a
+//! rising offset. So all offsets of the trace lie in the hull of both intervals. Their intersection would hold for a
+//! constant offset only.
+//!
+//! Stock readers (`timestamp_host_sync()` in trace-cmd's trace-input.c) use the first of two samples, without INTERPOLATE.
+//! With it they compute, in signed 64 bits, `o0 + ((t − t0)(o1 − o0) + (t1 − t0)/2) / (t1 − t0)`. So each CPU gets two
+//! samples of different times, with scaling 1 and fraction 0. A CPU without samples would keep guest times, so all CPUs up
+//! to the last one get some.
 
 use vtrace_common::{
     ids::Cpu,
@@ -25,69 +32,57 @@ use super::{
 };
 use crate::clock::shift::{ShiftSample, TimeShift};
 
-/// How a guest's time becomes host time, for the events between the first and the last measurement.
+/// How a guest's times become host times, for events between the first and the last measurement.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClockPlan {
-    /// For the file.
+    /// The time shift for the file.
     pub time_shift: TimeShift,
-    /// Lanes whose CPU was measured.
+    /// How many lanes have a CPU that was measured.
     pub vcpus: usize,
-    /// No event is farther than this from its true host time, whatever the CPUs have in common, if every offset stayed
-    /// within what the two measurements of its CPU say.
+    /// Largest error of any event's time, cycles, if the offset of each CPU drifts in one direction at most.
     pub bound_cycles: u64,
-    /// The same if all CPUs of the guest have one TSC (its kernel uses the clocksource `tsc`); of shared plans.
+    /// The same for guests whose CPUs share one TSC (their kernel uses the clocksource `tsc`). `None` if the plan has an
+    /// offset of its own for each CPU.
     pub shared_bound_cycles: Option<u64>,
-    /// One offset for all CPUs: the order of events of different CPUs is as the guest saw it.
+    /// All CPUs have the same offset: events of different CPUs keep the order that they had in the guest.
     pub shared: bool,
-    /// No measurement contradicts constant offsets.
+    /// A constant offset fits all measurements of each CPU.
     pub steady: bool,
-    /// CPUs whose offset moved.
+    /// CPUs whose measurements no constant offset fits.
     pub moved: Vec<Cpu>,
-    /// CPUs that did not answer and got the shared offset.
+    /// CPUs that were not measured and have the shared offset.
     pub unmeasured: Vec<Cpu>,
 }
 
-/// What is known of one CPU.
+/// What the measurements of one CPU say of its offset.
 #[derive(Clone, Copy, Debug)]
 enum VcpuOffset {
-    /// Both measurements (or the only one) allow one offset.
-    Constant { times: [u64; 2], interval: Interval },
-    /// They do not.
+    /// A constant offset fits all measurements. `hull` holds every offset that the CPU may have drifted through.
+    Steady { times: [u64; 2], hull: Interval },
+    /// No constant offset fits.
     Moved { times: Option<[u64; 2]>, intervals: [Interval; 2] },
 }
 
-/// Plans the time shift for a guest whose lanes are `lanes`. `peer` is the trace id of the host's file. Nothing if there
-/// are no lanes, or if one was not measured and the others do not share one offset.
+/// Plans the time shift of a guest with these `lanes`, measured at the `start` and the `end` of its trace. `peer` is the
+/// trace id of the host's file. `None` without lanes, or if a lane was not measured and the others share no offset.
 pub fn plan(start: &[Measurement], end: &[Measurement], lanes: &[Cpu], peer: u64) -> Option<ClockPlan> {
     let last = lanes.iter().copied().max().filter(|cpu| usize::try_from(cpu.0).is_ok_and(|cpu| cpu < CPUS_MAX))?;
-    let of = |list: &[Measurement], cpu| list.iter().find(|measurement| measurement.cpu == cpu).copied();
-    let known: Vec<Option<VcpuOffset>> = (0..=last.0).map(|cpu| know(of(start, Cpu(cpu)), of(end, Cpu(cpu)))).collect();
-    let mut lanes = lanes.to_vec();
-    lanes.sort_unstable();
-    let unmeasured: Vec<Cpu> = lanes.iter().copied().filter(|cpu| at(&known, *cpu).is_none()).collect();
-    let mut moved: Vec<Cpu> =
-        start.iter().chain(end).filter(|measurement| measurement.moved).map(|measurement| measurement.cpu).collect();
-    moved.extend(
-        (0..)
-            .map(Cpu)
-            .zip(&known)
-            .filter(|(_, known)| matches!(known, Some(VcpuOffset::Moved { .. })))
-            .map(|(cpu, _)| cpu),
-    );
-    moved.sort_unstable();
-    moved.dedup();
-    let samples = match common(&known) {
-        Some(common) => share(common, &known),
-        None if unmeasured.is_empty() => separate(&known),
+    let cpus = (0..=last.0).map(Cpu);
+    let offsets: Vec<Option<VcpuOffset>> =
+        cpus.map(|cpu| vcpu_offset(measurement_of(start, cpu), measurement_of(end, cpu))).collect();
+    let unmeasured = unmeasured(lanes, &offsets);
+    let samples = match common(&offsets) {
+        Some(common) => share(common, &offsets),
+        None if unmeasured.is_empty() => separate(&offsets),
         None => return None,
     };
-    let Samples { interpolate, cpus, bound_cycles, shared_bound_cycles } = samples;
+    let moved = moved(start.iter().chain(end), &offsets);
     Some(ClockPlan {
         vcpus: lanes.len() - unmeasured.len(),
-        time_shift: TimeShift { peer, interpolate, cpus },
-        bound_cycles,
-        shared_bound_cycles,
-        shared: shared_bound_cycles.is_some(),
+        time_shift: TimeShift { peer, interpolate: samples.interpolate, cpus: samples.cpus },
+        bound_cycles: samples.bound_cycles,
+        shared_bound_cycles: samples.shared_bound_cycles,
+        shared: samples.shared_bound_cycles.is_some(),
         steady: moved.is_empty(),
         moved,
         unmeasured,
@@ -95,46 +90,46 @@ pub fn plan(start: &[Measurement], end: &[Measurement], lanes: &[Cpu], peer: u64
 }
 
 impl ClockPlan {
-    /// What the host's TSC was when the guest's was `guest`, if that is the same on every CPU.
+    /// The host's TSC when the guest's was `guest`; `None` if that differs between CPUs.
     pub fn host_tsc(&self, guest: GuestTsc) -> Option<HostTsc> {
         let mut all = (0..).map(Cpu).zip(&self.time_shift.cpus).map(|(cpu, _)| self.to_host(cpu, guest));
         let first = all.next()?;
         all.all(|other| other == first).then_some(first)
     }
 
-    /// What the host's TSC was when the guest's was `guest` on `cpu`, as readers of the file compute it. CPUs without an
-    /// entry keep their time, as there.
+    /// The host's TSC when the guest's was `guest` on `cpu`, as readers of the file compute it. A CPU without samples keeps
+    /// its time.
     pub fn to_host(&self, cpu: Cpu, guest: GuestTsc) -> HostTsc {
         let samples = usize::try_from(cpu.0).ok().and_then(|cpu| self.time_shift.cpus.get(cpu));
         let offset = match samples.map(Vec::as_slice) {
-            Some([first, second, ..]) if self.time_shift.interpolate => line(first, second, guest),
+            Some([first, second, ..]) if self.time_shift.interpolate => interpolate(first, second, guest),
             Some([first, ..]) => Offset(first.offset.cast_unsigned()),
             _ => Offset(0),
         };
         offset.to_host(guest)
     }
-}
 
-impl ClockPlan {
-    /// For pages that are given the host's times: one offset for each CPU, the middle where it moved; and how far that can
-    /// be from what [`ClockPlan::to_host`] says, beside its own bound. None if there are too many CPUs.
+    /// The same clock for pages that are rewritten with host times: one constant offset for each CPU, the middle where it
+    /// moved. Also returns by how much this can differ from [`ClockPlan::to_host`], cycles, in addition to the bound.
+    /// `None` if there are too many CPUs.
     pub fn table(&self, since: HostTsc) -> Option<(Table, u64)> {
-        let mut further = 0;
-        let history = |(cpu, samples): (u32, &Vec<ShiftSample>)| {
-            let offset =
-                |sample: Option<&ShiftSample>| Offset(sample.map_or(0, |sample| sample.offset).cast_unsigned());
-            let (first, last) = (offset(samples.first()), offset(samples.last()));
-            let apart = if self.time_shift.interpolate { last.minus(first) } else { 0 };
-            further = further.max(apart.unsigned_abs().div_ceil(2));
-            let middle = Offset(first.0.wrapping_add_signed(apart / 2));
+        let mut difference_max = 0;
+        let mut histories = Vec::new();
+        for (cpu, samples) in (0..).map(Cpu).zip(&self.time_shift.cpus) {
+            let first = Offset(samples.first().map_or(0, |sample| sample.offset).cast_unsigned());
+            let last = Offset(samples.last().map_or(0, |sample| sample.offset).cast_unsigned());
+            let drift = if self.time_shift.interpolate { last.minus(first) } else { 0 };
+            difference_max = difference_max.max(drift.unsigned_abs().div_ceil(2));
+            let middle = Offset(first.0.wrapping_add_signed(drift / 2));
             let pair = Pair { offset: middle.0.wrapping_neg(), ratio: None };
-            History::from_segments(Cpu(cpu), vec![Segment { from: HostRange::at(HostTsc(0)), pair }])
-        };
-        let histories = (0..).zip(&self.time_shift.cpus).map(history).collect::<Option<Vec<_>>>()?;
-        Some((Table::from_histories(since, histories)?, further))
+            let segment = Segment { from: HostRange::at(HostTsc(0)), pair };
+            histories.push(History::from_segments(cpu, vec![segment])?);
+        }
+        Some((Table::from_histories(since, histories)?, difference_max))
     }
 }
 
+/// The samples of a time shift and their bounds.
 struct Samples {
     interpolate: bool,
     cpus: Vec<Vec<ShiftSample>>,
@@ -142,66 +137,88 @@ struct Samples {
     shared_bound_cycles: Option<u64>,
 }
 
-fn at(known: &[Option<VcpuOffset>], cpu: Cpu) -> Option<VcpuOffset> {
-    usize::try_from(cpu.0).ok().and_then(|cpu| known.get(cpu).copied().flatten())
+fn measurement_of(measurements: &[Measurement], cpu: Cpu) -> Option<&Measurement> {
+    measurements.iter().find(|measurement| measurement.cpu == cpu)
 }
 
-fn know(start: Option<Measurement>, end: Option<Measurement>) -> Option<VcpuOffset> {
-    let (first, second) = match (start, end) {
-        (Some(start), Some(end)) => (start, end),
-        (Some(only), None) | (None, Some(only)) => (only, only),
-        (None, None) => return None,
-    };
-    let times = in_order(first.at, second.at);
-    Some(match first.interval.intersect(&second.interval) {
-        Some(interval) => VcpuOffset::Constant { times: times.unwrap_or([0, 1]), interval },
-        None => VcpuOffset::Moved { times, intervals: [first.interval, second.interval] },
+fn vcpu_offset(start: Option<&Measurement>, end: Option<&Measurement>) -> Option<VcpuOffset> {
+    let first = start.or(end)?;
+    let last = end.or(start)?;
+    let times = in_order(first.at, last.at);
+    Some(match first.interval.intersect(&last.interval) {
+        Some(_) => VcpuOffset::Steady { times: times.unwrap_or([0, 1]), hull: first.interval.hull(&last.interval) },
+        None => VcpuOffset::Moved { times, intervals: [first.interval, last.interval] },
     })
 }
 
-/// Two different times, in order, that a stock reader can sort: it takes them for signed numbers. A constant offset
-/// needs no true times; between two offsets there is nothing to draw a line by if these are not in order.
+/// The lanes whose CPU was not measured, sorted.
+fn unmeasured(lanes: &[Cpu], offsets: &[Option<VcpuOffset>]) -> Vec<Cpu> {
+    let is_measured = |cpu: &Cpu| usize::try_from(cpu.0).is_ok_and(|cpu| offsets.get(cpu).is_some_and(Option::is_some));
+    let mut unmeasured: Vec<Cpu> = lanes.iter().copied().filter(|cpu| !is_measured(cpu)).collect();
+    unmeasured.sort_unstable();
+    unmeasured
+}
+
+/// The CPUs whose offset moved, during a measurement or between both, sorted.
+fn moved<'a>(measurements: impl Iterator<Item = &'a Measurement>, offsets: &[Option<VcpuOffset>]) -> Vec<Cpu> {
+    let during = measurements.filter(|measurement| measurement.moved).map(|measurement| measurement.cpu);
+    let mut moved: Vec<Cpu> = during.collect();
+    for (cpu, offset) in (0..).map(Cpu).zip(offsets) {
+        if matches!(offset, Some(VcpuOffset::Moved { .. })) {
+            moved.push(cpu);
+        }
+    }
+    moved.sort_unstable();
+    moved.dedup();
+    moved
+}
+
+/// Both times if they differ, are in order and can be sorted by a stock reader, which takes them for signed numbers. A
+/// constant offset does not need them; a line between two offsets does.
 fn in_order(first: GuestTsc, second: GuestTsc) -> Option<[u64; 2]> {
     (first < second && second.0 <= i64::MAX.unsigned_abs()).then_some([first.0, second.0])
 }
 
-/// The offsets that fit all measurements of all CPUs.
-fn common(known: &[Option<VcpuOffset>]) -> Option<Interval> {
-    let mut all = known.iter().flatten().map(|known| match known {
-        VcpuOffset::Constant { interval, .. } => Some(*interval),
-        VcpuOffset::Moved { .. } => None,
-    });
-    let first = all.next()??;
-    all.try_fold(first, |common, interval| common.intersect(&interval?))
+/// The offsets that fit the measurements of all CPUs; `None` if there are none, or if a CPU's offset moved.
+fn common(offsets: &[Option<VcpuOffset>]) -> Option<Interval> {
+    let mut common: Option<Interval> = None;
+    for offset in offsets.iter().flatten() {
+        let VcpuOffset::Steady { hull, .. } = offset else { return None };
+        common = Some(match common {
+            Some(common) => common.intersect(hull)?,
+            None => *hull,
+        });
+    }
+    common
 }
 
-fn share(common: Interval, known: &[Option<VcpuOffset>]) -> Samples {
+/// One offset for all CPUs: the middle of what they have in common.
+fn share(common: Interval, offsets: &[Option<VcpuOffset>]) -> Samples {
     let offset = common.middle();
     let mut bound_cycles = 0;
     let mut cpus = Vec::new();
-    for known in known {
-        let times = match known {
-            Some(VcpuOffset::Constant { times, interval }) => {
-                bound_cycles = bound_cycles.max(interval.distance_max(offset));
-                *times
-            }
-            _ => [0, 1],
-        };
-        cpus.push(constant(times, offset));
+    for vcpu in offsets {
+        let mut sample_times = [0, 1];
+        if let Some(VcpuOffset::Steady { times, hull }) = vcpu {
+            bound_cycles = bound_cycles.max(hull.distance_max(offset));
+            sample_times = *times;
+        }
+        cpus.push(constant(sample_times, offset));
     }
     Samples { interpolate: false, cpus, bound_cycles, shared_bound_cycles: Some(common.distance_max(offset)) }
 }
 
-fn separate(known: &[Option<VcpuOffset>]) -> Samples {
+/// An offset for each CPU.
+fn separate(offsets: &[Option<VcpuOffset>]) -> Samples {
     let mut samples = Samples { interpolate: false, cpus: Vec::new(), bound_cycles: 0, shared_bound_cycles: None };
-    for known in known {
-        let (cpu, bound) = match known {
-            Some(VcpuOffset::Constant { times, interval }) => {
-                let offset = interval.middle();
-                (constant(*times, offset), interval.distance_max(offset))
+    for vcpu in offsets {
+        let (cpu, bound) = match vcpu {
+            Some(VcpuOffset::Steady { times, hull }) => {
+                let offset = hull.middle();
+                (constant(*times, offset), hull.distance_max(offset))
             }
-            Some(VcpuOffset::Moved { times, intervals }) => between(*times, intervals),
-            None => (constant([0, 1], Offset(0)), 0), // no lane, no events
+            Some(VcpuOffset::Moved { times, intervals }) => line(*times, intervals),
+            None => (constant([0, 1], Offset(0)), 0), // no lane, so no events
         };
         samples.interpolate |= cpu[0].offset != cpu[1].offset;
         samples.bound_cycles = samples.bound_cycles.max(bound);
@@ -214,25 +231,25 @@ fn constant(times: [u64; 2], offset: Offset) -> Vec<ShiftSample> {
     times.map(|time| ShiftSample { time, offset: offset.to_file() }).to_vec()
 }
 
-/// From one offset to the other: nobody knows when and how, so the bound reaches from each to the far end of both.
-fn between(times: Option<[u64; 2]>, intervals: &[Interval; 2]) -> (Vec<ShiftSample>, u64) {
+/// Samples of a line from the first offset to the last, and their bound. The true offset may have moved at any time between
+/// the measurements, so the bound reaches from either end of the line to the far end of the hull.
+fn line(times: Option<[u64; 2]>, intervals: &[Interval; 2]) -> (Vec<ShiftSample>, u64) {
     let hull = intervals[0].hull(&intervals[1]);
-    let [first, second] = intervals.map(|interval| interval.middle());
-    let sample = |time, offset: Offset| ShiftSample { time, offset: offset.to_file() };
-    match times.map(|[start, end]| [sample(start, first), sample(end, second)]) {
-        Some(samples) if can_interpolate(&samples) => {
-            // One more for the reader's rounding.
-            let bound = hull.distance_max(first).max(hull.distance_max(second)).saturating_add(1);
-            (samples.to_vec(), bound)
-        }
-        _ => {
-            let middle = hull.middle();
-            (constant(times.unwrap_or([0, 1]), middle), hull.distance_max(middle))
+    let [first, last] = intervals.map(|interval| interval.middle());
+    if let Some([start, end]) = times {
+        let samples =
+            [ShiftSample { time: start, offset: first.to_file() }, ShiftSample { time: end, offset: last.to_file() }];
+        if can_interpolate(&samples) {
+            let rounding = 1; // the reader divides
+            let bound = hull.distance_max(first).max(hull.distance_max(last)).saturating_add(rounding);
+            return (samples.to_vec(), bound);
         }
     }
+    let middle = hull.middle();
+    (constant(times.unwrap_or([0, 1]), middle), hull.distance_max(middle))
 }
 
-/// A stock reader's arithmetic holds for events up to as far outside the samples as they are apart.
+/// Whether a stock reader interpolates without overflow, for times up to as far outside the samples as these are apart.
 fn can_interpolate(samples: &[ShiftSample; 2]) -> bool {
     let apart = i128::from(samples[1].time) - i128::from(samples[0].time);
     let step = i128::from(samples[1].offset) - i128::from(samples[0].offset);
@@ -241,8 +258,8 @@ fn can_interpolate(samples: &[ShiftSample; 2]) -> bool {
     product_fits && i64::try_from(step).is_ok()
 }
 
-/// The reader's line through two samples, without its overflows.
-fn line(first: &ShiftSample, second: &ShiftSample, guest: GuestTsc) -> Offset {
+/// The offset that a reader interpolates for `guest`, computed without overflow.
+fn interpolate(first: &ShiftSample, second: &ShiftSample, guest: GuestTsc) -> Offset {
     let apart = i128::from(second.time) - i128::from(first.time);
     let step = i128::from(second.offset) - i128::from(first.offset);
     let since = i128::from(guest.0) - i128::from(first.time);
@@ -256,7 +273,7 @@ mod tests {
     use super::{
         super::sync::{
             Round,
-            tests::{any_rounds, round},
+            tests::{DriftingGuest, any_rounds, round},
         },
         *,
     };
@@ -303,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn table_says_what_the_shift_says_and_the_middle_where_an_offset_moved() {
+    fn table_converts_as_the_shift_does_and_by_the_middle_where_an_offset_moved() {
         let start = [one(0, 5000, 1_000_000), one(1, 90_000, 1_000_000)];
         let steady = plan(&start, &[], &cpus(2), 7).unwrap();
         let (table, further) = steady.table(HostTsc(1)).unwrap();
@@ -345,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn offset_that_moved_is_said_and_interpolated() {
+    fn offset_that_moved_is_reported_and_interpolated() {
         let (start, end) = ([one(0, 0, 1_000_000)], [one(0, 400_000, 3_000_000_000)]);
         let plan = plan(&start, &end, &cpus(1), 7).unwrap();
         assert!(!plan.steady && plan.time_shift.interpolate);
@@ -382,7 +399,43 @@ mod tests {
         })
     }
 
+    /// The recording that `vtrace check` refuted: both intervals overlap in a few microseconds, and most of the drift came
+    /// right after the start. The middle of the intersection was farther from the first events than its bound.
+    #[test]
+    fn drift_within_the_width_of_both_measurements_is_within_the_bound() {
+        let start = [Measurement::new(Cpu(0), &[round(Offset(60_000), 1 << 40, 30_000, 5, 30_000)]).unwrap()];
+        let end =
+            [Measurement::new(Cpu(0), &[round(Offset(20_000), (1 << 40) + 300_000_000_000, 30_000, 5, 30_000)])
+                .unwrap()];
+        let plan = plan(&start, &end, &cpus(1), 7).unwrap();
+        assert!(plan.steady && plan.shared);
+        for offset in [20_000, 40_000, 60_000] {
+            assert!(error(&plan, 0, Offset(offset), 1 << 40) <= plan.bound_cycles, "{offset}: {plan:?}");
+        }
+        assert_eq!(plan.bound_cycles, 50_000, "half of the hull, which is 60 000 cycles of width and 40 000 of drift");
+        assert_eq!(plan.shared_bound_cycles, Some(50_000));
+    }
+
     proptest! {
+        /// QEMU's emulated TSC: it gains on the host's in steps, at any moment, during measurements too.
+        #[test]
+        fn offset_that_drifts_in_one_direction_is_within_the_bound(
+            guest in any::<DriftingGuest>(), delays in prop::collection::vec((0..90_000u64, 0..9000u64, 0..90_000u64), 1..12),
+            trace in 1_000_000..3_000_000_000u64, picks in prop::collection::vec(0.0..1.0f64, 1..20),
+        ) {
+            let begin = 1 << 40;
+            let (start, since) = guest.measure(begin, &delays);
+            let (end, _) = guest.measure(since + trace, &delays);
+            let plan = plan(&[start], &[end], &cpus(1), 1).unwrap();
+            for pick in picks {
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a random moment of the trace")]
+                let at = since + (trace as f64 * pick) as u64;
+                let offset = guest.offset(at);
+                let event = at.wrapping_sub(offset.0);
+                prop_assert!(error(&plan, 0, offset, event) <= plan.bound_cycles, "{at} {offset:?} {plan:?}");
+            }
+        }
+
         #[test]
         fn constant_offsets_are_within_the_bound(guest in any_guest(), at: u64) {
             let all = |pick: fn(&Vcpu) -> &Vec<Round>| -> Vec<Measurement> {

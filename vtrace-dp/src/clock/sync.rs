@@ -1,15 +1,15 @@
-//! The measured sync: how far a guest's TSC is from the host's, from questions and answers over the control port.
+//! Bounds of a guest's TSC offset, measured by round trips over the control port.
 //!
-//! In:    rounds: host sends, guest receives, guest sends, host receives, each with its own TSC
-//! Out:   for one vCPU the interval that holds host − guest for certain
+//! In:    rounds: the host sends, the guest receives, the guest answers, the host receives, each with its own TSC
+//! Out:   for one vCPU an interval that contains host − guest
 //! Runs:  pure
-//! Trust: the guest's stamps are its own word. A round that no honest guest could have answered is passed over; a guest
-//!        that lies within the round trip only misplaces its own events
+//! Trust: a guest can report any times. A round that is impossible is refused; a guest that shifts its times by less than
+//!        the round trip misplaces only its own events
 //!
-//! A message is not received before it is sent. So in every round
-//! `host_sent − guest_received ≤ host − guest ≤ host_received − guest_sent`, however the delays were shared between the
-//! two ways, and rounds narrow each other. This needs a guest TSC that runs as fast as the host's while one round lasts;
-//! a scaled one moves from round to round, and that is seen ([`Measurement::moved`]).
+//! No message is received before it is sent, so every round shows
+//! `host_sent − guest_received ≤ host − guest ≤ host_received − guest_sent`, whichever direction took longer. The bounds of
+//! several rounds narrow each other. The guest's TSC has to run at the host's rate during one round: a scaled TSC moves
+//! from round to round, which [`Measurement::moved`] reports.
 
 use vtrace_common::{
     ids::Cpu,
@@ -18,24 +18,24 @@ use vtrace_common::{
 
 use super::Offset;
 
-/// One question and its answer.
+/// One message to the guest and its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Round {
-    /// Right before the question was sent.
+    /// Before the message was sent.
     pub host_sent: HostTsc,
-    /// When the guest had it.
+    /// When the guest received it.
     pub guest_received: GuestTsc,
-    /// Right before the guest answered.
+    /// Before the guest sent the answer.
     pub guest_sent: GuestTsc,
-    /// When the host had the answer.
+    /// When the host received the answer.
     pub host_received: HostTsc,
 }
 
-/// A round longer than this (years, at any clock) is nonsense.
+/// A longer round (years, at any frequency) is refused.
 const ROUND_TRIP_MAX: u64 = 1 << 61;
 
 impl Round {
-    /// What this round says of host − guest; nothing if the guest claims to have taken longer than the whole round.
+    /// The bounds of host − guest; `None` if the guest reports to have kept the message longer than the whole round took.
     pub fn interval(&self) -> Option<Interval> {
         let trip = self.host_received.0.checked_sub(self.host_sent.0).filter(|trip| *trip <= ROUND_TRIP_MAX)?;
         let width = trip.checked_sub(self.guest_sent.0.wrapping_sub(self.guest_received.0))?;
@@ -43,17 +43,17 @@ impl Round {
     }
 }
 
-/// Offsets from `low` to `low + width`, both included, modulo 2⁶⁴.
+/// The offsets from `low` to `low + width`, both included, modulo 2⁶⁴.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Interval {
-    /// The smallest.
+    /// The smallest offset.
     pub low: Offset,
-    /// From the smallest to the largest, cycles.
+    /// The largest offset minus the smallest, cycles.
     pub width: u64,
 }
 
 impl Interval {
-    /// The offset is one of these.
+    /// Whether the interval contains `offset`.
     pub fn contains(&self, offset: Offset) -> bool {
         offset.0.wrapping_sub(self.low.0) <= self.width
     }
@@ -63,32 +63,33 @@ impl Interval {
         self.low.plus(self.width / 2)
     }
 
-    /// Offsets in both; nothing if there are none. Both are narrower than a quarter of all offsets.
+    /// The offsets in both; `None` if there are none. Both have to be narrower than 2⁶².
     pub fn intersect(&self, other: &Self) -> Option<Self> {
         let (start, end, other_start, other_end) = self.on_a_line(other);
         let (low, high) = (start.max(other_start), end.min(other_end));
         (low <= high).then(|| self.stretch(low, high))
     }
 
-    /// The narrowest interval that holds both, the short way round.
+    /// The narrowest interval that contains both.
     pub fn hull(&self, other: &Self) -> Self {
         let (start, end, other_start, other_end) = self.on_a_line(other);
         self.stretch(start.min(other_start), end.max(other_end))
     }
 
-    /// How far the farthest of these is from `offset`, cycles.
+    /// The largest distance of any of these from `offset`, cycles.
     pub fn distance_max(&self, offset: Offset) -> u64 {
         let low = i128::from(self.low.minus(offset));
         let far = low.unsigned_abs().max((low + i128::from(self.width)).unsigned_abs());
         u64::try_from(far).unwrap_or(u64::MAX)
     }
 
-    /// Ends of both, counted from `self.low`.
+    /// Start and end of `self`, then of `other`, all relative to `self.low`.
     fn on_a_line(&self, other: &Self) -> (i128, i128, i128, i128) {
         let start = i128::from(other.low.minus(self.low));
         (0, i128::from(self.width), start, start + i128::from(other.width))
     }
 
+    /// From `low` to `high`, both relative to `self.low`.
     fn stretch(&self, low: i128, high: i128) -> Self {
         let from = i64::try_from(low).expect("ends begin within half of all offsets of each other");
         let low_offset = Offset(self.low.0.wrapping_add_signed(from));
@@ -96,41 +97,56 @@ impl Interval {
     }
 }
 
-/// What the rounds with one vCPU say.
+/// The offset of one vCPU, from all rounds of one measurement.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Measurement {
-    /// Whose TSC.
+    /// The vCPU's CPU in its guest.
     pub cpu: Cpu,
-    /// When it was measured: the guest's TSC in the best round.
+    /// The guest's TSC in the round with the shortest round trip.
     pub at: GuestTsc,
-    /// Where host − guest is.
+    /// Bounds of host − guest. If the offset only rises or only falls, and not within a round: its bounds before the first
+    /// and after the last round, as far as this measurement has them (see [`super::measured`]).
     pub interval: Interval,
-    /// Rounds that were used.
+    /// Rounds used.
     pub rounds: u32,
-    /// Rounds no honest guest could have answered.
+    /// Rounds refused: their times are impossible.
     pub refused: u32,
-    /// Cycles on the way in the best round: its round trip less what the guest kept it.
+    /// Shortest round trip, without the time that the guest kept the message, cycles.
     pub best_round_trip: u64,
-    /// No offset fits all rounds: it moved meanwhile, and `interval` is the best round's alone.
+    /// No constant offset fits all rounds: it moved during the measurement.
     pub moved: bool,
 }
 
 impl Measurement {
-    /// Puts the rounds with one vCPU together; nothing if no round is of use.
+    /// Combines the rounds with one vCPU; `None` if all are refused.
     pub fn new(cpu: Cpu, rounds: &[Round]) -> Option<Self> {
-        let used: Vec<(&Round, Interval)> =
-            rounds.iter().filter_map(|round| Some((round, round.interval()?))).collect();
-        let (best, best_interval) = used.iter().min_by_key(|(_, interval)| interval.width)?;
-        let common = used.iter().try_fold(*best_interval, |common, (_, interval)| common.intersect(interval));
+        let mut used = Vec::new();
+        for round in rounds {
+            if let Some(interval) = round.interval() {
+                used.push((round, interval));
+            }
+        }
+        let (best, best_interval) = *used.iter().min_by_key(|(_, interval)| interval.width)?;
+        // Ends are counted from the start of the best interval.
+        let mut low = 0;
+        let mut high = i128::from(best_interval.width);
+        for (_, interval) in &used {
+            let (_, _, start, end) = best_interval.on_a_line(interval);
+            low = low.max(start);
+            high = high.min(end);
+        }
+        // Where the lower bounds exceed the upper ones, the offset moved from one to the other.
+        let moved = low > high;
+        let crossing = best_interval.stretch(low.min(high), low.max(high));
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Some(Self {
             cpu,
             at: best.guest_received,
-            interval: common.unwrap_or(*best_interval),
+            interval: if moved { best_interval.hull(&crossing) } else { crossing },
             rounds: count(used.len()),
             refused: count(rounds.len() - used.len()),
             best_round_trip: best_interval.width,
-            moved: common.is_none(),
+            moved,
         })
     }
 }
@@ -148,6 +164,62 @@ pub(super) mod tests {
             guest_received: guest(sent + there),
             guest_sent: guest(sent + there + kept),
             host_received: HostTsc(sent + there + kept + back),
+        }
+    }
+
+    /// A guest whose offset falls in steps, each at a host time: QEMU's emulated TSC.
+    #[derive(Clone, Debug)]
+    pub(in super::super) struct DriftingGuest {
+        offset: u64,
+        /// Host time and cycles of each step, by time.
+        steps: Vec<(u64, u64)>,
+        /// The offset rises instead.
+        rises: bool,
+    }
+
+    impl Arbitrary for DriftingGuest {
+        type Parameters = ();
+        type Strategy = BoxedStrategy<Self>;
+
+        fn arbitrary_with((): ()) -> Self::Strategy {
+            let early = (0..2_000_000u64, 0..20_000u64);
+            let late = (0..3_000_000_000u64, 0..20_000u64);
+            let steps = prop::collection::vec(prop_oneof![early, late], 0..30);
+            let guest = (any::<u64>(), steps, any::<bool>()).prop_map(|(offset, mut steps, rises)| {
+                steps.sort_unstable();
+                Self { offset, steps, rises }
+            });
+            guest.boxed()
+        }
+    }
+
+    impl DriftingGuest {
+        /// host − guest at a host time after 2⁴⁰.
+        pub(in super::super) fn offset(&self, host: u64) -> Offset {
+            let passed = self.steps.iter().filter(|(at, _)| (1 << 40) + at <= host);
+            let drift: u64 = passed.map(|(_, cycles)| cycles).sum();
+            Offset(if self.rises { self.offset.wrapping_add(drift) } else { self.offset.wrapping_sub(drift) })
+        }
+
+        /// Rounds with these delays, from the host time `begin` on; and the host time after the last one.
+        pub(in super::super) fn measure(&self, begin: u64, delays: &[(u64, u64, u64)]) -> (Measurement, u64) {
+            let mut now = begin;
+            let mut rounds = Vec::new();
+            for (there, kept, back) in delays {
+                let (received, sent) = (now + there, now + there + kept);
+                let guest = |host: u64| GuestTsc(host.wrapping_sub(self.offset(host).0));
+                rounds.push(Round {
+                    host_sent: HostTsc(now),
+                    guest_received: guest(received),
+                    guest_sent: guest(sent),
+                    host_received: HostTsc(sent + back),
+                });
+                now = sent + back + 1;
+            }
+            // A step while the guest keeps the message makes a round impossible: one more without a wait.
+            let at = self.offset(now);
+            rounds.push(round(at, now, 0, 0, 90_000));
+            (Measurement::new(Cpu(0), &rounds).expect("the last round is possible"), now + 90_000)
         }
     }
 
@@ -183,7 +255,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn offset_that_moved_is_reported_and_the_best_round_stays() {
+    fn offset_that_moved_is_reported_and_the_best_round_is_contained() {
         let rounds =
             [round(Offset(7), 100, 10, 1, 10), round(Offset(90), 500, 5, 1, 5), round(Offset(7), 900, 9, 1, 9)];
         let measurement = Measurement::new(Cpu(0), &rounds).unwrap();
