@@ -5,7 +5,7 @@
 
 use vtrace_dp::device::{
     console::{CONTROL_BYTES, Console, PortEvent},
-    lane_range::Place,
+    lane_range::LaneRange,
 };
 
 /// Kinds of messages that can wait for a port.
@@ -14,7 +14,7 @@ const KINDS: usize = 3;
 /// Says all messages, takes some answers after each, all in the end.
 pub fn run(bytes: &[u8]) {
     let Some((&[ports, device, lanes], messages)) = bytes.split_first_chunk() else { return };
-    let (place, ports) = (Place::new(device.into(), lanes.into()), usize::from(ports));
+    let (place, ports) = (LaneRange::new(device.into(), lanes.into()), usize::from(ports));
     let mut console = Console::new(place, ports);
     for message in messages.chunks(1 + CONTROL_BYTES) {
         let event = console.receive(&message[1..]);
@@ -29,7 +29,7 @@ pub fn run(bytes: &[u8]) {
 }
 
 /// Takes up to so many answers.
-fn take(console: &mut Console, place: Place, count_max: usize) -> usize {
+fn take(console: &mut Console, place: LaneRange, count_max: usize) -> usize {
     let mut count = 0;
     while count < count_max {
         let Some(answer) = console.next() else { break };

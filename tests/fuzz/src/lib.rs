@@ -19,6 +19,7 @@
 //! | [`stream`] | `vtrace_dp::server::stream` | who goes on speaking is heard; whole pages, inside the area, all counted |
 //! | [`texts`] | rules, setups, versions, tracefs' texts | an answer within its bounds |
 //! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}`, `check` | an answer, in bounded memory; no more events than words |
+//! | [`vhost_user`] | a whole `vtrace_dp::server`, over its vhost-user socket | the next monitor is served; no descriptor, no memory is left |
 //! | [`wire`] | `vtrace_common::wire` | the same frames however the stream is cut; what opens can be sent again |
 //!
 //! A target is three things of one name:
@@ -42,6 +43,7 @@ pub mod ring;
 pub mod stream;
 pub mod texts;
 pub mod tracedat;
+pub mod vhost_user;
 pub mod wire;
 
 /// One fuzz target.
@@ -68,6 +70,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "stream", run: stream::run, seeds: stream::seeds },
     Target { name: "texts", run: texts::run, seeds: texts::seeds },
     Target { name: "tracedat", run: tracedat::run, seeds: tracedat::seeds },
+    Target { name: "vhost_user", run: vhost_user::run, seeds: vhost_user::seeds },
     Target { name: "wire", run: wire::run, seeds: wire::seeds },
 ];
 
