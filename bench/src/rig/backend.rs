@@ -33,7 +33,7 @@ use vtrace_common::{
 use vtrace_dp::{
     device::{
         AgentEvent, ControlPort, Owner, Turn,
-        lane_range::Place,
+        lane_range::LaneRange,
         negotiate::RINGS_MIN,
         socket::{Device, Endpoint},
     },
@@ -70,8 +70,14 @@ impl Backend {
         let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let stop = Arc::<AtomicBool>::default();
         let owner = Nobody { bell: Arc::clone(&bell), stop: Arc::clone(&stop) };
-        let device =
-            Device::spawn(name, Place::ONLY, endpoint, MemoryShare::default(), Arc::clone(&drain), Box::new(owner))?;
+        let device = Device::spawn(
+            name,
+            LaneRange::ONLY,
+            endpoint,
+            MemoryShare::default(),
+            Arc::clone(&drain),
+            Box::new(owner),
+        )?;
         Ok(Self { drain, device: Some(device), bell, stop })
     }
 }

@@ -1,11 +1,11 @@
-//! What the VMM has told us about the device: memory, features, rings. Starts rings and stops them.
+//! What the VMM has set for the device: memory, features, rings. Starts rings and stops them.
 //!
 //! In:    vhost-user requests, already parsed (`requests`)
-//! Out:   running rings: those of port 0 and the control queue to [`Served`], those that carry pages to the [`RingDrain`]
+//! Out:   running rings: those of port 0 and the control queue to [`DeviceRings`], those that carry pages to the [`RingDrain`]
 //! Runs:  on the device's thread
 //! Full:  rings and regions beyond the limits are refused
-//! Trust: the VMM. What it gets wrong leaves a ring stopped and a line in the log; it is never told "no" while it starts
-//!        the device, because that can end it together with its guest
+//! Trust: the VMM. What it gets wrong leaves a ring stopped and a line in the log; no request is refused while it starts the
+//!        device, because that can end it together with its guest
 //!
 //! Source: QEMU docs/interop/vhost-user.rst, "Ring states". A ring runs when it has addresses, a kick, memory and, with
 //! protocol features, SET_VRING_ENABLE; it runs until GET_VRING_BASE. SET_VRING_ENABLE 0 before that changes nothing:
@@ -21,12 +21,13 @@ use vtrace_common::{
 };
 
 use super::{
-    device_rings::{CONTROL_OUT, PORT_OUT, Served},
-    lane_range::Place,
+    device_rings::{CONTROL_OUT, DeviceRings, PORT_OUT},
+    lane_range::LaneRange,
     negotiate::{self, RINGS_MIN},
 };
 use crate::{
     drain::ring::RingDrain,
+    printable::chain,
     sys::{log_limit::PeerLog, socket::Peer},
     virtq::{
         memory::{Memory, MemoryFault, budget::MemoryShare},
@@ -34,16 +35,16 @@ use crate::{
     },
 };
 
-/// What the VMM said about one ring.
+/// What the VMM has set for one ring.
 #[derive(Default, Debug)]
-pub(super) struct Slot {
+pub(super) struct RingState {
     pub(super) entries: u16,
     pub(super) addresses: Option<Addresses>,
     pub(super) base: u16,
     pub(super) kick: Option<OwnedFd>,
     pub(super) call: Option<OwnedFd>,
     pub(super) enabled: bool,
-    /// It runs, here or in the drain.
+    /// It runs, on this thread or in the drain.
     pub(super) running: bool,
 }
 
@@ -56,12 +57,12 @@ pub(super) struct Addresses {
 }
 
 /// One connection's state.
-pub(super) struct Front {
+pub(super) struct Backend {
     pub(super) log: Arc<PeerLog>,
-    place: Place,
+    lanes: LaneRange,
     drain: Arc<RingDrain>,
-    pub(super) served: Served,
-    pub(super) slots: Vec<Slot>,
+    pub(super) rings: DeviceRings,
+    pub(super) slots: Vec<RingState>,
     /// Features the driver accepted.
     pub(super) accepted: u64,
     memory: Option<Arc<Memory>>,
@@ -73,20 +74,20 @@ pub(super) struct Front {
     reported: (DriverState, usize),
 }
 
-impl Front {
+impl Backend {
     pub(super) fn new(
         log: Arc<PeerLog>,
-        place: Place,
+        lanes: LaneRange,
         drain: Arc<RingDrain>,
-        served: Served,
+        rings: DeviceRings,
         share: MemoryShare,
     ) -> Self {
         Self {
             log,
-            place,
+            lanes,
             drain,
-            served,
-            slots: (0..RINGS_MAX).map(|_| Slot::default()).collect(),
+            rings,
+            slots: (0..RINGS_MAX).map(|_| RingState::default()).collect(),
             accepted: 0,
             memory: None,
             share,
@@ -98,7 +99,7 @@ impl Front {
 
     /// A VMM connected.
     pub(super) fn connected(&mut self, peer: Peer) {
-        self.served.owner.vmm(Some(peer));
+        self.rings.owner.vmm(Some(peer));
     }
 
     /// The VMM is gone, and with it its guest.
@@ -106,14 +107,14 @@ impl Front {
         for index in 0..self.slots.len() {
             self.stop(index);
         }
-        self.slots.iter_mut().for_each(|slot| *slot = Slot::default());
-        self.served.forget();
+        self.slots.iter_mut().for_each(|slot| *slot = RingState::default());
+        self.rings.forget();
         (self.accepted, self.memory, self.not_shared, self.ring_index_max) = (0, None, false, None);
         self.report();
-        self.served.owner.vmm(None);
+        self.rings.owner.vmm(None);
     }
 
-    /// Ports the device has, as far as the VMM has told.
+    /// Ports the device has, as far as the VMM has named its rings.
     pub(super) fn ports(&self) -> usize {
         negotiate::ports_of(self.ring_index_max)
     }
@@ -153,11 +154,11 @@ impl Front {
         match memory {
             Ok(memory) => {
                 self.drain.remap(Arc::clone(&memory));
-                self.served.remap(&memory);
+                self.rings.remap(&memory);
                 self.memory = Some(memory);
                 (0..self.slots.len()).for_each(|index| self.start_if_ready(index));
             }
-            Err(fault) => self.log.error(format_args!("guest memory: {}", Chain(&fault))),
+            Err(fault) => self.log.error(format_args!("guest memory: {}", chain(&fault))),
         }
     }
 
@@ -183,7 +184,7 @@ impl Front {
 
     fn start(&mut self, index: usize, memory: Arc<Memory>) {
         if index < RINGS_MIN && self.is_fresh() {
-            self.served.start_over(self.ports());
+            self.rings.start_over(self.ports());
         }
         let slot = &mut self.slots[index];
         let (Some(addresses), Some(kick)) = (slot.addresses, slot.kick.take()) else { return };
@@ -202,7 +203,7 @@ impl Front {
                 slot.running = true;
                 match self.lane(index) {
                     Some(cpu) => self.drain.ring_started(cpu, ring),
-                    None => self.served.start(index, ring),
+                    None => self.rings.start(index, ring),
                 }
             }
             Err(fault) => {
@@ -217,7 +218,7 @@ impl Front {
     /// Whether the next ring to start is a driver's first. A guest that was only stopped goes on where its control queue
     /// was, and that moved when its driver said it was ready.
     fn is_fresh(&self) -> bool {
-        let first = !(0..RINGS_MIN).any(|ring| self.served.runs(ring));
+        let first = !(0..RINGS_MIN).any(|ring| self.rings.runs(ring));
         first && self.slots[CONTROL_OUT].base == 0 && self.slots[PORT_OUT].base == 0
     }
 
@@ -231,8 +232,8 @@ impl Front {
         let base = match self.lane(index) {
             Some(cpu) => self.drain.ring_stopped(cpu),
             None => Some({
-                self.served.settle(index);
-                self.served.stop(index).unwrap_or_else(|| self.served.base(index))
+                self.rings.settle(index);
+                self.rings.stop(index).unwrap_or_else(|| self.rings.base(index))
             }),
         };
         let slot = &mut self.slots[index];
@@ -249,16 +250,16 @@ impl Front {
         match lane {
             _ if !slot.running => slot.call = call,
             Some(cpu) => self.drain.call_changed(cpu, call),
-            None => self.served.set_call(index, call),
+            None => self.rings.set_call(index, call),
         }
     }
 
     /// The CPU whose pages come over ring `index`.
     fn lane(&self, index: usize) -> Option<Cpu> {
-        out_port(index).and_then(|port| self.place.lane(port))
+        out_port(index).and_then(|port| self.lanes.lane(port))
     }
 
-    /// Tells the owner how far the driver has come, if that changed.
+    /// Reports the driver's state to the owner, if it changed.
     fn report(&mut self) {
         let running = (0..RINGS_MIN).any(|index| self.slots[index].running);
         let driver = match negotiate::missing(self.accepted) {
@@ -275,7 +276,7 @@ impl Front {
             self.log.error(format_args!("the driver did not accept {feature}: this guest cannot be traced"));
         }
         self.reported = now.clone();
-        self.served.owner.driver(now.0, now.1);
+        self.rings.owner.driver(now.0, now.1);
     }
 }
 
@@ -284,21 +285,6 @@ impl Front {
 fn out_port(index: usize) -> Option<usize> {
     let port = (index.checked_sub(RINGS_MIN)? / 2) + 1;
     (index % 2 == 1 && port < PORTS_MAX).then_some(port)
-}
-
-/// An error with all its causes.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

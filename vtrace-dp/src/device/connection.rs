@@ -25,7 +25,7 @@ use vhost::vhost_user::{
     message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE},
 };
 
-use super::backend::Front;
+use super::backend::Backend;
 use crate::sys::{
     SysError,
     socket::{receive_with, send_all_with, send_now},
@@ -93,7 +93,7 @@ pub(super) enum Progress {
     /// There is nothing to do until the socket is ready again.
     Waits,
     /// A request was served.
-    Served,
+    DeviceRings,
     /// A request was skipped, or served without what was wrong with it.
     Faulty(RequestFault),
 }
@@ -125,7 +125,7 @@ pub(super) enum ConnectionError {
 /// One VMM.
 pub(super) struct Connection {
     socket: UnixStream,
-    handler: BackendReqHandler<Mutex<Front>>,
+    handler: BackendReqHandler<Mutex<Backend>>,
     /// The other end of the handler's socket.
     inner: UnixStream,
     /// The handler's socket, to take out what it has left unread.
@@ -142,11 +142,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Serves requests of `socket` by `front`. Nothing is read yet.
-    pub(super) fn new(socket: UnixStream, front: Arc<Mutex<Front>>) -> std::io::Result<Self> {
+    /// Serves requests of `socket` by `backend`. Nothing is read yet.
+    pub(super) fn new(socket: UnixStream, backend: Arc<Mutex<Backend>>) -> std::io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (inner, handled) = UnixStream::pair()?;
-        let handler = BackendReqHandler::from_stream(handled.try_clone()?, front);
+        let handler = BackendReqHandler::from_stream(handled.try_clone()?, backend);
         Ok(Self {
             socket,
             handler,
@@ -172,7 +172,7 @@ impl Connection {
     }
 
     /// Serves the next request, if it is there whole. An error is the connection's end.
-    pub(super) fn step(&mut self, front: &Mutex<Front>) -> Result<Progress, ConnectionError> {
+    pub(super) fn step(&mut self, backend: &Mutex<Backend>) -> Result<Progress, ConnectionError> {
         if !self.flush()? {
             return Ok(Progress::Waits);
         }
@@ -180,7 +180,7 @@ impl Connection {
             let is_late = self.deadline().is_some_and(|deadline| Instant::now() >= deadline);
             return if is_late { Err(ConnectionError::Stalled) } else { Ok(Progress::Waits) };
         }
-        let progress = self.serve(front)?;
+        let progress = self.serve(backend)?;
         self.flush()?;
         Ok(progress)
     }
@@ -238,13 +238,13 @@ impl Connection {
     }
 
     /// Serves the request that is whole, and forgets it.
-    fn serve(&mut self, front: &Mutex<Front>) -> Result<Progress, ConnectionError> {
+    fn serve(&mut self, backend: &Mutex<Backend>) -> Result<Progress, ConnectionError> {
         let bytes = std::mem::take(&mut self.request);
         let mut descriptors = std::mem::take(&mut self.descriptors);
         let found = std::mem::take(&mut self.descriptors_found);
         let skipped = self.skipped.take().map(|(request, _)| request);
         self.since = None;
-        let Some(request) = skipped.or_else(|| Request::parse(&bytes)) else { return Ok(Progress::Served) };
+        let Some(request) = skipped.or_else(|| Request::parse(&bytes)) else { return Ok(Progress::DeviceRings) };
         let Request { code, flags, bytes: payload_bytes } = request;
         let Some(known) = request.known().filter(|_| skipped.is_none()) else {
             if request.needs_reply() {
@@ -253,11 +253,11 @@ impl Connection {
             return Ok(Progress::Faulty(RequestFault::Unknown { code, flags, bytes: payload_bytes }));
         };
         if is_private_memory(known, &bytes) {
-            front.lock().unwrap_or_else(std::sync::PoisonError::into_inner).memory_is_private();
+            backend.lock().unwrap_or_else(std::sync::PoisonError::into_inner).memory_is_private();
             if request.needs_reply() {
                 self.answers = request.answer(0);
             }
-            return Ok(Progress::Served);
+            return Ok(Progress::DeviceRings);
         }
         let allowed = descriptors_max(known);
         if found > allowed {
@@ -268,7 +268,7 @@ impl Connection {
         Ok(match refused {
             _ if found > allowed => Progress::Faulty(RequestFault::Descriptors { code, found, allowed }),
             Some(error) => Progress::Faulty(RequestFault::Refused { code, why: error.to_string() }),
-            None => Progress::Served,
+            None => Progress::DeviceRings,
         })
     }
 

@@ -7,14 +7,14 @@
 //! Trust: nothing: lengths are checked, unknown ports and events are ignored and counted
 //!
 //! Source: virtio 1.3, 5.3.6.2; Linux drivers/char/virtio_console.c, handle_control_message. The guest says DEVICE_READY
-//! and is told of each port (PORT_ADD); to its PORT_READY belong the name and PORT_OPEN: Linux lets nobody write to a
-//! port that the host has not opened.
+//! and gets a PORT_ADD for each port; its PORT_READY is answered by the name and PORT_OPEN: Linux lets no process write to
+//! a port that the host has not opened.
 
 use std::collections::VecDeque;
 
 use vtrace_common::limits::PORTS_MAX;
 
-use super::lane_range::Place;
+use super::lane_range::LaneRange;
 
 /// Bytes of `struct virtio_console_control`: u32 id, u16 event, u16 value, little endian.
 pub const CONTROL_BYTES: usize = 8;
@@ -30,13 +30,13 @@ const PORT_NAME: u16 = 7;
 pub enum PortEvent {
     /// A driver starts from nothing: whatever was open is not any more.
     DriverReady,
-    /// Somebody in the guest opened this port.
+    /// A process in the guest opened this port.
     Opened(usize),
-    /// Somebody in the guest closed this port.
+    /// A process in the guest closed this port.
     Closed(usize),
 }
 
-/// One port, as the guest has told.
+/// One port, as the guest has reported it.
 #[derive(Clone, Copy, Default, Debug)]
 struct Port {
     /// The guest's driver has it (PORT_READY).
@@ -58,27 +58,27 @@ enum Kind {
 /// The ports of one device.
 #[derive(Debug)]
 pub struct Console {
-    place: Place,
+    lanes: LaneRange,
     ports: Vec<Port>,
     outgoing: VecDeque<(usize, Kind)>,
     ignored: u64,
 }
 
 impl Console {
-    /// A console that no driver has touched, of those among `ports` ports that have a name in this place.
-    pub fn new(place: Place, ports: usize) -> Self {
+    /// A console that no driver has touched, of those among `ports` ports that have a name in this lanes.
+    pub fn new(lanes: LaneRange, ports: usize) -> Self {
         let ports = vec![Port::default(); ports.min(PORTS_MAX)];
-        Self { place, ports, outgoing: VecDeque::new(), ignored: 0 }
+        Self { lanes, ports, outgoing: VecDeque::new(), ignored: 0 }
     }
 
     /// Ports there are.
     fn known(&self) -> impl Iterator<Item = usize> + use<> {
-        let place = self.place;
-        (0..self.ports.len()).filter(move |port| place.has(*port))
+        let lanes = self.lanes;
+        (0..self.ports.len()).filter(move |port| lanes.has(*port))
     }
 
     fn port(&mut self, id: usize) -> Option<&mut Port> {
-        self.ports.get_mut(id).filter(|_| self.place.has(id))
+        self.ports.get_mut(id).filter(|_| self.lanes.has(id))
     }
 
     /// Whether a process in the guest has `port` open.
@@ -91,7 +91,7 @@ impl Console {
         self.ignored
     }
 
-    /// Takes a message of the guest. What is shorter than a control message is none.
+    /// Takes a message of the guest. A shorter one than a control message is ignored.
     pub fn receive(&mut self, bytes: &[u8]) -> Option<PortEvent> {
         let event = self.understand(bytes);
         if event.is_none() {
@@ -100,7 +100,7 @@ impl Console {
         event.flatten()
     }
 
-    /// `None`: no message of the protocol; `Some(None)`: one that concerns nobody else.
+    /// `None`: not a message of the protocol; `Some(None)`: one without a [`PortEvent`].
     fn understand(&mut self, bytes: &[u8]) -> Option<Option<PortEvent>> {
         let ([a, b, c, d, e, f, g, h], _) = bytes.split_first_chunk::<CONTROL_BYTES>()?;
         let id = usize::try_from(u32::from_le_bytes([*a, *b, *c, *d])).ok()?;
@@ -110,7 +110,7 @@ impl Console {
                 self.start_over();
                 Some(Some(PortEvent::DriverReady))
             }
-            // The driver could not set up the device or the port; it says so and that is all.
+            // The driver could not set up the device or the port.
             (DEVICE_READY | PORT_READY, 0) => Some(None),
             (PORT_READY, 1) => {
                 self.port(id)?.ready = true;
@@ -126,7 +126,7 @@ impl Console {
     fn set_open(&mut self, id: usize, open: bool) -> Option<Option<PortEvent>> {
         let port = self.port(id)?;
         if std::mem::replace(&mut port.open, open) == open {
-            // Said twice: for whoever listens, that is nothing new, but a process that opens has no past.
+            // Sent twice: a second close means nothing, a second open is another process.
             return Some(open.then_some(PortEvent::Opened(id)));
         }
         Some(Some(if open { PortEvent::Opened(id) } else { PortEvent::Closed(id) }))
@@ -134,7 +134,7 @@ impl Console {
 
     /// A driver starts: it knows no port yet.
     fn start_over(&mut self) {
-        *self = Self { ignored: self.ignored, ..Self::new(self.place, self.ports.len()) };
+        *self = Self { ignored: self.ignored, ..Self::new(self.lanes, self.ports.len()) };
         self.known().for_each(|id| self.post(id, Kind::Add));
     }
 
@@ -159,7 +159,7 @@ impl Console {
         bytes.extend_from_slice(&event.to_le_bytes());
         bytes.extend_from_slice(&value.to_le_bytes());
         if kind == Kind::Name {
-            let name = self.place.name(id).expect("only ports with a name are told of");
+            let name = self.lanes.name(id).expect("only ports with a name are announced");
             bytes.extend_from_slice(name.as_bytes());
         }
         Some(bytes)
@@ -189,7 +189,7 @@ mod tests {
 
     /// A console whose driver has all its ports.
     fn ready(ports: u32) -> Console {
-        let mut console = Console::new(Place::ONLY, usize::try_from(ports).unwrap());
+        let mut console = Console::new(LaneRange::ONLY, usize::try_from(ports).unwrap());
         console.receive(&control(u32::MAX, DEVICE_READY, 1));
         for id in 0..ports {
             console.receive(&control(id, PORT_READY, 1));
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn ready_driver_is_told_of_every_port() {
-        let mut console = Console::new(Place::ONLY, 3);
+        let mut console = Console::new(LaneRange::ONLY, 3);
         assert_eq!(everything(&mut console), Vec::<Vec<u8>>::new());
         assert_eq!(console.receive(&control(u32::MAX, DEVICE_READY, 1)), Some(PortEvent::DriverReady));
         assert_eq!(everything(&mut console), (0..3).map(|id| control(id, PORT_ADD, 1)).collect::<Vec<_>>());
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn ready_port_is_named_and_then_opened() {
-        let mut console = Console::new(Place::ONLY, 3);
+        let mut console = Console::new(LaneRange::ONLY, 3);
         assert_eq!(console.receive(&control(2, PORT_READY, 1)), None);
         let name = [control(2, PORT_NAME, 1), b"trace-path-cpu1".to_vec()].concat();
         assert_eq!(everything(&mut console), [name, control(2, PORT_OPEN, 1)]);
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn message_stays_until_it_was_sent() {
-        let mut console = Console::new(Place::ONLY, 1);
+        let mut console = Console::new(LaneRange::ONLY, 1);
         console.receive(&control(0, DEVICE_READY, 1));
         assert_eq!(console.next(), console.next());
         console.sent();
@@ -253,14 +253,14 @@ mod tests {
 
     #[test]
     fn driver_that_could_not_add_a_port_gets_no_answer() {
-        let mut console = Console::new(Place::ONLY, 2);
+        let mut console = Console::new(LaneRange::ONLY, 2);
         assert_eq!(console.receive(&control(1, PORT_READY, 0)), None);
         assert_eq!((console.next(), console.ignored()), (None, 0));
     }
 
     #[test]
     fn further_device_tells_of_its_lanes_only_and_knows_no_control_port() {
-        let mut console = Console::new(Place::new(1, 2), 3);
+        let mut console = Console::new(LaneRange::new(1, 2), 3);
         console.receive(&control(u32::MAX, DEVICE_READY, 1));
         assert_eq!(everything(&mut console), [control(1, PORT_ADD, 1), control(2, PORT_ADD, 1)]);
         for event in [PORT_READY, PORT_OPEN] {
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn ports_that_belong_to_the_next_device_are_not_there() {
-        let mut console = Console::new(Place::new(0, 1), 4);
+        let mut console = Console::new(LaneRange::new(0, 1), 4);
         console.receive(&control(u32::MAX, DEVICE_READY, 1));
         assert_eq!(everything(&mut console), [control(0, PORT_ADD, 1), control(1, PORT_ADD, 1)]);
         assert_eq!(console.receive(&control(2, PORT_READY, 1)), None);
@@ -286,7 +286,7 @@ mod tests {
         fn any_messages_leave_a_bounded_number_of_answers(
             messages in proptest::collection::vec((0u32..6, 0u16..9, 0u16..3), 0..400),
         ) {
-            let mut console = Console::new(Place::ONLY, 4);
+            let mut console = Console::new(LaneRange::ONLY, 4);
             for (id, event, value) in messages {
                 console.receive(&control(id, event, value));
                 prop_assert!(console.outgoing.len() <= 3 * 4);
@@ -298,7 +298,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_ignored(bytes: Vec<u8>) {
-            let mut console = Console::new(Place::ONLY, 4);
+            let mut console = Console::new(LaneRange::ONLY, 4);
             console.receive(&bytes);
             prop_assert!(console.outgoing.len() <= 3 * 4);
         }

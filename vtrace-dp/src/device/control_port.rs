@@ -7,7 +7,7 @@
 //! Trust: nothing: after the first malformed frame the agent is not listened to until the port is opened again
 //!
 //! The host's clock is read right after a chain came out of the ring (echoes) and right before one is published (probes),
-//! so that what the two stamps enclose is the guest and the two notifications, and nothing of ours.
+//! so that the two stamps enclose the guest and the two notifications, and no work of the server.
 
 use std::collections::VecDeque;
 
@@ -35,36 +35,36 @@ const PIECE_BYTES: usize = 4096;
 /// What happens on the control port.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum AgentEvent {
-    /// A process in the guest opened the port; it has said nothing yet.
+    /// A process in the guest opened the port; it has sent nothing yet.
     Opened,
-    /// The first thing it says. Said again, it begins anew: what it was asked before is forgotten.
+    /// The first frame it sends. A second hello begins anew: earlier requests are forgotten.
     Hello(Hello),
-    /// Anything else but an echo.
+    /// Any other message but an echo.
     Says(FromAgent),
-    /// An echo and the host's stamps around its way.
+    /// An echo, and the host's time stamps before and after.
     Echo {
         /// Right before the probe was published.
         host_sent: HostTsc,
-        /// What the guest says.
+        /// The guest's message.
         echo: Echo,
         /// Right after the echo was taken.
         host_received: HostTsc,
     },
-    /// It does not speak our language; nothing more will come from it.
+    /// What it sent is not a frame; nothing more will come from it.
     Garbled(Fault),
     /// The port was closed, or the driver is gone.
     Gone,
 }
 
-/// The agent does not read what it was sent: nothing more is queued for it.
+/// The agent does not read what was sent: nothing more is queued for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{FRAMES_WAITING_MAX} requests wait for the agent already")]
 pub struct Full;
 
-/// How far the conversation has come.
+/// State of the connection with the agent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Listening {
-    /// Nobody has the port open: bytes are discarded.
+    /// No process has the port open: bytes are discarded.
     Closed,
     /// The first frame must be a hello.
     Greeting,
@@ -105,7 +105,7 @@ pub struct ControlPort {
 }
 
 impl ControlPort {
-    /// A port that nobody has open.
+    /// A port that no process has open.
     pub fn new() -> Self {
         Self {
             listening: Listening::Closed,
@@ -124,19 +124,19 @@ impl ControlPort {
         self.listening != Listening::Closed
     }
 
-    /// Whether the agent has said hello, and speaks our language.
+    /// Whether the agent has sent a hello of our wire version.
     pub fn has_met(&self) -> bool {
         self.listening == Listening::Agent
     }
 
-    /// A process opened the port: nothing that was said before concerns it. It is greeted.
+    /// A process opened the port: what was sent before is not for it. It gets a hello.
     pub fn opened(&mut self) {
         *self = Self { listening: Listening::Greeting, ..Self::new() };
         self.greet();
     }
 
-    /// A process has said hello on a stream, where nobody sees it open the port: nothing that was said before concerns
-    /// it. Whether it has to be greeted only the stream knows.
+    /// A process has sent a hello on a stream, which has no event for opening a port: what was sent before is not for it.
+    /// Whether it needs our hello only the stream knows.
     pub fn met(&mut self) {
         *self = Self { listening: Listening::Greeting, ..Self::new() };
     }
@@ -178,7 +178,7 @@ impl ControlPort {
     pub fn send(&mut self, request: &ToAgent) -> Result<(), Full> {
         let is_ping = matches!(request, ToAgent::Ping { .. });
         if is_ping && self.outgoing.back().is_some_and(|last| last.is_ping) {
-            return Ok(()); // of a guest that sleeps, one question is enough
+            return Ok(()); // for a guest that sleeps, one ping is enough
         }
         if self.outgoing.len() >= FRAMES_WAITING_MAX && *request != ToAgent::Close {
             return Err(Full);
@@ -235,7 +235,7 @@ impl ControlPort {
             return self.meet(frame).map(Some);
         }
         if frame.family == Family::Hello {
-            // It took us for gone, as one whose machine slept may: it begins anew, and has forgotten all it was asked.
+            // It took the server for gone, as an agent whose machine slept may: it begins anew and has forgotten all requests.
             self.probes.clear();
             self.outgoing.retain(|frame| frame.sent > 0);
             self.greet();

@@ -4,8 +4,8 @@
 //! Out:   answers of the control protocol; what the agent says, to the owner
 //! Runs:  on the device's thread
 //! Full:  [`TURN_CHAINS_MAX`] a turn, so that no ring of a busy guest keeps the thread from the socket
-//! Trust: nothing: a ring at fault is given up and its guest gets no more of it; a panic in what a message means is
-//!        caught and the message still counts as served
+//! Trust: nothing: a ring at fault is no longer served; a panic while a message is served is caught, and the message
+//!        still counts as served
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -18,7 +18,7 @@ use super::{
     AgentEvent, ControlPort, Owner,
     console::{CONTROL_BYTES, Console, PortEvent},
     control_port::{copy_readable, copy_writable},
-    lane_range::Place,
+    lane_range::LaneRange,
     negotiate::RINGS_MIN,
 };
 use crate::{
@@ -41,38 +41,38 @@ const CONTROL_IN: usize = 2;
 /// Control messages of the guest.
 pub(super) const CONTROL_OUT: usize = 3;
 
-/// The rings and what is spoken over them. Port 0 of a further device is never open: what comes over it is discarded.
-pub(super) struct Served {
+/// The rings and their state. Port 0 of a further device is never open: what comes over it is discarded.
+pub(super) struct DeviceRings {
     log: Arc<PeerLog>,
-    place: Place,
+    lanes: LaneRange,
     rings: [Option<Ring>; RINGS_MIN],
-    /// Where a ring that was given up stood.
+    /// Next available index of a ring that is no longer served.
     bases: [u16; RINGS_MIN],
     console: Console,
     port: ControlPort,
     pub(super) owner: Box<dyn Owner>,
-    /// A driver began anew while an agent was there, and has not said which: another driver, or the same after a sleep.
+    /// A driver began anew while an agent was there; whether it is another driver or the same after a sleep is not known yet.
     asleep: bool,
     epoll: Arc<Epoll>,
     kick_token: u64,
     spans: Vec<Span>,
 }
 
-impl Served {
+impl DeviceRings {
     /// Nothing runs yet. Kicks come to `epoll` with `kick_token`, edge-triggered and never read.
     pub(super) fn new(
         log: Arc<PeerLog>,
-        place: Place,
+        lanes: LaneRange,
         owner: Box<dyn Owner>,
         epoll: Arc<Epoll>,
         kick_token: u64,
     ) -> Self {
         Self {
             log,
-            place,
+            lanes,
             rings: [const { None }; RINGS_MIN],
             bases: [0; RINGS_MIN],
-            console: Console::new(place, 0),
+            console: Console::new(lanes, 0),
             port: ControlPort::new(),
             owner,
             asleep: false,
@@ -91,13 +91,13 @@ impl Served {
         if !self.asleep {
             self.agent_gone();
         }
-        if ports > self.place.lanes() + 1 {
-            let lanes = self.place.lanes();
+        if ports > self.lanes.lanes() + 1 {
+            let lanes = self.lanes.lanes();
             self.log.warn(format_args!("{ports} ports, {lanes} lanes: the ports beyond are not there"));
         }
     }
 
-    /// The VMM is gone, as the owner is about to be told: ports and agent are, too.
+    /// The VMM is gone, and with it ports and agent; the caller reports it to the owner.
     pub(super) fn forget(&mut self) {
         self.forget_ports(0);
         self.port.closed();
@@ -108,7 +108,7 @@ impl Served {
         if self.console.ignored() > 0 {
             self.log.info(format_args!("ignored {} unknown control messages", self.console.ignored()));
         }
-        self.console = Console::new(self.place, ports);
+        self.console = Console::new(self.lanes, ports);
     }
 
     /// Ring `index` runs from now on.
@@ -125,7 +125,7 @@ impl Served {
     pub(super) fn settle(&mut self, index: usize) {
         let settled = match index {
             // The guest waits for each before it sends the next.
-            CONTROL_OUT => self.guarded(|served| _ = served.serve_control_out()),
+            CONTROL_OUT => self.guarded(|rings| _ = rings.serve_control_out()),
             PORT_OUT => self.guarded(Self::drain_agent),
             _ => Some(()),
         };
@@ -201,9 +201,9 @@ impl Served {
         catch_unwind(AssertUnwindSafe(|| step(self))).ok()
     }
 
-    /// Tells the owner. Should it panic, the agent is not listened to any more, and all else goes on.
+    /// Passes an event to the owner. If it panics, frames of the agent are ignored from then on; all else goes on.
     fn tell(&mut self, event: AgentEvent) {
-        if self.guarded(|served| served.owner.agent(event, &mut served.port)).is_none() {
+        if self.guarded(|rings| rings.owner.agent(event, &mut rings.port)).is_none() {
             self.agent_panicked();
         }
     }
@@ -214,18 +214,23 @@ impl Served {
         self.port.deafen();
     }
 
-    fn serve_control_out(&mut self) -> bool {
+    /// Takes steps on ring `index` until there is nothing to do (false) or the others have their turn (true).
+    fn serve_ring(&mut self, index: usize, step: fn(&mut Self) -> Result<bool, RingFault>) -> bool {
         for _ in 0..TURN_CHAINS_MAX {
-            match self.take_control() {
+            match step(self) {
                 Ok(true) => {}
                 Ok(false) => return false,
                 Err(fault) => {
-                    self.give_up(CONTROL_OUT, fault);
+                    self.give_up(index, fault);
                     return false;
                 }
             }
         }
         true
+    }
+
+    fn serve_control_out(&mut self) -> bool {
+        self.serve_ring(CONTROL_OUT, Self::take_control)
     }
 
     /// Takes one control message; false if there is none and the guest will kick.
@@ -238,7 +243,7 @@ impl Served {
         let length = copy_readable(ring.memory(), &self.spans, &mut bytes[..length])?;
         // The guest's CPU spins until its message is used: before that, what the message means must have happened
         // (what a closing agent wrote was taken), and after that nothing may keep it from being used.
-        if self.guarded(|served| served.control(&bytes[..length])).is_none() {
+        if self.guarded(|rings| rings.control(&bytes[..length])).is_none() {
             self.log.error(format_args!("serving a control message panicked"));
         }
         let Some(ring) = self.rings[CONTROL_OUT].as_mut() else { return Ok(false) };
@@ -284,17 +289,7 @@ impl Served {
     }
 
     fn serve_control_in(&mut self) -> bool {
-        for _ in 0..TURN_CHAINS_MAX {
-            match self.give_control() {
-                Ok(true) => {}
-                Ok(false) => return false,
-                Err(fault) => {
-                    self.give_up(CONTROL_IN, fault);
-                    return false;
-                }
-            }
-        }
-        true
+        self.serve_ring(CONTROL_IN, Self::give_control)
     }
 
     /// Gives the guest one control message; false if there is none, or no buffer for it.
@@ -311,9 +306,9 @@ impl Served {
     }
 
     fn serve_agent(&mut self) -> bool {
-        let more = self.hear_agent();
+        let more = self.serve_ring(PORT_OUT, Self::take_agent);
         if self.asleep {
-            return more; // what it is sent before its port is open again, it takes for a host that went away
+            return more; // what is sent before its port is open again would look to it like a host that went away
         }
         let Some(ring) = self.rings[PORT_IN].as_mut() else { return more };
         match self.port.give(ring, &mut self.spans) {
@@ -325,26 +320,17 @@ impl Served {
         }
     }
 
-    fn hear_agent(&mut self) -> bool {
-        for _ in 0..TURN_CHAINS_MAX {
-            if !self.owner.has_room() {
-                return false;
-            }
-            if let Some(event) = self.port.next_event() {
-                self.tell(event);
-                continue;
-            }
-            let Some(ring) = self.rings[PORT_OUT].as_mut() else { return false };
-            match self.port.take(ring, &mut self.spans) {
-                Ok(true) => {}
-                Ok(false) => return false,
-                Err(fault) => {
-                    self.give_up(PORT_OUT, fault);
-                    return false;
-                }
-            }
+    /// Takes one event or one chain of the agent; false if there is none, or the owner has no room.
+    fn take_agent(&mut self) -> Result<bool, RingFault> {
+        if !self.owner.has_room() {
+            return Ok(false);
         }
-        true
+        if let Some(event) = self.port.next_event() {
+            self.tell(event);
+            return Ok(true);
+        }
+        let Some(ring) = self.rings[PORT_OUT].as_mut() else { return Ok(false) };
+        self.port.take(ring, &mut self.spans)
     }
 
     fn give_up(&mut self, index: usize, fault: RingFault) {

@@ -21,7 +21,7 @@
 //! Full:  the agent's ring is left alone while the owner has no room; the control queue is served whatever happens
 //! Trust: the VMM with what any device is trusted with; the guest with nothing
 //!
-//! A control queue that nobody serves makes a guest's CPU spin for ever, and a socket that closes while the guest runs
+//! A control queue that is not served makes a guest's CPU spin for ever, and a socket that closes while the guest runs
 //! can end the VMM. So nothing that goes wrong here ends the thread or closes the socket.
 //!
 //! [`RingDrain`]: crate::drain::ring::RingDrain
@@ -59,7 +59,7 @@ pub trait Owner: Send {
     fn deadline(&self) -> Option<Instant>;
     /// Whether the next thing an agent says can be taken. After a no, `wake` says when to ask again.
     fn has_room(&mut self) -> bool;
-    /// Whether a VMM that has connected may be this device's. After a yes it is told of in [`Owner::vmm`].
+    /// Whether a VMM that has connected may be this device's. If it may, [`Owner::vmm`] follows.
     fn admit(&mut self, _peer: Peer, _socket: &UnixStream) -> Result<(), Foreign> {
         Ok(())
     }

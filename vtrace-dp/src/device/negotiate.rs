@@ -25,11 +25,11 @@ pub const RINGS_MIN: usize = 4;
 const NEEDED: [(u32, &str); 3] = [
     (VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
     (VIRTIO_CONSOLE_F_MULTIPORT, "VIRTIO_CONSOLE_F_MULTIPORT"),
-    // Linux's splice into a port loses pages without a word when a ring without it is nearly full.
+    // Linux's splice into a port loses pages silently when a ring without it is nearly full.
     (VIRTIO_RING_F_INDIRECT_DESC, "VIRTIO_RING_F_INDIRECT_DESC"),
 ];
 
-/// The device's feature bits. No packed ring: nobody offers one who is not sure to read it right.
+/// The device's feature bits. No packed ring: only the split ring is implemented.
 pub const fn offered() -> u64 {
     1 << VIRTIO_F_VERSION_1
         | 1 << VIRTIO_CONSOLE_F_MULTIPORT

@@ -1,10 +1,10 @@
 //! vhost-user requests, as the `vhost` crate hands them over.
 //!
 //! In:    parsed requests; the crate has checked sizes, alignment and the number of descriptors
-//! Out:   calls of [`Front`]
+//! Out:   calls of [`Backend`]
 //! Runs:  on the device's thread
 //! Trust: the VMM. A request that cannot be obeyed is obeyed as far as it can be and logged: a refusal while QEMU starts
-//!        the device is an error in QEMU's middle of things. Only what is never asked without a mistake is refused.
+//!        the device is an error that can end it. Only requests that no correct VMM makes are refused.
 
 use std::fs::File;
 
@@ -20,21 +20,21 @@ use vhost::vhost_user::{
 use vtrace_common::limits::{MEMORY_REGIONS_MAX, RINGS_MAX};
 
 use super::{
-    backend::{Addresses, Front, Slot},
+    backend::{Addresses, Backend, RingState},
     negotiate,
 };
 use crate::sys::descriptor::{DescriptorFault, eventfd};
 
-/// What was not offered is not asked for.
+/// The answer to requests of features that were not offered.
 const NOT_OFFERED: Error = Error::InvalidOperation("not offered");
 
-impl Front {
-    fn slot(&mut self, index: u32) -> Result<&mut Slot> {
+impl Backend {
+    fn slot(&mut self, index: u32) -> Result<&mut RingState> {
         let index = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
         self.slots.get_mut(index).ok_or(Error::InvalidParam)
     }
 
-    /// Says why a ring does not get a descriptor. A write to it could wait for ever.
+    /// Logs why a descriptor is refused: a write to it could wait for ever.
     fn refuse(&self, ring: u8, what: &str, fault: DescriptorFault) -> Error {
         self.log.warn(format_args!("ring {ring}: its {what} is refused: {fault}"));
         Error::InvalidParam
@@ -45,7 +45,7 @@ fn index(index: u32) -> usize {
     usize::try_from(index).unwrap_or(usize::MAX)
 }
 
-impl VhostUserBackendReqHandlerMut for Front {
+impl VhostUserBackendReqHandlerMut for Backend {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
     }

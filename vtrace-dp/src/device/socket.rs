@@ -1,4 +1,4 @@
-//! The vhost-user connection of one device, and the thread that serves the device behind it.
+//! The thread that serves one device: its socket, its VMM, its rings.
 //!
 //! In:    a socket that QEMU connects to, or one that it has connected already
 //! Out:   a served device: see [`super`]
@@ -26,10 +26,10 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::{
     Owner, Turn,
-    backend::Front,
+    backend::Backend,
     connection::{Connection, ConnectionError, Progress},
-    device_rings::Served,
-    lane_range::Place,
+    device_rings::DeviceRings,
+    lane_range::LaneRange,
 };
 use crate::{
     drain::ring::RingDrain,
@@ -84,14 +84,14 @@ impl Device {
     /// It ends when `owner` says so.
     pub fn spawn(
         name: &str,
-        place: Place,
+        lanes: LaneRange,
         endpoint: Endpoint,
         share: MemoryShare,
         drain: Arc<RingDrain>,
         owner: Box<dyn Owner>,
     ) -> io::Result<Self> {
-        let mut serving = Serving::new(name, place, endpoint, share, drain, owner)?;
-        let thread = thread::Builder::new().name(format!("device {name}")).spawn(move || serving.run())?;
+        let mut device = DeviceThread::new(name, lanes, endpoint, share, drain, owner)?;
+        let thread = thread::Builder::new().name(format!("device {name}")).spawn(move || device.run())?;
         Ok(Self { thread })
     }
 
@@ -103,20 +103,20 @@ impl Device {
 }
 
 /// The state of the thread.
-struct Serving {
+struct DeviceThread {
     log: Arc<PeerLog>,
     epoll: Arc<Epoll>,
     listener: Option<UnixListener>,
     /// The listening socket is not watched until then.
     paused_until: Option<Instant>,
     connection: Option<Connection>,
-    front: Arc<Mutex<Front>>,
+    backend: Arc<Mutex<Backend>>,
 }
 
-impl Serving {
+impl DeviceThread {
     fn new(
         name: &str,
-        place: Place,
+        lanes: LaneRange,
         endpoint: Endpoint,
         share: MemoryShare,
         drain: Arc<RingDrain>,
@@ -125,18 +125,18 @@ impl Serving {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         epoll.add(owner.wake(), edge(WAKE))?;
         let log = Arc::new(PeerLog::new(name));
-        let served = Served::new(Arc::clone(&log), place, owner, Arc::clone(&epoll), KICK);
-        let front = Arc::new(Mutex::new(Front::new(Arc::clone(&log), place, drain, served, share)));
-        let mut serving = Self { log, epoll, listener: None, paused_until: None, connection: None, front };
+        let rings = DeviceRings::new(Arc::clone(&log), lanes, owner, Arc::clone(&epoll), KICK);
+        let backend = Arc::new(Mutex::new(Backend::new(Arc::clone(&log), lanes, drain, rings, share)));
+        let mut device = Self { log, epoll, listener: None, paused_until: None, connection: None, backend };
         match endpoint {
             Endpoint::Listening(listener) => {
                 listener.set_nonblocking(true)?;
-                serving.epoll.add(&listener, level(LISTENER))?;
-                serving.listener = Some(listener);
+                device.epoll.add(&listener, level(LISTENER))?;
+                device.listener = Some(listener);
             }
-            Endpoint::Connected(socket) => serving.connect(socket)?,
+            Endpoint::Connected(socket) => device.connect(socket)?,
         }
-        Ok(serving)
+        Ok(device)
     }
 
     fn run(&mut self) {
@@ -149,7 +149,7 @@ impl Serving {
                 Ok(None) => return self.disconnect(),
                 Err(_) => {
                     self.log.error(format_args!("the device panicked; it goes on"));
-                    self.front.clear_poison();
+                    self.backend.clear_poison();
                     more = false;
                 }
             }
@@ -164,11 +164,11 @@ impl Serving {
         if accept {
             self.accept();
         }
-        let mut front = self.front();
-        if front.served.owner_turn() == Turn::Stop {
+        let mut backend = self.backend();
+        if backend.rings.owner_turn() == Turn::Stop {
             return None;
         }
-        more |= front.served.serve();
+        more |= backend.rings.serve();
         Some(more)
     }
 
@@ -183,7 +183,7 @@ impl Serving {
 
     fn timeout(&self) -> EpollTimeout {
         let request = self.connection.as_ref().and_then(Connection::deadline);
-        let deadlines = [self.front().served.owner.deadline(), request, self.paused_until];
+        let deadlines = [self.backend().rings.owner.deadline(), request, self.paused_until];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         let left = deadline.saturating_duration_since(Instant::now());
         // Rounded up: a turn that comes too early would come again and again.
@@ -191,8 +191,8 @@ impl Serving {
         EpollTimeout::from(left_ms)
     }
 
-    fn front(&self) -> MutexGuard<'_, Front> {
-        self.front.lock().unwrap_or_else(PoisonError::into_inner)
+    fn backend(&self) -> MutexGuard<'_, Backend> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Accepts the next VMM. One that cannot be accepted keeps the socket readable: it is not watched for a while.
@@ -232,15 +232,15 @@ impl Serving {
 
     fn connect(&mut self, socket: UnixStream) -> io::Result<()> {
         let peer = Peer::of(&socket)?;
-        let connection = Connection::new(socket, Arc::clone(&self.front))?;
+        let connection = Connection::new(socket, Arc::clone(&self.backend))?;
         self.epoll.add(connection.socket(), requests_edge())?;
-        if let Err(foreign) = self.front().served.owner.admit(peer, connection.socket()) {
+        if let Err(foreign) = self.backend().rings.owner.admit(peer, connection.socket()) {
             // Closed before it has got an answer: no guest has the device yet.
             self.log.warn(format_args!("a VMM is turned away, pid {}, uid {}: {foreign}", peer.pid, peer.uid));
             return Ok(());
         }
         self.log.info(format_args!("VMM connected: pid {}, uid {}", peer.pid, peer.uid));
-        self.front().connected(peer);
+        self.backend().connected(peer);
         self.connection = Some(connection);
         Ok(())
     }
@@ -249,16 +249,16 @@ impl Serving {
         let Some(connection) = self.connection.take() else { return };
         let _ = self.epoll.delete(connection.socket());
         self.log.info(format_args!("VMM gone"));
-        self.front().disconnected();
+        self.backend().disconnected();
     }
 
     /// Serves the requests that are there whole; true if there may be more.
     fn requests(&mut self) -> bool {
         for _ in 0..TURN_REQUESTS_MAX {
             let Some(connection) = &mut self.connection else { return false };
-            match connection.step(&self.front) {
+            match connection.step(&self.backend) {
                 Ok(Progress::Waits) => return false,
-                Ok(Progress::Served) => {}
+                Ok(Progress::DeviceRings) => {}
                 Ok(Progress::Faulty(fault)) => self.log.warn(format_args!("{fault}")),
                 Err(error) => {
                     if !matches!(error, ConnectionError::Closed) {

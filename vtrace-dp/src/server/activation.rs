@@ -1,10 +1,10 @@
-//! Sockets that were open before the server was: systemd listens, and starts the server when somebody connects.
+//! Sockets that were open before the server was: systemd listens, and starts the server at the first connection.
 //!
 //! In:    LISTEN_PID and LISTEN_FDS (sd_listen_fds(3)): descriptors from 3 on
 //! Out:   listening sockets, each for the path it is bound to
 //! Runs:  once, at the start
 //! Full:  [`SOCKETS_MAX`] descriptors
-//! Trust: whoever started this process. A descriptor that is no listening socket, or whose path no guest has, is refused:
+//! Trust: whoever started this process. A descriptor that is not a listening socket, or whose path no guest has, is refused:
 //!        a machine that connects there would wait for ever
 //!
 //! Such a socket is not made, not given rights, and not removed here: all that is the unit's.
@@ -45,7 +45,7 @@ pub enum ActivationFault {
         /// Why.
         source: io::Error,
     },
-    /// A socket that nobody is to be served on.
+    /// A socket that no guest and no client has.
     #[error("the socket at {} is neither the clients' nor a guest's", .0.display())]
     Stray(PathBuf),
 }
@@ -70,7 +70,7 @@ pub fn descriptors(
     }
 }
 
-/// Listening sockets that nobody has taken yet.
+/// Listening sockets that are not assigned yet.
 #[derive(Default, Debug)]
 pub(super) struct Passed(Vec<(PathBuf, UnixListener)>);
 
@@ -103,7 +103,7 @@ impl Passed {
 fn adopt(number: RawFd) -> io::Result<(PathBuf, UnixListener)> {
     let wrong = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, why);
     let descriptor = inherited(number)?;
-    // The name of a socket that is none cannot be asked for.
+    // Only a socket has a name to ask for.
     if !is_listening(descriptor.as_fd()).map_err(|error: SysError| io::Error::from(error))? {
         return Err(wrong("it does not listen"));
     }

@@ -2,11 +2,11 @@
 //!
 //! In:    frames and descriptors of a process that may open the control socket
 //! Out:   commands to devices, calls of drains, frames to the client
-//! Runs:  one thread a client. It may wait for a drain's disk; nobody else waits for it.
+//! Runs:  one thread a client. It may wait for a drain's disk; no other thread waits for it.
 //! Full:  while [`ANSWER_BYTES_MAX`](super::outbox::ANSWER_BYTES_MAX) of answers wait for the client to read, no request of
 //!        it is served, and none is read
 //! Trust: the socket's permissions decide who comes in; what comes is checked. Only who holds a guest reaches its agent, its
-//!        lanes and its ledger, and other users' processes are not told of. A client never gets the server to open a
+//!        lanes and its ledger, and process ids of other users are hidden. A client never gets the server to open a
 //!        path, and a descriptor that comes uninvited is closed.
 //!
 //! A client that goes away has released everything.
@@ -30,7 +30,7 @@ use vtrace_common::wire::{
 
 use super::{
     guest::{Command, GuestSlot, Holder},
-    outbox::{Bell, Meaning, Outbox, Session},
+    outbox::{Meaning, Notifier, Outbox, Session},
     target_file::{LanesFault, check_areas, check_direct, check_file},
 };
 use crate::sys::{
@@ -65,9 +65,9 @@ struct Held {
     phase: Phase,
 }
 
-/// Why a client is let go.
+/// Why a client's connection ends.
 #[derive(Debug, thiserror::Error)]
-enum Farewell {
+enum ClientEnd {
     #[error("it closed its socket")]
     Closed,
     #[error("it speaks wire versions {} to {}", .0.version_min, .0.version_max)]
@@ -82,7 +82,7 @@ enum Farewell {
     Stop,
 }
 
-impl From<Fault> for Farewell {
+impl From<Fault> for ClientEnd {
     fn from(fault: Fault) -> Self {
         Self::Fault(fault)
     }
@@ -93,7 +93,7 @@ pub(super) struct Client {
     socket: UnixStream,
     peer: Peer,
     guests: Registry,
-    stop: Arc<Bell>,
+    stop: Arc<Notifier>,
     log: Arc<UserLogLimits>,
     outbox: Arc<Outbox>,
     decoder: Decoder,
@@ -115,7 +115,7 @@ impl Client {
     pub(super) fn new(
         socket: UnixStream,
         guests: Registry,
-        stop: Arc<Bell>,
+        stop: Arc<Notifier>,
         log: Arc<UserLogLimits>,
     ) -> std::io::Result<Self> {
         let peer = Peer::of(&socket)?;
@@ -138,9 +138,9 @@ impl Client {
     pub(super) fn run(mut self) {
         let Peer { pid, uid } = self.peer;
         self.log.log(uid, log::Level::Info, format_args!("client: pid {pid}, uid {uid}"));
-        let farewell = loop {
-            if let Err(farewell) = self.turn() {
-                break farewell;
+        let end = loop {
+            if let Err(end) = self.turn() {
+                break end;
             }
         };
         // What was said last (our hello, to one of another version) may still fit.
@@ -148,33 +148,33 @@ impl Client {
         for (_, held) in std::mem::take(&mut self.held) {
             Self::let_go(&held, self.peer);
         }
-        self.log.log(uid, log::Level::Info, format_args!("client: pid {pid} is gone: {farewell}"));
+        self.log.log(uid, log::Level::Info, format_args!("client: pid {pid} is gone: {end}"));
     }
 
-    fn turn(&mut self) -> Result<(), Farewell> {
+    fn turn(&mut self) -> Result<(), ClientEnd> {
         self.write()?;
         self.serve()?;
         // Requests that are not served yet come first.
         let reads = self.outbox.has_room();
         let mut wanted = if reads { PollFlags::POLLIN } else { PollFlags::empty() };
         // While something is unsent, what else waits cannot be sent either.
-        let bell = if self.unsent.is_empty() { PollFlags::POLLIN } else { PollFlags::empty() };
+        let notifier = if self.unsent.is_empty() { PollFlags::POLLIN } else { PollFlags::empty() };
         wanted.set(PollFlags::POLLOUT, !self.unsent.is_empty());
         let mut polled = [
             PollFd::new(self.socket.as_fd(), wanted),
-            PollFd::new(self.outbox.bell().as_fd(), bell),
+            PollFd::new(self.outbox.notifier().as_fd(), notifier),
             PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut polled, PollTimeout::NONE) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(Farewell::Poll(errno)),
+            Err(errno) => return Err(ClientEnd::Poll(errno)),
         }
         let [socket, _, stop] = polled.map(|polled| polled.revents().unwrap_or(PollFlags::empty()));
         if !stop.is_empty() {
-            return Err(Farewell::Stop);
+            return Err(ClientEnd::Stop);
         }
         if socket.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) && !reads {
-            return Err(Farewell::Closed);
+            return Err(ClientEnd::Closed);
         }
         if reads && socket.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.read()?;
@@ -183,8 +183,8 @@ impl Client {
     }
 
     /// Sends what waits, as much as the socket takes.
-    fn write(&mut self) -> Result<(), Farewell> {
-        self.outbox.bell().silence();
+    fn write(&mut self) -> Result<(), ClientEnd> {
+        self.outbox.notifier().clear();
         loop {
             if self.unsent.is_empty() {
                 let Some(waiting) = self.outbox.take() else { return Ok(()) };
@@ -216,10 +216,10 @@ impl Client {
         }
     }
 
-    fn read(&mut self) -> Result<(), Farewell> {
+    fn read(&mut self) -> Result<(), ClientEnd> {
         let mut piece = [0; PIECE_BYTES];
         let (count, descriptors) = match receive(self.socket.as_fd(), &mut piece) {
-            Ok((0, _)) => return Err(Farewell::Closed),
+            Ok((0, _)) => return Err(ClientEnd::Closed),
             Ok(read) => read,
             Err(error) if error.would_block() => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -233,13 +233,13 @@ impl Client {
     }
 
     /// Serves the requests that have come, while there is room for their answers.
-    fn serve(&mut self) -> Result<(), Farewell> {
+    fn serve(&mut self) -> Result<(), ClientEnd> {
         while self.outbox.has_room() {
             let Some(frame) = self.decoder.next_frame()? else { break };
             if !self.greeted {
                 let hello: Hello = frame.open()?;
                 if !hello.speaks_ours() {
-                    return Err(Farewell::Version(hello));
+                    return Err(ClientEnd::Version(hello));
                 }
                 self.greeted = true;
                 continue;
@@ -321,7 +321,7 @@ impl Client {
         if self.held.contains_key(&guest) {
             return Err(state(&guest, "this client has claimed the guest already"));
         }
-        let session = Session::new(Arc::clone(&self.outbox), Arc::clone(&slot.bell));
+        let session = Session::new(Arc::clone(&self.outbox), Arc::clone(&slot.notifier));
         command(&slot, Command::Claim(Holder { peer: self.peer, session: Arc::clone(&session) }))?;
         self.held.insert(guest, Held { slot, session, phase: Phase::Asked });
         Ok(None)

@@ -3,11 +3,10 @@
 //! In:    the folders of its sockets, whom to become
 //! Out:   a process that can serve what is connected, and no more; a line in the log that says how far that went
 //! Runs:  once, before the first thread is started
-//! Full:  does not apply
 //! Trust: the kernel. What it cannot do is said with the reason, and the server serves all the same
 //!
-//! Guests, VMMs and clients send bytes that this process reads; should one of them find a mistake of ours, this is what
-//! it can do with it: write to the files that clients have given for what is recorded just then, and stop the server.
+//! Guests, VMMs and clients send bytes that this process reads. If one of them exploits a bug, it can do this and no
+//! more: write to the files that clients have given for what is recorded just then, and stop the server.
 //! Beyond these calls there is what io_uring does without them (kernel 5.6 and later): paths stay out of its reach by
 //! Landlock, where the kernel has it.
 
@@ -20,10 +19,10 @@ use crate::sys::{
     confine::{Call, ConfineFault, Only, Reach, become_user, drop_capabilities, keep_calls, keep_folders},
 };
 
-/// Whom a server becomes that is started by root and not told, if there is such a user.
+/// The user that a server started by root becomes if no other is given, and if there is such a user.
 pub const USER: &str = "vtrace";
 
-/// Whom a server becomes.
+/// Which user a server becomes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum Confinement {
     /// [`USER`] if there is one, else whoever started it; without rights in either case.
@@ -41,19 +40,19 @@ pub enum Opens {
     /// Nothing: its guests have devices of ours.
     #[default]
     Nothing,
-    /// /dev/null, where bytes of streams go that nobody wants.
+    /// /dev/null, where unwanted bytes of streams go.
     Nowhere,
     /// FIFOs, again and again, and their owners' folders in /proc, which takes a right of its own.
     Fifos,
 }
 
-/// Why a server is not confined as it was told.
+/// Why a server cannot be confined as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfinementFault {
     /// There is no such user.
     #[error("there is no user {0:?}")]
     NoUser(String),
-    /// Only root can become somebody else.
+    /// Only root can become another user.
     #[error("only root can become {0:?}")]
     NotRoot(String),
 }
@@ -100,7 +99,7 @@ const PLAIN: [libc::c_long; 52] = [
     libc::SYS_statx,
     libc::SYS_newfstatat,
     libc::SYS_fstat,
-    // The kind of file behind a guest's memory.
+    // The file system of a guest's memory file.
     libc::SYS_fstatfs,
     // Memory: guests', our own.
     libc::SYS_munmap,
@@ -158,7 +157,7 @@ const LOOK: [libc::c_long; 3] = [libc::SYS_getdents64, libc::SYS_readlink, libc:
 /// Gives up what serving does not take, for this thread and those it starts. `sockets` are removed at the end.
 ///
 /// # Errors
-/// [`ConfinementFault`]: it was told to be somebody that it cannot be.
+/// [`ConfinementFault`]: it cannot become the user that was asked for.
 pub(super) fn enter<'a>(
     how: &Confinement,
     opens: Opens,

@@ -1,11 +1,11 @@
-//! The devices of one guest: whose they are, how far their drivers have come, which lanes they carry.
+//! The devices of one guest: their VMM, the state of their drivers, the lanes they carry.
 //!
 //! In:    what each device's thread has to tell
 //! Out:   which lanes have a port, why others have none; the further devices' part of what `List` shows
 //! Runs:  [`Devices`] is shared by the guest's device threads and all client threads
 //! Full:  nothing waits here
 //! Trust: VMMs with their own guest only: the devices of a guest belong to one process, and while one is connected to any
-//!        of them, another is turned away from the rest. Processes of another pid namespace cannot be told apart.
+//!        of them, another is turned away from the rest. Processes of another pid namespace cannot be distinguished.
 
 use std::{
     io,
@@ -24,11 +24,11 @@ use vtrace_common::{
     },
 };
 
-use super::{guest_drain::Drains, outbox::Bell};
+use super::{guest_drain::Drains, outbox::Notifier};
 use crate::{
     device::{
         Foreign,
-        lane_range::{LANE_PORT_PREFIX, Place},
+        lane_range::{LANE_PORT_PREFIX, LaneRange},
     },
     drain::{Drain, Portless},
     sys::socket::{Peer, has_hung_up},
@@ -49,16 +49,16 @@ pub(super) struct Devices {
     sockets: Vec<String>,
     lanes: usize,
     pub(super) drains: Drains,
-    states: Mutex<Vec<State>>,
-    /// A further device has lost its VMM, and the guest's holder has not been told.
+    states: Mutex<Vec<DeviceEntry>>,
+    /// An extra device has lost its VMM, and the guest's holder does not know yet.
     pub(super) gone: AtomicBool,
     pub(super) ended: AtomicBool,
     /// Wakes the threads of the further devices.
-    pub(super) end: Bell,
+    pub(super) end: Notifier,
 }
 
 #[derive(Debug)]
-struct State {
+struct DeviceEntry {
     /// The VMM, and its connection: it says at once when its other end is closed. Streams have one a port, and none of
     /// them stands for the device.
     vmm: Option<(Peer, Option<UnixStream>)>,
@@ -70,7 +70,7 @@ impl Devices {
     /// Devices that no VMM has connected to; each carries `lanes` lanes.
     pub(super) fn new(parts: Vec<DeviceParts>, lanes: usize) -> io::Result<Self> {
         let (sockets, drains): (Vec<_>, Vec<_>) = parts.into_iter().map(|parts| (parts.socket, parts.drain)).unzip();
-        let state = |_| State { vmm: None, driver: DriverState::Absent, ports: 0 };
+        let state = |_| DeviceEntry { vmm: None, driver: DriverState::Absent, ports: 0 };
         Ok(Self {
             states: Mutex::new(sockets.iter().map(state).collect()),
             sockets,
@@ -78,13 +78,13 @@ impl Devices {
             drains: Drains::new(drains, lanes),
             gone: AtomicBool::new(false),
             ended: AtomicBool::new(false),
-            end: Bell::new()?,
+            end: Notifier::new()?,
         })
     }
 
     /// Which lanes a device carries.
-    pub(super) fn place(&self, device: usize) -> Place {
-        Place::new(device, self.lanes)
+    pub(super) fn place(&self, device: usize) -> LaneRange {
+        LaneRange::new(device, self.lanes)
     }
 
     /// A VMM wants a device. Whoever has closed the other end of its connection is gone, even if the thread of its device
@@ -99,12 +99,12 @@ impl Devices {
             return Err(Foreign(other.pid));
         }
         drop(vmms);
-        // Without a second descriptor nobody could see it go before its thread does: that is late, not wrong.
+        // Without a second descriptor its end is seen when its thread sees it: that is late, not wrong.
         states[device].vmm = socket.try_clone().ok().map(|socket| (peer, Some(socket)));
         Ok(())
     }
 
-    /// Whether a VMM is there whose ports are streams: it does not mind when nobody serves them.
+    /// Whether a VMM is there whose ports are streams: it goes on when they are not served.
     pub(super) fn are_streams(&self) -> bool {
         self.lock().iter().any(|state| state.vmm.as_ref().is_some_and(|(_, socket)| socket.is_none()))
     }
@@ -128,9 +128,9 @@ impl Devices {
         (states[device].driver, states[device].ports) = (driver, ports);
     }
 
-    /// The devices behind the first.
+    /// The devices after the first.
     pub(super) fn further(&self) -> Vec<DeviceState> {
-        let state = |state: &State| {
+        let state = |state: &DeviceEntry| {
             let vmm_pid = state.vmm.as_ref().map(|(peer, _)| peer.pid);
             DeviceState { vmm_pid, driver: state.driver.clone() }
         };
@@ -139,7 +139,8 @@ impl Devices {
 
     /// The state of a device that loses pages, or whose memory cannot be seen.
     pub(super) fn unfit(&self) -> Option<DriverState> {
-        let is_unfit = |state: &&State| matches!(state.driver, DriverState::Unfit(_) | DriverState::MemoryNotShared);
+        let is_unfit =
+            |state: &&DeviceEntry| matches!(state.driver, DriverState::Unfit(_) | DriverState::MemoryNotShared);
         self.lock().iter().find(is_unfit).map(|state| state.driver.clone())
     }
 
@@ -148,7 +149,7 @@ impl Devices {
         let no_device = || Portless::NoDevice { devices: self.sockets.len(), lanes: self.lanes };
         let device = self.drains.device(cpu).ok_or_else(no_device)?;
         let (states, socket) = (self.lock(), self.sockets[device].clone());
-        let State { vmm, driver, ports } = &states[device];
+        let DeviceEntry { vmm, driver, ports } = &states[device];
         if vmm.is_none() {
             return Err(Portless::NotConnected(socket));
         }
@@ -181,10 +182,10 @@ impl Devices {
     /// Ends the threads of the further devices.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        self.end.ring();
+        self.end.notify();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<State>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<DeviceEntry>> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! A device behind a guest's first, as its own thread sees it: it has lanes and no agent.
+//! The owner of a guest's second or later device: it has lanes and no agent.
 //!
 //! In:    what the device's thread has to tell
 //! Out:   the same to the guest's [`Devices`](super::devices::Devices), and its guest woken when a VMM has gone
@@ -22,20 +22,20 @@ use crate::{
     sys::socket::Peer,
 };
 
-/// A device behind the first, as its own thread sees it: it has lanes and no agent.
+/// The owner of a guest's second or later device, on that device's thread.
 #[derive(Debug)]
-pub(super) struct Further {
+pub(super) struct ExtraDevice {
     slot: Arc<GuestSlot>,
     device: usize,
 }
 
-impl Further {
+impl ExtraDevice {
     pub(super) fn new(slot: Arc<GuestSlot>, device: usize) -> Self {
         Self { slot, device }
     }
 }
 
-impl Owner for Further {
+impl Owner for ExtraDevice {
     fn wake(&self) -> BorrowedFd<'_> {
         self.slot.devices.end.as_fd()
     }
@@ -60,7 +60,7 @@ impl Owner for Further {
         if peer.is_none() {
             self.slot.devices.left(self.device);
             self.slot.devices.gone.store(true, Ordering::Release);
-            self.slot.bell.ring();
+            self.slot.notifier.notify();
         }
     }
 

@@ -1,4 +1,4 @@
-//! The guests of a server: what is known of each, who holds it, what passes between its holder and its agent.
+//! The guests of a server: the state of each, its holder, the messages between holder and agent.
 //!
 //! In:    commands of client threads; events of the device
 //! Out:   requests to the agent; messages to the holder; the state that `List` shows
@@ -29,8 +29,8 @@ use vtrace_common::{
 
 use super::{
     devices::{DeviceParts, Devices},
-    holder::{Claim, Release, Seat},
-    outbox::{Bell, Session},
+    holder::{Claim, Claims, Release},
+    outbox::{Notifier, Session},
 };
 use crate::{
     device::{AgentEvent, ControlPort, Foreign, Owner, Turn},
@@ -100,7 +100,7 @@ pub struct GuestSlot {
     pub(super) log: PeerLog,
     /// Its devices.
     pub(super) devices: Devices,
-    pub(super) bell: Arc<Bell>,
+    pub(super) notifier: Arc<Notifier>,
     commands: Mutex<VecDeque<Command>>,
     state: Mutex<GuestState>,
     /// Since when its agent owes an answer to whatever it was asked.
@@ -126,7 +126,7 @@ impl GuestSlot {
             name: name.into(),
             log: PeerLog::new(name),
             devices: Devices::new(devices, lanes)?,
-            bell: Arc::new(Bell::new()?),
+            notifier: Arc::new(Notifier::new()?),
             commands: Mutex::default(),
             state: Mutex::new(state),
             asked: Mutex::default(),
@@ -157,7 +157,7 @@ impl GuestSlot {
         }
         commands.push_back(command);
         drop(commands);
-        self.bell.ring();
+        self.notifier.notify();
         Ok(())
     }
 
@@ -178,26 +178,26 @@ impl GuestSlot {
 #[derive(Debug)]
 pub(super) struct Guest {
     slot: Arc<GuestSlot>,
-    seat: Seat<Holder>,
+    claims: Claims<Holder>,
     stop_at: Option<Instant>,
 }
 
 impl Guest {
     pub(super) fn new(slot: Arc<GuestSlot>) -> Self {
-        Self { slot, seat: Seat::new(), stop_at: None }
+        Self { slot, claims: Claims::new(), stop_at: None }
     }
 
     /// Whether a client has a session with the agent, armed at least: silence does not end it.
     pub(super) fn is_in_session(&self) -> bool {
-        self.seat.stands()
+        self.claims.is_in_session()
     }
 
-    /// The agent was asked something and has to answer.
+    /// A request went to the agent, which has to answer.
     pub(super) fn asked(&self) {
         self.slot.asked().get_or_insert_with(Instant::now);
     }
 
-    /// The agent says something: it is there.
+    /// The agent has sent something: it is there.
     pub(super) fn heard(&self) {
         *self.slot.asked() = None;
     }
@@ -209,7 +209,7 @@ impl Guest {
             Command::Release(holder) => self.release(&holder, port),
             Command::Stop => {
                 self.stop_at = Some(Instant::now() + STOP_TIME_MAX);
-                if let Some(holder) = self.seat.holder().cloned() {
+                if let Some(holder) = self.claims.holder().cloned() {
                     self.release(&holder, port);
                 }
             }
@@ -221,7 +221,7 @@ impl Guest {
             return claimant.session.post(&FromServer::Refused(refusal));
         }
         let guest = self.slot.name.clone();
-        match self.seat.claim(claimant.clone()) {
+        match self.claims.claim(claimant.clone()) {
             Claim::Granted => {
                 let answer = self.claimed();
                 self.slot.log.info(format_args!("claimed by pid {}, uid {}", claimant.peer.pid, claimant.peer.uid));
@@ -268,7 +268,7 @@ impl Guest {
 
     fn pass(&mut self, holder: &Holder, request: &ToAgent, port: &mut ControlPort) {
         let guest = self.slot.name.clone();
-        let refusal = if !self.seat.is_held_by(holder) {
+        let refusal = if !self.claims.is_held_by(holder) {
             Refusal::State { guest, detail: "this client does not hold the guest".into() }
         } else if !port.is_open() {
             Refusal::NoAgent { guest }
@@ -276,7 +276,7 @@ impl Guest {
             match port.send(request) {
                 Ok(()) => {
                     self.asked();
-                    return self.seat.passes(request);
+                    return self.claims.sends(request);
                 }
                 Err(full) => Refusal::State { guest, detail: full.to_string() },
             }
@@ -285,7 +285,7 @@ impl Guest {
     }
 
     fn release(&mut self, holder: &Holder, port: &mut ControlPort) {
-        match self.seat.release(holder, Instant::now()) {
+        match self.claims.release(holder, Instant::now()) {
             Release::NotHeld => return,
             Release::Close if port.is_open() => port.send(&ToAgent::Close).unwrap_or_else(|_| {
                 // send() makes room for it.
@@ -295,37 +295,37 @@ impl Guest {
         }
         self.slot.log.info(format_args!("released by pid {}", holder.peer.pid));
         // First: whoever has read the answer finds the guest as it is then.
-        self.seat_changed();
+        self.claims_changed();
         holder.session.post(&FromServer::Released { guest: self.slot.name.clone() });
     }
 
-    /// Whoever waited for the seat may have it now.
-    fn seat_changed(&mut self) {
-        while let Some(claimant) = self.seat.next_claimant() {
+    /// The next claimant may have the guest now.
+    fn claims_changed(&mut self) {
+        while let Some(claimant) = self.claims.next_claimant() {
             self.claim(claimant);
         }
         self.show_holder();
     }
 
     fn show_holder(&self) {
-        let holder = self.seat.holder().map(|holder| holder.peer);
+        let holder = self.claims.holder().map(|holder| holder.peer);
         let mut state = self.slot.lock();
         (state.holder_pid, state.holder_uid) = (holder.map(|peer| peer.pid), holder.map(|peer| peer.uid));
     }
 
     fn agent_gone(&mut self, what: Gone) {
         self.slot.lock().agent = None;
-        if let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder)) {
+        if let Some(holder) = self.claims.holder().filter(|holder| self.claims.is_held_by(holder)) {
             holder.session.post(&FromServer::Gone { guest: self.slot.name.clone(), what });
         }
-        self.seat.agent_gone();
-        self.seat_changed();
+        self.claims.agent_gone();
+        self.claims_changed();
     }
 
     /// A further device is gone, and with it its lanes; the agent is still there.
     fn notice_gone(&self) {
         if self.slot.devices.take_gone()
-            && let Some(holder) = self.seat.holder().filter(|holder| self.seat.is_held_by(holder))
+            && let Some(holder) = self.claims.holder().filter(|holder| self.claims.is_held_by(holder))
         {
             holder.session.post(&FromServer::Gone { guest: self.slot.name.clone(), what: Gone::Device });
         }
@@ -346,11 +346,11 @@ impl Guest {
             }
             return;
         }
-        let listener = self.seat.listener().cloned();
-        if self.seat.hears(&answer) {
+        let listener = self.claims.listener().cloned();
+        if self.claims.receives(&answer) {
             self.post(listener.as_ref(), |guest| FromServer::Agent { guest, answer });
         }
-        self.seat_changed();
+        self.claims_changed();
     }
 
     fn post(&self, listener: Option<&Holder>, message: impl FnOnce(String) -> FromServer) {
@@ -362,7 +362,7 @@ impl Guest {
 
 impl Owner for Guest {
     fn wake(&self) -> BorrowedFd<'_> {
-        self.slot.bell.as_fd()
+        self.slot.notifier.as_fd()
     }
 
     fn turn(&mut self, port: &mut ControlPort) -> Turn {
@@ -372,24 +372,24 @@ impl Owner for Guest {
             self.notice_gone();
             self.obey(command, port);
         }
-        if self.seat.deadline().is_some() {
-            self.seat.expire(Instant::now());
-            self.seat_changed();
+        if self.claims.deadline().is_some() {
+            self.claims.expire(Instant::now());
+            self.claims_changed();
         }
         match self.stop_at {
-            Some(at) if self.seat.holder().is_none() || Instant::now() >= at => Turn::Stop,
+            Some(at) if self.claims.holder().is_none() || Instant::now() >= at => Turn::Stop,
             _ => Turn::Continue,
         }
     }
 
     fn deadline(&self) -> Option<Instant> {
-        // With nobody left to wait for, the end is due at once.
-        let stop_at = self.stop_at.map(|at| if self.seat.holder().is_none() { Instant::now() } else { at });
-        [self.seat.deadline(), stop_at].into_iter().flatten().min()
+        // Without a holder to wait for, the end is due at once.
+        let stop_at = self.stop_at.map(|at| if self.claims.holder().is_none() { Instant::now() } else { at });
+        [self.claims.deadline(), stop_at].into_iter().flatten().min()
     }
 
     fn has_room(&mut self) -> bool {
-        self.seat.listener().is_none_or(|holder| holder.session.has_room())
+        self.claims.listener().is_none_or(|holder| holder.session.has_room())
     }
 
     fn admit(&mut self, peer: Peer, socket: &UnixStream) -> Result<(), Foreign> {
@@ -428,7 +428,7 @@ impl Owner for Guest {
             AgentEvent::Says(answer) => self.says(answer),
             AgentEvent::Echo { host_sent, echo, host_received } => {
                 let message = |guest| FromServer::Echo { guest, host_sent, echo, host_received };
-                self.post(self.seat.listener(), message);
+                self.post(self.claims.listener(), message);
             }
             AgentEvent::Garbled(fault) => {
                 self.slot.log.info(format_args!("agent: what it sends is ignored from now on: {fault}"));

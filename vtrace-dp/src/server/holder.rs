@@ -1,13 +1,13 @@
-//! Who may talk to a guest's agent.
+//! Which client may send requests to a guest's agent.
 //!
 //! In:    claims, releases, what passes in either direction, time
 //! Out:   decisions
 //! Runs:  on the guest's device thread; a state machine without effects
 //! Full:  one claim a client waits, and clients are bounded
-//! Trust: nobody: an agent that never answers keeps a guest for [`LEAVE_TIME_MAX`] after its holder is gone
+//! Trust: nothing: an agent that never answers keeps a guest for [`LEAVE_TIME_MAX`] after its holder is gone
 //!
-//! Sessions do not mix: after a holder has left, everything its agent still says belongs to nobody until each `Close` that
-//! was sent has been answered by a `Closed`. An agent answers in order, so what follows belongs to the next holder.
+//! Sessions do not mix: after a holder has left, what its agent still sends is dropped until each `Close` that was
+//! sent has been answered by a `Closed`. An agent answers in order, so what follows belongs to the next holder.
 
 use std::{
     collections::VecDeque,
@@ -19,14 +19,14 @@ use vtrace_common::wire::agent::{FromAgent, ToAgent};
 /// How long an agent may take to close the session of a holder that has left.
 pub(super) const LEAVE_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// The place in front of one guest's agent. `H` is a holder; two are equal if they are the same claim.
+/// The claims on one guest's agent. `H` is a holder; two are equal if they are the same claim.
 #[derive(Debug)]
-pub(super) struct Seat<H> {
-    state: State<H>,
+pub(super) struct Claims<H> {
+    state: ClaimState<H>,
     /// The holder armed the agent and has not closed it since.
     armed: bool,
-    /// The agent has said since that it is armed.
-    stands: bool,
+    /// The agent has reported since that it is armed.
+    in_session: bool,
     /// `Close`s passed for the holder and not answered.
     closing: u32,
     /// `Close`s of holders that have left, not answered.
@@ -35,7 +35,7 @@ pub(super) struct Seat<H> {
 }
 
 #[derive(Debug)]
-enum State<H> {
+enum ClaimState<H> {
     Free,
     Held(H),
     /// The last holder has left and its agent has not closed yet.
@@ -52,7 +52,7 @@ pub(super) enum Claim<'a, H> {
     Granted,
     /// It will be, when the agent has closed what the last holder left.
     Waits,
-    /// It is this one's.
+    /// This one holds it.
     Refused(&'a H),
 }
 
@@ -67,47 +67,54 @@ pub(super) enum Release {
     NotHeld,
 }
 
-impl<H: PartialEq> Seat<H> {
-    /// A seat that nobody has taken.
+impl<H: PartialEq> Claims<H> {
+    /// A guest without claims.
     pub(super) fn new() -> Self {
-        Self { state: State::Free, armed: false, stands: false, closing: 0, stale: 0, waiting: VecDeque::new() }
+        Self {
+            state: ClaimState::Free,
+            armed: false,
+            in_session: false,
+            closing: 0,
+            stale: 0,
+            waiting: VecDeque::new(),
+        }
     }
 
     /// Who holds the guest, or has just left it.
     pub(super) fn holder(&self) -> Option<&H> {
         match &self.state {
-            State::Free => None,
-            State::Held(holder) | State::Leaving { holder, .. } => Some(holder),
+            ClaimState::Free => None,
+            ClaimState::Held(holder) | ClaimState::Leaving { holder, .. } => Some(holder),
         }
     }
 
-    /// Who is to hear what the agent says.
+    /// The client that gets what the agent sends.
     pub(super) fn listener(&self) -> Option<&H> {
         match &self.state {
-            State::Held(holder) if self.stale == 0 => Some(holder),
+            ClaimState::Held(holder) if self.stale == 0 => Some(holder),
             _ => None,
         }
     }
 
     /// Whether `holder` holds the guest.
     pub(super) fn is_held_by(&self, holder: &H) -> bool {
-        matches!(&self.state, State::Held(known) if known == holder)
+        matches!(&self.state, ClaimState::Held(known) if known == holder)
     }
 
     /// Whether the holder has a session with the agent, armed at least.
-    pub(super) fn stands(&self) -> bool {
-        self.stands
+    pub(super) fn is_in_session(&self) -> bool {
+        self.in_session
     }
 
     /// `claimant` wants the guest.
     pub(super) fn claim(&mut self, claimant: H) -> Claim<'_, H> {
-        if matches!(self.state, State::Free) {
-            self.state = State::Held(claimant);
+        if matches!(self.state, ClaimState::Free) {
+            self.state = ClaimState::Held(claimant);
             return Claim::Granted;
         }
         match &self.state {
-            State::Held(holder) => Claim::Refused(holder),
-            State::Free | State::Leaving { .. } => {
+            ClaimState::Held(holder) => Claim::Refused(holder),
+            ClaimState::Free | ClaimState::Leaving { .. } => {
                 self.waiting.push_back(claimant);
                 Claim::Waits
             }
@@ -115,31 +122,31 @@ impl<H: PartialEq> Seat<H> {
     }
 
     /// The holder's request goes to the agent.
-    pub(super) fn passes(&mut self, request: &ToAgent) {
+    pub(super) fn sends(&mut self, request: &ToAgent) {
         match request {
             ToAgent::Arm(_) => self.armed = true,
             ToAgent::Close => {
-                (self.armed, self.stands) = (false, false);
+                (self.armed, self.in_session) = (false, false);
                 self.closing += 1;
             }
             _ => {}
         }
     }
 
-    /// The agent says something; whether the listener (as it was before) is to hear it.
-    pub(super) fn hears(&mut self, answer: &FromAgent) -> bool {
-        let heard = self.listener().is_some();
-        self.stands |= heard && self.armed && matches!(answer, FromAgent::Armed(_));
+    /// The agent sends a message; whether the listener (as it was before) gets it.
+    pub(super) fn receives(&mut self, answer: &FromAgent) -> bool {
+        let passed_on = self.listener().is_some();
+        self.in_session |= passed_on && self.armed && matches!(answer, FromAgent::Armed(_));
         if *answer != FromAgent::Closed {
-            return heard;
+            return passed_on;
         }
-        if heard {
+        if passed_on {
             self.closing = self.closing.saturating_sub(1);
         } else {
             self.stale = self.stale.saturating_sub(1);
             self.free_if_closed();
         }
-        heard
+        passed_on
     }
 
     /// `holder` is done, or its process is gone.
@@ -148,49 +155,51 @@ impl<H: PartialEq> Seat<H> {
         if !self.is_held_by(holder) {
             return Release::NotHeld;
         }
-        let State::Held(holder) = std::mem::replace(&mut self.state, State::Free) else { return Release::NotHeld };
+        let ClaimState::Held(holder) = std::mem::replace(&mut self.state, ClaimState::Free) else {
+            return Release::NotHeld;
+        };
         let close = std::mem::take(&mut self.armed);
-        self.stands = false;
+        self.in_session = false;
         self.stale += std::mem::take(&mut self.closing) + u32::from(close);
-        self.state = State::Leaving { holder, until: now + LEAVE_TIME_MAX };
+        self.state = ClaimState::Leaving { holder, until: now + LEAVE_TIME_MAX };
         self.free_if_closed();
         if close { Release::Close } else { Release::Done }
     }
 
-    /// The agent is gone: it owes nothing any more.
+    /// The agent is gone: no answer of it is waited for.
     pub(super) fn agent_gone(&mut self) {
-        (self.armed, self.stands, self.closing, self.stale) = (false, false, 0, 0);
+        (self.armed, self.in_session, self.closing, self.stale) = (false, false, 0, 0);
         self.free_if_closed();
     }
 
-    /// When [`Seat::expire`] is due.
+    /// When [`Claims::expire`] is due.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
-            State::Leaving { until, .. } => Some(*until),
+            ClaimState::Leaving { until, .. } => Some(*until),
             _ => None,
         }
     }
 
-    /// Time passes: an agent that does not answer keeps nobody waiting for ever. What it says late is still nobody's.
+    /// Time passes: an agent that does not answer does not keep a claimant waiting for ever. What it sends late is dropped.
     pub(super) fn expire(&mut self, now: Instant) {
         if self.deadline().is_some_and(|until| now >= until) {
-            self.state = State::Free;
+            self.state = ClaimState::Free;
         }
     }
 
     /// The next claimant that waited, when the guest is free.
     pub(super) fn next_claimant(&mut self) -> Option<H> {
-        if matches!(self.state, State::Free) { self.waiting.pop_front() } else { None }
+        if matches!(self.state, ClaimState::Free) { self.waiting.pop_front() } else { None }
     }
 
     fn free_if_closed(&mut self) {
-        if self.stale == 0 && matches!(self.state, State::Leaving { .. }) {
-            self.state = State::Free;
+        if self.stale == 0 && matches!(self.state, ClaimState::Leaving { .. }) {
+            self.state = ClaimState::Free;
         }
     }
 }
 
-impl<H: PartialEq> Default for Seat<H> {
+impl<H: PartialEq> Default for Claims<H> {
     fn default() -> Self {
         Self::new()
     }
@@ -202,16 +211,16 @@ mod tests {
 
     use super::*;
 
-    fn held(holder: u8) -> Seat<u8> {
-        let mut seat = Seat::new();
-        assert_eq!(seat.claim(holder), Claim::Granted);
-        seat
+    fn held(holder: u8) -> Claims<u8> {
+        let mut claims = Claims::new();
+        assert_eq!(claims.claim(holder), Claim::Granted);
+        claims
     }
 
-    fn armed(holder: u8) -> Seat<u8> {
-        let mut seat = held(holder);
-        seat.passes(&ToAgent::Arm(Box::default()));
-        seat
+    fn armed(holder: u8) -> Claims<u8> {
+        let mut claims = held(holder);
+        claims.sends(&ToAgent::Arm(Box::default()));
+        claims
     }
 
     #[test]
@@ -222,95 +231,95 @@ mod tests {
 
     #[test]
     fn holder_that_armed_nothing_leaves_at_once() {
-        let mut seat = held(1);
-        assert_eq!(seat.release(&1, Instant::now()), Release::Done);
-        assert_eq!(seat.deadline(), None);
-        assert_eq!(seat.claim(2), Claim::Granted);
+        let mut claims = held(1);
+        assert_eq!(claims.release(&1, Instant::now()), Release::Done);
+        assert_eq!(claims.deadline(), None);
+        assert_eq!(claims.claim(2), Claim::Granted);
     }
 
     #[test]
     fn session_left_open_is_closed_before_the_next_claim_is_granted() {
-        let mut seat = armed(1);
-        assert_eq!(seat.release(&1, Instant::now()), Release::Close);
-        assert_eq!(seat.claim(2), Claim::Waits);
-        assert_eq!((seat.hears(&FromAgent::Stopped), seat.next_claimant()), (false, None));
-        assert!(!seat.hears(&FromAgent::Closed));
-        assert_eq!(seat.next_claimant(), Some(2));
-        assert_eq!(seat.claim(2), Claim::Granted);
-        assert!(seat.hears(&FromAgent::Stopped));
+        let mut claims = armed(1);
+        assert_eq!(claims.release(&1, Instant::now()), Release::Close);
+        assert_eq!(claims.claim(2), Claim::Waits);
+        assert_eq!((claims.receives(&FromAgent::Stopped), claims.next_claimant()), (false, None));
+        assert!(!claims.receives(&FromAgent::Closed));
+        assert_eq!(claims.next_claimant(), Some(2));
+        assert_eq!(claims.claim(2), Claim::Granted);
+        assert!(claims.receives(&FromAgent::Stopped));
     }
 
     #[test]
     fn session_closed_by_its_holder_is_not_closed_again() {
-        let mut seat = armed(1);
-        seat.passes(&ToAgent::Close);
-        assert!(seat.hears(&FromAgent::Closed));
-        assert_eq!(seat.release(&1, Instant::now()), Release::Done);
-        assert_eq!(seat.claim(2), Claim::Granted);
+        let mut claims = armed(1);
+        claims.sends(&ToAgent::Close);
+        assert!(claims.receives(&FromAgent::Closed));
+        assert_eq!(claims.release(&1, Instant::now()), Release::Done);
+        assert_eq!(claims.claim(2), Claim::Granted);
     }
 
     #[test]
     fn holder_that_leaves_before_its_close_is_answered_is_waited_for() {
-        let mut seat = armed(1);
-        seat.passes(&ToAgent::Close);
-        assert_eq!(seat.release(&1, Instant::now()), Release::Done);
-        assert_eq!(seat.claim(2), Claim::Waits);
-        seat.hears(&FromAgent::Closed);
-        assert_eq!(seat.next_claimant(), Some(2));
+        let mut claims = armed(1);
+        claims.sends(&ToAgent::Close);
+        assert_eq!(claims.release(&1, Instant::now()), Release::Done);
+        assert_eq!(claims.claim(2), Claim::Waits);
+        claims.receives(&FromAgent::Closed);
+        assert_eq!(claims.next_claimant(), Some(2));
     }
 
     #[test]
     fn agent_that_never_answers_keeps_the_guest_for_a_while_only_and_is_not_heard_after_it() {
-        let (mut seat, now) = (armed(1), Instant::now());
-        seat.release(&1, now);
-        seat.expire(now);
-        assert_eq!(seat.claim(2), Claim::Waits);
-        seat.expire(now + LEAVE_TIME_MAX);
-        assert_eq!(seat.next_claimant(), Some(2));
-        assert_eq!(seat.claim(2), Claim::Granted);
-        assert!(!seat.hears(&FromAgent::Stopped), "late: the first holder's");
-        assert!(!seat.hears(&FromAgent::Closed));
-        assert!(seat.hears(&FromAgent::Stopped), "the second holder's");
+        let (mut claims, now) = (armed(1), Instant::now());
+        claims.release(&1, now);
+        claims.expire(now);
+        assert_eq!(claims.claim(2), Claim::Waits);
+        claims.expire(now + LEAVE_TIME_MAX);
+        assert_eq!(claims.next_claimant(), Some(2));
+        assert_eq!(claims.claim(2), Claim::Granted);
+        assert!(!claims.receives(&FromAgent::Stopped), "late: the first holder's");
+        assert!(!claims.receives(&FromAgent::Closed));
+        assert!(claims.receives(&FromAgent::Stopped), "the second holder's");
     }
 
     #[test]
     fn session_stands_from_the_agents_word_to_its_close_its_release_or_the_agents_end() {
         let ready = FromAgent::Armed(Armed::default());
-        let ends: [fn(&mut Seat<u8>); 3] = [
-            |seat| seat.passes(&ToAgent::Close),
-            |seat| {
-                seat.release(&1, Instant::now());
+        let ends: [fn(&mut Claims<u8>); 3] = [
+            |claims| claims.sends(&ToAgent::Close),
+            |claims| {
+                claims.release(&1, Instant::now());
             },
-            |seat| seat.agent_gone(),
+            |claims| claims.agent_gone(),
         ];
         for end in ends {
-            let mut seat = armed(1);
-            assert!(!seat.stands(), "it is arming");
-            assert!(seat.hears(&ready) && seat.stands());
-            end(&mut seat);
-            assert!(!seat.stands());
+            let mut claims = armed(1);
+            assert!(!claims.is_in_session(), "it is arming");
+            assert!(claims.receives(&ready) && claims.is_in_session());
+            end(&mut claims);
+            assert!(!claims.is_in_session());
         }
-        let mut seat = held(1);
-        assert!(seat.hears(&ready) && !seat.stands(), "nobody has armed it");
+        let mut claims = held(1);
+        assert!(claims.receives(&ready) && !claims.is_in_session(), "nobody has armed it");
     }
 
     #[test]
     fn agent_that_is_gone_owes_nothing() {
-        let mut seat = armed(1);
-        seat.release(&1, Instant::now());
-        seat.agent_gone();
-        assert_eq!(seat.deadline(), None);
-        assert_eq!(seat.claim(2), Claim::Granted);
-        assert!(seat.hears(&FromAgent::Stopped));
+        let mut claims = armed(1);
+        claims.release(&1, Instant::now());
+        claims.agent_gone();
+        assert_eq!(claims.deadline(), None);
+        assert_eq!(claims.claim(2), Claim::Granted);
+        assert!(claims.receives(&FromAgent::Stopped));
     }
 
     #[test]
     fn claimant_that_gives_up_waiting_is_forgotten() {
-        let mut seat = armed(1);
-        seat.release(&1, Instant::now());
-        seat.claim(2);
-        assert_eq!(seat.release(&2, Instant::now()), Release::NotHeld);
-        seat.agent_gone();
-        assert_eq!(seat.next_claimant(), None);
+        let mut claims = armed(1);
+        claims.release(&1, Instant::now());
+        claims.claim(2);
+        assert_eq!(claims.release(&2, Instant::now()), Release::NotHeld);
+        claims.agent_gone();
+        assert_eq!(claims.next_claimant(), None);
     }
 }

@@ -44,10 +44,10 @@ pub const SEND_TIME_MAX: Duration = Duration::from_secs(10);
 /// Bytes read at a time.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// Why there is no talking to a server.
+/// Why a request to a server failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// Nobody listens there.
+    /// No process listens there.
     #[error("no server at {}", path.display())]
     NoServer {
         /// The socket.
@@ -76,7 +76,7 @@ pub enum LinkError {
         path: PathBuf,
     },
     /// The server neither reads nor answers: it is stopped, or hangs.
-    #[error("the server (pid {pid}) has taken no notice for {} s", waited.as_secs())]
+    #[error("the server (pid {pid}) has neither read nor answered for {} s", waited.as_secs())]
     Stalled {
         /// Its process.
         pid: u32,

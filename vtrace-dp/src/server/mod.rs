@@ -5,13 +5,13 @@
 //! | module | what |
 //! |---|---|
 //! | `client` | one client: its requests, its claims, its answers |
-//! | `lanes` | whether a client's file and areas can be written to |
+//! | `target_file` | whether a client's file and areas can be written to |
 //! | `stream` | guests whose ports come over sockets or FIFOs |
-//! | `further` | a device behind a guest's first, as its own thread sees it |
+//! | `extra_device` | the owner of a guest's second or later device |
 //! | `guest` | what is known of a guest, who holds it, what passes between holder and agent |
-//! | `seat` | who may talk to a guest's agent |
-//! | `devices` | the devices of a guest: whose they are, how far their drivers have come |
-//! | `drains` | their drains, as if they were one; why a CPU has no port |
+//! | `holder` | which client may send requests to a guest's agent |
+//! | `devices` | the devices of a guest: their VMM, the state of their drivers |
+//! | `guest_drain` | their drains, as one; why a CPU has no port |
 //! | `outbox` | what waits for a client |
 //! | `activation` | sockets that were open before the server was |
 //! | `sockets` | the server's own |
@@ -23,9 +23,9 @@
 //! Runs:  one thread for signals, one for connections, one a client; for each guest its devices' and their drains'.
 //!        All of them sleep until something happens: there is no timer but those that a session starts
 //! Full:  [`CLIENTS_MAX`] clients, [`USER_CLIENTS_MAX`] of one user who is not root, [`GUESTS_MAX`] guests
-//! Trust: guests with nothing; users by the permissions of the sockets. See [`confine`] for what is left to a mistake of ours
+//! Trust: guests with nothing; users by the permissions of the sockets. [`confine`] limits what a bug can do
 //!
-//! A guest whose server ends has a device that nobody serves: its CPU spins when a process there opens or closes a port.
+//! A guest whose server ends has a device that is not served: its CPU spins when a process there opens or closes a port.
 //! So the end first has the agents close their sessions, and says which guests still run.
 
 pub mod activation;
@@ -76,11 +76,11 @@ use self::{
     client::{Client, Registry},
     confine::{Confinement, ConfinementFault, Opens},
     devices::DeviceParts,
-    extra_device::Further,
+    extra_device::ExtraDevice,
     guest::{Command, Guest},
-    outbox::{Bell, frame},
+    outbox::{Notifier, frame},
     sockets::{Access, Bound},
-    stream::{Speaker, Streams},
+    stream::{StreamThread, Streams},
 };
 pub use self::{
     guest::{GuestSlot, NameFault, check_name},
@@ -103,7 +103,7 @@ use crate::{
     vmm::setup::Transport,
 };
 
-/// Where the sockets are unless told otherwise.
+/// Default folder of the sockets.
 pub const DIRECTORY: &str = "/run/vtrace";
 /// The clients' socket in that directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -174,7 +174,7 @@ pub enum GuestSocket {
 /// Why a server does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A guest's name is none.
+    /// A guest's name is not valid.
     #[error(transparent)]
     Name(#[from] NameFault),
     /// Two guests of one name.
@@ -186,9 +186,9 @@ pub enum ServerError {
          only one with a socket of its own"
     )]
     Devices {
-        /// Whose.
+        /// The guest.
         name: String,
-        /// How many.
+        /// Devices asked for.
         devices: usize,
         /// Lanes of each.
         lanes: usize,
@@ -204,7 +204,7 @@ pub enum ServerError {
         /// Why.
         source: io::Error,
     },
-    /// It cannot be whom it was told to be.
+    /// It cannot become the user it was given.
     #[error(transparent)]
     Confinement(#[from] ConfinementFault),
     /// A socket cannot be had.
@@ -224,7 +224,7 @@ pub enum ServerError {
     /// A thread or what it needs cannot be had.
     #[error("guest {name}: thread")]
     Thread {
-        /// Whose.
+        /// The guest.
         name: String,
         /// Why.
         source: io::Error,
@@ -278,19 +278,19 @@ pub struct Server {
     /// The first of each guest.
     devices: Vec<Device>,
     further: Vec<Device>,
-    /// Of guests without a device of ours.
-    speakers: Vec<Speaker>,
+    /// Of guests whose ports are streams.
+    stream_threads: Vec<StreamThread>,
     acceptor: JoinHandle<()>,
-    stop: Arc<Bell>,
+    stop: Arc<Notifier>,
     /// Unlinked when dropped.
     _sockets: Vec<Bound>,
 }
 
-/// Sockets that nobody serves yet.
+/// Sockets that are not served yet.
 struct Listening {
     listener: UnixListener,
     /// Of each guest, in their order.
-    ways: Vec<Ways>,
+    bind_guest: Vec<GuestPorts>,
     bound: Vec<Bound>,
 }
 
@@ -304,22 +304,23 @@ impl Listening {
         let mut sockets = Sockets { passed: Passed::adopt(&config.passed)?, bound: Vec::new() };
         // First the one that tells whether another server is here.
         let listener = sockets.bind(&directory.join(CONTROL_SOCKET), Access::Clients)?;
-        let ways = config.guests.iter().map(|guest| ways(config, guest, &mut sockets));
-        let ways = ways.collect::<Result<Vec<_>, _>>()?;
+        let bind_guest = config.guests.iter().map(|guest| bind_guest(config, guest, &mut sockets));
+        let bind_guest = bind_guest.collect::<Result<Vec<_>, _>>()?;
         let Sockets { passed, bound } = sockets;
         passed.check_taken()?;
-        Ok(Self { listener, ways, bound })
+        Ok(Self { listener, bind_guest, bound })
     }
 
     fn serve(self, config: &ServerConfig) -> Result<Server, ServerError> {
-        let Self { listener, ways, bound } = self;
+        let Self { listener, bind_guest, bound } = self;
         reserve();
         let memory = MemoryBudget::new(MAPPED_BYTES_MAX);
-        let (mut slots, mut devices, mut further, mut speakers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for ((number, guest), ways) in (0..).zip(&config.guests).zip(ways) {
+        let (mut slots, mut devices, mut further, mut stream_threads) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for ((number, guest), bind_guest) in (0..).zip(&config.guests).zip(bind_guest) {
             let fault = |source| ServerError::Thread { name: guest.name.clone(), source };
-            match ways {
-                Ways::Devices(endpoints) => {
+            match bind_guest {
+                GuestPorts::Devices(endpoints) => {
                     let (slot, started) =
                         start_guest(GuestId(number), guest, &memory.share(), endpoints).map_err(fault)?;
                     slots.push(slot);
@@ -327,14 +328,14 @@ impl Listening {
                     devices.extend(started.next());
                     further.extend(started);
                 }
-                Ways::Streams(ports) => {
-                    let (slot, speaker) = stream::start(guest, ports).map_err(fault)?;
+                GuestPorts::Streams(ports) => {
+                    let (slot, stream_thread) = stream::start(guest, ports).map_err(fault)?;
                     slots.push(slot);
-                    speakers.push(speaker);
+                    stream_threads.push(stream_thread);
                 }
             }
         }
-        let (guests, stop) = (Arc::new(slots), Bell::new().map(Arc::new));
+        let (guests, stop) = (Arc::new(slots), Notifier::new().map(Arc::new));
         let system = |source| ServerError::System { what: "start the acceptor", source };
         let stop = stop.map_err(system)?;
         let acceptor = Acceptor {
@@ -345,7 +346,7 @@ impl Listening {
             clients: Vec::new(),
         };
         let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
-        Ok(Server { guests, devices, further, speakers, acceptor: thread, stop, _sockets: bound })
+        Ok(Server { guests, devices, further, stream_threads, acceptor: thread, stop, _sockets: bound })
     }
 }
 
@@ -362,17 +363,17 @@ impl Server {
 
     /// Lets the clients go, has the agents close their sessions (one second at most), ends the devices.
     pub fn stop(self) {
-        self.stop.ring();
+        self.stop.notify();
         let _ = self.acceptor.join();
         for slot in self.guests.iter() {
             if let Some(pid) = slot.state().vmm_pid.filter(|_| !slot.devices.are_streams()) {
-                log::warn!("{}: pid {pid} still runs, with a device that nobody serves from now on", slot.name);
+                log::warn!("{}: pid {pid} still runs, with a device that is no longer served", slot.name);
             }
             // Commands that end things are never refused.
             let _ = slot.command(Command::Stop);
         }
         self.devices.into_iter().for_each(Device::join);
-        self.speakers.into_iter().for_each(Speaker::join);
+        self.stream_threads.into_iter().for_each(StreamThread::join);
         // Only now: an agent that closes its session closes the ports of all devices.
         self.guests.iter().for_each(|slot| slot.devices.end());
         self.further.into_iter().for_each(Device::join);
@@ -412,23 +413,23 @@ impl Sockets {
     }
 }
 
-/// What a device is called: as its guest, and those behind the first by their number. No guest's name has an '@'.
+/// A device's name: its guest's, and for those after the first their number. No guest's name has an '@'.
 fn device_name(guest: &str, device: usize) -> String {
     if device == 0 { guest.into() } else { format!("{guest}@{}", device + 1) }
 }
 
-/// How a guest comes to us.
-enum Ways {
+/// Where a guest's ports come from.
+enum GuestPorts {
     Devices(Vec<(Endpoint, String)>),
     Streams(stream::Ports),
 }
 
-fn ways(config: &ServerConfig, guest: &GuestConfig, sockets: &mut Sockets) -> Result<Ways, ServerError> {
+fn bind_guest(config: &ServerConfig, guest: &GuestConfig, sockets: &mut Sockets) -> Result<GuestPorts, ServerError> {
     if let GuestSocket::Streams(streams) = &guest.socket {
-        return Ok(Ways::Streams(streams.ports(sockets)?));
+        return Ok(GuestPorts::Streams(streams.ports(sockets)?));
     }
     let own = (0..guest.devices).map(|device| endpoint(config, guest, device, sockets));
-    own.collect::<Result<_, _>>().map(Ways::Devices)
+    own.collect::<Result<_, _>>().map(GuestPorts::Devices)
 }
 
 /// Where the VMM of a device comes from, and what to call it.
@@ -473,7 +474,7 @@ fn start_guest(
         let place = slot.devices.place(device);
         let owner: Box<dyn Owner> = match device {
             0 => Box::new(Guest::new(Arc::clone(&slot))),
-            _ => Box::new(Further::new(Arc::clone(&slot), device)),
+            _ => Box::new(ExtraDevice::new(Arc::clone(&slot), device)),
         };
         Device::spawn(&name, place, endpoint, share.clone(), drain, owner)
     });
@@ -481,11 +482,11 @@ fn start_guest(
     Ok((slot, devices))
 }
 
-/// Lets clients in.
+/// Accepts clients.
 struct Acceptor {
     listener: UnixListener,
     guests: Registry,
-    stop: Arc<Bell>,
+    stop: Arc<Notifier>,
     /// What clients cause in the log.
     log: Arc<UserLogLimits>,
     /// With their users.
@@ -498,7 +499,7 @@ impl Acceptor {
             self.clients.retain(|(_, client)| !client.is_finished());
             self.accept();
         }
-        // They poll the same bell.
+        // They poll the same notifier.
         self.clients.into_iter().for_each(|(_, client)| drop(client.join()));
     }
 

@@ -38,9 +38,9 @@ const _: () = assert!(CLIENTS_MAX * (ANSWER_BYTES_MAX + 2 * FRAME_BYTES_MAX) <= 
 
 /// Wakes a thread that polls it.
 #[derive(Debug)]
-pub struct Bell(EventFd);
+pub struct Notifier(EventFd);
 
-impl Bell {
+impl Notifier {
     /// A silent one.
     pub fn new() -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -48,19 +48,19 @@ impl Bell {
     }
 
     /// Makes it readable.
-    pub fn ring(&self) {
+    pub fn notify(&self) {
         // The only failure is a counter that is full: then it is readable already.
         let _ = self.0.write(1);
     }
 
     /// Makes it silent again.
-    pub fn silence(&self) {
+    pub fn clear(&self) {
         // The only failure is that it was silent.
         let _ = self.0.read();
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -105,7 +105,7 @@ impl Meaning {
 #[derive(Debug)]
 pub struct Outbox {
     queue: Mutex<Queue>,
-    bell: Bell,
+    notifier: Notifier,
 }
 
 #[derive(Default, Debug)]
@@ -121,24 +121,24 @@ struct Queue {
 #[derive(Debug)]
 pub struct Session {
     outbox: Arc<Outbox>,
-    device: Arc<Bell>,
+    device: Arc<Notifier>,
     waiting: AtomicUsize,
     waiting_bytes: AtomicUsize,
     /// The device has left its agent's ring alone.
     starved: AtomicBool,
-    /// The client has released the guest: what comes late is nobody's.
+    /// The client has released the guest: what comes late is dropped.
     ended: AtomicBool,
 }
 
 impl Outbox {
     /// An empty one.
     pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { queue: Mutex::default(), bell: Bell::new()? }))
+        Ok(Arc::new(Self { queue: Mutex::default(), notifier: Notifier::new()? }))
     }
 
     /// Rings when there is something to take.
-    pub fn bell(&self) -> &Bell {
-        &self.bell
+    pub fn notifier(&self) -> &Notifier {
+        &self.notifier
     }
 
     /// Adds an answer that belongs to no claim.
@@ -174,7 +174,7 @@ impl Outbox {
             queue.waiting.push_back(Waiting { session, meaning, frame });
         }
         drop(queue);
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     /// The client is gone: what waits is dropped, and so is what comes later.
@@ -201,7 +201,7 @@ pub(super) fn frame(message: &impl Message) -> Vec<u8> {
 
 impl Session {
     /// A claim whose messages go to `outbox` and whose device is woken by `device`.
-    pub fn new(outbox: Arc<Outbox>, device: Arc<Bell>) -> Arc<Self> {
+    pub fn new(outbox: Arc<Outbox>, device: Arc<Notifier>) -> Arc<Self> {
         Arc::new(Self {
             outbox,
             device,
@@ -248,7 +248,7 @@ impl Session {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         self.waiting_bytes.fetch_sub(bytes, Ordering::SeqCst);
         if self.is_within(2) && self.starved.swap(false, Ordering::SeqCst) {
-            self.device.ring();
+            self.device.notify();
         }
     }
 }
@@ -261,13 +261,13 @@ mod tests {
         FromServer::Released { guest: "guest1".into() }
     }
 
-    fn rings(bell: &Bell) -> bool {
-        bell.0.read().is_ok()
+    fn rings(notifier: &Notifier) -> bool {
+        notifier.0.read().is_ok()
     }
 
     #[test]
     fn device_of_a_slow_client_is_woken_when_half_is_read() {
-        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Notifier::new().unwrap()));
         let session = Session::new(Arc::clone(&outbox), Arc::clone(&device));
         for _ in 0..FRAMES_WAITING_MAX {
             assert!(session.has_room());
@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn long_frames_of_an_agent_fill_the_room_by_their_bytes() {
-        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Notifier::new().unwrap()));
         let session = Session::new(Arc::clone(&outbox), device);
         let detail = "x".repeat(4000);
         let long = FromServer::Refused(Refusal::Request { detail });
@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn device_that_does_not_starve_is_not_woken() {
-        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Notifier::new().unwrap()));
         let session = Session::new(Arc::clone(&outbox), Arc::clone(&device));
         session.post(&message());
         assert!(outbox.take().is_some() && !rings(&device));
@@ -318,7 +318,7 @@ mod tests {
 
     #[test]
     fn client_that_leaves_without_reading_takes_everything_along() {
-        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Notifier::new().unwrap()));
         let session = Session::new(Arc::clone(&outbox), device);
         session.post(&message());
         outbox.close();
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn nothing_is_added_to_a_claim_that_has_ended() {
-        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Bell::new().unwrap()));
+        let (outbox, device) = (Outbox::new().unwrap(), Arc::new(Notifier::new().unwrap()));
         let session = Session::new(Arc::clone(&outbox), device);
         session.end();
         session.post(&message());

@@ -4,9 +4,9 @@
 //! Out:   listening sockets that are removed when the server ends
 //! Runs:  once, at the start
 //! Full:  the kernel's backlog
-//! Trust: the directory: whoever may write there may be the server. A socket that somebody listens on is left alone.
+//! Trust: the directory: whoever may write there may be the server. A socket that a process listens on is left alone.
 //!
-//! Permissions are set between bind and listen, when nobody can connect yet.
+//! Permissions are set between bind and listen, before a process can connect.
 
 use std::{
     fs, io,
@@ -35,13 +35,13 @@ use crate::sys::{
 /// Owner and group may connect, which takes permission to write.
 const MODE: u32 = 0o660;
 
-/// How long one who listens at a socket of ours and accepts nobody is waited for.
+/// How long a process that listens at one of our paths and does not accept is waited for.
 const LOOK_MAX: Duration = Duration::from_secs(2);
 
 /// Why a socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketFault {
-    /// Somebody listens there.
+    /// A process listens there.
     #[error("another server (pid {pid}) listens at {}", path.display())]
     Taken {
         /// The socket.
@@ -98,7 +98,7 @@ impl Drop for Bound {
     }
 }
 
-/// Listens at `path`, non-blocking. A socket there that nobody listens on is replaced.
+/// Listens at `path`, non-blocking. A socket there that no process listens on is replaced.
 pub(super) fn bind(path: &Path, access: Access) -> Result<(UnixListener, Bound), SocketFault> {
     remove_stale(path)?;
     let refused = |call| move |source: io::Error| SocketFault::Refused { path: path.into(), call, source };

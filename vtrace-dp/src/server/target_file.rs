@@ -35,7 +35,7 @@ pub(super) enum LanesFault {
     OtherFile,
     #[error("the second descriptor does not go past the page cache (O_DIRECT)")]
     NotDirect,
-    #[error("a page of {0} bytes is none")]
+    #[error("{0} bytes is not a valid page size")]
     Page(u32),
     #[error("{0} lanes")]
     Count(usize),

@@ -1,7 +1,7 @@
 //! Users and groups of this machine, from its own files (passwd(5), group(5)).
 //!
 //! In:    names
-//! Out:   numbers; nothing if there is none of that name
+//! Out:   numbers; `None` if there is no such name
 //! Runs:  at the start
 //! Full:  does not apply
 //! Trust: the files
@@ -41,8 +41,8 @@ fn field(lines: &str, name: &str, index: usize) -> Option<u32> {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! Somebody else, for tests that root runs.
-    #![expect(unsafe_code, reason = "the C library would make all threads of the process somebody else")]
+    //! Another user, for tests that root runs.
+    #![expect(unsafe_code, reason = "the C library would make all threads of the process another user")]
 
     use std::thread;
 

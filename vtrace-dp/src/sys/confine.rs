@@ -3,10 +3,9 @@
 //! In:    what it still needs
 //! Out:   nothing, or why a right could not be given up: it is there as before
 //! Runs:  at the start, before there is another thread
-//! Full:  does not apply
 //! Trust: the kernel; a thread that foreign bytes have turned against us is kept to what is left here
 //!
-//! A system call that is not allowed fails with EPERM. Ending the process would be worse: whoever waits for it would hang.
+//! A system call that is not allowed fails with EPERM. Ending the process would be worse: its guests would hang.
 
 use std::{collections::BTreeMap, path::Path};
 

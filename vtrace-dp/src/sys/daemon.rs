@@ -4,7 +4,6 @@
 //! Out:   two of them: one that waits for the other to get going, or for its end
 //! Runs:  before any thread is started
 //! Full:  does not apply
-//! Trust: nobody is asked
 #![expect(unsafe_code, reason = "fork(2)")]
 
 use std::{
@@ -27,7 +26,7 @@ pub enum Side {
     Behind(Ready),
 }
 
-/// Waits for the one behind.
+/// Waits for the background process.
 #[derive(Debug)]
 pub struct Waiting {
     child: Pid,
@@ -40,7 +39,7 @@ pub struct Ready {
     pipe: File,
 }
 
-/// How the one behind got going.
+/// How the background process started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Started {
     /// It goes on, with this process id.
@@ -69,7 +68,7 @@ pub fn split() -> io::Result<Side> {
 }
 
 impl Waiting {
-    /// Returns when the one behind is ready, or has ended.
+    /// Returns when the background process is ready, or has ended.
     pub fn wait(mut self) -> io::Result<Started> {
         let mut byte = [0];
         if self.pipe.read(&mut byte)? == 1 {

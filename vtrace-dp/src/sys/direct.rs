@@ -26,7 +26,7 @@ use super::SysError;
 /// What a file system asks of writes past the page cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Terms {
-    /// Addresses are multiples of this. 0: there are no such writes, or nobody knows.
+    /// Addresses are multiples of this. 0: there are no such writes, or it is not known.
     pub memory_alignment: u32,
     /// Offsets and lengths are multiples of this.
     pub offset_alignment: u32,

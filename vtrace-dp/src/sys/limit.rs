@@ -3,8 +3,6 @@
 //! In:    what it needs
 //! Out:   a higher limit, as far as it may be raised
 //! Runs:  once, at the start
-//! Full:  does not apply
-//! Trust: nobody is asked
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

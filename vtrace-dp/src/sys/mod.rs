@@ -38,7 +38,7 @@ use std::{
 
 use nix::errno::Errno;
 
-/// A number nobody else has: sessions and files of one machine do not meet.
+/// A random number: names of sessions and files of one machine do not collide.
 pub fn random() -> u64 {
     // A fresh RandomState is keyed by the system's random numbers.
     RandomState::new().build_hasher().finish()

@@ -38,7 +38,7 @@ const TIME_MULT_AT: usize = 52;
 /// When the event or its page is refused.
 pub fn time_factor() -> Result<Option<(u32, u16)>, SysError> {
     let event = open_dummy()?;
-    // SAFETY: a new mapping at an address the kernel chooses; nobody else knows of it.
+    // SAFETY: a new mapping at an address the kernel chooses; no other code knows of it.
     let mapped = unsafe { mmap(None, PAGE_BYTES, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, event.as_fd(), 0) };
     let page = mapped.map_err(SysError::of("mmap(perf)"))?;
     // SAFETY: `page` is mapped until below.

@@ -73,7 +73,7 @@ pub fn watch(child: &Child) -> io::Result<OwnedFd> {
     // SAFETY: a system call on two numbers; the child is not waited for while we hold it, so the number is its own.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just made this descriptor for us (close-on-exec); nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor for us (close-on-exec); no other code knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

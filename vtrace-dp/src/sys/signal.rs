@@ -31,7 +31,7 @@ const STOP: [Signal; 10] = [
     Signal::SIGPWR,
 ];
 
-/// The signals a recording listens to. They stay blocked for the rest of the process.
+/// The signals a recording reacts to. They stay blocked for the rest of the process.
 #[derive(Debug)]
 pub struct Signals {
     stop: SignalFd,
@@ -72,16 +72,16 @@ impl Signals {
 /// A file that hits the process's size limit shall fail with EFBIG instead of ending the process.
 pub fn ignore_file_size() -> io::Result<()> {
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    // SAFETY: no handler is installed, so no code of ours can run in a signal's context. Nobody else sets SIGXFSZ.
+    // SAFETY: no handler is installed, so no code of ours can run in a signal's context. No other code sets SIGXFSZ.
     unsafe { sigaction(Signal::SIGXFSZ, &ignore) }?;
     Ok(())
 }
 
-/// Lets `command` hear the signals that [`Signals`] and [`ignore_file_size`] keep from this process: a child inherits
+/// Lets `command` get the signals that [`Signals`] and [`ignore_file_size`] keep from this process: a child inherits
 /// what is blocked or ignored.
 pub fn unblock_in(command: &mut Command) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are a sigprocmask(2) on the child's
-    // only thread and a sigaction(2) that installs no handler. Nobody else can touch the child's mask.
+    // only thread and a sigaction(2) that installs no handler. No other code can touch the child's mask.
     let _ = unsafe { command.pre_exec(restore) };
 }
 

@@ -1,4 +1,4 @@
-//! Unix sockets: descriptors that travel with bytes, a look at what has come, who is on the other side.
+//! Unix sockets: descriptors that come with bytes, bytes that wait, the process on the other side.
 //!
 //! In:    connected or listening unix stream sockets
 //! Out:   bytes and owned descriptors
@@ -48,7 +48,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// What this one is told of another's process: root of any, a user of its own; 0 stands for the rest.
+    /// The pid of `other` as this peer may see it: root sees all, a user its own; 0 stands for the rest.
     pub fn told_pid(self, other: Self) -> u32 {
         if self.uid == 0 || self.uid == other.uid { other.pid } else { 0 }
     }
@@ -61,7 +61,8 @@ impl Peer {
     }
 }
 
-/// Connects to a socket. Who listens there and accepts nobody is waited for so long and no longer: then it is `WouldBlock`.
+/// Connects to a socket. A process that listens there and does not accept is waited for up to `wait_max`, then
+/// `WouldBlock`.
 pub fn dial(path: &Path, wait_max: Duration) -> io::Result<UnixStream> {
     let descriptor = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     // unix(7): connect waits for room in the backlog as long as a send would.
@@ -180,7 +181,7 @@ pub fn peek(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<usize, SysError> 
     recv(socket.as_raw_fd(), into, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map_err(SysError::of("recv"))
 }
 
-/// Bytes that have come and nobody has taken (FIONREAD).
+/// Bytes that have come and are not taken (FIONREAD).
 pub fn waiting_bytes(socket: BorrowedFd<'_>) -> Result<usize, SysError> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: FIONREAD stores one int at the address given, which is a local variable's.
@@ -189,7 +190,7 @@ pub fn waiting_bytes(socket: BorrowedFd<'_>) -> Result<usize, SysError> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
-/// A descriptor that was open when this program started and that the person named by its number (`--fd`).
+/// A descriptor that was open when this program started and whose number is an argument (`--fd`).
 /// Call it once for a number, before anything else was opened.
 pub fn inherited(number: RawFd) -> Result<OwnedFd, SysError> {
     // SAFETY: F_GETFD touches no memory; it fails if the descriptor is not open.

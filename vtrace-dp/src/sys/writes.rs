@@ -50,7 +50,7 @@ pub struct End {
 
 /// A ring, and the batches of the writes in flight.
 pub struct Writes<B: Vectors> {
-    /// Ends before the slots do: the kernel's last look at a batch is behind us when it goes.
+    /// Ends before the slots do: the kernel no longer reads a batch when it goes.
     ring: IoUring,
     slots: Vec<B>,
     /// Slots that nothing is in.
@@ -89,7 +89,7 @@ impl<B: Vectors> Writes<B> {
         let entry = opcode::Writev::new(Fd(file.as_raw_fd()), vectors.as_ptr(), count).offset(offset);
         let entry = entry.build().user_data(u64::try_from(slot).expect("slots are few"));
         // SAFETY: the vectors and what they name stay until this slot's end is taken: the batch lies in `slots`, which
-        // nobody changes while the slot is not free, and drop waits for the kernel. The guest and its VMM may write to
+        // no code changes while the slot is not free, and drop waits for the kernel. The guest and its VMM may write to
         // that memory meanwhile, which can change what the file gets and nothing else.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("there are as many entries as slots, and all of them were submitted");
@@ -149,7 +149,7 @@ impl<B: Vectors> Drop for Writes<B> {
             match self.ended() {
                 Some(end) => self.release(end),
                 None if self.wait().is_ok() => {}
-                // Nobody can say any more whether the kernel still reads: the memory stays mapped for ever.
+                // Whether the kernel still reads is not known any more: the memory stays mapped for ever.
                 None => return std::mem::forget(std::mem::take(&mut self.slots)),
             }
         }

@@ -3,10 +3,10 @@
 //! In:    a vhost-user memory table and its descriptors; guest-physical and VMM-virtual addresses (both foreign)
 //! Out:   checked [`Span`]s, [`Window`]s with atomic loads and stores, [`Batch`]es that the kernel writes from
 //! Runs:  wherever its owner runs; a [`Memory`] never changes, a new table makes a new one, and the mapping of the old
-//!        one lives as long as anybody holds it
+//!        one lives as long as it is used
 //! Full:  a [`Batch`] says so and takes no more; regions beyond a guest's [share](MemoryShare) are refused
 //! Trust: the guest with nothing: it may change any byte at any time, so a value is loaded once and then checked. The
-//!        VMM with one thing: that it does not shrink the file behind its own guest's memory, which would end this
+//!        VMM with one thing: that it does not shrink the file of its own guest's memory, which would end this
 //!        process by SIGBUS at the next load (writes from such memory only fail, with EFAULT). It owns that memory and
 //!        could stop its guest more simply.
 //!
@@ -47,7 +47,7 @@ const REGION_ALIGNMENT: u64 = 4096;
 /// Why a memory table is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryFault {
-    /// More regions than anybody has.
+    /// More regions than the limit.
     #[error("{count} memory regions are more than {MEMORY_REGIONS_MAX}")]
     TooMany {
         /// How many there would be.
@@ -514,7 +514,7 @@ impl Batch {
         (self.bytes, self.own_bytes) = (0, 0);
     }
 
-    /// Writes what is left behind the first `done` bytes, at its place in a file in which the batch begins at `offset`.
+    /// Writes what is left after the first `done` bytes, at its offset in a file in which the batch begins at `offset`.
     /// Like [`Batch::write_at`], and says how far all of it came.
     pub fn write_rest(&mut self, file: BorrowedFd<'_>, offset: u64, done: u64) -> Written {
         let first = self.advance(0, usize::try_from(done).expect("bytes of a batch in memory"));

@@ -79,7 +79,7 @@ pub struct Ring {
     occupied_completed: u32,
     /// The guest has not been interrupted yet since the start: it may have waited before.
     fresh: bool,
-    /// The guest was told not to kick (without EVENT_IDX only).
+    /// The guest is asked not to kick (without EVENT_IDX only).
     quiet: bool,
 }
 
@@ -96,7 +96,7 @@ pub struct Chain {
     pub writable_bytes: u32,
 }
 
-/// Why a ring cannot be used any more. That guest's lane ends; nobody else notices.
+/// Why a ring cannot be used any more. That guest's lane ends; other guests are not affected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RingFault {
     /// An address outside guest memory.
@@ -133,7 +133,7 @@ pub enum RingFault {
     #[error("the chain from descriptor {0} is too long")]
     Long(u16),
     /// A readable segment after a writable one (2.7.4.2).
-    #[error("the chain from descriptor {0} has a readable segment behind a writable one")]
+    #[error("the chain from descriptor {0} has a readable segment after a writable one")]
     Order(u16),
     /// An indirect table that is empty, not a multiple of a descriptor, inside another, or not last (2.7.5.3.1).
     #[error("the chain from descriptor {0} has a malformed indirect table")]

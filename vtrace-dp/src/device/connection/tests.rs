@@ -9,8 +9,8 @@ use super::*;
 use crate::{
     device::{
         AgentEvent, ControlPort, Owner, Turn,
-        device_rings::Served,
-        lane_range::Place,
+        device_rings::DeviceRings,
+        lane_range::LaneRange,
         testing::vmm::{Vmm, code},
     },
     drain::ring::RingDrain,
@@ -43,16 +43,16 @@ impl Owner for Idle {
     fn agent(&mut self, _event: AgentEvent, _port: &mut ControlPort) {}
 }
 
-fn connected() -> (Vmm, Connection, Arc<Mutex<Front>>) {
+fn connected() -> (Vmm, Connection, Arc<Mutex<Backend>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let log = Arc::new(PeerLog::new("test"));
     let epoll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
     let owner = Box::new(Idle(Waker::new().unwrap()));
-    let served = Served::new(Arc::clone(&log), Place::ONLY, owner, Arc::new(epoll), 0);
+    let rings = DeviceRings::new(Arc::clone(&log), LaneRange::ONLY, owner, Arc::new(epoll), 0);
     let drain = Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
-    let front = Arc::new(Mutex::new(Front::new(log, Place::ONLY, drain, served, MemoryShare::default())));
-    let connection = Connection::new(ours, Arc::clone(&front)).unwrap();
-    (Vmm { socket: theirs }, connection, front)
+    let backend = Arc::new(Mutex::new(Backend::new(log, LaneRange::ONLY, drain, rings, MemoryShare::default())));
+    let connection = Connection::new(ours, Arc::clone(&backend)).unwrap();
+    (Vmm { socket: theirs }, connection, backend)
 }
 
 fn message(code: u32, flags: u32, body: &[u8]) -> Vec<u8> {
@@ -61,12 +61,12 @@ fn message(code: u32, flags: u32, body: &[u8]) -> Vec<u8> {
 }
 
 /// Serves until there is nothing to do; what was wrong.
-fn serve(connection: &mut Connection, front: &Mutex<Front>) -> Result<Vec<RequestFault>, ConnectionError> {
+fn serve(connection: &mut Connection, backend: &Mutex<Backend>) -> Result<Vec<RequestFault>, ConnectionError> {
     let mut faults = Vec::new();
     loop {
-        match connection.step(front)? {
+        match connection.step(backend)? {
             Progress::Waits => return Ok(faults),
-            Progress::Served => {}
+            Progress::DeviceRings => {}
             Progress::Faulty(fault) => faults.push(fault),
         }
     }
@@ -74,12 +74,12 @@ fn serve(connection: &mut Connection, front: &Mutex<Front>) -> Result<Vec<Reques
 
 #[test]
 fn half_a_request_waits_for_the_rest_and_is_then_served() {
-    let (mut vmm, mut connection, front) = connected();
+    let (mut vmm, mut connection, backend) = connected();
     for byte in message(code::GET_FEATURES, VERSION, &[]) {
-        assert_eq!(connection.step(&front).unwrap(), Progress::Waits);
+        assert_eq!(connection.step(&backend).unwrap(), Progress::Waits);
         vmm.socket.write_all(&[byte]).unwrap();
     }
-    assert_eq!(connection.step(&front).unwrap(), Progress::Served);
+    assert_eq!(connection.step(&backend).unwrap(), Progress::DeviceRings);
     assert_eq!(vmm.answer(code::GET_FEATURES).len(), 8);
     assert_eq!(connection.deadline(), None);
 }
@@ -88,30 +88,30 @@ fn half_a_request_waits_for_the_rest_and_is_then_served() {
 fn vmm_that_dies_after_any_byte_of_a_request_is_gone() {
     let request = message(code::SET_FEATURES, VERSION, &[0; 8]);
     for sent in 0..=request.len() {
-        let (mut vmm, mut connection, front) = connected();
+        let (mut vmm, mut connection, backend) = connected();
         vmm.socket.write_all(&request[..sent]).unwrap();
         drop(vmm);
-        assert!(matches!(serve(&mut connection, &front), Err(ConnectionError::Closed)), "after {sent} bytes");
+        assert!(matches!(serve(&mut connection, &backend), Err(ConnectionError::Closed)), "after {sent} bytes");
     }
 }
 
 #[test]
 fn request_that_does_not_become_whole_in_its_time_ends_the_connection() {
-    let (mut vmm, mut connection, front) = connected();
+    let (mut vmm, mut connection, backend) = connected();
     vmm.socket.write_all(&[1, 0, 0]).unwrap();
-    assert_eq!(connection.step(&front).unwrap(), Progress::Waits);
+    assert_eq!(connection.step(&backend).unwrap(), Progress::Waits);
     let deadline = connection.deadline().unwrap();
     assert!(deadline <= Instant::now() + REQUEST_TIME_MAX);
     connection.since = connection.since.map(|since| since - REQUEST_TIME_MAX);
-    assert!(matches!(connection.step(&front), Err(ConnectionError::Stalled)));
+    assert!(matches!(connection.step(&backend), Err(ConnectionError::Stalled)));
 }
 
 #[test]
 fn unknown_request_is_skipped_and_refused_if_an_answer_is_awaited() {
-    let (mut vmm, mut connection, front) = connected();
+    let (mut vmm, mut connection, backend) = connected();
     vmm.socket.write_all(&message(999, VERSION | NEED_REPLY, &[7; 20])).unwrap();
     vmm.socket.write_all(&message(code::GET_FEATURES, VERSION, &[])).unwrap();
-    let faults = serve(&mut connection, &front).unwrap();
+    let faults = serve(&mut connection, &backend).unwrap();
     assert!(matches!(faults[..], [RequestFault::Unknown { code: 999, .. }]), "{faults:?}");
     assert_eq!(vmm.answer(999), 1u64.to_le_bytes());
     assert_eq!(vmm.answer(code::GET_FEATURES).len(), 8);
@@ -119,16 +119,16 @@ fn unknown_request_is_skipped_and_refused_if_an_answer_is_awaited() {
 
 #[test]
 fn request_longer_than_any_is_taken_out_of_the_stream() {
-    let (mut vmm, mut connection, front) = connected();
+    let (mut vmm, mut connection, backend) = connected();
     vmm.socket.write_all(&message(code::SET_MEM_TABLE, VERSION, &[7; 3 * MAX_MSG_SIZE])).unwrap();
     vmm.socket.write_all(&message(code::GET_FEATURES, VERSION, &[])).unwrap();
-    assert_eq!(serve(&mut connection, &front).unwrap().len(), 1);
+    assert_eq!(serve(&mut connection, &backend).unwrap().len(), 1);
     assert_eq!(vmm.answer(code::GET_FEATURES).len(), 8);
 }
 
 #[test]
 fn descriptors_that_a_request_may_not_have_are_closed_and_the_next_is_understood() {
-    let (vmm, mut connection, front) = connected();
+    let (vmm, mut connection, backend) = connected();
     let file = File::open("/dev/null").unwrap();
     for (request, body, count) in [
         (code::SET_FEATURES, 8, 1),
@@ -139,12 +139,12 @@ fn descriptors_that_a_request_may_not_have_are_closed_and_the_next_is_understood
     ] {
         send_all_with(vmm.socket.as_fd(), &message(request, VERSION, &vec![0; body]), &vec![file.as_fd(); count])
             .unwrap();
-        assert_eq!(serve(&mut connection, &front).unwrap().len(), 1, "request {request}");
+        assert_eq!(serve(&mut connection, &backend).unwrap().len(), 1, "request {request}");
         if request == code::GET_FEATURES {
             vmm.answer(code::GET_FEATURES);
         }
         send_all(vmm.socket.as_fd(), &message(code::GET_FEATURES, VERSION, &[]), None).unwrap();
-        serve(&mut connection, &front).unwrap();
+        serve(&mut connection, &backend).unwrap();
         assert_eq!(vmm.answer(code::GET_FEATURES).len(), 8, "after request {request}");
         assert!(connection.descriptors.is_empty());
     }
@@ -152,14 +152,14 @@ fn descriptors_that_a_request_may_not_have_are_closed_and_the_next_is_understood
 
 #[test]
 fn vmm_that_never_reads_its_answers_is_read_from_no_more_and_costs_no_memory() {
-    let (vmm, mut connection, front) = connected();
+    let (vmm, mut connection, backend) = connected();
     vmm.socket.set_nonblocking(true).unwrap();
     let requests = message(code::GET_FEATURES, VERSION, &[]).repeat(300);
     let mut stuck = 0;
     while stuck < 3 {
         let sent = (&vmm.socket).write(&requests).is_ok_and(|count| count.is_multiple_of(HEADER_BYTES));
         stuck = if sent { 0 } else { stuck + 1 };
-        serve(&mut connection, &front).unwrap();
+        serve(&mut connection, &backend).unwrap();
         assert!(connection.answers.len() <= HEADER_BYTES + 8);
         if stuck == 0 && !connection.answers.is_empty() {
             stuck = 3;
@@ -168,7 +168,7 @@ fn vmm_that_never_reads_its_answers_is_read_from_no_more_and_costs_no_memory() {
     assert!(!connection.answers.is_empty(), "its socket is full");
     vmm.answer(code::GET_FEATURES);
     drop(vmm);
-    assert!(serve(&mut connection, &front).is_err());
+    assert!(serve(&mut connection, &backend).is_err());
 }
 
 #[test]
@@ -184,14 +184,14 @@ proptest! {
     fn any_bytes_leave_a_connection_that_ends_with_its_vmm(
         pieces in proptest::collection::vec((proptest::collection::vec(any::<u8>(), 1..100), 0usize..6), 1..8),
     ) {
-        let (vmm, mut connection, front) = connected();
+        let (vmm, mut connection, backend) = connected();
         let file = File::open("/dev/null").unwrap();
         for (bytes, count) in pieces {
             send_all_with(vmm.socket.as_fd(), &bytes, &vec![file.as_fd(); count]).unwrap();
-            serve(&mut connection, &front).unwrap();
+            serve(&mut connection, &backend).unwrap();
             prop_assert!(connection.descriptors.len() <= MAX_ATTACHED_FD_ENTRIES);
         }
         drop(vmm);
-        prop_assert!(serve(&mut connection, &front).is_err());
+        prop_assert!(serve(&mut connection, &backend).is_err());
     }
 }

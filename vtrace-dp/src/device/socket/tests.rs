@@ -28,13 +28,13 @@ use crate::{
         AgentEvent, ControlPort,
         testing::vmm::{DEVICE_READY, Machine, PATIENCE, PORT_OPEN, PORT_READY, Vmm, code, control},
     },
-    server::outbox::Bell,
+    server::outbox::Notifier,
     sys::tsc,
 };
 
 /// What the device told its owner.
 #[derive(Clone, PartialEq, Debug)]
-enum Told {
+enum Reported {
     Vmm(bool),
     Driver(DriverState, usize),
     Agent(AgentEvent),
@@ -42,16 +42,16 @@ enum Told {
 
 /// An owner that writes down what it is told.
 struct Witness {
-    told: mpsc::Sender<Told>,
+    told: mpsc::Sender<Reported>,
     requests: Arc<Mutex<Vec<ToAgent>>>,
     room: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
 }
 
 impl Owner for Witness {
     fn wake(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.notifier.as_fd()
     }
     fn turn(&mut self, port: &mut ControlPort) -> Turn {
         self.requests.lock().unwrap().drain(..).for_each(|request| port.send(&request).unwrap());
@@ -64,14 +64,14 @@ impl Owner for Witness {
         self.room.load(Ordering::SeqCst)
     }
     fn vmm(&mut self, peer: Option<Peer>) {
-        let _ = self.told.send(Told::Vmm(peer.is_some()));
+        let _ = self.told.send(Reported::Vmm(peer.is_some()));
     }
     fn driver(&mut self, state: DriverState, ports: usize) {
-        let _ = self.told.send(Told::Driver(state, ports));
+        let _ = self.told.send(Reported::Driver(state, ports));
     }
     fn agent(&mut self, event: AgentEvent, _port: &mut ControlPort) {
         assert!(event != AgentEvent::Says(FromAgent::Pong { id: POISON }), "a mistake of ours");
-        let _ = self.told.send(Told::Agent(event));
+        let _ = self.told.send(Reported::Agent(event));
     }
 }
 
@@ -79,45 +79,45 @@ impl Owner for Witness {
 const POISON: u32 = 0xdead;
 
 /// A device under test.
-struct Bench {
-    told: mpsc::Receiver<Told>,
+struct TestDevice {
+    told: mpsc::Receiver<Reported>,
     requests: Arc<Mutex<Vec<ToAgent>>>,
     room: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
     device: Option<Device>,
 }
 
-impl Bench {
+impl TestDevice {
     fn new(endpoint: Endpoint) -> Self {
         Self::named("test", endpoint)
     }
 
     fn named(name: &str, endpoint: Endpoint) -> Self {
         let (told, hears) = mpsc::channel();
-        let (requests, bell) = (Arc::default(), Arc::new(Bell::new().unwrap()));
+        let (requests, notifier) = (Arc::default(), Arc::new(Notifier::new().unwrap()));
         let (room, ended) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
         let witness = Witness {
             told,
             requests: Arc::clone(&requests),
             room: Arc::clone(&room),
             ended: Arc::clone(&ended),
-            bell: Arc::clone(&bell),
+            notifier: Arc::clone(&notifier),
         };
         let drain = Arc::new(RingDrain::spawn(GuestId(0), "test").unwrap());
         let device =
-            Device::spawn(name, Place::ONLY, endpoint, MemoryShare::default(), drain, Box::new(witness)).unwrap();
-        Self { told: hears, requests, room, ended, bell, device: Some(device) }
+            Device::spawn(name, LaneRange::ONLY, endpoint, MemoryShare::default(), drain, Box::new(witness)).unwrap();
+        Self { told: hears, requests, room, ended, notifier, device: Some(device) }
     }
 
-    fn next(&self) -> Told {
+    fn next(&self) -> Reported {
         self.told.recv_timeout(PATIENCE).expect("the device tells its owner")
     }
 
     /// The next thing an agent did.
     fn agent(&self) -> AgentEvent {
         loop {
-            if let Told::Agent(event) = self.next() {
+            if let Reported::Agent(event) = self.next() {
                 return event;
             }
         }
@@ -130,31 +130,31 @@ impl Bench {
 
     fn send(&self, request: ToAgent) {
         self.requests.lock().unwrap().push(request);
-        self.bell.ring();
+        self.notifier.notify();
     }
 }
 
-impl Drop for Bench {
+impl Drop for TestDevice {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::SeqCst);
-        self.bell.ring();
+        self.notifier.notify();
         self.device.take().unwrap().join();
     }
 }
 
 /// A device and a guest whose driver is loaded.
-fn booted(ports: usize) -> (Bench, Machine) {
+fn booted(ports: usize) -> (TestDevice, Machine) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let bench = Bench::new(Endpoint::Connected(ours));
+    let bench = TestDevice::new(Endpoint::Connected(ours));
     let mut machine = Machine::realize(theirs, ports);
     machine.start();
-    assert_eq!(bench.next(), Told::Vmm(true));
-    assert_eq!(bench.next(), Told::Driver(DriverState::Running, ports));
+    assert_eq!(bench.next(), Reported::Vmm(true));
+    assert_eq!(bench.next(), Reported::Driver(DriverState::Running, ports));
     (bench, machine)
 }
 
 /// The same with an agent.
-fn talking(ports: usize) -> (Bench, Machine) {
+fn talking(ports: usize) -> (TestDevice, Machine) {
     let (bench, mut machine) = booted(ports);
     machine.probe();
     machine.start_agent();
@@ -283,7 +283,7 @@ fn agents_ring_is_left_alone_while_the_owner_has_no_room_and_nothing_is_lost() {
     assert_eq!(machine.out[0].free(), free - 10, "no chain was taken");
     assert!(bench.is_quiet());
     bench.room.store(true, Ordering::SeqCst);
-    bench.bell.ring();
+    bench.notifier.notify();
     (0..10).for_each(|id| assert_eq!(bench.agent(), AgentEvent::Says(pong(id))));
 }
 
@@ -313,9 +313,9 @@ fn stopped_and_continued_guest_goes_on_in_mid_sentence() {
     machine.vmm.settle();
     let bases = machine.stop_rings();
     assert!(bases[1] >= 2 && bases[3] >= 4, "agent's and control ring have moved: {bases:?}");
-    assert_eq!(bench.next(), Told::Driver(DriverState::Absent, 2));
+    assert_eq!(bench.next(), Reported::Driver(DriverState::Absent, 2));
     machine.start_rings(&bases);
-    assert_eq!(bench.next(), Told::Driver(DriverState::Running, 2));
+    assert_eq!(bench.next(), Reported::Driver(DriverState::Running, 2));
     machine.write(&frame[5..]);
     assert_eq!(bench.agent(), AgentEvent::Says(pong(77)));
     bench.send(ToAgent::Stop);
@@ -384,27 +384,27 @@ fn driver_that_says_ready_again_has_nothing_open() {
 #[test]
 fn driver_without_indirect_descriptors_is_served_and_unfit() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let bench = Bench::new(Endpoint::Connected(ours));
+    let bench = TestDevice::new(Endpoint::Connected(ours));
     let mut machine = Machine::realize(theirs, 2);
     machine.accept_all_but(1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC);
     machine.start();
-    assert_eq!(bench.next(), Told::Vmm(true));
-    assert_eq!(bench.next(), Told::Driver(DriverState::Unfit("VIRTIO_RING_F_INDIRECT_DESC".into()), 2));
+    assert_eq!(bench.next(), Reported::Vmm(true));
+    assert_eq!(bench.next(), Reported::Driver(DriverState::Unfit("VIRTIO_RING_F_INDIRECT_DESC".into()), 2));
     assert_eq!(machine.probe().len(), 2);
 }
 
 #[test]
 fn private_memory_is_reported_and_the_socket_stays_open() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let bench = Bench::new(Endpoint::Connected(ours));
+    let bench = TestDevice::new(Endpoint::Connected(ours));
     let machine = Machine::realize(theirs, 2);
     machine.vmm.send(code::SET_FEATURES, 0, &machine.accepted.to_le_bytes(), None);
     assert!(machine.vmm.ask_ack(code::SET_MEM_TABLE, &[0; 8], None), "QEMU must not hear no");
     machine.start_rings(&[0; 6]);
-    assert_eq!(bench.next(), Told::Vmm(true));
-    assert_eq!(bench.next(), Told::Driver(DriverState::MemoryNotShared, 2));
+    assert_eq!(bench.next(), Reported::Vmm(true));
+    assert_eq!(bench.next(), Reported::Driver(DriverState::MemoryNotShared, 2));
     machine.set_memory();
-    assert_eq!(bench.next(), Told::Driver(DriverState::Running, 2), "memory that comes late is used");
+    assert_eq!(bench.next(), Reported::Driver(DriverState::Running, 2), "memory that comes late is used");
 }
 
 #[test]
@@ -466,17 +466,17 @@ fn panic_in_the_owner_ends_the_agent_and_nothing_else() {
 fn next_vmm_finds_the_device_as_new() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("guest.sock");
-    let bench = Bench::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
+    let bench = TestDevice::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
     for ports in [2, 3] {
         let mut machine = Machine::realize(UnixStream::connect(&path).unwrap(), ports);
-        assert_eq!(bench.next(), Told::Vmm(true));
+        assert_eq!(bench.next(), Reported::Vmm(true));
         assert_eq!(machine.ports_configured(), u32::try_from(ports).unwrap());
         machine.start();
         assert_eq!(machine.probe().len(), ports);
         machine.start_agent();
         assert_eq!(bench.agent(), AgentEvent::Opened);
         drop(machine);
-        while bench.next() != Told::Vmm(false) {}
+        while bench.next() != Reported::Vmm(false) {}
         assert!(bench.is_quiet());
     }
 }
@@ -485,7 +485,7 @@ fn next_vmm_finds_the_device_as_new() {
 fn second_vmm_is_turned_away() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("guest.sock");
-    let _bench = Bench::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
+    let _bench = TestDevice::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
     let machine = Machine::realize(UnixStream::connect(&path).unwrap(), 2);
     let mut second = UnixStream::connect(&path).unwrap();
     assert_eq!(std::io::Read::read(&mut second, &mut [0; 1]).unwrap(), 0);
@@ -495,7 +495,7 @@ fn second_vmm_is_turned_away() {
 #[test]
 fn idle_device_sleeps() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let bench = Bench::named("idle", Endpoint::Connected(ours));
+    let bench = TestDevice::named("idle", Endpoint::Connected(ours));
     let mut machine = Machine::realize(theirs, 2);
     machine.start();
     machine.probe();
@@ -543,14 +543,14 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("guest.sock");
-        let bench = Bench::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
+        let bench = TestDevice::new(Endpoint::Listening(UnixListener::bind(&path).unwrap()));
         let vmm = Vmm { socket: UnixStream::connect(&path).unwrap() };
         for (request, flags, body) in requests {
             vmm.send(request, flags, &body, None);
         }
-        prop_assert_eq!(bench.next(), Told::Vmm(true));
+        prop_assert_eq!(bench.next(), Reported::Vmm(true));
         drop(vmm);
-        while bench.next() != Told::Vmm(false) {}
+        while bench.next() != Reported::Vmm(false) {}
         let mut machine = Machine::realize(UnixStream::connect(&path).unwrap(), 2);
         machine.start();
         prop_assert_eq!(machine.probe().len(), 2);

@@ -39,7 +39,7 @@ pub(crate) const BUFFER_BYTES: u32 = 32 << 10;
 /// Bytes of a buffer of an in ring: Linux gives a page.
 const IN_BUFFER_BYTES: u32 = 4096;
 
-/// Requests (QEMU docs/interop/vhost-user.rst, "Front-end message types").
+/// Requests (QEMU docs/interop/vhost-user.rst, "Backend-end message types").
 pub(crate) mod code {
     pub(crate) const GET_FEATURES: u32 = 1;
     pub(crate) const SET_FEATURES: u32 = 2;

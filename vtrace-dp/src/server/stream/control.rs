@@ -1,9 +1,9 @@
-//! The thread that speaks with a guest's agent over a stream.
+//! The thread that serves a guest's agent over a stream.
 //!
 //! In:    bytes of the control port; commands of the server through [`Guest`]
 //! Out:   what the agent says, to the guest; frames into the stream
 //! Runs:  the thread `device NAME`. It sleeps in epoll_wait; while an agent is there it wakes every [`PING_EVERY`], for
-//!        nobody else would say that the agent is gone
+//!        a stream does not show that an agent is gone
 //! Full:  the stream is left alone while the guest's holder has no room
 //! Trust: nothing of the guest; the folder's permissions for who may be its QEMU
 //!
@@ -88,16 +88,16 @@ pub(super) struct Control {
     waiting: Option<std::fs::File>,
     cutter: Cutter,
     outgoing: Outgoing,
-    greeting: Greeting,
+    greeting: HelloState,
     heard_at: Instant,
     pinged_at: Instant,
-    /// The log has it that the agent is silent and waited for.
+    /// The log says that the agent is silent.
     silence_said: bool,
 }
 
 /// How far we and the agent know each other.
 #[derive(Default)]
-struct Greeting {
+struct HelloState {
     /// Our hello has to go out.
     due: bool,
     /// It has gone out, and no agent has said that it met us since.
@@ -130,7 +130,7 @@ impl Control {
             waiting: None,
             cutter: Cutter::default(),
             outgoing: Outgoing::default(),
-            greeting: Greeting::default(),
+            greeting: HelloState::default(),
             heard_at: now,
             pinged_at: now,
             silence_said: false,
@@ -245,7 +245,7 @@ impl Control {
         self.wire = Some(wire);
         self.cutter.reset();
         self.outgoing = Outgoing::default();
-        self.greeting = Greeting { due: true, ..Greeting::default() };
+        self.greeting = HelloState { due: true, ..HelloState::default() };
         self.guest.vmm(Some(peer));
         self.guest.driver(DriverState::Running, self.ports);
         self.slot.devices.streams(Some(peer));
@@ -253,7 +253,7 @@ impl Control {
 
     fn disconnect(&mut self) {
         let Some(wire) = self.wire.take() else {
-            // A FIFO that could not be opened: somebody removed it.
+            // A FIFO that could not be opened: it was removed.
             return std::thread::sleep(Duration::from_secs(1));
         };
         // Closing them would do, were they not duplicates of one another.
@@ -261,7 +261,7 @@ impl Control {
         let _ = self.epoll.delete(&wire.writer);
         drop(wire);
         self.agent_gone();
-        self.greeting = Greeting::default();
+        self.greeting = HelloState::default();
         self.guest.vmm(None);
         self.guest.driver(DriverState::Absent, 0);
         self.slot.devices.streams(None);
@@ -270,7 +270,7 @@ impl Control {
         }
     }
 
-    /// Reads and understands all there is, while somebody wants it.
+    /// Reads and understands all there is, while the holder has room.
     fn read(&mut self) -> io::Result<()> {
         let mut piece = [0; PIECE_BYTES];
         for _ in 0..TURN_READS_MAX {
@@ -293,7 +293,7 @@ impl Control {
             }
         }
         // The rest at once, after the others had their turn.
-        self.slot.bell.ring();
+        self.slot.notifier.notify();
         Ok(())
     }
 
@@ -311,7 +311,7 @@ impl Control {
             self.guest.agent(AgentEvent::Opened, &mut self.agent);
         }
         if !self.agent.is_open() {
-            // Somebody is there who does not know that we do not know it.
+            // An agent that takes itself for known: it is asked for its hello.
             self.greeting.again_at.get_or_insert(now + GREET_EVERY);
         }
         self.agent.hear(&frame.bytes, HostTsc(tsc::read()));
@@ -328,11 +328,11 @@ impl Control {
                 self.guest.agent(event, &mut self.agent);
                 // What it says next may be a hello.
                 self.agent.closed();
-                self.greeting = Greeting { again_at: Some(Instant::now() + GREET_EVERY), ..Greeting::default() };
+                self.greeting = HelloState { again_at: Some(Instant::now() + GREET_EVERY), ..HelloState::default() };
                 return;
             }
             AgentEvent::Says(FromAgent::Machine(_)) => {
-                self.greeting = Greeting { met: true, ..Greeting::default() };
+                self.greeting = HelloState { met: true, ..HelloState::default() };
             }
             // What it says to a request of another server, or to one that its predecessor was asked.
             _ if !self.greeting.met => return,
@@ -349,7 +349,7 @@ impl Control {
         }
     }
 
-    /// Greets, asks whether somebody is there, or sees that nobody is.
+    /// Sends a hello or a ping when it is due, or sees that the agent is gone.
     fn watch_silence(&mut self) {
         let now = Instant::now();
         if self.greeting.again_at.is_some_and(|at| now >= at) {
@@ -365,7 +365,7 @@ impl Control {
             self.slot.log.warn(format_args!("agent has sent nothing for {} s", SILENCE_MAX.as_secs()));
             self.agent_gone();
             // One that only was asleep answers this.
-            self.greeting = Greeting { due: true, ..Greeting::default() };
+            self.greeting = HelloState { due: true, ..HelloState::default() };
             return;
         }
         if is_silent && !std::mem::replace(&mut self.silence_said, true) {
@@ -376,7 +376,7 @@ impl Control {
         if self.greeting.met && now >= self.heard_at.max(self.pinged_at) + PING_EVERY {
             self.pinged_at = now;
             self.guest.asked();
-            // With so many requests before it, one more would tell nothing.
+            // With a full queue, one more request would show nothing.
             let _ = self.agent.send(&ToAgent::Ping { id: PING_ID });
         }
     }

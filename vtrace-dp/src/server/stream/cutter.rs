@@ -1,14 +1,14 @@
 //! Frames of a stream that may begin, end and begin again anywhere.
 //!
 //! In:    bytes of a guest, those of an agent that died in the middle of a frame and of its successor among them
-//! Out:   whole frames; whatever is none is skipped
+//! Out:   whole frames; bytes that are not a frame are skipped
 //! Runs:  on the control thread; no effects
-//! Full:  at most one frame of the longest kind and what was pushed behind it
+//! Full:  at most one frame of the longest kind and what was pushed after it
 //! Trust: nothing: a guest that sends what looks like a hello in the middle of a frame loses that frame
 //!
-//! Nobody sees an agent go and another come on a stream: no port is closed, no port is opened. What the successor says
+//! A stream does not show that an agent goes and another comes: no port is closed, no port is opened. What the successor says
 //! first is a hello, so a hello ends whatever frame is not whole. Only one that comes so that its first bytes, and no more,
-//! end a frame is lost: nobody can wait for what may be behind each frame. The silence that follows has it said again.
+//! end a frame is lost: what may follow each frame cannot be waited for. The silence that follows has it said again.
 
 use vtrace_common::{
     limits::{FRAME_BYTES_MAX, TEXT_BYTES_MAX},
@@ -87,7 +87,7 @@ impl Cutter {
         }
     }
 
-    /// Where a hello begins that goes on behind the first `length` bytes: the frame they were to be never ended.
+    /// Where a hello begins that goes on after the first `length` bytes: the frame they were to be never ended.
     fn hello_across(&self, length: usize) -> Option<usize> {
         let end = self.bytes.len().min(length + 3);
         let magics = self.bytes[..end].windows(4).enumerate().skip(1);
@@ -96,7 +96,7 @@ impl Cutter {
             .find(|at| header(&self.bytes[*at..]).is_some_and(|(family, bytes)| family == HELLO && at + bytes > length))
     }
 
-    /// Where a whole hello begins behind the first byte.
+    /// Where a whole hello begins after the first byte.
     fn hello_inside(&mut self) -> Option<usize> {
         self.scanned = self.scanned.max(1);
         loop {

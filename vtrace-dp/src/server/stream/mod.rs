@@ -1,19 +1,17 @@
 //! Guests whose ports come over QEMU's own virtio-serial device, as sockets or FIFOs: every QEMU has it.
 //!
 //! In:    one stream a port, opened by QEMU; a folder that `vtrace setup` made
-//! Out:   what a guest with a device of ours gives: its agent's words to the holder, its pages to the file, a ledger
-//! Runs:  one thread a guest for its agent ([`control`]), one for the pages of 126 lanes ([`worker`])
+//! Out:   what a guest with a device of ours gives: its agent's messages to the holder, its pages to the file, a ledger
+//! Runs:  one thread a guest for its agent, one for the pages of 126 lanes
 //! Full:  bytes stay where they are, up to the guest's ring buffer, which overwrites and counts
 //! Trust: guests with nothing: all that comes is bytes of a guest, in whatever order QEMU dies in between
 //!
 //! | file | what |
 //! |---|---|
-//! | [`port`] | sockets and FIFOs, and whose they are |
-//! | [`control`] | the agent's stream: who is there, what is said |
-//! | [`cutter`] | bytes ─► frames |
-//! | [`drain`], [`worker`] | the pages' streams |
-//! | [`source`] | splice, from a stream to the file |
-//! | [`lane`] | bytes in the file ─► pages that are kept |
+//! | `control` | the agent's stream: connections, hellos, frames |
+//! | `cutter` | bytes ─► frames |
+//!
+//! The pages' streams are in [`crate::drain::stream`].
 
 mod control;
 mod cutter;
@@ -54,12 +52,12 @@ pub struct Streams {
     pub setup: Setup,
 }
 
-/// The ports of a guest, the control port first, each with what to call it.
+/// The ports of a guest, the control port first, each with its path.
 pub(super) struct Ports(Vec<(Port, String)>);
 
-/// The thread that speaks with the agent of a guest.
+/// The thread that serves the agent of a guest.
 #[derive(Debug)]
-pub(super) struct Speaker {
+pub(super) struct StreamThread {
     thread: JoinHandle<()>,
 }
 
@@ -81,7 +79,7 @@ impl Streams {
 }
 
 /// Starts the threads of a guest. Its lanes are spread over as many drains as devices of ours would have them.
-pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc<GuestSlot>, Speaker)> {
+pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc<GuestSlot>, StreamThread)> {
     let (peers, count) = (Peers::new(&guest.name), ports.len());
     let mut ports = ports.into_iter();
     let (control, socket) = ports.next().expect("a guest has a control port");
@@ -97,10 +95,10 @@ pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc
     let slot = GuestSlot::new(&guest.name, parts, DEVICE_LANES_MAX)?;
     let control = Control::new(Arc::clone(&slot), control, count, peers)?;
     let thread = thread::Builder::new().name(format!("device {}", guest.name)).spawn(move || control.run())?;
-    Ok((slot, Speaker { thread }))
+    Ok((slot, StreamThread { thread }))
 }
 
-impl Speaker {
+impl StreamThread {
     /// Waits for the thread to end.
     pub(super) fn join(self) {
         // Its panics are caught and logged where they happen.

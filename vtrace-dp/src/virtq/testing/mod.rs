@@ -42,7 +42,7 @@ pub fn memory_file(bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// A file that cannot grow: what lies behind its end cannot be written (EPERM), as if a disk were full there.
+/// A file that cannot grow: a write past its end fails (EPERM), as if a disk were full there.
 pub fn sealed_file(bytes: u64) -> io::Result<File> {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     let flags = memfd::MFdFlags::MFD_CLOEXEC | memfd::MFdFlags::MFD_ALLOW_SEALING;
