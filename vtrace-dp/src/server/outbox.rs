@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_nobody_reads_leave_no_room_for_the_next_request() {
+    fn answers_that_are_not_read_leave_no_room_for_the_next_request() {
         let outbox = Outbox::new().unwrap();
         let mut count = 0;
         while outbox.has_room() {
