@@ -193,8 +193,8 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     bench.complains("attach", &dir, "is connected to", "vtrace detach guest1 first")?;
     record(&server, folder.path())?;
     guest_is_listed_and_found_healthy(&dir)?;
-    bench
-        .finds(&dir, &[emulated, ("ok", "1 device of vhost-user-test-device-pci: ports for 2 CPUs, 2 CPUs"), shared])?;
+    let ports = ("ok", "1 device of vhost-user-test-device-pci: ports for 2 CPUs, 2 CPUs");
+    bench.finds(&dir, &[emulated, ports, shared, ("ok", "its device is connected")])?;
 
     // Upgraded: detached, started anew, attached.
     bench.works("detach", &dir, &[])?;
@@ -204,14 +204,14 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
     bench.works("attach", &dir, &[])?;
     record(&server, folder.path())?;
 
-    // Killed at rest; its device is taken out when nobody serves it any more.
+    // Killed at rest; its device is replaced for the next server.
     server.kill()?;
     bench.complains("attach", &dir, "no server at", "vtrace server")?;
     guest_works(&machine)?;
     server.restart()?;
-    bench.complains("attach", &dir, "a device for this guest already", "vtrace detach guest1")?;
-    bench.works("detach", &dir, &[])?;
-    bench.works("attach", &dir, &[])?;
+    let replaces = "its device has lost its server → vtrace attach guest1 --qmp";
+    bench.finds(&dir, &[emulated, ports, shared, ("fail", replaces)])?;
+    ensure!(bench.works("attach", &dir, &[])?.contains("replaced the device of a server that had ended"), "it says so");
     record(&server, folder.path())?;
 
     // Detached in the middle of a recording: only by force, and what came is kept.

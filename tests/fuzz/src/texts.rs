@@ -14,7 +14,7 @@ use vtrace_dp::{
     tracefs::{parse_cpus, stats::Stats, testing},
     vmm::{
         libvirt,
-        qemu::{Guest, QemuVersion},
+        qemu::{Guest, MachineType, QemuVersion},
         setup::{Folder, Setup},
     },
 };
@@ -62,7 +62,14 @@ fn folder(text: &str) {
     for transport in ["vhost-user", "socket", "pipe"] {
         let setup = Setup::parse(&format!("transport = {transport:?}\ncpus = 1"), "guest.toml".into());
         let setup = setup.expect("a setup as it is written");
-        let guest = Guest { name: "guest1", folder: &folder, setup, run: Path::new(text), memory: "1G" };
+        let guest = Guest {
+            name: "guest1",
+            folder: &folder,
+            setup,
+            run: Path::new(text),
+            memory: "1G",
+            machine: MachineType::Q35,
+        };
         for word in
             guest.options(QemuVersion { major: 11, minor: 1, micro: 0 }).iter().filter(|word| word.contains("path="))
         {

@@ -15,10 +15,13 @@ use super::{
 use crate::{
     server::DIRECTORY,
     vmm::{
-        qemu::QemuVersion,
+        qemu::{MachineType, QemuVersion},
         setup::{ROOT, Transport},
     },
 };
+
+/// Default memory of a guest that is set up.
+pub(super) const MEMORY: &str = "4G";
 
 /// Record the host and its guests together.
 #[derive(Parser, Debug)]
@@ -136,9 +139,10 @@ pub struct SetupArgs {
     /// Number of CPUs, including those that may be plugged in later
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=LANES_MAX as u64))]
     pub cpus: usize,
-    /// Print options for QEMU's command line (unless --libvirt is given)
-    #[arg(long, conflicts_with = "libvirt")]
-    pub qemu: bool,
+    /// QEMU program whose version counts (default: the installed one). Without FILE: print options for QEMU's command
+    /// line, which is the default
+    #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with = "qemu_version")]
+    pub qemu: Option<Option<PathBuf>>,
     /// Print elements for a libvirt domain
     #[arg(long)]
     pub libvirt: bool,
@@ -148,9 +152,12 @@ pub struct SetupArgs {
     /// Version of the QEMU that runs the guest, such as 7.2 (default: that of the installed one)
     #[arg(long, value_name = "VERSION")]
     pub qemu_version: Option<QemuVersion>,
-    /// Memory of the guest, as in QEMU's -m (for vhost-user)
-    #[arg(long, value_name = "SIZE", default_value = "MEMORY", hide_default_value = true)]
+    /// Memory of the guest, as in QEMU's -m, which it replaces (for vhost-user)
+    #[arg(long, value_name = "SIZE", default_value = MEMORY)]
     pub memory: String,
+    /// Type of the guest's machine (for vhost-user)
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "q35")]
+    pub machine: MachineType,
     /// Group that QEMU runs as (default with --libvirt: libvirt's)
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,

@@ -58,6 +58,9 @@ pub(super) fn run(args: &AttachArgs) -> Result<u8, Complaint> {
         attached.cpus,
         devices.join(", ")
     ))?;
+    if attached.replaced > 0 {
+        say(&format!("{}: replaced the device of a server that had ended", args.guest));
+    }
     if attached.running {
         await_agent(&mut link, &args.guest)
     } else {

@@ -16,10 +16,7 @@ use crate::{
     printable::chain,
     recorder::plan::CLOCK,
     sys::uring::Ring,
-    vmm::{
-        capacity::DRIVER,
-        qemu::{QemuVersion, VHOST_USER_SINCE},
-    },
+    vmm::qemu::{DRIVER, QemuVersion, VHOST_USER_SINCE},
 };
 
 /// Default size of a CPU's ring buffer (trace_buf_size, kernel/trace/trace.c).

@@ -70,6 +70,9 @@ pub fn of_obstacle(obstacle: &Obstacle, guest: &str) -> String {
         Obstacle::MemoryNotShared(_) => SHARED_MEMORY.into(),
         Obstacle::NoSlot { .. } => ROOT_PORT.into(),
         Obstacle::Attached(_) => format!("vtrace detach {guest} first"),
+        Obstacle::NotHotpluggable(_) => {
+            format!("shut the guest down, and restart QEMU with the options that vtrace setup --dom {guest} prints")
+        }
         Obstacle::FewDevices { needed, .. } => format!("vtrace server --dom {guest} --devices {needed}"),
         Obstacle::State(_) => "wait until the guest runs or is paused".into(),
     }

@@ -8,9 +8,10 @@ use std::path::Path;
 
 use super::{Finding, remedy};
 use crate::vmm::{
-    capacity::{DRIVER, Obstacle},
+    capacity::Obstacle,
+    qemu::DRIVER,
     qmp::QmpError,
-    running::{RunningVm, SerialPorts},
+    running::{RunningDevice, RunningVm, SerialPorts},
 };
 
 /// The inspected guest.
@@ -37,7 +38,7 @@ pub fn vmm(asked: GuestVm<'_>, running: &Result<RunningVm, QmpError>) -> Vec<Fin
         }
         ([], ports) => findings.extend(own_ports(asked, running, ports)),
         (devices, _) => {
-            let lanes = devices.iter().fold(0, |sum: usize, lanes| sum.saturating_add(*lanes));
+            let lanes = devices.iter().fold(0, |sum: usize, device| sum.saturating_add(device.lanes));
             let found = format!("{} of {DRIVER}", counted(devices.len(), "device"));
             let remedy = format!(
                 "vtrace detach {0} --qmp {1}, then attach {0} --qmp {1} --cpus {2}",
@@ -46,9 +47,39 @@ pub fn vmm(asked: GuestVm<'_>, running: &Result<RunningVm, QmpError>) -> Vec<Fin
                 running.cpus
             );
             findings.extend([enough(asked, running, lanes, &found, remedy), memory(asked, running)]);
+            findings.push(connection(asked, devices));
         }
     }
     findings
+}
+
+/// Whether our devices have a server, and can be unplugged: for another server, a migration or a snapshot.
+fn connection(asked: GuestVm<'_>, devices: &[RunningDevice]) -> Finding {
+    let name = asked.guest;
+    let qmp = asked.qmp.display();
+    let is_fixed = devices.iter().any(|device| !device.is_hotpluggable);
+    let restart =
+        format!("shut the guest down, and restart QEMU with the options that vtrace setup --dom {name} prints");
+    match (devices.iter().all(|device| device.is_connected), is_fixed) {
+        (false, true) => Finding::fail(
+            name,
+            "its device has lost its server, and is on pcie.0, where it cannot be unplugged",
+            restart,
+        ),
+        (false, false) => Finding::fail(
+            name,
+            "its device has lost its server",
+            format!("vtrace attach {name} --qmp {qmp} replaces it"),
+        ),
+        (true, true) => {
+            let found = "its device is on pcie.0 and cannot be unplugged: no new server, migration or snapshot";
+            Finding::warn(name, found, restart)
+        }
+        (true, false) => Finding::ok(
+            name,
+            format!("its device is connected; before migration or snapshot: vtrace detach {name} --qmp {qmp}"),
+        ),
+    }
 }
 
 /// QEMU's version, the guest's state, KVM or emulation.
@@ -144,7 +175,7 @@ mod tests {
             state: "running".into(),
             kvm: Some(true),
             cpus: 2,
-            devices: vec![2],
+            devices: vec![RunningDevice { lanes: 2, is_connected: true, is_hotpluggable: true }],
             ports: SerialPorts::default(),
             device_obstacle: None,
             memory_obstacle: None,
@@ -162,9 +193,9 @@ mod tests {
     }
 
     #[test]
-    fn qemu_that_meets_all_requirements_is_three_ok_lines() {
+    fn qemu_that_meets_all_requirements_is_ok() {
         let (verdicts, text) = findings(|_| {});
-        assert_eq!(verdicts, [Fine; 3], "{text}");
+        assert_eq!(verdicts, [Fine; 4], "{text}");
         assert!(text.contains("QEMU 11.1.3, running, KVM") && text.contains("ports for 2 CPUs, 2 CPUs"), "{text}");
     }
 
@@ -173,10 +204,10 @@ mod tests {
         type Case = (fn(&mut RunningVm), Vec<Severity>, &'static str);
         let private = || Some(Obstacle::MemoryNotShared("pc.ram".into()));
         let cases: [Case; 8] = [
-            (|one| one.kvm = Some(false), vec![Warn, Fine, Fine], "-accel kvm"),
-            (|one| one.state = "paused".into(), vec![Warn, Fine, Fine], "cont"),
-            (|one| one.state = "suspended".into(), vec![Warn, Fine, Fine], "system_wakeup"),
-            (|one| one.cpus = 3, vec![Fine, Warn, Fine], "attach guest1 --qmp /run/q --cpus 3"),
+            (|one| one.kvm = Some(false), vec![Warn, Fine, Fine, Fine], "-accel kvm"),
+            (|one| one.state = "paused".into(), vec![Warn, Fine, Fine, Fine], "cont"),
+            (|one| one.state = "suspended".into(), vec![Warn, Fine, Fine, Fine], "system_wakeup"),
+            (|one| one.cpus = 3, vec![Fine, Warn, Fine, Fine], "attach guest1 --qmp /run/q --cpus 3"),
             (|one| one.devices.clear(), vec![Fine, Warn, Fine], "vtrace attach guest1 --qmp /run/q"),
             (
                 |one| {
@@ -194,7 +225,7 @@ mod tests {
                 vec![Fine, Fail],
                 "--transport socket",
             ),
-            (|one| one.cpus = 0, vec![Fine, Fine, Fine], "0 CPUs"),
+            (|one| one.cpus = 0, vec![Fine, Fine, Fine, Fine], "0 CPUs"),
         ];
         for (change, expected, said) in cases {
             let (verdicts, text) = findings(change);
@@ -202,7 +233,22 @@ mod tests {
             assert!(text.contains(said), "{said}: {text}");
         }
         let (verdicts, text) = findings(|one| one.memory_obstacle = private());
-        assert!(verdicts == [Fine, Fine, Fail] && text.contains("share=on"), "{text}");
+        assert!(verdicts == [Fine, Fine, Fail, Fine] && text.contains("share=on"), "{text}");
+    }
+
+    #[test]
+    fn device_that_lost_its_server_and_one_on_pcie_0_are_reported() {
+        for (is_connected, is_hotpluggable, verdict, advice) in [
+            (true, true, Fine, "before migration or snapshot: vtrace detach guest1"),
+            (true, false, Warn, "migration or snapshot\n                    → shut the guest down"),
+            (false, true, Fail, "lost its server\n                    → vtrace attach guest1 --qmp /run/q replaces it"),
+            (false, false, Fail, "cannot be unplugged\n                    → shut the guest down"),
+        ] {
+            let (verdicts, text) =
+                findings(|one| one.devices = vec![RunningDevice { lanes: 2, is_connected, is_hotpluggable }]);
+            assert_eq!(verdicts, [Fine, Fine, Fine, verdict], "{text}");
+            assert!(text.contains(advice), "{advice}: {text}");
+        }
     }
 
     #[test]

@@ -16,8 +16,8 @@ use std::{
 use serde_json::json;
 
 use super::{
-    capacity::{self, DRIVER, Obstacle, Plugged},
-    qemu::{QUEUE_ENTRIES, QemuVersion},
+    capacity::{self, Obstacle, Plugged},
+    qemu::{DRIVER, QUEUE_ENTRIES, QemuVersion},
     qmp::{Qmp, QmpError, QmpEvent, shown},
 };
 
@@ -77,6 +77,8 @@ pub struct Attached {
     pub devices: Vec<(String, String)>,
     /// Whether the guest runs: a paused guest's driver starts later.
     pub running: bool,
+    /// Devices without a server that were unplugged first.
+    pub replaced: usize,
 }
 
 /// Number of ports of each device: its lanes and port 0. At least one device.
@@ -89,12 +91,18 @@ pub fn ports(cpus: usize, lanes: usize) -> Vec<usize> {
 /// Plugs in all devices that a guest needs, or none.
 ///
 /// # Errors
-/// [`HotplugError`]; QEMU is then as it was.
+/// [`HotplugError`]; QEMU is then as it was, except for devices without a server, which may be unplugged.
 pub fn attach(qmp: &mut Qmp, wanted: &AttachRequest) -> Result<Attached, HotplugError> {
     refuse(capacity::check_version(qmp)?)?;
     let running = capacity::check_state(qmp)??;
-    if let Some(device) = capacity::plugged(qmp, &wanted.sockets)?.first() {
-        return Err(Obstacle::Attached(shown(&device.path)).into());
+    let replaced = capacity::plugged(qmp, &wanted.sockets)?;
+    for device in &replaced {
+        // QEMU cannot reconnect a device: one whose server has ended is replaced.
+        match device {
+            Plugged { is_connected: true, path, .. } => return Err(Obstacle::Attached(shown(path)).into()),
+            Plugged { is_hotpluggable: false, path, .. } => return Err(Obstacle::NotHotpluggable(shown(path)).into()),
+            _ => {}
+        }
     }
     refuse(capacity::check_memory(qmp)?)?;
     let cpus = match wanted.cpus {
@@ -104,6 +112,9 @@ pub fn attach(qmp: &mut Qmp, wanted: &AttachRequest) -> Result<Attached, Hotplug
     let port_counts = ports(cpus, wanted.lanes);
     if port_counts.len() > wanted.sockets.len() {
         return Err(Obstacle::FewDevices { cpus, needed: port_counts.len(), devices: wanted.sockets.len() }.into());
+    }
+    if !replaced.is_empty() {
+        detach(qmp, &wanted.sockets)?;
     }
     let buses = if wanted.buses.is_empty() { capacity::free_slots(qmp)? } else { wanted.buses.clone() };
     if buses.len() < port_counts.len() {
@@ -120,7 +131,7 @@ pub fn attach(qmp: &mut Qmp, wanted: &AttachRequest) -> Result<Attached, Hotplug
             }
         }
     }
-    Ok(Attached { version: qmp.version, cpus, devices, running })
+    Ok(Attached { version: qmp.version, cpus, devices, running, replaced: replaced.len() })
 }
 
 fn refuse(obstacle: Option<Obstacle>) -> Result<(), Obstacle> {

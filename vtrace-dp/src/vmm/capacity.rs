@@ -18,12 +18,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    qemu::{QemuVersion, VHOST_USER_SINCE},
+    qemu::{DRIVER, QemuVersion, VHOST_USER_SINCE},
     qmp::{Qmp, QmpError, shown},
 };
 
-/// The generic vhost-user device (QEMU hw/virtio/vhost-user-test-device-pci.c).
-pub const DRIVER: &str = "vhost-user-test-device-pci";
+/// Prefix of the `filename` of a chardev without a connection (chardev/char-socket.c).
+const DISCONNECTED: &str = "disconnected:";
 /// PCI ports examined at most.
 const PORTS_MAX: usize = 512;
 /// Slots of a conventional PCI bus.
@@ -56,6 +56,9 @@ pub enum Obstacle {
     /// QEMU has a device for this guest (its name).
     #[error("QEMU has a device for this guest already: {0}")]
     Attached(String),
+    /// A device without its server that cannot be unplugged (its path).
+    #[error("its device {0} has lost its server, and is on pcie.0, where it cannot be unplugged")]
+    NotHotpluggable(String),
     /// The server has too few devices for the guest's CPUs.
     #[error("{cpus} CPUs need {needed} devices, and the server has {devices} for this guest")]
     FewDevices {
@@ -121,6 +124,10 @@ pub struct Plugged {
     pub name: Option<String>,
     /// Label of its chardev.
     pub chardev: String,
+    /// Whether its chardev is connected to a server.
+    pub is_connected: bool,
+    /// Whether it can be unplugged: not on pcie.0.
+    pub is_hotpluggable: bool,
 }
 
 pub(crate) fn ask<T: for<'a> Deserialize<'a>>(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<T, QmpError> {
@@ -235,16 +242,18 @@ fn devices_on(qmp: &mut Qmp, path: &str, bus: &str) -> Result<usize, QmpError> {
 /// Our devices that connect to one of these sockets.
 pub(crate) fn plugged(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Vec<Plugged>, QmpError> {
     let chardevs: Vec<Chardev> = ask(qmp, "query-chardev", Value::Null)?;
-    let leads_to_one = |chardev: &&Chardev| sockets.iter().any(|socket| leads_to(&chardev.filename, socket));
-    let labels: Vec<&str> = chardevs.iter().filter(leads_to_one).map(|chardev| chardev.label.as_str()).collect();
     let mut found = Vec::new();
     for folder in DEVICES {
         for entry in list(qmp, folder)?.into_iter().filter(|entry| entry.child() == Some(DRIVER)) {
             let path = format!("{folder}/{}", entry.name);
-            let chardev: String = property(qmp, &path, "chardev")?;
-            if labels.contains(&chardev.as_str()) {
+            let label: String = property(qmp, &path, "chardev")?;
+            let chardev = chardevs.iter().find(|chardev| chardev.label == label);
+            let Some(filename) = chardev.map(|chardev| &chardev.filename) else { continue };
+            if sockets.iter().any(|socket| leads_to(filename, socket)) {
                 let name = (folder == DEVICES[0]).then_some(entry.name);
-                found.push(Plugged { path, name, chardev });
+                let is_connected = !filename.starts_with(DISCONNECTED);
+                let is_hotpluggable = !matches!(property(qmp, &path, "hotpluggable"), Ok(false));
+                found.push(Plugged { path, name, chardev: label, is_connected, is_hotpluggable });
             }
         }
     }
@@ -261,7 +270,7 @@ pub(crate) fn names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
 /// Whether a chardev's `filename` (`unix:PATH`, `disconnected:unix:PATH`, options after a comma; chardev/char-socket.c)
 /// is this socket.
 pub(crate) fn leads_to(filename: &str, socket: &Path) -> bool {
-    let path = filename.strip_prefix("disconnected:").unwrap_or(filename).strip_prefix("unix:");
+    let path = filename.strip_prefix(DISCONNECTED).unwrap_or(filename).strip_prefix("unix:");
     let (Some(path), Some(socket)) = (path, socket.to_str()) else { return false };
     path.strip_prefix(socket).is_some_and(|rest| rest.is_empty() || rest.starts_with(','))
 }

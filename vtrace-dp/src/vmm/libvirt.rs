@@ -92,13 +92,16 @@ fn escaped(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::setup::{Folder, Setup};
+    use crate::vmm::{
+        qemu::MachineType,
+        setup::{Folder, Setup},
+    };
 
     fn of(transport: Transport, cpus: usize, root: &str) -> Elements {
         let folder = Folder::of(Path::new(root), "guest1");
         let setup = Setup { transport, cpus };
         let run = Path::new("/run/vtrace");
-        elements(&Guest { name: "guest1", folder: &folder, setup, run, memory: "4G" })
+        elements(&Guest { name: "guest1", folder: &folder, setup, run, memory: "4G", machine: MachineType::Q35 })
     }
 
     #[test]

@@ -19,6 +19,10 @@ use super::setup::{Folder, Setup, Transport};
 pub(crate) const CONTROLLER_PORTS: usize = 31;
 /// Descriptors of each queue of our device (4 KiB of guest memory each): enough for a batch of pages.
 pub(crate) const QUEUE_ENTRIES: usize = 128;
+/// The generic vhost-user device (QEMU hw/virtio/vhost-user-test-device-pci.c).
+pub const DRIVER: &str = "vhost-user-test-device-pci";
+/// Chassis and slot of our first root port: numbers that no other tool uses by default.
+const ROOT_PORT_FIRST: usize = 220;
 /// Where distributions install QEMU.
 pub const PROGRAMS: [&str; 3] = ["qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm"];
 
@@ -110,6 +114,17 @@ pub struct Guest<'a> {
     pub run: &'a Path,
     /// Size of its memory, as in QEMU's `-m`.
     pub memory: &'a str,
+    /// Type of its machine.
+    pub machine: MachineType,
+}
+
+/// QEMU's machine types for x86-64.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum MachineType {
+    /// PCI Express: devices are hot-plugged into root ports
+    Q35,
+    /// Conventional PCI: devices are hot-plugged into the root bus
+    Pc,
 }
 
 impl Guest<'_> {
@@ -118,8 +133,14 @@ impl Guest<'_> {
         match self.setup.transport {
             Transport::VhostUser => {
                 let memory = format!("memory-backend-memfd,id=vtrace-memory,size={},share=on", self.memory);
+                let machine = match self.machine {
+                    MachineType::Q35 => "q35",
+                    MachineType::Pc => "pc",
+                };
                 let mut options = option("-object", memory);
-                options.extend(option("-machine", "memory-backend=vtrace-memory"));
+                options.extend(option("-machine", format!("{machine},memory-backend=vtrace-memory")));
+                options.extend(option("-m", self.memory));
+                options.extend(option("-qmp", format!("unix:{},server=on,wait=off", escaped(&self.folder.qmp()))));
                 options.extend(self.vhost_user());
                 options
             }
@@ -139,10 +160,19 @@ impl Guest<'_> {
             let path = escaped(&self.run.join(format!("{name}.sock")));
             let queues = 2 * (DEVICE_LANES_MAX.min(cpus - first) + 2);
             let mut options = option("-chardev", format!("socket,id=vtrace{device},path={path}"));
+            let mut bus = String::new();
+            if self.machine == MachineType::Q35 {
+                let port = ROOT_PORT_FIRST + device;
+                options.extend(option(
+                    "-device",
+                    format!("pcie-root-port,id=vtrace-rp{device},chassis={port},slot={port}"),
+                ));
+                bus = format!("bus=vtrace-rp{device},");
+            }
             options.extend(option(
                 "-device",
                 format!(
-                    "vhost-user-test-device-pci,chardev=vtrace{device},virtio-id=3,num_vqs={queues},\
+                    "{DRIVER},{bus}chardev=vtrace{device},virtio-id=3,num_vqs={queues},\
                      vq_size={QUEUE_ENTRIES},config_size=12"
                 ),
             ));
@@ -207,7 +237,14 @@ mod tests {
     fn options(transport: Transport, cpus: usize, version: &str) -> Vec<String> {
         let folder = Folder::of(Path::new("/var/lib/vtrace/virt"), "guest1");
         let setup = Setup { transport, cpus };
-        let guest = Guest { name: "guest1", folder: &folder, setup, run: Path::new("/run/vtrace"), memory: "4G" };
+        let guest = Guest {
+            name: "guest1",
+            folder: &folder,
+            setup,
+            run: Path::new("/run/vtrace"),
+            memory: "4G",
+            machine: MachineType::Q35,
+        };
         guest.options(version.parse().unwrap())
     }
 
@@ -251,6 +288,30 @@ mod tests {
         assert_eq!(devices.len(), 2);
         assert!(devices[0].contains("num_vqs=256,") && devices[1].contains("num_vqs=12,"), "{devices:?}");
         assert!(options.iter().any(|word| word.ends_with("path=/run/vtrace/guest1@2.sock")), "{options:?}");
+    }
+
+    #[test]
+    fn every_vhost_user_device_has_a_root_port_and_qemu_has_a_qmp_socket() {
+        let q35 = options(Transport::VhostUser, 130, "11.1");
+        for port in ["vtrace-rp0,chassis=220,slot=220", "vtrace-rp1,chassis=221,slot=221"] {
+            assert!(q35.contains(&format!("pcie-root-port,id={port}")), "{q35:?}");
+        }
+        assert_eq!(q35.iter().filter(|option| option.contains(",bus=vtrace-rp")).count(), 2, "{q35:?}");
+        let expected = [
+            "-machine",
+            "q35,memory-backend=vtrace-memory",
+            "-m",
+            "4G",
+            "-qmp",
+            "unix:/var/lib/vtrace/virt/guest1/qemu/qmp.sock,server=on,wait=off",
+        ];
+        assert_eq!(q35[2..8], expected);
+        let folder = Folder::of(Path::new("/v"), "guest1");
+        let setup = Setup { transport: Transport::VhostUser, cpus: 1 };
+        let guest =
+            Guest { name: "g", folder: &folder, setup, run: Path::new("/r"), memory: "1G", machine: MachineType::Pc };
+        let pc = guest.options(VHOST_USER_SINCE).join(" ");
+        assert!(pc.contains("-machine pc,") && !pc.contains("pcie-root-port") && !pc.contains("bus="), "{pc}");
     }
 
     #[test]

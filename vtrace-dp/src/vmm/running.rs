@@ -19,7 +19,7 @@ use vtrace_common::{
 };
 
 use super::{
-    capacity::{self, Chardev, DEVICES, Obstacle, ask, leads_to, list, property},
+    capacity::{self, Chardev, DEVICES, Obstacle, Plugged, ask, leads_to, list, property},
     qemu::QemuVersion,
     qmp::{Qmp, QmpError, shown},
 };
@@ -43,8 +43,8 @@ pub struct RunningVm {
     pub kvm: Option<bool>,
     /// Number of CPUs, counting gaps in their numbers.
     pub cpus: usize,
-    /// Lanes of each of our devices.
-    pub devices: Vec<usize>,
+    /// Our devices.
+    pub devices: Vec<RunningDevice>,
     /// Our ports on QEMU's own device.
     pub ports: SerialPorts,
     /// Why it cannot have our device.
@@ -53,6 +53,17 @@ pub struct RunningVm {
     pub memory_obstacle: Option<Obstacle>,
     /// Free hot-plug slots.
     pub slots: usize,
+}
+
+/// One of our devices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RunningDevice {
+    /// Number of lanes.
+    pub lanes: usize,
+    /// Whether it is connected to a server.
+    pub is_connected: bool,
+    /// Whether it can be unplugged.
+    pub is_hotpluggable: bool,
 }
 
 /// Our ports on QEMU's own device.
@@ -95,15 +106,17 @@ pub fn inspect(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<RunningVm, QmpError
     })
 }
 
-/// Lanes of each of our devices.
-fn devices(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Vec<usize>, QmpError> {
-    let plugged = capacity::plugged(qmp, sockets)?;
-    let lanes = plugged.iter().take(DEVICES_MAX).map(|device| {
-        let rings: usize = property(qmp, &device.path, "num_vqs")?;
+fn devices(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<Vec<RunningDevice>, QmpError> {
+    let mut devices = Vec::new();
+    for Plugged { path, is_connected, is_hotpluggable, .. } in
+        capacity::plugged(qmp, sockets)?.into_iter().take(DEVICES_MAX)
+    {
+        let rings: usize = property(qmp, &path, "num_vqs")?;
         // Two for each port, port 0 included, and two for control messages.
-        Ok((rings / 2).saturating_sub(2))
-    });
-    lanes.collect()
+        let lanes = (rings / 2).saturating_sub(2);
+        devices.push(RunningDevice { lanes, is_connected, is_hotpluggable });
+    }
+    Ok(devices)
 }
 
 fn ports(qmp: &mut Qmp, sockets: &[PathBuf]) -> Result<SerialPorts, QmpError> {

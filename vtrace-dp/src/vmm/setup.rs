@@ -147,6 +147,16 @@ impl Folder {
         self.path.join(format!("{name}.sock"))
     }
 
+    /// The directory in which QEMU creates sockets.
+    fn qemu(&self) -> PathBuf {
+        self.path.join("qemu")
+    }
+
+    /// QEMU's QMP socket.
+    pub fn qmp(&self) -> PathBuf {
+        self.qemu().join("qmp.sock")
+    }
+
     /// The FIFO that QEMU reads for a port.
     pub fn fifo_in(&self, name: &str) -> PathBuf {
         self.path.join(format!("{name}.in"))
@@ -181,7 +191,11 @@ impl Folder {
         permit(&self.path, 0o750, group)?;
         let mut wanted = Vec::new();
         match setup.transport {
-            Transport::VhostUser => {}
+            Transport::VhostUser => {
+                check_length(self.qmp())?;
+                fs::create_dir_all(self.qemu()).map_err(|source| fault(&self.qemu(), "mkdir", source))?;
+                permit(&self.qemu(), 0o770, group)?;
+            }
             Transport::Socket => setup.ports().try_for_each(|name| check_length(self.socket(&name)))?,
             Transport::Pipe => wanted = setup.ports().flat_map(|n| [self.fifo_in(&n), self.fifo_out(&n)]).collect(),
         }

@@ -158,9 +158,9 @@ fn device_that_qemu_refuses_leaves_no_chardev() {
 }
 
 /// A QEMU with one of our devices, on a chardev that leads to `socket`.
-fn attached_to(socket: &std::path::Path) -> Answers {
+fn attached_to(socket: &std::path::Path, state: &str) -> Answers {
     let mut answers = healthy();
-    let name = format!("disconnected:unix:{}", socket.display());
+    let name = format!("{state}unix:{}", socket.display());
     answers.insert("query-chardev".into(), json!([{ "label": "c", "filename": name }]));
     let device = json!([{ "name": "old", "type": format!("child<{DRIVER}>") }]);
     answers.insert("qom-list /machine/peripheral".into(), device);
@@ -171,10 +171,12 @@ fn attached_to(socket: &std::path::Path) -> Answers {
 #[test]
 fn device_of_a_dead_server_is_found_by_its_socket_and_taken_out_with_its_chardev() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
-    let (qemu, mut qmp) = Qemu::new(attached_to(&socket));
+    let (qemu, mut qmp) = Qemu::new(attached_to(&socket, ""));
     let wanted = AttachRequest { sockets: vec![socket.clone()], ..qemu.wanted() };
     let error = attach(&mut qmp, &wanted).unwrap_err().to_string();
     assert_eq!(error, "QEMU has a device for this guest already: /machine/peripheral/old");
+    assert_eq!(qemu.done(), [""; 0]);
+    let (qemu, mut qmp) = Qemu::new(attached_to(&socket, "disconnected:"));
     assert_eq!(detach(&mut qmp, &[socket]).unwrap(), 1);
     assert_eq!(qemu.done(), ["device_del /machine/peripheral/old", "chardev-remove c"]);
     let other = detach(&mut qmp, &["/run/vtrace/other.sock".into()]).unwrap_err();
@@ -182,9 +184,32 @@ fn device_of_a_dead_server_is_found_by_its_socket_and_taken_out_with_its_chardev
 }
 
 #[test]
+fn device_without_its_server_is_replaced_unless_it_cannot_be_unplugged() {
+    let socket = PathBuf::from("/run/vtrace/g.sock");
+    let request = |qemu: &Qemu| AttachRequest {
+        sockets: vec![socket.clone()],
+        lanes: 126,
+        buses: vec!["rp0".into()],
+        ..qemu.wanted()
+    };
+    let (qemu, mut qmp) = Qemu::new(attached_to(&socket, "disconnected:"));
+    assert_eq!(attach(&mut qmp, &request(&qemu)).unwrap().replaced, 1);
+    let expected =
+        ["device_del /machine/peripheral/old", "chardev-remove c", "chardev-add vtrace0", "device_add vtrace0"];
+    assert_eq!(qemu.done(), expected);
+
+    let mut answers = attached_to(&socket, "disconnected:");
+    answers.insert("qom-get /machine/peripheral/old hotpluggable".into(), json!(false));
+    let (qemu, mut qmp) = Qemu::new(answers);
+    let error = attach(&mut qmp, &request(&qemu)).unwrap_err().to_string();
+    assert!(error.contains("on pcie.0"), "{error}");
+    assert_eq!(qemu.done(), [""; 0]);
+}
+
+#[test]
 fn paused_guest_is_not_asked_to_release_a_device() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
-    let mut answers = attached_to(&socket);
+    let mut answers = attached_to(&socket, "disconnected:");
     answers.insert("query-status".into(), json!({ "status": "paused", "running": false }));
     let (qemu, mut qmp) = Qemu::new(answers);
     assert!(matches!(detach(&mut qmp, &[socket]), Err(HotplugError::Paused)));
@@ -194,12 +219,13 @@ fn paused_guest_is_not_asked_to_release_a_device() {
 #[test]
 fn running_qemu_is_inspected_and_nothing_is_changed() {
     let socket = PathBuf::from("/run/vtrace/g.sock");
-    let mut answers = attached_to(&socket);
+    let mut answers = attached_to(&socket, "disconnected:");
     answers.insert("query-kvm".into(), json!({ "enabled": true, "present": true }));
     answers.insert("qom-get /machine/peripheral/old num_vqs".into(), json!(8));
     let (qemu, mut qmp) = Qemu::new(answers);
     let running = running::inspect(&mut qmp, std::slice::from_ref(&socket)).unwrap();
-    assert_eq!((running.cpus, running.kvm, &running.devices[..]), (3, Some(true), &[2][..]));
+    let device = running::RunningDevice { lanes: 2, is_connected: false, is_hotpluggable: true };
+    assert_eq!((running.cpus, running.kvm, &running.devices[..]), (3, Some(true), &[device][..]));
     assert_eq!((running.state.as_str(), running.ports), ("running", running::SerialPorts::default()));
     assert!(qemu.done().is_empty());
 
