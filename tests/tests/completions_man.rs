@@ -73,9 +73,15 @@ fn man_has_nothing_to_warn_of_and_shows_what_help_shows() -> Result<()> {
     let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let page = |name: &str| pages.iter().find(|(page, _)| page == name).map(|(_, text)| plain(text));
     let record = page("vtrace-record.1").context("a page for record")?;
-    for word in ["--keep-going", "--no-clobber", "--file-version", "Exit status: 0 recorded"] {
+    for word in ["--keep-going", "--no-clobber", "--file-version", "0 recorded (also if"] {
         assert!(record.contains(word), "{word} is not in {record}");
     }
+    for (name, _) in &pages {
+        let text = page(name.to_str().context("a name is text")?).unwrap_or_default();
+        assert!(!text.contains("EXTRA"), "{name:?}");
+        assert!(name == "vtrace.1" || text.contains(" EXAMPLES vtrace "), "{name:?}: {text}");
+    }
+    assert!(record.contains(" EXIT STATUS 0 recorded"), "{record}");
     assert!(page("vtrace.1").is_some() && page("vtrace-launch.1").is_none());
     Ok(())
 }

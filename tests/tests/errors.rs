@@ -95,6 +95,7 @@ fn options_that_exclude_each_other_are_told_apart() -> Result<()> {
         ("--dom g -e sched -B i -e irq", "options between --dom g and -B i: a guest has either -B", "after -B"),
         ("--dom g -B i -e irq -B j -e sched", "-B j is the second for g: a guest has one instance", "one -B for each"),
         ("-e sched -B i -e irq -C mono", "-C mono for -B i", "-C before the first -B"),
+        ("-e sched -M 0", "-M 0 for the host: not a hexadecimal mask", "-M 3 for CPUs 0 and 1"),
         ("-e sched -B i -e irq --subbuf-size 64 --file-version 6", "one page size", "--file-version 7"),
     ];
     for (words, why, remedy) in wrong {
@@ -168,6 +169,60 @@ fn recording_that_gets_sigusr1_ends_in_order() -> Result<()> {
     let output = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains("machine"), "{:?}: {said}", output.status);
+    Ok(())
+}
+
+/// The status of `vtrace WORDS PATHS` and all it prints; it must end by itself.
+fn vtrace(words: &[&str], paths: &[&Path]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new("timeout");
+    let output = command.arg("60").arg(xtask::build::vtrace()?).args(words).args(paths).output()?;
+    Ok((output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()))
+}
+
+#[test]
+fn inputs_that_are_no_files_are_named_and_not_waited_for() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    let trace = recorder.run("-e sched -- sleep 0.2")?.ok()?.file("host");
+    let fifo = folder.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR)?;
+    for (odd, why) in [(fifo.as_path(), "it is a FIFO"), (folder.path(), "it is a directory")] {
+        for paths in [[odd, &trace], [&trace, odd]] {
+            let (status, said) = vtrace(&["check"], &paths)?;
+            assert!(status == Some(1) && said.contains(why), "{status:?}: {said}");
+        }
+    }
+    let (status, said) = vtrace(&["restore"], &[&fifo])?;
+    assert_eq!(status, Some(1), "{said}");
+    let (status, said) = vtrace(&["check"], &[&trace, &trace])?;
+    assert!(status == Some(2) && said.contains("are of the same machine"), "{status:?}: {said}");
+    Ok(())
+}
+
+#[test]
+fn file_that_is_finished_needs_no_restore_whatever_its_form() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    for words in ["", "--file-version 6", "--compression zstd", "-B i -e irq"] {
+        let file = recorder.run(&format!("-e sched {words} -- sleep 0.2"))?.ok()?.file("host");
+        let before = fs::read(&file)?;
+        let (status, said) = vtrace(&["restore"], &[&file])?;
+        assert!(status == Some(0) && said.contains("finished already"), "{words}: {status:?}: {said}");
+        assert!(fs::read(&file)? == before, "{words}");
+    }
+    Ok(())
+}
+
+#[test]
+fn many_processes_are_written_at_once() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let recorder = Recorder { server: files.path(), folder: files.path() };
+    let pids = (1000..1800).map(|pid| pid.to_string()).collect::<Vec<_>>().join(",");
+    let begun = Instant::now();
+    recorder.run(&format!("-e sched_switch -P {pids} -- true"))?.ok()?;
+    // One by one they take 20 to 40 ms each.
+    assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
     Ok(())
 }
 

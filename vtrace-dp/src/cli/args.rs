@@ -199,7 +199,7 @@ pub struct AgentArgs {
         Exit status: 0 nothing contradicts the times (or by less than the file's own bound), 1 something does, or a file \
         cannot be read, 2 usage, or nothing to check against.\n\n\
         Examples:\n  \
-        vtrace record -e kvm:kvm_entry -e kvm:kvm_exit --dom guest1 -e sched -- sleep 5\n  \
+        vtrace record -e kvm --dom guest1 -e sched -- sleep 5\n  \
         vtrace check trace.dat trace-guest1.dat"
 )]
 pub struct CheckArgs {

@@ -112,6 +112,7 @@ impl From<PlanFault> for Complaint {
             PlanFault::GuestTwice(_) | PlanFault::Twice { .. } => "give it once, followed by all its options",
             PlanFault::NoEventBefore { .. } => "-e sched_switch -f 'prev_prio < 100'",
             PlanFault::Process(_) => "-P 42 or -P 42,43",
+            PlanFault::CpuMask { .. } => "-M 3 for CPUs 0 and 1, or -M all",
             PlanFault::NotText(_) => "use a link to that file whose name is UTF-8",
             PlanFault::Clock(_) => "omit -C, or record the host alone",
             PlanFault::ExecOnHost => "--dom GUEST --exec COMMAND \\; or COMMAND as last argument",

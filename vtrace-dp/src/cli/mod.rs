@@ -16,6 +16,7 @@ pub mod control_args;
 mod detach;
 mod doctor;
 mod exit_status;
+mod input;
 mod launch;
 mod list;
 mod list_machine;

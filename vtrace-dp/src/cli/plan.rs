@@ -119,7 +119,16 @@ fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<Ins
     Ok(InstancePlan { name, arm: Arm { clock, ..arm } })
 }
 
+/// Whether a mask is hexadecimal (commas between groups, as tracing_cpumask takes them) and not zero.
+fn selects_a_cpu(mask: &str) -> bool {
+    mask.chars().all(|letter| letter.is_ascii_hexdigit() || letter == ',')
+        && mask.chars().any(|letter| letter.is_ascii_hexdigit() && letter != '0')
+}
+
 fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), PlanFault> {
+    if !arm.cpu_mask.is_empty() && !selects_a_cpu(&arm.cpu_mask) {
+        return Err(PlanFault::CpuMask { mask: arm.cpu_mask.clone(), machine: machine.into() });
+    }
     if arm.own_only && !has_command {
         return Err(PlanFault::CommandMissing(machine.into()));
     }
@@ -149,10 +158,18 @@ fn guest(args: &RecordArgs, name: &str, arm: Arm, instance: Option<String>) -> R
     Ok(GuestPlan { name: name.into(), machine: MachinePlan { arm, output: guest_output(args, name) }, instance })
 }
 
-/// `trace.dat` and `guest1` make `trace-guest1.dat`, as trace-cmd names it. KernelShark wants the suffix.
+/// The file of a guest: `trace-guest1.dat` for `trace.dat`, as trace-cmd names it, and `x-guest1.y.dat` for `x.y`.
+/// KernelShark needs the suffix.
 fn guest_output(args: &RecordArgs, name: &str) -> PathBuf {
-    let stem = args.output.file_stem().unwrap_or_default().to_string_lossy();
-    args.output.with_file_name(format!("{stem}-{name}.dat"))
+    let stem = args.output.file_stem().unwrap_or_default();
+    let mut file_name = stem.to_os_string();
+    file_name.push(format!("-{name}"));
+    if let Some(extension) = args.output.extension().filter(|extension| *extension != "dat") {
+        file_name.push(".");
+        file_name.push(extension);
+    }
+    file_name.push(".dat");
+    args.output.with_file_name(file_name)
 }
 
 fn timeout(seconds: f64) -> Result<Duration, PlanFault> {
@@ -185,6 +202,19 @@ mod tests {
         assert_eq!(plan.guests[0].machine.output, PathBuf::from("out/t-guest1.dat"));
         assert_eq!(patterns(&plan.guests[1].machine), ["all"]);
         assert_eq!(plan.command, ["sleep", "3"]);
+    }
+
+    #[test]
+    fn guests_file_keeps_the_suffix_and_ends_in_dat() {
+        for (output, expected) in [
+            ("o/x.y", "o/x-guest1.y.dat"),
+            ("x", "x-guest1.dat"),
+            ("x.dat", "x-guest1.dat"),
+            ("x.1.dat", "x.1-guest1.dat"),
+        ] {
+            let plan = plan(&format!("vtrace record -o {output} --dom guest1 -e sched")).unwrap();
+            assert_eq!(plan.guests[0].machine.output, PathBuf::from(expected));
+        }
     }
 
     #[test]
@@ -289,6 +319,9 @@ mod tests {
             ),
             ("vtrace record -e a --file-version 6 --compression any", "--file-version 6 cannot be compressed"),
             ("vtrace record -e a --date -C local", "--date with -C local: user space cannot read this clock"),
+            ("vtrace record -e a -M 0", "-M 0 for the host: not a hexadecimal mask of at least one CPU"),
+            ("vtrace record -e a --dom g -e a -M 0x0", "-M 0 for g: not a hexadecimal mask of at least one CPU"),
+            ("vtrace record -e a -M 3z", "-M 3z for the host: not a hexadecimal mask of at least one CPU"),
             ("vtrace record -e a -P 1,x", "-P x: not a process ID"),
         ];
         for (line, text) in faults {

@@ -38,6 +38,14 @@ pub(super) enum PlanFault {
     /// Not a process ID.
     #[error("-P {0}: not a process ID")]
     Process(String),
+    /// A CPU mask that selects no CPU.
+    #[error("-M {mask} for {machine}: not a hexadecimal mask of at least one CPU")]
+    CpuMask {
+        /// The mask.
+        mask: String,
+        /// The machine.
+        machine: String,
+    },
     /// An argument that is not UTF-8.
     #[error("{0:?} is not UTF-8")]
     NotText(String),

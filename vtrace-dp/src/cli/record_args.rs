@@ -46,7 +46,7 @@ pub struct RecordArgs {
     /// once per guest
     #[arg(short = 'B', long = "instance", value_name = "NAME", help_heading = MACHINES)]
     pub instance: Vec<String>,
-    /// File for the host; a guest's file has the guest's name before the suffix
+    /// File for the host; a guest's file has its name before the suffix, and ends in .dat: x.y gives x-guest1.y.dat
     #[arg(short, long, value_name = "FILE", default_value = "trace.dat", help_heading = FILES)]
     pub output: PathBuf,
     /// Record without the guests that cannot be recorded; the exit status is still 1

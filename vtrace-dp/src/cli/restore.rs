@@ -18,7 +18,11 @@ use crate::{
     printable::chain,
     sys::folder_entry::FolderEntry,
     trace::{
-        format::layout::MAGIC,
+        format::{layout::MAGIC, option::TraceOption},
+        read::{
+            Reader,
+            input::{FileSource, Source},
+        },
         restore::{RestoreFault, Restored, Was, restore},
     },
 };
@@ -89,8 +93,30 @@ fn restore_in_folder(path: &Path) -> Option<RestoredFile> {
 }
 
 fn restore_one(path: &Path) -> Result<Restored, RestoreFault> {
-    let file = FolderEntry::resolve(path).and_then(|entry| entry.open());
-    restore(file.map_err(|source| RestoreFault::Io { action: "open", source })?)
+    let file = FolderEntry::resolve(path)
+        .and_then(|entry| entry.open())
+        .map_err(|source| RestoreFault::Io { action: "open", source })?;
+    let same_file = file.try_clone().map_err(|source| RestoreFault::Io { action: "open", source })?;
+    match restore(file) {
+        // Version 6, compressed files and those with instances are written when a recording has ended.
+        Err(RestoreFault::NotOurs) => finished(same_file).ok_or(RestoreFault::NotOurs),
+        result => result,
+    }
+}
+
+/// A file of vtrace's that can be read as a whole.
+fn finished(file: fs::File) -> Option<Restored> {
+    let reader = Reader::open(FileSource::new(file).ok()?).ok()?;
+    let is_ours =
+        |option: &TraceOption| matches!(option, TraceOption::Version(version) if version.starts_with("vtrace"));
+    reader.options().iter().any(is_ours).then(|| Restored {
+        was: Was::Finished,
+        bytes: reader.source().bytes(),
+        sparse: false,
+        linked: true,
+        converted: 0,
+        lanes: Vec::new(),
+    })
 }
 
 fn outcome(path: &Path, result: Result<Restored, RestoreFault>) -> RestoredFile {
@@ -108,7 +134,7 @@ fn text(outcome: &RestoredFile) -> String {
         (None, error) => return format!("{file}: not restored: {}", error.as_deref().unwrap_or_default()),
     };
     let was = match restored.was {
-        Was::Finished => return format!("{file}: finished, nothing to do ({} bytes)", restored.bytes),
+        Was::Finished => return format!("{file}: finished already ({} bytes)", restored.bytes),
         Was::Open => "was being recorded",
         Was::Closed => "was being finished",
     };

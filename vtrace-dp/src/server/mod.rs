@@ -259,7 +259,9 @@ pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     let opens = config.guests.iter().map(GuestConfig::opens).max().unwrap_or_default();
     confine::enter(&config.confinement, opens, sockets.bound.iter().map(Bound::path))?;
     let server = sockets.serve(config)?;
-    log::info!("serving {} guests in {}", config.guests.len(), config.directory.display());
+    let count = config.guests.len();
+    let plural = if count == 1 { "" } else { "s" };
+    log::info!("serving {count} guest{plural} in {}", config.directory.display());
     let signal = arrivals.read_signal().map_err(system("read signals"))?;
     log::info!("ends: signal {:?}", signal.map(|signal| signal.ssi_signo));
     thread::spawn(|| {

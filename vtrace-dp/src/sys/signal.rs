@@ -4,12 +4,14 @@
 #![expect(unsafe_code, reason = "sigaction; pre_exec: the command must not inherit our blocked signals")]
 
 use std::{
+    cell::Cell,
     io,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::process::CommandExt,
     },
     process::Command,
+    time::{Duration, Instant},
 };
 
 use nix::sys::{
@@ -36,18 +38,31 @@ const STOP: [Signal; 10] = [
 pub struct Signals {
     stop: SignalFd,
     child: SignalFd,
+    /// Time of the last SIGINT that counted.
+    interrupted: Cell<Option<Instant>>,
 }
+
+/// SIGINTs within this time are one request to stop.
+const REPEAT_MAX: Duration = Duration::from_secs(1);
 
 impl Signals {
     /// Blocks them for this thread and those it starts: call it before any thread is started.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { stop: open(&STOP)?, child: open(&[Signal::SIGCHLD])? })
+        Ok(Self { stop: open(&STOP)?, child: open(&[Signal::SIGCHLD])?, interrupted: Cell::new(None) })
     }
 
-    /// How many requests to stop have come since the last call.
+    /// Number of requests to stop since the last call. SIGINTs within [`REPEAT_MAX`] are one: `timeout -s INT` sends one
+    /// to the process and one to its group, and people press Ctrl-C twice.
     pub fn take_stop(&self) -> u32 {
         let mut count = 0;
-        while let Ok(Some(_)) = self.stop.read_signal() {
+        while let Ok(Some(info)) = self.stop.read_signal() {
+            if i32::try_from(info.ssi_signo) == Ok(Signal::SIGINT as i32) {
+                let now = Instant::now();
+                if self.interrupted.get().is_some_and(|before| now.duration_since(before) < REPEAT_MAX) {
+                    continue;
+                }
+                self.interrupted.set(Some(now));
+            }
             count += 1;
         }
         count
@@ -112,5 +127,21 @@ mod tests {
             raise(signal).unwrap();
             assert_eq!(signals.take_stop(), 1, "{signal}");
         }
+    }
+
+    #[test]
+    fn interrupts_within_a_second_are_one_request() {
+        let signals = Signals::open().unwrap();
+        let interrupt = || {
+            raise(Signal::SIGINT).unwrap();
+            signals.take_stop()
+        };
+        let begun = Instant::now();
+        let counts = [interrupt(), interrupt()];
+        if begun.elapsed() < REPEAT_MAX {
+            assert_eq!(counts, [1, 0]);
+        }
+        signals.interrupted.set(Instant::now().checked_sub(REPEAT_MAX));
+        assert_eq!(interrupt(), 1);
     }
 }

@@ -36,14 +36,21 @@ pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
         write(&buffer.join("options/function-fork"), "1")?;
     }
     let nobody = (arm.own_only && arm.pids.is_empty()).then_some(NO_PROCESS);
-    arm.pids.iter().copied().chain(nobody).try_for_each(|pid| add_process(buffer, pid))
+    let pids: Vec<u32> = arm.pids.iter().copied().chain(nobody).collect();
+    if pids.is_empty() { Ok(()) } else { add_processes(buffer, &pids) }
 }
 
 /// Traces this process too, in a buffer that is bound to processes.
 pub(super) fn add_process(buffer: &Path, pid: u32) -> Result<(), Failure> {
+    add_processes(buffer, &[pid])
+}
+
+/// Traces these processes too. One write for all: the kernel waits for all CPUs (RCU) after each.
+fn add_processes(buffer: &Path, pids: &[u32]) -> Result<(), Failure> {
+    let list = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     let add = |file: &str| {
         let path = buffer.join(file);
-        append(&path, &pid.to_string()).map_err(|error| (error.kind(), refused(&path, &error)))
+        append(&path, &list).map_err(|error| (error.kind(), refused(&path, &error)))
     };
     add("set_event_pid").map_err(|(_, refusal)| refusal)?;
     match add("set_ftrace_pid") {
