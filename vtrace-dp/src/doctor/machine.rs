@@ -6,6 +6,7 @@
 //! Trust: the kernel; the QEMU in PATH, or the one that the user names
 
 use std::{
+    fs::File,
     path::Path,
     process::{Command, Stdio},
 };
@@ -15,7 +16,7 @@ use crate::{
     clock::btf::{self, BtfError},
     printable::chain,
     recorder::plan::CLOCK,
-    sys::uring::Ring,
+    sys::{page_guest::PageGuest, uring::Ring},
     vmm::qemu::{DRIVER, QemuVersion, VHOST_USER_SINCE},
 };
 
@@ -34,7 +35,7 @@ pub fn all(paths: &SystemPaths, qemu: Option<&Path>) -> Vec<Finding> {
         btf(paths),
         tsc(paths),
         io_uring(paths, &|| Ring::new(2).map(drop).map_err(|error| error.to_string())),
-        kvm(paths),
+        kvm(paths, &|| PageGuest::try_halt().map_err(|error| chain(&error))),
         self::qemu(paths, qemu),
     ]
 }
@@ -93,8 +94,12 @@ pub fn buffers(paths: &SystemPaths) -> Finding {
         return Finding::warn("buffers", found, "use smaller buffers (-b KB), or free some memory");
     }
     let pages = paths.sys.join("kernel/tracing/buffer_subbuf_size_kb");
-    if pages.exists() {
-        return Finding::ok("buffers", format!("{found}, pages of 4 to 512 KiB"));
+    match pages.try_exists() {
+        Ok(true) => return Finding::ok("buffers", format!("{found}, pages of 4 to 512 KiB")),
+        Err(error) => {
+            return Finding::warn("buffers", format!("{found}, page sizes not checked: {error}"), "run as root");
+        }
+        Ok(false) => {}
     }
     Finding::warn("buffers", format!("{found}, pages of 4 KiB only"), "--subbuf-size needs Linux 6.8 or newer")
 }
@@ -162,14 +167,25 @@ pub fn io_uring(paths: &SystemPaths, ring: &dyn Fn() -> Result<(), String>) -> F
     }
 }
 
-/// KVM: module and device.
-pub fn kvm(paths: &SystemPaths) -> Finding {
-    let loaded = |name: &&&str| paths.sys.join("module").join(name).exists();
-    let module = ["kvm_intel", "kvm_amd", "kvm"].iter().find(loaded);
-    match (paths.dev.join("kvm").exists(), module) {
-        (true, Some(module)) => Finding::ok("KVM", format!("{module}, /dev/kvm")),
-        (true, None) => {
-            Finding::warn("KVM", "/dev/kvm, but no known KVM module", "guest clocks may have to be measured")
+/// KVM: module, device, and whether a guest can run; `run` runs one of a few instructions.
+pub fn kvm(paths: &SystemPaths, run: &dyn Fn() -> Result<(), String>) -> Finding {
+    let device = paths.dev.join("kvm");
+    let module = ["kvm_intel", "kvm_amd", "kvm"].into_iter().find(|name| paths.sys.join("module").join(name).exists());
+    match (device.exists(), module) {
+        (true, module) => {
+            let found = format!("{}, /dev/kvm", module.unwrap_or("no known module"));
+            if let Err(error) = File::options().read(true).write(true).open(&device) {
+                let found = format!("{found}: not checked whether guests run: {error}");
+                return Finding::warn("KVM", found, "run as root, or join group kvm");
+            }
+            match (run(), module) {
+                (Ok(()), Some(_)) => Finding::ok("KVM", format!("{found}, a guest runs")),
+                (Ok(()), None) => Finding::warn("KVM", found, "guest clocks may have to be measured"),
+                (Err(error), _) => {
+                    let remedy = "see dmesg; without KVM, QEMU needs -accel tcg; a nested hypervisor may be broken";
+                    Finding::warn("KVM", format!("{found}, but no guest can run: {error}"), remedy)
+                }
+            }
         }
         (false, Some(module)) => {
             Finding::warn("KVM", format!("{module}, but no /dev/kvm"), "enable virtualization in the firmware")

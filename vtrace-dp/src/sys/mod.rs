@@ -17,14 +17,13 @@ pub mod folder_entry;
 pub mod limit;
 pub mod log_limit;
 pub mod oom;
+pub mod page_guest;
 pub mod perf;
 pub mod program;
 pub mod realtime;
 pub mod signal;
 pub mod socket;
 pub mod splice;
-#[cfg(any(test, feature = "testing"))]
-pub mod testing;
 pub mod tsc;
 pub mod uring;
 pub mod wait;

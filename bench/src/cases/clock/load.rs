@@ -23,7 +23,7 @@ use vtrace_dp::{
         btf::{Fields, find_here},
         feed::{Feed, Hook, Watched},
     },
-    sys::testing::page_guest::PageGuest,
+    sys::page_guest::PageGuest,
 };
 
 use crate::{

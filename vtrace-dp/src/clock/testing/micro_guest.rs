@@ -1,7 +1,7 @@
 //! A guest of twenty instructions: reads its TSC, writes its TSC_ADJUST, leaves at every turn.
 #![expect(unsafe_code, reason = "a descriptor is borrowed by its number; the host's TSC is read")]
 
-use crate::sys::testing::page_guest::{CODE, PageGuest};
+use crate::sys::page_guest::{CODE, PageGuest};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuExit};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};

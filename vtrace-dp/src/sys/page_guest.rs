@@ -3,13 +3,12 @@
 //! In:    its instructions
 //! Out:   the vCPU, to be run; its page, to be read and written while it does not run
 //! Runs:  on the caller's thread
-//! Full:  does not apply
 //! Trust: the kernel; the instructions are ours
 
 #![expect(unsafe_code, reason = "memory is handed to KVM by address")]
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 
 /// Where the page lies, and where its guest begins.
@@ -29,6 +28,9 @@ pub enum PageGuestError {
         /// Why.
         source: kvm_ioctls::Error,
     },
+    /// The vCPU stopped for another reason than its last instruction.
+    #[error("the vCPU ended with {0} instead of halting")]
+    Exit(String),
     /// There is no memory for it, or an address is beyond its page.
     #[error("the guest's page")]
     Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -74,6 +76,19 @@ impl PageGuest {
         guest.write(CODE, code)?;
         guest.start_at(CODE)?;
         Ok(guest)
+    }
+
+    /// Runs a guest of a few instructions that halts: whether KVM can run guests at all.
+    ///
+    /// # Errors
+    /// When KVM refuses a part of it, or the vCPU ends in another state.
+    pub fn try_halt() -> Result<(), PageGuestError> {
+        // mov $1, %al; hlt
+        let mut guest = Self::new(0, &[0xb0, 0x01, 0xf4])?;
+        match guest.vcpu.run().map_err(refused("to run a vCPU"))? {
+            VcpuExit::Hlt => Ok(()),
+            other => Err(PageGuestError::Exit(format!("{other:?}"))),
+        }
     }
 
     /// Lets the vCPU go on at `address` when it runs next.
