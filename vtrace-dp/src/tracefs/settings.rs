@@ -53,6 +53,10 @@ fn add_processes(buffer: &Path, pids: &[u32]) -> Result<(), Failure> {
         append(&path, &list).map_err(|error| (error.kind(), refused(&path, &error)))
     };
     add("set_event_pid").map_err(|(_, refusal)| refusal)?;
+    // Function tracers alone read it; a kernel may forbid writing it.
+    if !read(&buffer.join("current_tracer"))?.starts_with("function") {
+        return Ok(());
+    }
     match add("set_ftrace_pid") {
         // A kernel without the function tracer.
         Err((ErrorKind::NotFound, _)) => Ok(()),
