@@ -2,7 +2,7 @@
 //!
 //! In:    4 GiB of sound pages in 8 lanes, written as fast as this machine takes them, on a disk (the temporary folder)
 //!        and on a tmpfs (/dev/shm)
-//! Out:   seconds: of ours, from the last page to the file with its name, pages written behind the recording; of
+//! Out:   seconds: of ours, from the last page to the file with its name, pages written back during the recording; of
 //!        trace-cmd, `restore` of files of the same bytes, which is the copy that `record` does at its end
 //! Runs:  both in the same folder, one after the other; the baseline's files are in the page cache as after a recording
 

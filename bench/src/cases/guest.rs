@@ -1,5 +1,5 @@
-//! A booted guest with three roads to the host: vtrace's device, and stock virtserialport over a FIFO and over a socket.
-//! Same guest, same load, one road after the other.
+//! A booted guest with three transports to the host: vtrace's device, and stock virtserialport over a FIFO and over a
+//! socket. Same guest, same load, one transport after the other.
 //!
 //! In:    a ring buffer of the guest, filled beforehand with tracing off; the agent's pump, or a recorder as trace-cmd's
 //! Out:   MB/s in the guest; host CPU (QEMU's threads but its vCPUs', and whoever receives) and guest CPU (the vCPUs'
@@ -8,10 +8,10 @@
 //! Trust: what the guest says it sent must have arrived, to the byte
 //!
 //! Guest CPU is that of the vCPU threads, so an emulated guest's is that of its emulation. What starts the sender in the
-//! guest is counted with it, the same for all roads.
+//! guest is counted with it, the same for all transports.
 
 mod receiver;
-mod road;
+mod transport;
 
 use std::{path::Path, thread::sleep, time::Duration};
 
@@ -21,7 +21,7 @@ use xtask::{
     machine::{Chardev, Machine, turn},
 };
 
-use self::road::{Road, Roads};
+use self::transport::{Transport, Transports};
 use crate::{
     in_guest::{Sender, Sent},
     measure::{GIB, real, tasks},
@@ -34,14 +34,14 @@ const MEMORY_MB: u32 = 1024;
 const PROGRAM: &str = "/bin/vtrace-bench";
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A sender on a road.
-type Way = (Sender, Road);
+/// A sender and the transport it uses.
+type Route = (Sender, Transport);
 
-const OURS: Way = (Sender::Pump, Road::VhostUser);
-const SPLICE: Way = (Sender::Splice, Road::VhostUser);
-const FIFO: Way = (Sender::Splice, Road::Fifo);
-const SOCKET: Way = (Sender::Splice, Road::Socket);
-const WAYS: [Way; 4] = [OURS, FIFO, SOCKET, SPLICE];
+const OURS: Route = (Sender::Pump, Transport::VhostUser);
+const SPLICE: Route = (Sender::Splice, Transport::VhostUser);
+const FIFO: Route = (Sender::Splice, Transport::Fifo);
+const SOCKET: Route = (Sender::Splice, Transport::Socket);
+const ROUTES: [Route; 4] = [OURS, FIFO, SOCKET, SPLICE];
 
 /// What one sending took.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ struct Taken {
     guest_s_per_gib: f64,
 }
 
-/// Boots one guest and measures `rounds` of all ways.
+/// Boots one guest and measures `rounds` of all paths.
 pub(crate) fn run(rounds: u32) -> Result<Vec<Row>> {
     measure(rounds, MEGABYTES)
 }
@@ -62,30 +62,30 @@ fn measure(rounds: u32, megabytes: u64) -> Result<Vec<Row>> {
     xtask::build::vtrace()?;
     let turn = turn()?;
     let folder = tempfile::tempdir()?;
-    let roads = Roads::prepare(folder.path())?;
+    let transports = Transports::prepare(folder.path())?;
     let machine = Machine::builder(&turn, Kernel::V6_12).memory_mb(MEMORY_MB).without_agent();
     let ports = [
-        (&*format!("{}0", Road::Fifo.prefix()), Chardev::Pipe(roads.fifo())),
-        (&*format!("{}0", Road::Socket.prefix()), Chardev::Listen(roads.socket())),
+        (&*format!("{}0", Transport::Fifo.prefix()), Chardev::Pipe(transports.fifo())),
+        (&*format!("{}0", Transport::Socket.prefix()), Chardev::Listen(transports.socket())),
     ];
-    let machine = machine.vhost_user(&roads.vhost_user()).stock_ports(&ports).file(PROGRAM, &program).boot()?;
-    let roads = roads.connect()?;
+    let machine = machine.vhost_user(&transports.vhost_user()).stock_ports(&ports).file(PROGRAM, &program).boot()?;
+    let transports = transports.connect()?;
     let mut rows = Vec::new();
     for round in 0..=rounds {
         let mut taken = Vec::new();
-        for at in 0..WAYS.len() {
-            // Each round begins with another way.
-            let way = (at + usize::try_from(round)?) % WAYS.len();
-            taken.push((way, send(&machine, &roads, WAYS[way], megabytes)?));
+        for at in 0..ROUTES.len() {
+            // Each round begins with another route.
+            let route = (at + usize::try_from(round)?) % ROUTES.len();
+            taken.push((route, send(&machine, &transports, ROUTES[route], megabytes)?));
         }
-        taken.sort_by_key(|(way, _)| *way);
+        taken.sort_by_key(|(route, _)| *route);
         // The first round warms up: caches of translated code, pages of files.
         if let Some(round) = round.checked_sub(1) {
             rows.extend(compare(round, [taken[0].1, taken[1].1, taken[2].1, taken[3].1]));
         }
     }
     machine.kill()?;
-    roads.end()?;
+    transports.end()?;
     Ok(rows)
 }
 
@@ -101,23 +101,24 @@ fn compare(round: u32, [ours, fifo, socket, splice]: [Taken; 4]) -> Vec<Row> {
         row("throughput against socket", "MB/s", throughput(socket), "unix socket"),
         row("host cpu against FIFO", "s/GiB", host(fifo), "FIFO"),
         row("host cpu against socket", "s/GiB", host(socket), "unix socket"),
-        row("guest cpu against splice", "s/GiB", guest(splice), "splice(2) of 64 KiB, same road"),
-        row("guest cpu against the stock way", "s/GiB", guest(fifo), "splice(2) of 64 KiB, FIFO"),
-        row("throughput against splice", "MB/s", throughput(splice), "splice(2) of 64 KiB, same road"),
+        row("guest cpu against splice", "s/GiB", guest(splice), "splice(2) of 64 KiB, same transport"),
+        row("guest cpu against the stock path", "s/GiB", guest(fifo), "splice(2) of 64 KiB, FIFO"),
+        row("throughput against splice", "MB/s", throughput(splice), "splice(2) of 64 KiB, same transport"),
     ]
 }
 
-fn send(machine: &Machine, roads: &road::Open, (sender, road): Way, megabytes: u64) -> Result<Taken> {
+fn send(machine: &Machine, transports: &transport::Open, (sender, transport): Route, megabytes: u64) -> Result<Taken> {
     machine.shell_within(&format!("{PROGRAM} in-guest fill {megabytes}"), PATIENCE)?.ok()?;
-    let receipt = roads.expect(road)?;
+    let receipt = transports.expect(transport)?;
     let qemu = machine.pid()?.to_string();
-    let before = [cpu(&qemu, is_vcpu)?, cpu(&qemu, |name| !is_vcpu(name))?, road.receiver_cpu()?];
+    let before = [cpu(&qemu, is_vcpu)?, cpu(&qemu, |name| !is_vcpu(name))?, transport.receiver_cpu()?];
     let how = format!("{sender:?}").to_lowercase();
-    let said = machine.shell_within(&format!("{PROGRAM} in-guest send {how} {}", road.prefix()), PATIENCE)?.ok()?;
+    let said =
+        machine.shell_within(&format!("{PROGRAM} in-guest send {how} {}", transport.prefix()), PATIENCE)?.ok()?;
     let sent: Sent = serde_json::from_str(said.lines().last().unwrap_or_default()).context(said.clone())?;
     ensure!(sent.bytes >= megabytes << 20, "the guest sent only {sent:?}");
     receipt.await_bytes(sent.bytes)?;
-    let after = [cpu(&qemu, is_vcpu)?, cpu(&qemu, |name| !is_vcpu(name))?, road.receiver_cpu()?];
+    let after = [cpu(&qemu, is_vcpu)?, cpu(&qemu, |name| !is_vcpu(name))?, transport.receiver_cpu()?];
     let [guest, vmm, receiver] = [0, 1, 2].map(|at| after[at].saturating_sub(before[at]).as_secs_f64());
     let gib = real(sent.bytes) / GIB;
     let mb_per_s = real(sent.bytes) / 1e6 / sent.seconds;

@@ -1,4 +1,4 @@
-//! One file a case; a case is named after a stage of a page's way.
+//! One file for each case; a case is named after a stage of the page path.
 //!
 //! In:    rounds
 //! Out:   rows
@@ -29,12 +29,12 @@ pub(crate) struct Case {
     pub(crate) run: fn(u32) -> Result<Vec<Row>>,
 }
 
-/// All cases, in the order of `run all`: first what this machine can do at all, then a page's way backwards.
+/// All cases, in the order of `run all`: first the limits of this machine, then the page path from the file back to the guest.
 pub(crate) const CASES: &[Case] = &[
     Case { name: "ceilings", about: "memcpy, pwrite, O_DIRECT and splice on this machine", run: ceilings::run },
     Case { name: "sink", about: "each sink against the plain write of the same bytes", run: sink::run },
     Case { name: "drain", about: "1 to 256 lanes of 1 to 8 guests, without a VMM", run: drain::run },
-    Case { name: "ring", about: "the whole backend behind a vhost-user frontend in this process", run: ring::run },
+    Case { name: "ring", about: "the whole backend with a vhost-user frontend in this process", run: ring::run },
     Case {
         name: "pump",
         about: "the agent's pump on this machine's tracefs against splice(2) of 64 KiB",
@@ -47,12 +47,12 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case {
         name: "clock",
-        about: "hearing of a guest's clock, guest times to host times one by one and in pages",
+        about: "reading a guest's clock, converting guest times to host times one by one and in pages",
         run: clock::run,
     },
     Case { name: "hostlanes", about: "vtrace record against trace-cmd record, on this host", run: hostlanes::run },
     Case { name: "finish", about: "from stop to a usable file, against trace-cmd's copy at its end", run: finish::run },
-    Case { name: "idle", about: "wake-ups with 64 lanes that nothing comes over", run: idle::run },
+    Case { name: "idle", about: "wake-ups with 64 idle lanes", run: idle::run },
 ];
 
 /// Emitted once a round: ours beside the plain way, throughput and CPU.

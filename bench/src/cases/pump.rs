@@ -131,7 +131,7 @@ fn ports(count: usize) -> Result<(Vec<OwnedFd>, Readers)> {
         let release = release.clone();
         let read = move || {
             while splice(reader.as_fd(), null.as_fd(), None, 1 << 20, SpliceFlags::SPLICE_F_MOVE)? > 0 {}
-            // Ends when nobody holds it any more.
+            // Ends when its last holder closes it.
             let _ = release.recv();
             Ok(())
         };

@@ -1,4 +1,4 @@
-//! Each sink behind one lane, against the plain write of as many bytes into the same kind of file.
+//! Each sink with one lane, against the plain write of as many bytes into the same kind of file.
 //!
 //! In:    a lane of a guest made of a memory file
 //! Out:   GB/s, and CPU seconds per GiB of the drain's thread, for each sink and file system
@@ -63,7 +63,7 @@ pub(super) fn measure(rounds: u32, bytes: u64) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// As a recording's file is: its end is behind everything that will be written.
+/// Reserves the file as a recording does: longer than everything that will be written.
 fn sparse(file: File, bytes: u64) -> Result<File> {
     file.set_len(bytes)?;
     Ok(file)

@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Backend {
     pub(crate) drain: Arc<RingDrain>,
     device: Option<Device>,
-    bell: Arc<EventFd>,
+    wake: Arc<EventFd>,
     stop: Arc<AtomicBool>,
 }
 
@@ -67,9 +67,9 @@ impl Backend {
 
     fn start(name: &str, endpoint: Endpoint) -> Result<Self> {
         let drain = Arc::new(RingDrain::spawn(GuestId(0), name)?);
-        let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let stop = Arc::<AtomicBool>::default();
-        let owner = Nobody { bell: Arc::clone(&bell), stop: Arc::clone(&stop) };
+        let owner = IdleOwner { wake: Arc::clone(&wake), stop: Arc::clone(&stop) };
         let device = Device::spawn(
             name,
             LaneRange::ONLY,
@@ -78,14 +78,14 @@ impl Backend {
             Arc::clone(&drain),
             Box::new(owner),
         )?;
-        Ok(Self { drain, device: Some(device), bell, stop })
+        Ok(Self { drain, device: Some(device), wake, stop })
     }
 }
 
 impl Drop for Backend {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        let rung = self.bell.write(1).is_ok();
+        let rung = self.wake.write(1).is_ok();
         if let Some(device) = self.device.take().filter(|_| rung) {
             device.join();
         }
@@ -103,15 +103,15 @@ pub(crate) fn finish(drain: &RingDrain, ends: Vec<LaneSent>) -> Result<()> {
     Ok(())
 }
 
-/// Nobody asks this device for anything.
-struct Nobody {
-    bell: Arc<EventFd>,
+/// An owner that never asks its device for anything.
+struct IdleOwner {
+    wake: Arc<EventFd>,
     stop: Arc<AtomicBool>,
 }
 
-impl Owner for Nobody {
+impl Owner for IdleOwner {
     fn wake(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.wake.as_fd()
     }
 
     fn turn(&mut self, _port: &mut ControlPort) -> Turn {

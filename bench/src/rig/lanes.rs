@@ -130,7 +130,7 @@ impl Lane {
     }
 }
 
-/// The same eventfd once more: `vhost` wants its own type, which gives its descriptor to nobody, so it is sent over a
+/// The same eventfd once more: `vhost` wants its own type, which does not give its descriptor away, so it is sent over a
 /// socket as it would be to another process.
 fn owned(event: &EventFd) -> Result<std::os::fd::OwnedFd> {
     use std::{

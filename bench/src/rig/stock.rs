@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vtrace_dp::sys::splice::{Pipe, SpliceFlags, read, splice};
 
-/// A pipe that nobody enlarged.
+/// Default size of a pipe.
 const PIPE_BYTES: usize = 64 << 10;
 const PAGE: usize = 4096;
 

@@ -1,10 +1,10 @@
-//! What hearing of a guest's clock costs under load: a guest that KVM emulates, one event of the kernel an instruction.
+//! What the clock's eBPF program costs under load: a guest that KVM emulates, one kernel event for each instruction.
 //!
-//! In:    a guest of four instructions in real mode; who listens at kvm_emulate_insn
+//! In:    a guest of four instructions in real mode; the program attached to kvm_emulate_insn
 //! Out:   CPU time of the vCPU's thread an exit, as fast as it goes; its share of a CPU at 100 000 exits/s; ns a run of the
-//!        program by the kernel's statistics, under the same load. Each beside nobody who listens, or a program that does
+//!        program by the kernel's statistics, under the same load. Each beside no program at all, or a program that does
 //!        nothing. kvm_emulate_insn stands in for kvm_entry, which not every KVM calls: it comes once for each emulated
-//!        instruction, from the same thread, with the vCPU as its first argument, and the program behind it differs in
+//!        instruction, from the same thread, with the vCPU as its first argument, and the program attached to it differs in
 //!        which counter it raises, and in nothing else
 //! Runs:  on this thread, which is the vCPU's; as root, with /dev/kvm
 //! Full:  a program that missed one of the guest's instructions is an error
@@ -55,12 +55,12 @@ pub(crate) struct Amount {
 /// Who listens at the tracepoint.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Listener {
-    Nobody,
+    NoProgram,
     Empty,
     Ours,
 }
 
-use Listener::{Empty, Nobody, Ours};
+use Listener::{Empty, NoProgram, Ours};
 
 /// The guest: it counts down, and leaves.
 struct Guest {
@@ -122,12 +122,12 @@ impl Slice {
 pub(in crate::cases) fn measure(round: u32, extent: Amount) -> Result<Vec<Row>> {
     let fields = find_here()?;
     let mut far = Guest::new(FAR)?;
-    let fast = Slices::take(round, extent.slices, &[Nobody, Empty, Ours], |listener| {
+    let fast = Slices::take(round, extent.slices, &[NoProgram, Empty, Ours], |listener| {
         let turns = far.turns_of(extent.exits);
         slice(&mut far, listening(&fields, listener)?, turns, Guest::turn)
     })?;
     let mut near = Guest::new(NEAR)?;
-    let paced = Slices::take(round, extent.slices, &[Nobody, Ours], |listener| {
+    let paced = Slices::take(round, extent.slices, &[NoProgram, Ours], |listener| {
         let turns = near.turns_of(EXITS_PER_S / TICKS_PER_S) * extent.ticks;
         slice(&mut near, listening(&fields, listener)?, turns, pace)
     })?;
@@ -135,19 +135,19 @@ pub(in crate::cases) fn measure(round: u32, extent: Amount) -> Result<Vec<Row>> 
     let empty = counted_ns(&mut far, listening(&fields, Empty)?, extent.exits)?;
     let row =
         |what: &str, unit, pair, beside| Row::new("clock", format!("load, {what}"), round, unit, pair).beside(beside);
-    let nobody = "no program";
+    let none = "no program";
     Ok(vec![
-        row("CPU an exit beside no program", "ns", fast.of([Ours, Nobody], Slice::cpu_ns_each), nobody),
+        row("CPU an exit beside no program", "ns", fast.of([Ours, NoProgram], Slice::cpu_ns_each), none),
         row(
             "CPU an exit beside an empty program",
             "ns",
             fast.of([Ours, Empty], Slice::cpu_ns_each),
             "an empty program",
         ),
-        row("exits a second", "1/s", fast.of([Ours, Nobody], Slice::exits_per_s), nobody),
+        row("exits a second", "1/s", fast.of([Ours, NoProgram], Slice::exits_per_s), none),
         row("statistics", "ns", [ours, empty], "an empty program"),
-        row("share of a CPU at 100 000 exits/s", "%", paced.of([Ours, Nobody], Slice::cpu_percent), nobody),
-        row("exits a second, paced", "1/s", paced.of([Ours, Nobody], Slice::exits_per_s), nobody),
+        row("share of a CPU at 100 000 exits/s", "%", paced.of([Ours, NoProgram], Slice::cpu_percent), none),
+        row("exits a second, paced", "1/s", paced.of([Ours, NoProgram], Slice::exits_per_s), none),
     ])
 }
 
@@ -184,7 +184,7 @@ impl Slices {
 
 /// The programs, and which of them listens.
 fn listening(fields: &Fields, listener: Listener) -> Result<Option<(Feed, Listener)>> {
-    if listener == Nobody {
+    if listener == NoProgram {
         return Ok(None);
     }
     let mut feed = Feed::load(fields, false)?;
@@ -233,7 +233,7 @@ fn pace(guest: &mut Guest, turns: u32) -> Result<()> {
 
 /// ns a run of the program that listens, as the kernel counts them while the guest runs; that counting is in it.
 fn counted_ns(guest: &mut Guest, listening: Option<(Feed, Listener)>, exits: u32) -> Result<f64> {
-    let Some((feed, listener)) = listening else { bail!("nobody listens") };
+    let Some((feed, listener)) = listening else { bail!("no program listens") };
     let statistics = count_times()?;
     guest.turn(guest.turns_of(exits))?;
     drop(statistics);

@@ -3,7 +3,7 @@
 //! In:    a FIFO that QEMU writes, or a socket that it listens on
 //! Out:   a file in memory that begins anew for each sending
 //! Runs:  a thread, until QEMU closes
-//! Trust: nobody sends while the file begins anew
+//! Trust: no data is sent while the file is truncated
 
 use std::{
     fs::File,

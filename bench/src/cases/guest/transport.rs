@@ -1,4 +1,4 @@
-//! The three roads out of the guest, seen from the host.
+//! The three transports out of the guest, seen from the host.
 //!
 //! In:    sockets and FIFOs in a folder
 //! Out:   bytes in files on this machine's disk, counted; ours past the page cache, as a recording writes them
@@ -36,13 +36,13 @@ use crate::{
 
 /// A way to the host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Road {
+pub(super) enum Transport {
     VhostUser,
     Fifo,
     Socket,
 }
 
-impl Road {
+impl Transport {
     /// What the names of its ports in the guest begin with.
     pub(super) fn prefix(self) -> &'static str {
         match self {
@@ -65,12 +65,12 @@ impl Road {
 }
 
 /// What QEMU needs to find when it starts.
-pub(super) struct Roads {
+pub(super) struct Transports {
     folder: PathBuf,
     backend: Backend,
 }
 
-impl Roads {
+impl Transports {
     pub(super) fn prepare(folder: &Path) -> Result<Self> {
         for direction in ["in", "out"] {
             mkfifo(&below(folder, &format!("fifo.{direction}")), Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -91,7 +91,7 @@ impl Roads {
         below(&self.folder, "port.sock")
     }
 
-    /// The guest runs: somebody listens at every road.
+    /// Waits until every transport has its receiver; the guest runs.
     pub(super) fn connect(self) -> Result<Open> {
         let fifo = Receiver::fifo("receive-fifo", &below(&self.folder, "fifo.out"))?;
         let socket = Receiver::socket("receive-socket", &self.socket())?;
@@ -99,17 +99,17 @@ impl Roads {
     }
 }
 
-/// Roads that somebody listens at.
+/// Transports with their receivers.
 pub(super) struct Open {
     backend: Backend,
     fifo: Receiver,
     socket: Receiver,
 }
 
-/// More than is sent over a road.
+/// More than is sent over one transport, bytes.
 const FILE_BYTES: u64 = 4 << 30;
 
-/// What is to come over one road.
+/// A transfer that is expected over one transport.
 pub(super) enum Receipt<'a> {
     RingDrain(&'a RingDrain),
     Receiver(&'a Receiver),
@@ -117,12 +117,12 @@ pub(super) enum Receipt<'a> {
 
 impl Open {
     /// Makes ready for the next bytes: an empty file.
-    pub(super) fn expect(&self, road: Road) -> Result<Receipt<'_>> {
-        let receiver = match road {
-            Road::VhostUser => {
+    pub(super) fn expect(&self, transport: Transport) -> Result<Receipt<'_>> {
+        let receiver = match transport {
+            Transport::VhostUser => {
                 let area = Area { cpu: Cpu(0), offset: 0, bytes_max: 1 << 40, begins_again: false };
                 let file = Place::Disk.file()?;
-                // As a recording's: its end is behind everything that will be written.
+                // As in a recording: the area is longer than everything that will be written.
                 file.set_len(FILE_BYTES)?;
                 let sink: Box<dyn Sink> = match reopen(&file) {
                     Ok(direct) => Box::new(DirectSink::new(file, direct)?),
@@ -131,8 +131,8 @@ impl Open {
                 self.backend.drain.attach_sink(sink, PAGE, vec![area])?;
                 return Ok(Receipt::RingDrain(&self.backend.drain));
             }
-            Road::Fifo => &self.fifo,
-            Road::Socket => &self.socket,
+            Transport::Fifo => &self.fifo,
+            Transport::Socket => &self.socket,
         };
         receiver.start_over()?;
         Ok(Receipt::Receiver(receiver))
