@@ -12,8 +12,8 @@
 //! |---|---|---|---|
 //! | open | close | inside | inside, but for the gap |
 //! | close | open | outside | outside, but for the gap |
-//! | open | open | not covered: a close is missing | inside before the gap, outside behind it |
-//! | close | close | not covered: an open is missing | outside before the gap, inside behind it |
+//! | open | open | not covered: a close is missing | inside before the gap, outside after it |
+//! | close | close | not covered: an open is missing | outside before the gap, inside after it |
 
 /// One end of a window.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,7 +30,7 @@ pub struct Windows {
     boundaries: Vec<Boundary>,
 }
 
-/// What is known of a thread in some stretch of time.
+/// What is known of a thread in a period.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct KnownWindows {
     /// Windows, ends included, in order.
@@ -51,9 +51,9 @@ pub struct Gaps {
 pub enum Coverage {
     /// In a window, ends included.
     Inside,
-    /// Between two windows, so far from the nearer one.
+    /// Between two windows, at this distance from the nearer one.
     Outside(u64),
-    /// Before the first or behind the last boundary, in a gap, or where boundaries are missing.
+    /// Before the first or after the last boundary, in a gap, or where boundaries are missing.
     Uncovered,
 }
 
@@ -74,7 +74,7 @@ impl Windows {
         self.boundaries.is_empty()
     }
 
-    /// What is known of `from..=to`: when the thread was inside, and in which stretches of it that is the whole truth.
+    /// The windows of the thread in `from..=to`, and the parts of that period in which they are all known.
     pub fn known(&self, gaps: &Gaps, from: u64, to: u64) -> KnownWindows {
         let mut known = KnownWindows::default();
         let first = self.boundaries.partition_point(|boundary| boundary.time < from);
@@ -112,7 +112,7 @@ impl Windows {
         };
         match (inside, from.opens, to.opens) {
             (true, ..) => Coverage::Inside,
-            (false, true, _) => Coverage::Outside(to.time - time), // its own window ended in the gap, nobody knows when
+            (false, true, _) => Coverage::Outside(to.time - time), // its own window ended at an unknown time in the gap
             (false, _, false) => Coverage::Outside(time - from.time),
             (false, false, true) => Coverage::Outside((time - from.time).min(to.time - time)),
         }

@@ -1,20 +1,19 @@
-//! What a file says so that readers that know nothing of segments show host times.
+//! The time shift of a file whose offsets are known exactly, for stock readers, which know no segments.
 //!
 //! In:    a [`Table`]; the file's lanes
-//! Out:   [`Shape`]: a time shift that stock readers apply exactly, or that pages have to be rewritten
+//! Out:   [`Shape`]: a time shift that stock readers apply exactly, or the need to rewrite pages
 //! Runs:  pure
-//! Full:  does not apply
 //! Trust: the kernel
 //!
-//! Stock readers (`timestamp_host_sync()` in trace-cmd's trace-input.c, 3.1.6 to 3.4) without INTERPOLATE: of two samples the
-//! first one's offset, always. Of more: that of the last sample whose time is not behind the event's, found by comparing
-//! as unsigned what was sorted as signed; the last sample of all is never used. So steps are exact if
-//! - every time is below 2⁶³ and later than the one before,
-//! - the guest's clock only ever jumped forward, so that one time parts all events before a change from all behind it, and
-//! - one sample more follows the last.
+//! Without INTERPOLATE, stock readers (`timestamp_host_sync()` in trace-cmd's trace-input.c, 3.1.6 to 3.4) use the first of
+//! two samples for all events. Of more samples they use the last one that is not later than the event, except for the very
+//! last sample; they sort times as signed and compare them as unsigned. So steps are exact if
+//! - every time is below 2⁶³ and later than the previous one,
+//! - the guest's clock only jumped forward, so that one guest time separates the events before a change from those after,
+//! - one more sample follows the last change.
 //!
-//! A scaling is not applied as KVM applies it (multiplied where it has to be divided, and in 64 bits), a clock that went
-//! back has two offsets for one time: both need rewritten pages.
+//! Two kinds of clock need rewritten pages: scaled ones, because stock readers multiply, in 64 bits, where they have to
+//! divide; and those that stepped back, because one guest time has two offsets there.
 
 use vtrace_common::{
     ids::Cpu,
@@ -27,10 +26,10 @@ use super::{
 };
 use crate::clock::shift::{ShiftSample, TimeShift};
 
-/// How host times get into a file.
+/// How a file gets host times.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Shape {
-    /// By an option; pages stay as they are.
+    /// By an option; its pages keep guest times.
     Shift(TimeShift),
     /// By [`crate::trace::write::host_times`]; no option.
     Rewrite,
@@ -39,7 +38,7 @@ pub enum Shape {
 /// Chooses the shape for a file with these lanes. `peer` is the trace id of the host's file.
 pub fn shape(table: &Table, lanes: &[Cpu], peer: u64) -> Shape {
     let count = lanes.iter().map(|cpu| cpu.0 + 1).max().unwrap_or(0);
-    // A CPU without an entry would keep guest times: one without a lane has no events.
+    // Every CPU up to the last needs samples; one without a lane has no events.
     let none = || Some(constant(0));
     let cpu = |cpu| table.history(Cpu(cpu)).map_or_else(none, |history| steps(history.segments(), table.since()));
     match (0..count).map(cpu).collect() {
@@ -48,7 +47,7 @@ pub fn shape(table: &Table, lanes: &[Cpu], peer: u64) -> Shape {
     }
 }
 
-/// Times do not matter where there is one offset.
+/// Samples of a constant offset; their times do not matter.
 fn constant(offset: u64) -> Vec<ShiftSample> {
     [0, 1].map(|time| sample(GuestTsc(time), offset)).to_vec()
 }

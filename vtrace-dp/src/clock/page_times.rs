@@ -1,15 +1,15 @@
-//! The times of one lane, page by page, in order.
+//! Host times of the events of one lane, page by page, in order.
 //!
-//! In:    the guest times of a page's events and how they were written; the first time of the next page
-//! Out:   a [`Conversion`] for each, in order; what is shown never goes back
+//! In:    the guest times of a page's events and how each is encoded; the first time of the next page
+//! Out:   a [`Conversion`] for each event; the shown times never decrease
 //! Runs:  on the thread that reads the lane
-//! Full:  does not apply
-//! Trust: pages come from guests: any times have an answer
+//! Trust: nothing: pages come from guests, and any times are converted to something
 //!
-//! A page alone can look right in two places: that of a guest whose clock went back by a second looks the same a second
-//! later, if it ran then. All pages behind it have to find a place too: [`LaneTimes::look_ahead`] goes through them before.
+//! After a guest's clock stepped back, the same guest times occur twice, so a page alone can fit in two segments. The pages
+//! after it have to fit too, in order: [`LaneTimes::look_ahead`] goes through all pages before the first is converted.
 //!
-//! [`super::table`] says which segment a time belongs to, [`super::stalled_times`] what becomes of times that stood still.
+//! [`super::table`] describes how the segment of a time is chosen, [`super::stalled_times`] what happens to times that were
+//! written while the clock stepped back.
 
 use std::collections::HashMap;
 
@@ -25,51 +25,51 @@ use super::{
 };
 use crate::ftrace::events::TimeEncoding;
 
-/// Places of pages to come that are remembered; beyond these only the next page is looked at.
+/// Most positions of later pages that are kept. Without them only the next page narrows the choice.
 const AHEAD_MAX: usize = 1 << 20;
-/// A clock of more segments is not looked ahead for: the work grows with their number.
+/// With more segments than this there is no look-ahead: its cost grows with their number.
 const AHEAD_SEGMENTS_MAX: usize = 1 << 12;
 
-/// A way through one lane.
+/// Converts the pages of one lane, from the first to the last.
 #[derive(Debug)]
 pub struct LaneTimes<'a> {
     vcpu: &'a Vcpu,
-    /// Behind the last event: the segment it was in, the earliest time it can have had, what was shown.
+    /// After the last converted event.
     position: Position,
     shown: HostTsc,
     candidates: Vec<Candidate>,
-    /// For each event that is looked at: where its candidates begin.
+    /// For each event: the index of its first candidate.
     begins: Vec<usize>,
-    /// The number of the page that comes next.
+    /// The number of the next page.
     number: u64,
-    /// Where a page can begin, if that is less than its first time says.
+    /// Segments and host times at which a page can begin, for pages that the look-ahead narrowed.
     ahead: HashMap<u64, Vec<(usize, HostRange)>>,
 }
 
-/// Where the way has come.
+/// The position after an event: its segment, and the earliest host time that it can have had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Position {
     segment: usize,
     low: HostTsc,
 }
 
-/// One segment in which one event can be.
+/// One segment in which one event can lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Candidate {
     segment: usize,
     range: HostRange,
     in_run: bool,
-    /// Some path in order leads from the page before to it.
+    /// An ordered path leads from the previous page to it.
     reached: bool,
-    /// And from it to the end.
+    /// An ordered path leads from it to the end of the page.
     usable: bool,
 }
 
-/// An event's guest time, and how it was written.
+/// An event's guest time, and how it is encoded in its page.
 pub type StampedTime = (GuestTsc, TimeEncoding);
 
 impl Table {
-    /// Goes through a lane, from its first page on. `None`: nothing is known of its vCPU.
+    /// Starts the conversion of a lane. `None` if nothing is known of its vCPU.
     pub fn lane(&self, cpu: Cpu) -> Option<LaneTimes<'_>> {
         self.vcpu(cpu).map(|vcpu| LaneTimes::new(vcpu, self.since()))
     }
@@ -82,17 +82,17 @@ impl<'a> LaneTimes<'a> {
         Self { vcpu, position, shown: since, candidates, begins, number: 0, ahead }
     }
 
-    /// Whose it is.
+    /// The CPU of the lane.
     pub fn cpu(&self) -> Cpu {
         self.vcpu.history.cpu()
     }
 
-    /// Whether it is of use to look ahead.
+    /// Whether [`LaneTimes::look_ahead`] can help: the clock changed, and not too often.
     pub fn is_moved(&self) -> bool {
         (2..=AHEAD_SEGMENTS_MAX).contains(&self.vcpu.segments().len())
     }
 
-    /// Goes through the numbers and first times of all pages, the last page first, before the way begins.
+    /// Takes the numbers and first times of all pages, the last page first, before the first page is converted.
     pub fn look_ahead(&mut self, pages: impl Iterator<Item = (u64, GuestTsc)>) {
         let (mut behind, mut remembered): (Option<Vec<(usize, HostRange)>>, usize) = (None, 0);
         for (number, guest) in pages {
@@ -113,7 +113,7 @@ impl<'a> LaneTimes<'a> {
         }
     }
 
-    /// Where a guest time can be, in this segment and behind it.
+    /// The segments from `from` on, and their host times, at which `guest` can lie.
     fn places(&self, from: usize, guest: GuestTsc, near: HostTsc) -> Vec<(usize, HostRange)> {
         let mut places = Vec::new();
         for segment in from..self.vcpu.segments().len() {
@@ -125,8 +125,8 @@ impl<'a> LaneTimes<'a> {
         places
     }
 
-    /// Converts the events of the next page into `out`, which is emptied first. `next`: the time with which the page
-    /// behind it begins, if there is one.
+    /// Converts the events of the next page into `out`, which is cleared first. `next` is the first time of the page after
+    /// it, if there is one.
     pub fn page(&mut self, events: &[StampedTime], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         out.clear();
         self.number += 1;
@@ -140,7 +140,7 @@ impl<'a> LaneTimes<'a> {
         }
     }
 
-    /// All events lie in the segment of the last one, and could not lie in another: true for nearly every page. Hot.
+    /// Converts a page all of whose events lie in the current segment and could lie in no other: nearly every page. Hot.
     fn is_quiet(&mut self, events: &[StampedTime], out: &mut Vec<Conversion>) -> bool {
         let Some((last, _)) = events.last() else { return true };
         let Position { segment, mut low } = self.position;
@@ -164,7 +164,7 @@ impl<'a> LaneTimes<'a> {
         true
     }
 
-    /// Weighs all segments for every event.
+    /// Converts a page near a change: considers all segments for every event.
     fn choose(&mut self, events: &[StampedTime], next: Option<GuestTsc>, out: &mut Vec<Conversion>) {
         let stopped = stopped(events);
         let anchors = events.iter().zip(&stopped).filter(|(_, stopped)| !**stopped).map(|((guest, _), _)| *guest);
@@ -180,7 +180,7 @@ impl<'a> LaneTimes<'a> {
                 anchor += 1;
                 at += 1;
             } else {
-                // A clock that went back twice begins a second group.
+                // A second step back starts a second group.
                 let again = events[at + 1..at + length].iter().position(|(_, stamp)| *stamp == TimeEncoding::Stopped);
                 let length = again.map_or(length, |again| again + 1);
                 self.release(&events[at..at + length], anchor, out);
@@ -189,7 +189,7 @@ impl<'a> LaneTimes<'a> {
         }
     }
 
-    /// Notes where each of these times can be, and the first one of the page behind them.
+    /// Collects the candidates of each of these times, and of the first time of the next page.
     fn gather(&mut self, times: impl Iterator<Item = GuestTsc>, next: Option<GuestTsc>) {
         self.candidates.clear();
         self.begins.clear();
@@ -202,7 +202,7 @@ impl<'a> LaneTimes<'a> {
             if let Some(ahead) = self.ahead.get(&self.number) {
                 let (all, is_ahead) = (places.clone(), |place: &(usize, HostRange)| ahead.contains(place));
                 places.retain(is_ahead);
-                // What does not fit together says nothing.
+                // Contradictory positions are ignored.
                 places = if places.is_empty() { all } else { places };
             }
             self.note(places);
@@ -226,8 +226,8 @@ impl<'a> LaneTimes<'a> {
         self.begins[event]..self.begins[event + 1]
     }
 
-    /// Finds the candidates that a path in order goes through. With `in_runs`, false if no path has all events in runs
-    /// that can be in one. Without, events that no path reaches are passed over.
+    /// Marks the candidates that an ordered path goes through. With `in_runs`, only candidates in runs of the vCPU count
+    /// where an event has any; returns false if no path is left. Without, events that no path reaches are skipped.
     fn solve(&mut self, in_runs: bool) -> bool {
         let mut before = vec![(self.position.segment, self.position.low)];
         for event in 0..self.count() {
@@ -253,7 +253,7 @@ impl<'a> LaneTimes<'a> {
         true
     }
 
-    /// From the last event to the first: which candidates lead to the end.
+    /// Marks, from the last event to the first, the candidates that lead to the end.
     fn go_back(&mut self) {
         let mut behind: Option<Vec<(usize, HostTsc)>> = None;
         for event in (0..self.count()).rev() {
@@ -273,7 +273,7 @@ impl<'a> LaneTimes<'a> {
         }
     }
 
-    /// What can be used of an event's candidates, from where the way has come.
+    /// The usable candidates of an event that do not lie before the current position.
     fn usable(&self, event: usize) -> impl Iterator<Item = &Candidate> {
         let Position { segment, low } = self.position;
         let range = if event < self.count() { self.candidates_of(event) } else { 0..0 };
@@ -291,7 +291,7 @@ impl<'a> LaneTimes<'a> {
         Conversion { at: first.range.middle(), possible, certainty }
     }
 
-    /// A time that fits nowhere: by the last segment, but not before the last event and not behind that segment.
+    /// Converts a time that fits no segment: by the current segment, clamped to its end and to the last event.
     fn foreign(&self, guest: GuestTsc) -> Conversion {
         let Position { segment, low } = self.position;
         let place = self.vcpu.segments()[segment].pair.to_host_or_next(guest, low).middle();
@@ -299,7 +299,8 @@ impl<'a> LaneTimes<'a> {
         Conversion { at, possible: HostRange::at(at), certainty: Certainty::Foreign }
     }
 
-    /// Places events whose clock had gone back: between the last event before them and the first behind.
+    /// Converts events that were written while the clock stepped back: they lie between the last event before and the first
+    /// event after them.
     fn release(&mut self, events: &[StampedTime], anchor: usize, out: &mut Vec<Conversion>) {
         let first = events[0].0;
         let until = self.usable(anchor).map(|behind| behind.segment).max();
@@ -310,7 +311,7 @@ impl<'a> LaneTimes<'a> {
             distance(begun.pair.to_guest(begun.from.low), first) < 0
         };
         let Some(segment) = (self.position.segment + 1..=until).find(steps) else {
-            // The clock never went back: an interrupt came between, and the kernel did not know what had passed.
+            // No step back: an interrupt came in between, and the kernel did not know how much time had passed.
             events.iter().for_each(|(guest, _)| out.push(self.plain(*guest)));
             return;
         };
@@ -323,10 +324,10 @@ impl<'a> LaneTimes<'a> {
         self.position.segment = segment;
     }
 
-    /// One change: what is written of the events is right among themselves, and their runs say when they happened.
+    /// For one change: the distances between the events are right, and the vCPU's runs show when they happened.
     fn fit(&mut self, events: &[StampedTime], segment: usize, between: HostRange, out: &mut Vec<Conversion>) {
         let (pair, first) = (self.vcpu.segments()[segment].pair, events[0].0);
-        // Two guest times say how far apart they are up to one tick of theirs on either side.
+        // The distance of two guest times is exact to one guest tick in either direction.
         let tick = pair.ratio.map_or(0, |_| pair.resolution());
         let passed = |guest: &GuestTsc| pair.host_ticks(guest.0.wrapping_sub(first.0));
         let after: Vec<u64> = events.iter().map(|(guest, _)| passed(guest).saturating_sub(tick)).collect();
@@ -342,7 +343,7 @@ impl<'a> LaneTimes<'a> {
         }
     }
 
-    /// Several changes: they happened between the events around them, and no later than any of the segments has them.
+    /// For several changes: the events lie between their neighbours, and no later than in any of the segments.
     fn bound(
         &mut self,
         events: &[StampedTime],
@@ -364,7 +365,7 @@ impl<'a> LaneTimes<'a> {
         self.position.low = between.low;
     }
 
-    /// By the first segment from here on that has it.
+    /// Converts by the first segment from the current one on that contains the time.
     fn plain(&mut self, guest: GuestTsc) -> Conversion {
         let Position { segment, low } = self.position;
         let all = segment..self.vcpu.segments().len();
@@ -377,7 +378,7 @@ impl<'a> LaneTimes<'a> {
     }
 }
 
-/// Of which events the clock had gone back: from where it is written until the next absolute stamp.
+/// For each event, whether the clock had stepped back: from a stopped time until the next absolute one.
 fn stopped(events: &[StampedTime]) -> Vec<bool> {
     let mut stopped = false;
     let all = events.iter().map(|(_, stamp)| {

@@ -1,9 +1,9 @@
 //! The history of one vCPU's TSC: from which host time on which offset and ratio hold.
 //!
-//! In:    [`Seen`]: states as [`super::feed`] tells them, each with the host time at which it was read
-//! Out:   [`History`]: segments in order; or why there can be none ([`Refusal`])
+//! In:    [`Seen`]: states from [`super::feed`], each with the host time at which it was read
+//! Out:   [`History`]: segments in order; or a [`Refusal`]
 //! Runs:  anywhere; pure but for [`tsc_is_stable`]
-//! Full:  more changes than a file holds are refused: a clock that never rests is no clock
+//! Full:  more changes than a file can store are refused
 //! Trust: the kernel
 //!
 //! The fields change only in the vCPU's own thread, or while it is out of the guest, never between `kvm_entry` and the
@@ -30,19 +30,19 @@ use super::{
 /// Segments of one guest, all vCPUs together: what its file has room for.
 pub const SEGMENTS_MAX: usize = 1 << 18;
 
-/// Why a guest's time cannot be computed from what KVM says, so that it has to be measured.
+/// Why a guest's times cannot be computed from KVM's offsets and have to be measured.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum Refusal {
-    /// Nothing was heard of the vCPU behind this lane.
-    #[error("KVM told nothing of the vCPU behind {0}")]
+    /// No state of this CPU's vCPU was reported.
+    #[error("KVM reported no TSC state of the vCPU of {0}")]
     NeverSeen(Cpu),
     /// SNP Secure TSC: scale and offset are in memory that the host cannot read.
-    #[error("the TSC of {0} is out of KVM's hands (Secure TSC)")]
+    #[error("KVM does not control the TSC of {0} (Secure TSC)")]
     SecureTsc(Cpu),
-    /// KVM corrects the offset at every move to another CPU then, and the host's own trace clock is no better.
-    #[error("the host's kernel does not trust its TSC")]
+    /// KVM rewrites the offset whenever a vCPU changes its CPU then, and the host's own trace clock is unusable.
+    #[error("the host's kernel finds its TSC unstable")]
     UnstableTsc,
-    /// The host slept: its TSC began anew.
+    /// The host was suspended, and its TSC restarted.
     #[error("the host's TSC went back from {before} to {after}: it was suspended")]
     HostTscRestarted {
         /// What it was.
@@ -50,8 +50,8 @@ pub enum Refusal {
         /// What it was later.
         after: u64,
     },
-    /// Not a ratio of this machine.
-    #[error("a TSC ratio of {cpu} makes no sense")]
+    /// The ratio is impossible on this machine.
+    #[error("the TSC ratio of {cpu} is invalid")]
     Ratio {
         /// Whose.
         cpu: Cpu,

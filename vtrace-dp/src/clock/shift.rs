@@ -1,4 +1,4 @@
-//! Time shifts: what a file says of its clock in the words of stock trace-cmd (option TIME_SHIFT).
+//! Time shifts: the option TIME_SHIFT of stock trace-cmd, by which readers convert a guest's times.
 //!
 //! In:    offsets from a guest's times on
 //! Out:   values that [`exact_shift`](super::exact_shift) and [`measured`](super::measured) make and `trace` writes

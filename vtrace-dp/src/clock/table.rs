@@ -1,18 +1,18 @@
-//! All of a guest's clock: the histories of its vCPUs, and guest times turned into host times by them.
+//! The clock of a guest: the histories of all of its vCPUs, and the conversion of guest times by them.
 //!
 //! In:    [`Seen`] states in the order in which they were seen; the runs of vCPUs, where they are known; guest times
 //! Out:   [`Conversion`]s: the host ticks at which a guest time can have been, and the one to show
 //! Runs:  anywhere; pure. A [`LaneTimes`](super::page_times::LaneTimes) holds what is needed to go through one lane page by page
-//! Full:  does not apply
-//! Trust: states come from the kernel, times from guests: any number has an answer, and one that fits nowhere is marked
+//! Trust: states come from the kernel, times from guests: any number is converted, and one that fits nowhere is marked
 //!
-//! Which segment a time belongs to: a lane's events are in the order in which they happened, so their host times never
-//! decrease and their segments never go back. Each event can be in those segments in whose stretch of host time its own
-//! host time falls. Where that leaves several (after a clock that stepped back, values come twice), those are dropped that
-//! - no path in order leads to, from the page before through all events of the page to the first of the next one, or
-//! - lie outside the vCPU's runs, if some path has all events inside them.
+//! How the segment of a time is chosen: the events of a lane are in the order in which they happened, so neither their host
+//! times nor their segments decrease. An event can lie in each segment whose period contains the host time that the segment
+//! gives it. Where these are several (a clock that stepped back shows values twice), a segment is dropped if
+//! - no ordered path leads to it, from the previous page through all events of the page to the first of the next one, or
+//! - it puts the event outside the vCPU's runs, while another path has all events inside.
 //!
-//! Of what is left the earliest segment is shown, and the conversion is [`Certainty::Unsure`] with all of it as its range.
+//! The earliest of the remaining segments is shown. If there are several, the conversion is [`Certainty::Unsure`] and its
+//! range covers all of them.
 
 use vtrace_common::{
     ids::Cpu,
@@ -32,25 +32,25 @@ pub enum Certainty {
     Exact,
     /// It may be on either side of a change.
     Unsure,
-    /// The guest's clock had gone back and its time stamp stood still ([`super::stalled_times`]).
+    /// It was written while the guest's clock stepped back, so its time stamp stood still ([`super::stalled_times`]).
     Trapped,
-    /// No segment has this time where it stands: a state was missed, or the guest did not tell its TSC.
+    /// No segment contains this time at its position: a state was missed, or it is not a TSC value.
     Foreign,
 }
 
 /// A guest time as host time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conversion {
-    /// What is shown.
+    /// The time that readers show.
     pub at: HostTsc,
-    /// It happened within these ticks; of a foreign time that is not known.
+    /// The event happened within these ticks; not known of a foreign time.
     pub possible: HostRange,
-    /// How it was found.
+    /// How sure the conversion is.
     pub certainty: Certainty,
 }
 
 impl Conversion {
-    /// How far off `at` can be, host ticks.
+    /// Largest error of `at`, host ticks.
     pub fn error(&self) -> u64 {
         let HostRange { low, high } = self.possible;
         self.at.0.saturating_sub(low.0).max(high.0.saturating_sub(self.at.0))
@@ -91,17 +91,17 @@ impl Vcpu {
         self.history.segments()
     }
 
-    /// No segment behind this one has begun when the guest's clock shows `guest`. Hot.
+    /// Whether no later segment has begun when the guest's clock shows `guest`. Hot.
     pub(super) fn is_below_later(&self, segment: usize, guest: GuestTsc) -> bool {
         distance(guest, self.reference) < self.floors[segment]
     }
 
-    /// Before this the segment holds, perhaps. Hot.
+    /// When the segment ends. Hot.
     pub(super) fn until(&self, segment: usize) -> HostRange {
         self.segments().get(segment + 1).map_or(HostRange::at(HostTsc(u64::MAX)), |next| next.from)
     }
 
-    /// Where a guest time can be in a segment. Hot.
+    /// The host times of a guest time in a segment; `None` if it does not lie there. Hot.
     pub(super) fn place(&self, segment: usize, guest: GuestTsc, near: HostTsc) -> Option<HostRange> {
         let Segment { from, pair } = self.segments()[segment];
         let range = pair.to_host(guest, near.max(from.low))?;
@@ -148,14 +148,14 @@ impl Table {
         (count <= SEGMENTS_MAX).then_some(Self { since, vcpus })
     }
 
-    /// Tells when a vCPU ran.
+    /// Adds the runs of a vCPU.
     pub fn learn(&mut self, cpu: Cpu, runs: Runs) {
         if let Some(vcpu) = self.vcpus.iter_mut().find(|vcpu| vcpu.history.cpu() == cpu) {
             vcpu.runs = Some(runs);
         }
     }
 
-    /// When nothing was traced yet.
+    /// A host time before the trace.
     pub fn since(&self) -> HostTsc {
         self.since
     }
@@ -170,7 +170,7 @@ impl Table {
         self.vcpu(cpu).map(|vcpu| &vcpu.history)
     }
 
-    /// What was learnt of a vCPU's runs.
+    /// The known runs of a vCPU.
     pub(crate) fn runs(&self, cpu: Cpu) -> Option<&Runs> {
         self.vcpu(cpu)?.runs.as_ref()
     }

@@ -47,7 +47,7 @@ const RECORDINGS: [Recording; 4] = [
 const CLOCKS: &str = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
 /// What is said of a guest's clock then, in the closing table and in the file.
 const MEASURED: &str = "measured, 2 vCPUs, ±";
-const WHY_MEASURED: &str = "the host's kernel does not trust its TSC";
+const WHY_MEASURED: &str = "the host's kernel finds its TSC unstable";
 /// The files of QEMU that a machine without a display needs.
 const FIRMWARE: [&str; 4] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"];
 

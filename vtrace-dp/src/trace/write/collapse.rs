@@ -1,13 +1,13 @@
-//! Takes the holes between the lanes out of a file, in place.
+//! Removes the holes between the lanes of a file, in place.
 //!
 //! In:    a file, where its lanes lie ([`Areas`], closed), where the first one shall begin
-//! Out:   the lanes one behind the other; `areas` says where; the file ends with the last one
+//! Out:   adjacent lanes; `areas` records where; the file ends with the last one
 //! Runs:  on the writer's thread, after the last page is written
-//! Full:  copying needs room for one step only; where there is none the lane stays where it is, behind its hole
-//! Trust: the file is ours and nobody writes to it
+//! Full:  copying needs room for one step; without it the lane stays where it is, after its hole
+//! Trust: the file is ours, and nothing else writes to it
 //!
-//! Two ways. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes; the kernel first writes back what is dirty behind the
-//! hole, so a recording has that done all the while ([`crate::recorder`]'s write-behind). Elsewhere bytes are copied
+//! There are two methods. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes; the kernel first writes back the dirty pages
+//! after the hole, so a recording writes back continuously ([`crate::recorder`]'s write-behind). Elsewhere bytes are copied
 //! downwards step by step with copy_file_range (which shares blocks on btrfs), and what was copied is punched out, so
 //! that no second copy of the data ever exists. Before each step that cannot be repeated, `save` has put the new places
 //! into the file. Where copying would really move bytes, and more than [`COPY_BYTES_MAX`] (a tmpfs), the holes stay: a
@@ -23,14 +23,14 @@ use nix::{
 
 use crate::trace::format::areas::{Areas, Extent, LaneArea};
 
-/// How the holes went.
+/// What became of the holes between lanes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Compaction {
-    /// The file system took them out (or there were none).
+    /// The file system removed them, or there were none.
     Collapsed,
     /// Bytes were copied downwards.
     Copied,
-    /// Holes are left: there was no room to copy, or too much to move. The file is as right, but sparse.
+    /// They are still there: there was no room to copy, or too much to move. The file is valid, but sparse.
     Left,
 }
 
@@ -42,7 +42,7 @@ pub(crate) const STEP_BYTES: u64 = 64 << 20;
 /// Bytes of the buffer where the kernel does not copy.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// What a collapse works on.
+/// A file and its lanes, to be moved together.
 pub(crate) struct Collapse<'a> {
     /// The file, readable and writable.
     pub(crate) file: &'a File,
@@ -156,7 +156,7 @@ impl Collapse<'_> {
         self.move_rest(index)
     }
 
-    /// Copies `rest` behind `moved`, and makes one of both.
+    /// Copies `rest` to the end of `moved` and joins both.
     fn move_rest(&mut self, index: usize) -> io::Result<()> {
         let LaneArea { moved, rest, .. } = self.areas.lanes[index];
         // A step never reaches into what is not copied yet: it can be repeated. The distance stays the same.
@@ -242,13 +242,13 @@ fn copy_by_hand(file: &File, from: &mut i64, to: &mut i64, end: i64) -> io::Resu
     Ok(())
 }
 
-/// The file system does not do this; there is another way.
+/// Whether the error means that the file system cannot do this.
 fn is_refusal(error: &io::Error) -> bool {
     let refusals = [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENOSYS, Errno::EXDEV, Errno::EPERM, Errno::ETXTBSY];
     error.raw_os_error().is_some_and(|raw| refusals.contains(&Errno::from_raw(raw)))
 }
 
-/// No room.
+/// Whether the error means that the disk is full.
 fn is_full(error: &io::Error) -> bool {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     matches!(error.kind(), StorageFull | QuotaExceeded)
