@@ -35,7 +35,10 @@ use super::{
         section::{SectionHeader, bytes_of},
         segments::{Segments, Shown},
     },
-    read::input::{FileSource, Input, ReadFault, Source},
+    read::{
+        Reader,
+        input::{FileSource, Input, ReadFault, Source},
+    },
     write::{
         WriteFault,
         collapse::Compaction,
@@ -124,6 +127,10 @@ pub struct LaneFound {
 }
 
 impl Restored {
+    fn finished(bytes: u64) -> Self {
+        Self { was: Was::Finished, bytes, sparse: false, linked: true, converted: 0, lanes: Vec::new() }
+    }
+
     /// Whether anything is missing that a whole recording would have.
     pub fn is_missing_pages(&self) -> bool {
         self.lanes.iter().any(|lane| lane.pages_missing + lane.pages_torn + lane.pages_left_out > 0)
@@ -157,18 +164,13 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
     }
     let io = |action| move |source| RestoreFault::Io { action, source };
     let source = FileSource::new(file.try_clone().map_err(io("open again"))?).map_err(io("ask for the size"))?;
-    let skeleton = inspect(&source)?;
-    if skeleton.areas.state == WriteState::Finished {
-        let bytes = source.bytes();
-        return Ok(Restored {
-            was: Was::Finished,
-            bytes,
-            sparse: false,
-            linked: true,
-            converted: 0,
-            lanes: Vec::new(),
-        });
-    }
+    let bytes = source.bytes();
+    let skeleton = match inspect(&source) {
+        Ok(skeleton) if skeleton.areas.state == WriteState::Finished => return Ok(Restored::finished(bytes)),
+        Err(RestoreFault::NotOurs) if is_packed(source) => return Ok(Restored::finished(bytes)),
+        inspected => inspected?,
+    };
+    let source = FileSource::new(file.try_clone().map_err(io("open again"))?).map_err(io("ask for the size"))?;
     let unit = unit_bytes(&file, skeleton.page_bytes)?;
     let mut plan = plan(&source, &skeleton, unit)?;
     plan.changes.sort_unstable_by_key(|(at, _)| *at);
@@ -184,6 +186,13 @@ pub fn restore(file: File) -> Result<Restored, RestoreFault> {
     let finished = frame.finish(plan.areas, &plan.texts)?;
     let sparse = finished.compaction == Compaction::Left;
     Ok(Restored { was: plan.was, bytes: finished.bytes, sparse, linked: plan.linked, converted, lanes: plan.lanes })
+}
+
+/// Whether this is a finished recording of ours in a form without areas: with named instances, compressed, or version 6.
+/// Such a file gets its name when it is complete.
+fn is_packed(source: FileSource) -> bool {
+    let is_ours = |option: &TraceOption| matches!(option, TraceOption::Version(text) if text.starts_with("vtrace "));
+    Reader::open(source).is_ok_and(|reader| reader.options().iter().any(is_ours))
 }
 
 /// Goes on where a recording was killed while it gave its lanes the host's times. Gives how many events got theirs now.

@@ -9,8 +9,11 @@ use super::*;
 use crate::{
     ftrace::metadata::Metadata,
     trace::{
-        read::Reader,
-        write::{Bounds, Writer},
+        format::compressed::Compression,
+        write::{
+            Bounds, Writer,
+            pack::{Form, FormatVersion, pack},
+        },
     },
 };
 
@@ -55,6 +58,35 @@ fn times(file: &File) -> Vec<Vec<u64>> {
 }
 
 const FOLDERS: [&str; 2] = [env!("CARGO_MANIFEST_DIR"), "/dev/shm"];
+
+#[test]
+fn packed_file_is_finished_already_and_that_of_another_program_is_refused() {
+    let forms = [
+        (FormatVersion::V7, Compression::None),
+        (FormatVersion::V7, Compression::Zstd),
+        (FormatVersion::V6, Compression::None),
+    ];
+    for (recorder, is_ours) in [("vtrace 0.1.0", true), ("trace-cmd 3.4", false)] {
+        let (file, writer) = writer(FOLDERS[1], Bounds::default(), [3, 5]);
+        let filled = [(Cpu(0), 3 * PAGE), (Cpu(3), 5 * PAGE)];
+        let version = TraceOption::Version(recorder.to_owned());
+        writer.finish(&filled, b"1 init\n", &[options(), vec![version]].concat(), "{}").unwrap();
+        for (version, compression) in forms {
+            let packed = tempfile::tempfile_in(FOLDERS[1]).unwrap();
+            let form = Form { version, compression };
+            let bytes = pack(file.try_clone().unwrap(), &[], form, &packed).unwrap();
+            let restored = restore(packed.try_clone().unwrap());
+            match restored {
+                Ok(restored) => {
+                    assert!(is_ours && restored.was == Was::Finished && restored.bytes == bytes, "{form:?}")
+                }
+                Err(fault) => assert!(!is_ours && matches!(fault, RestoreFault::NotOurs), "{form:?}: {fault}"),
+            }
+            packed.set_len(bytes - 1).unwrap();
+            assert!(matches!(restore(packed), Err(RestoreFault::NotOurs)), "a packed file that is cut is not finished");
+        }
+    }
+}
 
 #[test]
 fn file_that_was_never_closed_gets_all_its_pages() {
