@@ -110,6 +110,11 @@ pub enum FromAgent {
         /// So many events are on.
         events: u32,
     },
+    /// Events that ring buffers have lost since the start, of CPUs that lost any. Follows a pong when it has grown.
+    EventsLost {
+        /// Each CPU once.
+        lanes: Vec<(Cpu, u64)>,
+    },
     /// A setting of the buffer was changed while it was recorded. Sent before `Stopped`.
     Changed(SettingChange),
 }
@@ -346,6 +351,7 @@ impl Message for FromAgent {
                 text(&lane.stats_after)?;
                 text(&lane.trouble)
             }
+            Self::EventsLost { lanes } => bounded(lanes.len(), CPUS_MAX),
             Self::Changed(change) => {
                 text(&change.setting)?;
                 text(&change.armed)?;

@@ -75,6 +75,8 @@ pub(super) struct ArmedSession {
     late_cpus: LateCpus,
     ends: Vec<LaneEnd>,
     stats_before: Vec<(Cpu, String)>,
+    /// Events lost so far, as the host was last told.
+    events_lost: u64,
     /// Settings that had changed when tracing was switched off.
     changes: Vec<SettingChange>,
     instance: Instance,
@@ -108,8 +110,18 @@ impl ArmedSession {
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
         let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
         let (pump, ends) = (Some(pump), Vec::new());
-        let work =
-            Self { commands, requests, own_only, pump, late_cpus, ends, stats_before, changes: Vec::new(), instance };
+        let work = Self {
+            commands,
+            requests,
+            own_only,
+            pump,
+            late_cpus,
+            ends,
+            stats_before,
+            events_lost: 0,
+            changes: Vec::new(),
+            instance,
+        };
         tell(&FromAgent::Armed(armed))?;
         Ok(work)
     }
@@ -166,6 +178,24 @@ impl ArmedSession {
             log::warn!("no marker: tracing was switched off: {text}");
         }
         Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
+    }
+
+    /// The events that ring buffers have lost, if there are more than at the last call.
+    pub(super) fn new_losses(&mut self) -> Option<FromAgent> {
+        let mut lanes = Vec::new();
+        let mut sum = 0_u64;
+        for (cpu, before) in &self.stats_before {
+            let lost = events_lost(before, &self.instance.stats(*cpu)).unwrap_or(0);
+            if lost > 0 {
+                lanes.push((*cpu, lost));
+                sum = sum.saturating_add(lost);
+            }
+        }
+        if sum <= self.events_lost {
+            return None;
+        }
+        self.events_lost = sum;
+        Some(FromAgent::EventsLost { lanes })
     }
 
     /// Tracing off; the pump moves what is left, then [`ArmedSession::done`] is readable.

@@ -314,7 +314,7 @@ impl<'a> Control<'a> {
             Effect::Start { marker } => self.start(&marker),
             Effect::Mark { text } => self.mark(&text),
             Effect::Echo { id, cpu } => self.echo(id, cpu, stamp),
-            Effect::Pong { id } => self.tell(&FromAgent::Pong { id }).map_err(Refused::Gone),
+            Effect::Pong { id } => self.pong(id).map_err(Refused::Gone),
             Effect::Offer => self.offer(),
             Effect::Drain => self.drain(),
             Effect::Close => self.close(),
@@ -461,6 +461,16 @@ impl<'a> Control<'a> {
             Ok(()) => Ok(()),
             Err(Refused::Gone(gone)) => Err(gone),
             Err(Refused::Failed(failure)) => self.send_failure(failure),
+        }
+    }
+
+    /// Answers a ping; while tracing is on, also with the events that were lost since.
+    fn pong(&mut self, id: u32) -> Result<(), HostGone> {
+        self.tell(&FromAgent::Pong { id })?;
+        let running = self.work.as_mut().filter(|_| self.state == SessionState::Running);
+        match running.and_then(ArmedSession::new_losses) {
+            Some(losses) => self.tell(&losses),
+            None => Ok(()),
         }
     }
 

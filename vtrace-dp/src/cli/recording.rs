@@ -29,6 +29,8 @@ pub(super) fn print(plan: &Plan, summary: &Summary) -> Result<(), Complaint> {
     }
     if !plan.quiet || summary.failed() || summary.was_changed() {
         say(&summary.to_string());
+    } else {
+        summary.cut_outputs().iter().for_each(|line| say(&format!("vtrace: {line}")));
     }
     Ok(())
 }

@@ -84,18 +84,34 @@ fn put(text: &str) {
 fn line(progress: &Progress, speed: f64) -> String {
     let lanes: usize = progress.machines.iter().map(|machine| machine.lanes).sum();
     let stalled: usize = progress.machines.iter().map(|machine| machine.stalled).sum();
-    let lost: u64 = progress.machines.iter().map(|machine| machine.ledger.pages_lost).sum();
-    let mut line =
-        format!("recording {:.0} s, {lanes} lanes, {speed:.3} GB/s, {lost} lost", progress.elapsed.as_secs_f64());
+    let pages_lost = progress.machines.iter().map(|machine| machine.ledger.pages_lost).fold(0, u64::saturating_add);
+    let known_losses = progress.machines.iter().filter_map(|machine| machine.ledger.events_lost);
+    let events_lost = known_losses.fold(0, u64::saturating_add);
+    let seconds = progress.elapsed.as_secs_f64();
+    let mut line = format!(
+        "recording {seconds:.0} s, {lanes} lanes, {speed:.3} GB/s, {pages_lost} pages and {events_lost} events lost"
+    );
     if stalled > 0 {
         line.push_str(&format!(", {stalled} stalled"));
     }
-    for MachineProgress { name, ledger, silent_s, .. } in &progress.machines {
-        let Ledger { pages_out, pages_lost, .. } = ledger;
-        let lost = if *pages_lost > 0 { format!(" ({pages_lost} lost)") } else { String::new() };
+    for MachineProgress { name, ledger, events_lost_cpu, silent_s, .. } in &progress.machines {
+        let pages_out = ledger.pages_out;
+        let lost = losses(ledger, *events_lost_cpu);
         line.push_str(&format!("  {name} {pages_out} pages{lost}{}", SilenceSuffix(*silent_s)));
     }
     line
+}
+
+/// Pages and events lost, and the CPU with most of the latter: ` (2 pages lost, 40 events lost, most on cpu1)`.
+fn losses(ledger: &Ledger, events_lost_cpu: Option<u32>) -> String {
+    let mut parts = Vec::new();
+    if ledger.pages_lost > 0 {
+        parts.push(format!("{} pages lost", ledger.pages_lost));
+    }
+    if let (Some(events), Some(cpu)) = (ledger.events_lost.filter(|events| *events > 0), events_lost_cpu) {
+        parts.push(format!("{events} events lost, most on cpu{cpu}"));
+    }
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
 }
 
 #[cfg(test)]
@@ -107,6 +123,7 @@ mod tests {
             name: name.into(),
             lanes,
             ledger: Ledger { pages_in: pages_out, pages_out, pages_lost, bytes_out, events_lost: None },
+            events_lost_cpu: None,
             stalled,
             silent_s: if name == "guest1" { seconds } else { 0 },
         };
@@ -119,11 +136,21 @@ mod tests {
         let mut lines = RateLine::default();
         lines.speed(&progress(2, 1_000_000_000));
         let speed = lines.speed(&progress(4, 4_000_000_000));
-        let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 lost, 1 stalled  host 12 pages  guest1 7 pages (2 lost)";
+        let expected = "recording 4 s, 6 lanes, 1.500 GB/s, 2 pages and 0 events lost, 1 stalled  host 12 pages  guest1 7 pages (2 pages lost)";
         assert_eq!(line(&progress(4, 4_000_000_000), speed), expected);
         let silent = line(&progress(35, 0), 0.0);
-        assert!(silent.ends_with("  guest1 7 pages (2 lost), silent for 35 s"), "{silent}");
+        assert!(silent.ends_with("  guest1 7 pages (2 pages lost), silent for 35 s"), "{silent}");
         assert!(!line(&Progress { machines: Vec::new(), ..progress(1, 0) }, 0.0).contains("stalled"));
+    }
+
+    #[test]
+    fn line_names_events_lost_in_ring_buffers_and_their_cpu() {
+        let mut progress = progress(4, 0);
+        progress.machines[0].ledger.events_lost = Some(40);
+        progress.machines[0].events_lost_cpu = Some(1);
+        let line = line(&progress, 0.0);
+        assert!(line.contains("2 pages and 40 events lost"), "{line}");
+        assert!(line.contains("host 12 pages (40 events lost, most on cpu1)"), "{line}");
     }
 
     #[test]

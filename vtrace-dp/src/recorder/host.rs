@@ -161,7 +161,11 @@ impl HostRecorder {
 
     /// The current ledgers. Readings of a lane that is moving pages may not add up.
     pub fn ledger(&self) -> Vec<LaneLedger> {
-        self.pump.as_ref().map(Pump::ledger).unwrap_or_default()
+        let mut lanes = self.pump.as_ref().map(Pump::ledger).unwrap_or_default();
+        for (lane, before) in lanes.iter_mut().zip(&self.stats_before) {
+            lane.ledger.events_lost = events_lost(before, &self.instance.stats(lane.cpu));
+        }
+        lanes
     }
 
     /// Switches tracing off, moves the remaining pages, closes the taps and reports.

@@ -29,6 +29,12 @@ pub const MEASURED: &str = "measured";
 /// [`ClockSummary::source`]: not converted (`--raw-clock`).
 pub const RAW: &str = "raw";
 
+/// The kernel's size of one CPU's buffer in a new instance (kernel/trace/trace.c, `TRACE_BUF_SIZE_DEFAULT`), KiB.
+const BUFFER_KB_DEFAULT: u64 = 1408;
+/// Bytes of one event with its header.
+const EVENT_BYTES_MIN: u64 = 16;
+const EVENT_BYTES_MAX: u64 = 4096;
+
 /// One recording.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Summary {
@@ -183,7 +189,36 @@ impl MachineSummary {
     }
 }
 
+/// A remark about events lost in ring buffers: where most were lost, and the buffer size that would have held them.
+/// `buffer_kb`: the size of each CPU's buffer, 0 for the kernel's default.
+pub(crate) fn loss_hint(lanes: &[LaneSummary], buffer_kb: u32) -> Option<String> {
+    let lost = |lane: &LaneSummary| lane.ledger.events_lost.unwrap_or(0);
+    let total = lanes.iter().map(lost).fold(0, u64::saturating_add);
+    let worst = lanes.iter().max_by_key(|lane| lost(lane)).filter(|lane| lost(lane) > 0)?;
+    let events_read = worst.events.unwrap_or(0).max(1);
+    let event_bytes = (worst.ledger.bytes_out / events_read).clamp(EVENT_BYTES_MIN, EVENT_BYTES_MAX);
+    let lost_kb = lost(worst).saturating_mul(event_bytes).div_ceil(1024);
+    let buffer_kb = if buffer_kb == 0 { BUFFER_KB_DEFAULT } else { u64::from(buffer_kb) };
+    let wanted_kb = buffer_kb.saturating_add(lost_kb).checked_next_power_of_two()?;
+    let (cpu, on_cpu) = (worst.cpu, lost(worst));
+    Some(format!("{total} events were lost in ring buffers, {on_cpu} on cpu{cpu}: -b {wanted_kb} would have held them"))
+}
+
 impl Summary {
+    /// Commands whose output was cut, one line each: said even where there is no table.
+    pub fn cut_outputs(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for machine in &self.machines {
+            for CommandSummary { command, output_dropped_bytes, .. } in &machine.commands {
+                if *output_dropped_bytes > 0 {
+                    let name = &machine.name;
+                    lines.push(format!("{name}: {command}: {output_dropped_bytes} bytes of its output left out"));
+                }
+            }
+        }
+        lines
+    }
+
     /// Whether settings were changed while a machine recorded: events may be missing, or times be of another clock.
     pub fn was_changed(&self) -> bool {
         self.machines.iter().any(|machine| !machine.changes.is_empty())
@@ -206,11 +241,11 @@ impl Summary {
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.machines.iter().map(|machine| machine.name.len()).max().unwrap_or(0).max(7);
-        let head = ["pages in", "out", "lost", "events", "lost", "bytes", "seconds"];
+        let head = ["pages in", "pages out", "pages lost", "events", "events lost", "bytes", "seconds"];
         let [pages_in, out, lost, events, events_lost, bytes, seconds] = head;
         writeln!(
             f,
-            "{:width$} {pages_in:>10} {out:>10} {lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8}  file",
+            "{:width$} {pages_in:>10} {out:>10} {lost:>10} {events:>10} {events_lost:>11} {bytes:>12} {seconds:>8}  file",
             "machine"
         )?;
         match self.ended {
@@ -225,7 +260,7 @@ impl fmt::Display for Summary {
             let file = machine.file.as_deref().unwrap_or("-");
             writeln!(
                 f,
-                "{:width$} {pages_in:>10} {pages_out:>10} {pages_lost:>6} {events:>10} {events_lost:>6} {bytes:>12} {seconds:>8.2}  {file}",
+                "{:width$} {pages_in:>10} {pages_out:>10} {pages_lost:>10} {events:>10} {events_lost:>11} {bytes:>12} {seconds:>8.2}  {file}",
                 machine.name
             )?;
         }
@@ -449,5 +484,32 @@ mod tests {
             assert!(text.contains(line), "{text}");
         }
         assert!(summary.was_changed() && !summary.lost_anything());
+    }
+
+    #[test]
+    fn lost_events_name_their_cpu_and_the_buffer_size_that_would_have_held_them() {
+        let lane = |cpu, events, events_lost, bytes_out| LaneSummary {
+            cpu,
+            events: Some(events),
+            ledger: Ledger { events_lost: Some(events_lost), bytes_out, ..Ledger::default() },
+            ..LaneSummary::default()
+        };
+        let lanes = [lane(0, 100, 7, 4096), lane(3, 1000, 50_000, 64_000)];
+        let expected = "50007 events were lost in ring buffers, 50000 on cpu3: -b 4096 would have held them";
+        assert_eq!(loss_hint(&lanes, 64).as_deref(), Some(expected));
+        assert_eq!(loss_hint(&lanes[..1], 0).as_deref().map(|hint| hint.contains("-b 2048")), Some(true));
+        assert_eq!(loss_hint(&[lane(0, 100, 0, 4096)], 64), None);
+    }
+
+    #[test]
+    fn output_that_was_cut_is_named_without_a_table_too() {
+        let commands = vec![
+            CommandSummary { command: "yes".into(), status: Some(0), output_dropped_bytes: 9 },
+            CommandSummary { command: "true".into(), status: Some(0), output_dropped_bytes: 0 },
+        ];
+        let machine = MachineSummary { name: "guest1".into(), commands, ..MachineSummary::default() };
+        let summary =
+            Summary { session: "7".into(), seconds: 3.0, machines: vec![machine], ended: None, command_status: None };
+        assert_eq!(summary.cut_outputs(), ["guest1: yes: 9 bytes of its output left out"]);
     }
 }

@@ -25,7 +25,7 @@ use crate::{
         guests::session::Trouble,
         host::{Host, HostReport, instances},
         session::{Recording, SharedFacts},
-        summary::{LaneSummary, MachineSummary, Summary},
+        summary::{LaneSummary, MachineSummary, Summary, loss_hint},
     },
     trace::{
         format::option::TraceOption,
@@ -107,6 +107,7 @@ fn finish_instances(
     let mut parts = Vec::new();
     for (instance, (mut file, report)) in recording.instances.iter().zip(stopped) {
         let mut machine = host_machine(recording, instance.title(), &file, &report);
+        machine.remarks.extend(loss_hint(&machine.lanes, instance.buffer_kb));
         let clock = recorded_clock(&instance.host.armed.clock, &report.changes);
         file.writer.set_clock(&clock);
         let mut options = machine_options(shared, &clock, &uname(), file.trace_id);
@@ -155,6 +156,7 @@ fn finish_host(
     parts: Vec<PartFile>,
 ) -> MachineSummary {
     let mut machine = host_machine(recording, "host".into(), &file, report);
+    machine.remarks.extend(loss_hint(&machine.lanes, recording.plan.host.arm.buffer_kb));
     machine.remarks.extend(online_since_start(&recording.host.armed.lanes));
     let clock = recorded_clock(&recording.host.armed.clock, &report.changes);
     file.writer.set_clock(&clock);

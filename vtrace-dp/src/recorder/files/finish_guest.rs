@@ -30,7 +30,7 @@ use crate::{
         },
         host::instances,
         session::{Recording, SharedFacts},
-        summary::MachineSummary,
+        summary::{MachineSummary, loss_hint},
     },
     trace::{format::option::TraceOption, write::Writer},
 };
@@ -107,6 +107,7 @@ fn guest_summary(
         remarks.push(format!("stopped before the others, near its {bytes_max} bytes (--max-guest-bytes)"));
     }
     remarks.extend(session.reports.iter().filter_map(trouble_of));
+    remarks.extend(loss_hint(&lanes, session.buffer_kb()));
     remarks.extend(times.remarks);
     MachineSummary {
         name: session.name.clone(),

@@ -14,6 +14,7 @@ use std::{collections::BTreeSet, time::Instant};
 
 use vtrace_common::{
     ids::Cpu,
+    ledger::Ledger,
     limits::{CHANGES_MAX, CPUS_MAX, PAGE_BYTES_MAX, PAGE_BYTES_MIN},
     time::GuestTsc,
     wire::{
@@ -124,6 +125,8 @@ pub struct GuestSession {
     pub reports: Vec<LaneReport>,
     /// The agent's ledger of CPUs that came online after the start and have no lane.
     pub late: Vec<LaneReport>,
+    /// Events that its ring buffers have lost so far, by CPU.
+    events_lost: Vec<(Cpu, u64)>,
     /// Settings of its buffer that were changed while it recorded.
     pub changes: Vec<SettingChange>,
     /// Why the agent refused the last probe.
@@ -158,6 +161,7 @@ impl GuestSession {
             echo: None,
             reports: Vec::new(),
             late: Vec::new(),
+            events_lost: Vec::new(),
             changes: Vec::new(),
             probe_refused: None,
             probing: false,
@@ -173,6 +177,11 @@ impl GuestSession {
     /// The current phase.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// The size of each of its CPUs' buffers that was asked for, KiB; 0 for the kernel's default.
+    pub(crate) fn buffer_kb(&self) -> u32 {
+        self.arm.buffer_kb
     }
 
     /// Lanes, page size and clock of a guest that has a file.
@@ -288,6 +297,10 @@ impl GuestSession {
             }
             (Phase::Stopping, FromAgent::Lane(report)) if self.is_late(report.cpu) => {
                 self.late.push(shown_report(report));
+                vec![]
+            }
+            (Phase::Running | Phase::Stopping, FromAgent::EventsLost { lanes }) => {
+                self.events_lost = lanes;
                 vec![]
             }
             (Phase::Stopping, FromAgent::Changed(change)) => {
@@ -430,10 +443,15 @@ impl GuestSession {
         self.armed.as_ref().map(|armed| lanes_in_use(armed, &self.ledgers)).unwrap_or_default()
     }
 
-    /// The server's ledgers of those lanes.
+    /// The server's ledgers of those lanes, with the events lost that the agent last reported.
     pub fn ledgers_in_use(&self) -> Vec<LaneLedger> {
         let lanes = self.lanes_in_use();
-        self.ledgers.iter().filter(|ledger| lanes.contains(&ledger.cpu)).copied().collect()
+        let mut ledgers = Vec::new();
+        for lane in self.ledgers.iter().filter(|lane| lanes.contains(&lane.cpu)) {
+            let lost = self.events_lost.iter().find(|(cpu, _)| *cpu == lane.cpu).map_or(0, |(_, lost)| *lost);
+            ledgers.push(LaneLedger { ledger: Ledger { events_lost: Some(lost), ..lane.ledger }, ..*lane });
+        }
+        ledgers
     }
 
     /// Whether a CPU came online after the start and is not yet reported.

@@ -39,7 +39,7 @@ fn server_that_takes_requests_and_answers_none_is_given_up() {
     guests.take(Duration::from_millis(40)).expect("nothing is owed");
     guests.owed = Some(Instant::now());
     let error = guests.take(Duration::from_millis(40)).unwrap_err();
-    let text = format!("the server (pid {}) has taken no notice for 0 s", std::process::id());
+    let text = format!("the server (pid {}) has neither read nor answered for 0 s", std::process::id());
     assert_eq!(error.to_string(), text);
 }
 

@@ -22,6 +22,8 @@ use crate::recorder::{
 pub(crate) struct Instance {
     /// Its name in the file.
     pub(crate) name: String,
+    /// The size of each CPU's buffer that was asked for, KiB; 0 for the kernel's default.
+    pub(crate) buffer_kb: u32,
     pub(crate) host: Host,
     output: Option<OutputFile>,
     pub(crate) file: Option<MachineFile>,
@@ -46,7 +48,14 @@ pub(crate) fn arm(plan: &Plan) -> Result<Vec<Instance>, RecordError> {
     for instance in &plan.instances {
         let output = OutputFile::open(&part_path(&plan.host.output, &instance.name))?;
         let host = Host::arm(&instance.arm)?;
-        instances.push(Instance { name: instance.name.clone(), host, output: Some(output), file: None, report: None });
+        instances.push(Instance {
+            name: instance.name.clone(),
+            buffer_kb: instance.arm.buffer_kb,
+            host,
+            output: Some(output),
+            file: None,
+            report: None,
+        });
     }
     Ok(instances)
 }

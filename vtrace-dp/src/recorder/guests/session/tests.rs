@@ -237,7 +237,9 @@ fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
     session.on(FromServer::Finished { guest: GUEST.into(), lanes });
 
     assert_eq!(session.lanes_in_use(), [Cpu(0), Cpu(1)]);
-    assert_eq!(session.ledgers_in_use(), [ledger(0, 7), ledger(1, 5)]);
+    let in_use = session.ledgers_in_use();
+    let pages: Vec<(Cpu, u64)> = in_use.iter().map(|lane| (lane.cpu, lane.ledger.pages_out)).collect();
+    assert_eq!(pages, [(Cpu(0), 7), (Cpu(1), 5)]);
     let (lanes, remarks) = guest_lanes(&session, &session.ledgers);
     let counts = |lane: &LaneSummary| {
         let known = lane.events.zip(lane.ledger.events_lost).expect("the kernel's counts came");
@@ -269,4 +271,14 @@ fn changes_that_an_agent_reports_are_bounded_and_printable() {
         session.on(agent(FromAgent::Changed(change.clone())));
     }
     assert_eq!((session.changes.len(), &*session.changes[0].found), (CHANGES_MAX, "?[2Jx"));
+}
+
+#[test]
+fn events_that_an_agent_reports_as_lost_are_in_the_running_ledgers() {
+    let mut session = running();
+    session.on(FromServer::Ledger { guest: GUEST.into(), lanes: vec![LaneLedger::default()] });
+    assert_eq!(session.ledgers_in_use()[0].ledger.events_lost, Some(0));
+    session.on(agent(FromAgent::EventsLost { lanes: vec![(Cpu(0), 42), (Cpu(9), 7)] }));
+    assert_eq!(session.ledgers_in_use()[0].ledger.events_lost, Some(42));
+    assert!(session.trouble.is_none());
 }
