@@ -14,7 +14,7 @@ use std::{
 use vtrace_common::{
     ids::Cpu,
     wire::{
-        Decoder, Family, Hello,
+        Capabilities, Decoder, Family, Hello,
         agent::ToAgent,
         client::{Area, FromServer, LaneSent, Lanes, ToServer},
         encode,
@@ -100,7 +100,13 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let mut reversed = session.clone();
     reversed.reverse();
     let stranger = ToServer::Claim { guest: "../guest1".into() };
-    let hello = encode(&Hello { version_min: 2, version_max: 9, software: String::new() }).expect("bounds");
+    let hello = encode(&Hello {
+        version_min: 2,
+        version_max: 9,
+        software: String::new(),
+        capabilities: Capabilities::default(),
+    })
+    .expect("bounds");
     vec![
         sent(&session),
         sent(&reversed),

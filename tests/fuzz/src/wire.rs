@@ -10,7 +10,7 @@ use vtrace_common::{
     ledger::Ledger,
     time::{GuestTsc, HostTsc},
     wire::{
-        Decoder, Fault, Frame, Hello, Message,
+        Capabilities, Decoder, Fault, Frame, Hello, Message,
         agent::{
             Arm, Armed, Echo, EventRequest, Failure, FailureKind, FromAgent, LaneReport, Machine, OfferPiece, Offered,
             Part, Piece, ToAgent,
@@ -118,7 +118,10 @@ fn sent<M: Message>(messages: &[M]) -> Vec<Vec<u8>> {
 }
 
 fn hellos() -> Vec<Vec<u8>> {
-    sent(&[Hello::ours("vtrace seed"), Hello { version_min: 2, version_max: 9, software: String::new() }])
+    sent(&[
+        Hello::ours("vtrace seed"),
+        Hello { version_min: 2, version_max: 9, software: String::new(), capabilities: Capabilities::default() },
+    ])
 }
 
 fn to_agent() -> Vec<Vec<u8>> {

@@ -11,7 +11,8 @@ extern crate alloc;
 
 /// First four bytes of every frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"vtrc");
-/// The wire version of this build.
+/// The wire version of this build. Messages are added under a [`Capabilities`](super::Capabilities) bit each; only a change
+/// of what there is raises it.
 pub const VERSION: u16 = 2;
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 12;
@@ -46,6 +47,12 @@ pub trait Message: Serialize + DeserializeOwned {
     const FAMILY: Family;
     /// Compares every text and count with its bound.
     fn check(&self) -> Result<(), Fault>;
+    /// The second field of its frame's header: the wire version, or what a hello puts there.
+    fn header_field(&self) -> u16 {
+        VERSION
+    }
+    /// Takes that field when the message is received.
+    fn set_header_field(&mut self, _field: u16) {}
 }
 
 /// Why bytes are refused. The link they came over cannot be used any more.
@@ -77,7 +84,9 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Magic(word) => write!(f, "not a vtrace frame (starts with {word:#010x})"),
-            Self::Version { theirs } => write!(f, "wire version {theirs}, this side speaks {VERSION}"),
+            Self::Version { theirs } => {
+                write!(f, "wire version {theirs}, this side speaks {VERSION}: use the same vtrace on both")
+            }
             Self::Family(code) => write!(f, "message family {code} does not belong here"),
             Self::Length(bytes) => write!(f, "frame of {bytes} bytes, at most {FRAME_BYTES_MAX} are allowed"),
             Self::Payload => write!(f, "malformed message"),
@@ -93,6 +102,7 @@ impl core::error::Error for Fault {}
 pub struct Frame {
     /// The family its header names.
     pub family: Family,
+    header_field: u16,
     payload: Vec<u8>,
 }
 
@@ -102,11 +112,12 @@ impl Frame {
         if self.family != M::FAMILY {
             return Err(Fault::Family(self.family as u16));
         }
-        let (message, rest) = postcard::take_from_bytes::<M>(&self.payload).map_err(|_| Fault::Payload)?;
+        let (mut message, rest) = postcard::take_from_bytes::<M>(&self.payload).map_err(|_| Fault::Payload)?;
         if !rest.is_empty() {
             return Err(Fault::Payload);
         }
         message.check()?;
+        message.set_header_field(self.header_field);
         Ok(message)
     }
 }
@@ -116,7 +127,7 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, Fault> {
     message.check()?;
     let mut bytes = Vec::with_capacity(HEADER_BYTES + 64);
     bytes.extend_from_slice(&MAGIC.to_le_bytes());
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&message.header_field().to_le_bytes());
     bytes.extend_from_slice(&(M::FAMILY as u16).to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     let mut bytes = postcard::to_extend(message, bytes).map_err(|_| Fault::Payload)?;
@@ -153,18 +164,18 @@ impl Decoder {
     /// The next whole frame, `None` when more bytes are needed. After a fault the stream is lost.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, Fault> {
         let Some((header, _)) = self.bytes.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
-        let (family, length) = parse_header(header)?;
+        let (family, header_field, length) = parse_header(header)?;
         let end = HEADER_BYTES + length;
         if self.bytes.len() < end {
             return Ok(None);
         }
         let payload = self.bytes[HEADER_BYTES..end].to_vec();
         self.bytes.drain(..end);
-        Ok(Some(Frame { family, payload }))
+        Ok(Some(Frame { family, header_field, payload }))
     }
 }
 
-fn parse_header(header: &[u8; HEADER_BYTES]) -> Result<(Family, usize), Fault> {
+fn parse_header(header: &[u8; HEADER_BYTES]) -> Result<(Family, u16, usize), Fault> {
     let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     if word(0) != MAGIC {
@@ -178,5 +189,5 @@ fn parse_header(header: &[u8; HEADER_BYTES]) -> Result<(Family, usize), Fault> {
     if length > FRAME_BYTES_MAX {
         return Err(Fault::Length(length));
     }
-    Ok((family, length))
+    Ok((family, half(4), length))
 }

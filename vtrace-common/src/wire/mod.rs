@@ -5,9 +5,12 @@
 //! | offset | field | |
 //! |---|---|---|
 //! | 0 | `u32` magic | `vtrc`, little endian as all of it |
-//! | 4 | `u16` version | [`VERSION`]; a hello of any version can be read by every other |
+//! | 4 | `u16` version | [`VERSION`]; in a hello, the sender's [`Capabilities`] |
 //! | 6 | `u16` family | [`Family`] |
 //! | 8 | `u32` length | bytes of payload |
+//!
+//! A hello of any version can be read by every other. Sides whose ranges of versions overlap speak the newest version that
+//! both have, and send a message that was added later only to a side whose hello has its capability bit.
 //!
 //! The payload is one message of that family in postcard's encoding, with nothing behind it.
 //! [`Decoder`] turns a byte stream into frames; [`encode`] and [`Frame::open`] turn messages into frames and back.
@@ -29,6 +32,25 @@ use serde::{Deserialize, Serialize};
 
 extern crate alloc;
 
+/// What a side can do beyond the first messages of its wire version. Unknown bits are kept and mean nothing.
+///
+/// They travel in the version field of a hello's header, which no version compares: the payload of a hello has to stay as
+/// version 1 reads it, so that it can refuse with both versions in its message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Capabilities(pub u16);
+
+impl Capabilities {
+    /// An agent lists clocks, tracers and events: [`ToAgent::Offer`](agent::ToAgent::Offer).
+    pub const OFFER: Self = Self(1);
+    /// All that this build can do.
+    pub const ALL: Self = Self::OFFER;
+
+    /// Whether every bit of `other` is set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
 /// The first message of each side, readable by every version. Its encoding never changes.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Hello {
@@ -38,12 +60,15 @@ pub struct Hello {
     pub version_max: u16,
     /// Program and its version, for people.
     pub software: String,
+    /// In the frame's header.
+    #[serde(skip)]
+    pub capabilities: Capabilities,
 }
 
 impl Hello {
     /// What this build says of itself.
     pub fn ours(software: &str) -> Self {
-        Self { version_min: VERSION, version_max: VERSION, software: software.into() }
+        Self { version_min: VERSION, version_max: VERSION, software: software.into(), capabilities: Capabilities::ALL }
     }
 
     /// Whether both sides speak [`VERSION`].
@@ -56,6 +81,12 @@ impl Message for Hello {
     const FAMILY: Family = Family::Hello;
     fn check(&self) -> Result<(), Fault> {
         text(&self.software)
+    }
+    fn header_field(&self) -> u16 {
+        self.capabilities.0
+    }
+    fn set_header_field(&mut self, field: u16) {
+        self.capabilities = Capabilities(field);
     }
 }
 

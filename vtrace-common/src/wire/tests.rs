@@ -34,13 +34,38 @@ fn message_comes_out_as_it_went_in() {
 
 #[test]
 fn hello_of_another_version_is_read_and_anything_else_is_refused() {
-    let mut hello = encode(&Hello::ours("vtrace test")).unwrap();
-    hello[4..6].copy_from_slice(&9u16.to_le_bytes());
-    assert!(frames(&hello).unwrap()[0].open::<Hello>().unwrap().speaks_ours());
+    let hello = Hello { version_min: VERSION - 1, version_max: VERSION + 1, ..Hello::ours("vtrace test") };
+    let bytes = encode(&hello).unwrap();
+    assert_eq!(frames(&bytes).unwrap()[0].open::<Hello>(), Ok(hello.clone()));
+    assert!(hello.speaks_ours());
     let mut stop = encode(&ToAgent::Stop).unwrap();
     stop[4..6].copy_from_slice(&9u16.to_le_bytes());
     assert_eq!(frames(&stop), Err(Fault::Version { theirs: 9 }));
     assert!(Fault::Version { theirs: 9 }.to_string().contains("wire version 9"));
+}
+
+/// A hello of version 1 as its program writes it, and as it reads ours: the payload is postcard's of three fields.
+#[test]
+fn hello_of_version_1_and_ours_read_each_other() {
+    let payload = [&[1, 1, 12][..], b"vtrace 0.1.0"].concat();
+    let mut bytes = [&MAGIC.to_le_bytes()[..], &1u16.to_le_bytes(), &[0; 6]].concat();
+    bytes[8] = u8::try_from(payload.len()).unwrap();
+    bytes.extend(&payload);
+    let older = frames(&bytes).unwrap()[0].open::<Hello>().unwrap();
+    assert_eq!((older.version_min, older.version_max, older.software.as_str()), (1, 1, "vtrace 0.1.0"));
+    assert!(!older.speaks_ours());
+    let ours = encode(&Hello::ours("vtrace 0.1.0")).unwrap();
+    assert_eq!(ours[HEADER_BYTES..], [&[2, 2, 12][..], b"vtrace 0.1.0"].concat());
+}
+
+#[test]
+fn unknown_capabilities_of_a_newer_side_are_ignored() {
+    let newer = Hello { capabilities: Capabilities(u16::MAX), version_max: VERSION + 1, ..Hello::ours("newer") };
+    let read = frames(&encode(&newer).unwrap()).unwrap()[0].open::<Hello>().unwrap();
+    assert!(read.speaks_ours() && read.capabilities.contains(Capabilities::ALL));
+    let fewer = Hello { capabilities: Capabilities::default(), ..newer };
+    let read = frames(&encode(&fewer).unwrap()).unwrap()[0].open::<Hello>().unwrap();
+    assert!(read.speaks_ours() && !read.capabilities.contains(Capabilities::OFFER));
 }
 
 #[test]

@@ -292,7 +292,8 @@ impl<'a> Control<'a> {
             self.hello_state = HelloState::Foreign;
             let (min, max) = (hello.version_min, hello.version_max);
             log::error!(
-                "the host ({}) has wire versions {min} to {max}, this agent has {VERSION}: its requests are refused",
+                "the host ({}) has wire versions {min} to {max}, this agent has {VERSION}: \
+                 its requests are refused; copy the host's vtrace into this guest",
                 hello.software
             );
             return Ok(());

@@ -70,7 +70,10 @@ struct Held {
 enum ClientEnd {
     #[error("it closed its socket")]
     Closed,
-    #[error("it speaks wire versions {} to {}", .0.version_min, .0.version_max)]
+    #[error(
+        "it ({}) speaks wire versions {} to {}, this server speaks {}: use the same vtrace for both",
+        .0.software, .0.version_min, .0.version_max, vtrace_common::wire::VERSION
+    )]
     Version(Hello),
     #[error("{0}")]
     Fault(Fault),

@@ -21,7 +21,7 @@ use std::{
 use vtrace_common::{
     limits::{FRAMES_WAITING_MAX, NAME_BYTES_MAX},
     wire::{
-        Hello,
+        Capabilities, Hello, VERSION,
         agent::{FromAgent, Machine, ToAgent},
         client::{AgentState, Claimed, DriverState, FromServer, Gone, GuestState, Refusal},
     },
@@ -266,12 +266,25 @@ impl Guest {
         FromServer::Claimed(Claimed { guest: state.name.clone(), vmm_pid: state.vmm_pid.unwrap_or(0), machine })
     }
 
+    /// Why the agent cannot be sent this request: its hello has no capability for it.
+    fn unable(&self, request: &ToAgent) -> Option<String> {
+        let state = self.slot.lock();
+        let hello = &state.agent.as_ref()?.hello;
+        let is_able = *request != ToAgent::Offer || hello.capabilities.contains(Capabilities::OFFER);
+        (!is_able).then(|| {
+            let software = &hello.software;
+            format!("its agent ({software}) does not list events, clocks and tracers: copy this vtrace into the guest")
+        })
+    }
+
     fn pass(&mut self, holder: &Holder, request: &ToAgent, port: &mut ControlPort) {
         let guest = self.slot.name.clone();
         let refusal = if !self.claims.is_held_by(holder) {
             Refusal::State { guest, detail: "this client does not hold the guest".into() }
         } else if !port.is_open() {
             Refusal::NoAgent { guest }
+        } else if let Some(detail) = self.unable(request) {
+            Refusal::State { guest, detail }
         } else {
             match port.send(request) {
                 Ok(()) => {
@@ -418,8 +431,9 @@ impl Owner for Guest {
                 if self.slot.lock().agent.is_some() {
                     self.agent_gone(Gone::Agent); // the one before
                 }
+                let is_usable = if hello.speaks_ours() { "" } else { ": not usable, copy this vtrace into the guest" };
                 self.slot.log.info(format_args!(
-                    "agent {:?}, wire versions {} to {}",
+                    "agent {:?}, wire versions {} to {}, this server speaks {VERSION}{is_usable}",
                     hello.software, hello.version_min, hello.version_max
                 ));
                 let hello = Hello { software: printable(cut(&hello.software, SOFTWARE_BYTES_MAX)), ..hello };

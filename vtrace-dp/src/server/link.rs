@@ -64,7 +64,10 @@ pub enum LinkError {
         source: io::Error,
     },
     /// The server speaks another wire version.
-    #[error("the server ({}) speaks wire versions {} to {}", hello.software, hello.version_min, hello.version_max)]
+    #[error(
+        "the server ({}) speaks wire versions {} to {}, this client speaks {}",
+        hello.software, hello.version_min, hello.version_max, vtrace_common::wire::VERSION
+    )]
     Version {
         /// What it says of itself.
         hello: Hello,
@@ -134,7 +137,7 @@ impl Link {
             errno: Errno::from_raw(error.raw_os_error().unwrap_or_default()),
         };
         socket.set_write_timeout(Some(send_time_max)).map_err(refused)?;
-        let server = Hello { version_min: 0, version_max: 0, software: String::new() };
+        let server = Hello { version_min: 0, version_max: 0, ..Hello::ours("") };
         let mut link = Self { socket, decoder: Decoder::default(), server, peer, send_time_max };
         // A server that is full says so and closes, and may have done it before our hello: what it said is still there.
         let sent = link.transmit(&Hello::ours(vtrace_common::SOFTWARE), &[]);

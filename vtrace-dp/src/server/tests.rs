@@ -12,7 +12,7 @@ use vtrace_common::{
     ids::Cpu,
     limits::{CLIENTS_MAX, FRAMES_WAITING_MAX},
     wire::{
-        Decoder,
+        Capabilities, Decoder, VERSION,
         agent::{FromAgent, ToAgent},
         client::{Area, DriverState, Gone, Lanes, ToServer},
         encode,
@@ -178,6 +178,33 @@ fn guests_are_listed_as_far_as_they_have_come() {
     assert_eq!(link.server().software, vtrace_common::SOFTWARE);
 }
 
+/// Neighbouring releases: one that can do less, and one that also speaks the next version and can do more.
+#[test]
+fn agents_of_neighbouring_versions_are_recorded_and_not_asked_for_what_they_cannot_do() {
+    let older = Hello { capabilities: Capabilities::default(), ..Hello::ours("vtrace agent 0.1.0") };
+    let newer = Hello { version_max: VERSION + 1, capabilities: Capabilities(u16::MAX), ..Hello::ours("newer") };
+    for (hello, is_asked) in [(older, false), (newer, true)] {
+        let house = House::new();
+        let mut machine = house.boot("guest1");
+        machine.start_agent_as(&hello);
+        while house.state("guest1").agent.is_none_or(|agent| agent.machine.is_none()) {
+            std::thread::yield_now();
+        }
+        let mut link = house.link();
+        assert!(matches!(claim(&mut link), FromServer::Claimed(_)), "{hello:?}");
+        link.send(&ToServer::Agent { guest: guest1(), request: ToAgent::Offer }).unwrap();
+        if is_asked {
+            assert_eq!(machine.read::<ToAgent>(), ToAgent::Offer);
+        } else {
+            let Refusal::State { detail, .. } = refusal(next(&mut link)) else { panic!("refused") };
+            assert!(detail.contains("vtrace agent 0.1.0") && detail.contains("copy this vtrace"), "{detail}");
+        }
+        let arm = ToAgent::Arm(Box::default());
+        link.send(&ToServer::Agent { guest: guest1(), request: arm.clone() }).unwrap();
+        assert_eq!(machine.read::<ToAgent>(), arm);
+    }
+}
+
 #[test]
 fn guest_that_cannot_be_traced_is_refused_with_the_reason() {
     let house = House::new();
@@ -189,7 +216,12 @@ fn guest_that_cannot_be_traced_is_refused_with_the_reason() {
     let mut machine = house.boot("guest1");
     assert!(matches!(refusal(claim(&mut link)), Refusal::NoAgent { .. }));
     machine.say(0, PORT_OPEN, 1);
-    let hello = Hello { version_min: 7, version_max: 8, software: "of the future".into() };
+    let hello = Hello {
+        version_min: 7,
+        version_max: 8,
+        software: "of the future".into(),
+        capabilities: Capabilities::default(),
+    };
     machine.write(&encode(&hello).unwrap());
     while house.state("guest1").agent.is_none() {
         std::thread::yield_now();
@@ -373,7 +405,12 @@ fn descriptors_that_nobody_asked_for_are_closed() {
 fn client_of_another_version_is_answered_and_let_go() {
     let house = House::new();
     let mut socket = UnixStream::connect(house.path().join(CONTROL_SOCKET)).unwrap();
-    let hello = Hello { version_min: 50, version_max: 60, software: "of the future".into() };
+    let hello = Hello {
+        version_min: 50,
+        version_max: 60,
+        software: "of the future".into(),
+        capabilities: Capabilities::default(),
+    };
     socket.write_all(&encode(&hello).unwrap()).unwrap();
     let mut bytes = Vec::new();
     socket.read_to_end(&mut bytes).unwrap();

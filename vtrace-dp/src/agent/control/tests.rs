@@ -14,7 +14,7 @@ use std::{
 use nix::sys::eventfd::EventFd;
 use proptest::prelude::*;
 use vtrace_common::wire::{
-    Decoder, Message,
+    Capabilities, Decoder, Message,
     agent::{CommandRequest, EventRequest, OfferPiece, Offered, Output, Piece},
     encode,
 };
@@ -318,7 +318,12 @@ fn agent_that_is_asked_to_quit_removes_its_session() {
 #[test]
 fn host_of_another_version_hears_hello_and_refusals_only() {
     let Some(mut rig) = Rig::new(true, false) else { return };
-    let foreign = Hello { version_min: VERSION + 1, version_max: VERSION + 1, software: "newer".into() };
+    let foreign = Hello {
+        version_min: VERSION + 1,
+        version_max: VERSION + 1,
+        software: "newer".into(),
+        capabilities: Capabilities::default(),
+    };
     rig.next::<Hello>();
     rig.say(&foreign);
     assert!(
@@ -365,7 +370,7 @@ fn hostile() -> impl Strategy<Value = Vec<u8>> {
         2 => Just(message(ToAgent::Stop)),
         2 => Just(message(ToAgent::Close)),
         1 => Just(encode(&Hello::ours("again")).unwrap()),
-        1 => Just(encode(&Hello { version_min: 9, version_max: 9, software: "new".into() }).unwrap()),
+        1 => Just(encode(&Hello { version_min: 9, version_max: 9, software: "new".into(), capabilities: Capabilities::default() }).unwrap()),
         1 => Just(encode(&FromAgent::Stopped).unwrap()),
         1 => proptest::collection::vec(any::<u8>(), 0..64),
     ]

@@ -15,7 +15,7 @@ use vtrace_common::{
     ids::{Cpu, GuestId},
     time::GuestTsc,
     wire::{
-        Fault, Hello,
+        Capabilities, Fault, Hello,
         agent::{Echo, FromAgent, ToAgent},
         client::DriverState,
         encode,
@@ -258,7 +258,12 @@ fn agent_of_another_version_is_shown_and_not_spoken_to() {
     let (bench, mut machine) = booted(1);
     machine.probe();
     machine.say(0, PORT_OPEN, 1);
-    let hello = Hello { version_min: 9, version_max: 12, software: "of the future".into() };
+    let hello = Hello {
+        version_min: 9,
+        version_max: 12,
+        software: "of the future".into(),
+        capabilities: Capabilities::default(),
+    };
     machine.write(&encode(&hello).unwrap());
     machine.answer(&pong(1));
     assert_eq!(bench.agent(), AgentEvent::Opened);

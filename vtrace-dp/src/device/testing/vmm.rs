@@ -472,10 +472,15 @@ impl Machine {
 
     /// An agent of ours opens port 0, greets and is greeted.
     pub(crate) fn start_agent(&mut self) {
+        self.start_agent_as(&Hello::ours("agent of a test"));
+    }
+
+    /// Likewise, with this hello.
+    pub(crate) fn start_agent_as(&mut self, hello: &Hello) {
         self.heard.reset();
         self.say(0, PORT_OPEN, 1);
         assert!(self.read::<Hello>().speaks_ours());
-        self.write(&encode(&Hello::ours("agent of a test")).unwrap());
+        self.write(&encode(hello).unwrap());
         let machine = AgentMachine { uname: "Linux test".into(), ..AgentMachine::default() };
         self.answer(&FromAgent::Machine(machine));
     }
