@@ -14,7 +14,7 @@ use vtrace_common::{
 use vtrace_dp::{
     drain::{
         ledger::Counters,
-        ring::lane::Lane,
+        ring::lane::RingLane,
         sink::{FileSink, Sink},
     },
     virtq::{
@@ -60,7 +60,7 @@ impl Sink for Watched {
 }
 
 /// Feeds the lane; returns the stream as it came.
-fn feed(lane: &mut Lane, batch: &mut Batch, sink: &mut Watched, mut input: &[u8]) -> Vec<u8> {
+fn feed(lane: &mut RingLane, batch: &mut Batch, sink: &mut Watched, mut input: &[u8]) -> Vec<u8> {
     let (mut stream, mut gpa) = (Vec::new(), 0);
     while let Some((&[low, high], rest)) = input.split_first_chunk() {
         let length = u16::from_le_bytes([low, high]);
@@ -89,7 +89,7 @@ pub fn run(input: &[u8]) {
     file.set_len(0).expect("own file");
     let area_bytes = u64::from(pages_max % 16) * 4096;
     let area = Area { cpu: Cpu(0), offset: START, bytes_max: area_bytes, begins_again: false };
-    let mut lane = Lane::new(area, 4096, Arc::new(Counters::new(Cpu(0))));
+    let mut lane = RingLane::new(area, 4096, Arc::new(Counters::new(Cpu(0))));
     let mut batch = Batch::new(MEMORY.with(Arc::clone));
     let inner = FileSink::new(file.try_clone().expect("descriptors left")).expect("a memory file");
     let mut sink = Watched { file: inner, area_bytes, writes_left, failed: false };

@@ -5,7 +5,7 @@ use std::{os::unix::fs::FileExt, sync::Arc};
 use anyhow::Result;
 use vtrace_common::{ids::Cpu, page::Header, wire::client::Area};
 use vtrace_dp::{
-    drain::{ledger::Counters, ring::lane::Lane, sink::FileSink},
+    drain::{ledger::Counters, ring::lane::RingLane, sink::FileSink},
     virtq::{
         memory::{Batch, Span},
         testing::{guest_memory, memory_file},
@@ -26,7 +26,7 @@ fn drained(pages: &[u8]) -> Result<Vec<u8>> {
     let file = memory_file(0)?;
     let (mut sink, mut batch) = (FileSink::new(file.try_clone()?)?, Batch::new(memory));
     let area = Area { cpu: Cpu(0), offset: 0, bytes_max: bytes, begins_again: false };
-    let mut lane = Lane::new(area, u32::try_from(PAGE)?, Arc::new(Counters::new(Cpu(0))));
+    let mut lane = RingLane::new(area, u32::try_from(PAGE)?, Arc::new(Counters::new(Cpu(0))));
     lane.accept(span, &mut batch, &mut sink)?;
     let counts = lane.close(&mut batch, &mut sink, None);
     assert_eq!((counts.ledger.pages_in, counts.ledger.pages_lost), (bytes / 4096, 1));

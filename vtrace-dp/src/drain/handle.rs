@@ -8,53 +8,55 @@
 
 use std::{
     fmt, io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vtrace_common::wire::client::LaneLedger;
+use vtrace_common::wire::client::{LaneLedger, LaneSent};
 
-use super::ledger::Counters;
+use super::{
+    Done,
+    ledger::Counters,
+    session::{Attachment, DrainCommand, SessionCommand},
+};
 
 /// From then on a wait for the worker is told.
 pub(super) const SLOW_WAIT: Duration = Duration::from_secs(5);
 
 /// A worker that takes commands `C`. When it is dropped the worker is told to stop and waited for.
-pub(crate) struct Handle<C> {
+pub(crate) struct Handle<C: DrainCommand> {
     name: String,
     commands: Sender<C>,
     wake: Arc<EventFd>,
     counters: Mutex<Vec<Arc<Counters>>>,
-    stop: fn() -> C,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<C> fmt::Debug for Handle<C> {
+impl<C: DrainCommand> fmt::Debug for Handle<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Handle").field("name", &self.name).field("counters", &self.counters).finish_non_exhaustive()
     }
 }
 
-impl<C: Send + 'static> Handle<C> {
-    /// Starts the thread. `worker` makes what runs there of where its commands come and what wakes it; `stop` is its
-    /// last command.
+impl<C: DrainCommand + Send + 'static> Handle<C> {
+    /// Starts the thread. `worker` makes what runs there from the receiver of its commands and the descriptor that wakes
+    /// it.
     pub(crate) fn spawn<Run: FnOnce() + Send + 'static>(
         name: &str,
-        stop: fn() -> C,
         worker: impl FnOnce(Receiver<C>, Arc<EventFd>) -> io::Result<Run>,
     ) -> io::Result<Self> {
         let (commands, receiver) = unbounded();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let run = worker(receiver, Arc::clone(&wake))?;
         let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(run)?;
-        Ok(Self { name: name.into(), commands, wake, counters: Mutex::default(), stop, thread: Some(thread) })
+        Ok(Self { name: name.into(), commands, wake, counters: Mutex::default(), thread: Some(thread) })
     }
 }
 
-impl<C> Handle<C> {
+impl<C: DrainCommand> Handle<C> {
     pub(crate) fn tell(&self, command: C) {
         // The worker outlives this handle; were it gone, there would be nobody left to do it.
         if self.commands.send(command).is_ok() {
@@ -77,17 +79,14 @@ impl<C> Handle<C> {
         answer
     }
 
-    /// Asks for lanes with these counts.
+    /// Hands lanes to the worker.
     ///
     /// Errors: `ResourceBusy` if there are lanes.
-    pub(crate) fn attach(
-        &self,
-        counters: Vec<Arc<Counters>>,
-        command: impl FnOnce(Sender<bool>) -> C,
-    ) -> io::Result<()> {
-        // Held until the answer is there: two clients at a time must not see each other's counts.
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.ask(command) {
+    pub(crate) fn attach(&self, attachment: Attachment<C::Sink, C::Lane>) -> io::Result<()> {
+        // Locked until the answer has come: of two clients at a time, neither sees the other's counts.
+        let mut known = self.counters();
+        let counters = attachment.counters.clone();
+        match self.ask(|answer| C::session(SessionCommand::Attach(attachment, answer))) {
             Some(true) => *known = counters,
             Some(false) => return Err(io::ErrorKind::ResourceBusy.into()),
             None => return Err(io::ErrorKind::BrokenPipe.into()),
@@ -95,23 +94,33 @@ impl<C> Handle<C> {
         Ok(())
     }
 
-    /// Asks for the lanes to be forgotten, and forgets their counts.
-    pub(crate) fn detach(&self, command: impl FnOnce(Sender<()>) -> C) {
-        let mut known = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ask(command);
+    /// Closes the lanes when they have received what was sent, or after `wait_ms_max`. `done` is called by the worker.
+    pub(crate) fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
+        let wait = Duration::from_millis(wait_ms_max.into());
+        self.tell(C::session(SessionCommand::Finish(sent, wait, done)));
+    }
+
+    /// Closes the lanes at once and forgets their counts. Waits.
+    pub(crate) fn detach(&self) {
+        let mut known = self.counters();
+        self.ask(|answer| C::session(SessionCommand::Detach(answer)));
         known.clear();
+    }
+
+    /// The lanes' counters, locked.
+    pub(super) fn counters(&self) -> MutexGuard<'_, Vec<Arc<Counters>>> {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What each lane has counted.
     pub(crate) fn ledger(&self) -> Vec<LaneLedger> {
-        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.iter().map(|counters| counters.read()).collect()
+        self.counters().iter().map(|counters| counters.read()).collect()
     }
 }
 
-impl<C> Drop for Handle<C> {
+impl<C: DrainCommand> Drop for Handle<C> {
     fn drop(&mut self) {
-        self.tell((self.stop)());
+        self.tell(C::session(SessionCommand::Stop));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -7,7 +7,8 @@
 //! | [`tap`] | from this machine's own ring buffers |
 //! | [`sink`] | into a file: through the page cache or past it |
 //! | [`handle`] | messages to a worker thread, and its answers |
-//! | [`ledger`] | what came, went out, and was lost |
+//! | [`session`] | attach, finish, detach: the same for every worker |
+//! | [`ledger`] | the lanes' counts, for other threads |
 //!
 //! In:    sources; a file and areas of it
 //! Out:   whole pages in their areas; a ledger for each lane
@@ -18,6 +19,7 @@
 pub(crate) mod handle;
 pub mod ledger;
 pub mod ring;
+pub(crate) mod session;
 pub mod sink;
 pub mod stream;
 pub mod tap;
@@ -57,7 +59,7 @@ pub(crate) trait Drain: fmt::Debug + Send + Sync {
     /// As [`Drain::ledger`].
     fn ledger(&self) -> Vec<LaneLedger>;
     /// As [`Drain::finish`].
-    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done);
+    fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Done);
     /// As [`Drain::detach`].
     fn detach(&self);
     /// Why a lane has no port although its device is there.

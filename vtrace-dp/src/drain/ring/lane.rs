@@ -27,7 +27,7 @@ const NUMBER_BITS: u32 = 32;
 
 /// A lane: its area, the page it is in the middle of, its counts.
 #[derive(Debug)]
-pub struct Lane {
+pub struct RingLane {
     area: Area,
     page_bytes: u32,
     counters: Arc<Counters>,
@@ -81,7 +81,7 @@ enum Verdict {
     Refuse,
 }
 
-impl Lane {
+impl RingLane {
     /// A lane that has received nothing. `page_bytes` is at least a header.
     pub fn new(area: Area, page_bytes: u32, counters: Arc<Counters>) -> Self {
         Self {
@@ -110,12 +110,12 @@ impl Lane {
         self.tag = u64::try_from(number).expect("lanes are few") << NUMBER_BITS;
     }
 
-    /// Whose write it was: what [`Lane::number`] was given.
+    /// Whose write it was: what [`RingLane::number`] was given.
     pub(super) fn numbered(tag: u64) -> usize {
         usize::try_from(tag >> NUMBER_BITS).expect("a lane's number")
     }
 
-    /// Takes the next bytes of the stream. They are in the file, or refused, once [`Lane::write`] was called. `batch` is
+    /// Takes the next bytes of the stream. They are in the file, or refused, once [`RingLane::write`] was called. `batch` is
     /// this lane's own; it is written when it is full. Hot.
     pub fn accept(&mut self, mut span: Span, batch: &mut Batch, sink: &mut dyn Sink) -> Result<(), Outside> {
         self.bytes_in += u64::from(span.bytes);
@@ -234,7 +234,7 @@ impl Lane {
     }
 
     /// Gives what is held to the sink, the beginning of a page too. What the batch holds of the guest's memory is needed
-    /// until [`Lane::chains_done`] says otherwise. Hot.
+    /// until [`RingLane::chains_done`] says otherwise. Hot.
     pub fn write(&mut self, batch: &mut Batch, sink: &mut dyn Sink) {
         if self.counts.write_errno != 0 {
             batch.clear();

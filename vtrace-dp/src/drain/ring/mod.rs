@@ -22,12 +22,8 @@
 //! | file | what |
 //! |---|---|
 //! | [`worker`] | the thread: kicks, timer, commands |
-//! | [`road`] | one CPU: its ring and its lane |
+//! | [`source`] | one CPU: its ring and its lane |
 //! | [`lane`] | byte stream ─► pages ─► batches |
-//! | [`sink`] | batches ─► file |
-//! | [`direct`] | the same past the page cache, several writes at a time |
-//! | [`handle`] | messages to the thread, and its answers |
-//! | [`ledger`] | counts |
 
 pub mod lane;
 mod source;
@@ -40,7 +36,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use vtrace_common::{
@@ -49,13 +44,13 @@ use vtrace_common::{
 };
 
 use self::{
-    lane::Lane,
-    worker::{Attachment, Command, Worker},
+    lane::RingLane,
+    worker::{Command, RingWorker},
 };
 use super::{
     Done, Drain, check,
     handle::Handle,
-    ledger::Counters,
+    session::Attachment,
     sink::{FileSink, Sink, direct::DirectSink},
 };
 use crate::virtq::{memory::Memory, ring::Ring};
@@ -72,14 +67,10 @@ impl RingDrain {
     /// Starts the thread.
     pub fn spawn(guest: GuestId, name: &str) -> io::Result<Self> {
         let discarded_bytes = Arc::default();
-        let handle = Handle::spawn(
-            name,
-            || Command::Stop,
-            |commands, wake| {
-                let worker = Worker::new(guest, commands, wake, Arc::clone(&discarded_bytes))?;
-                Ok(move || worker.run())
-            },
-        )?;
+        let handle = Handle::spawn(name, |commands, wake| {
+            let worker = RingWorker::new(guest, commands, wake, Arc::clone(&discarded_bytes))?;
+            Ok(move || worker.run())
+        })?;
         Ok(Self { handle, discarded_bytes })
     }
 
@@ -123,24 +114,21 @@ impl RingDrain {
     /// Like [`RingDrain::attach`], with any sink.
     pub fn attach_sink(&self, sink: Box<dyn Sink>, page_bytes: u32, areas: Vec<Area>) -> io::Result<()> {
         check(page_bytes, &areas)?;
-        let counters: Vec<_> = areas.iter().map(|area| Arc::new(Counters::new(area.cpu))).collect();
-        let lane = |(area, counters): (Area, &Arc<_>)| (area.cpu, Lane::new(area, page_bytes, Arc::clone(counters)));
-        let lanes = areas.into_iter().zip(&counters).map(lane).collect();
-        let attachment = Attachment { sink, lanes, counters: counters.clone() };
-        self.handle.attach(counters, |answer| Command::Attach(attachment, answer))
+        let lane = |area, counters| RingLane::new(area, page_bytes, counters);
+        self.handle.attach(Attachment::new(sink, &areas, lane))
     }
 
     /// Waits until each lane has received what its agent sent (or `wait_ms_max` has passed, or the rings are gone),
     /// writes everything, closes the lanes. The answer comes to `done` from the worker's thread, which must not call
     /// back into this handle; without lanes it is empty. Lanes without an end are not waited for.
-    pub fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
-        self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+    pub fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Box<dyn FnOnce(Vec<LaneLedger>) + Send>) {
+        self.handle.finish(sent, wait_ms_max, done);
     }
 
     /// Forgets the lanes at once, after writing what they hold; what comes is discarded. Waits: afterwards the file is
     /// closed.
     pub fn detach(&self) {
-        self.handle.detach(Command::Detach);
+        self.handle.detach();
     }
 
     /// What has come so far; after the lanes are closed, what has come at all, until they are detached.
@@ -166,8 +154,8 @@ impl Drain for RingDrain {
         Self::ledger(self)
     }
 
-    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
-        Self::finish(self, ends, wait_ms_max, done);
+    fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
+        Self::finish(self, sent, wait_ms_max, done);
     }
 
     fn detach(&self) {

@@ -11,7 +11,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use vtrace_common::{ids::Cpu, limits::RING_ENTRIES_MAX, wire::client::LaneLedger};
 
-use super::lane::Lane;
+use super::lane::RingLane;
 use crate::{
     drain::sink::Sink,
     virtq::{
@@ -22,7 +22,7 @@ use crate::{
 
 /// A CPU as its worker sees it.
 #[derive(Debug)]
-pub(super) struct Road {
+pub(super) struct RingSource {
     pub(super) cpu: Cpu,
     /// Kicked, or not done at its last turn.
     pub(super) ready: bool,
@@ -32,7 +32,7 @@ pub(super) struct Road {
     pub(super) timed: bool,
     /// It held chains at the last tick, too, and has written nothing since.
     stale: bool,
-    pub(super) lane: Option<Lane>,
+    pub(super) lane: Option<RingLane>,
     ring: Option<Ring>,
     /// The ring is not served any more. It stays, so that the VMM can ask for its base.
     broken: bool,
@@ -45,7 +45,7 @@ pub(super) struct Road {
     discarded_bytes: u64,
 }
 
-impl Road {
+impl RingSource {
     pub(super) fn new(cpu: Cpu) -> Self {
         let chains = VecDeque::with_capacity(usize::from(RING_ENTRIES_MAX));
         let (batch, held, discarded_bytes) = (Batch::new(Arc::default()), (0, 0), 0);

@@ -2,7 +2,12 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
 
-use std::{os::unix::fs::FileExt, sync::mpsc, thread, time::Instant};
+use std::{
+    os::unix::fs::FileExt,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use vtrace_common::{ledger::Ledger, limits::MEMORY_REGIONS_MAX};
 

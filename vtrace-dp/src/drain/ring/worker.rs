@@ -31,13 +31,13 @@ use nix::{
 use vtrace_common::{
     ids::{Cpu, GuestId, LaneId},
     limits::DEVICE_LANES_MAX,
-    wire::client::{LaneLedger, LaneSent},
+    wire::client::LaneSent,
 };
 
-use super::{lane::Lane, source::Road};
+use super::{lane::RingLane, source::RingSource};
 use crate::{
     drain::{
-        ledger::Counters,
+        session::{Attachment, DrainCommand, Lanes, Session, SessionCommand, reply},
         sink::{Landed, NullSink, Sink},
     },
     virtq::{
@@ -48,29 +48,16 @@ use crate::{
 
 /// Chains are held back so that one write and one interrupt serve many: for one tick at least, for two at most.
 const TICK_US: u64 = 750;
-/// Panics after which rings are not served any more, only commands.
-const PANICS_MAX: u32 = 8;
-/// Roads of one guest: every ring and every lane may be of a CPU that the other kind does not have.
-const ROADS_MAX: usize = 2 * DEVICE_LANES_MAX;
+/// Sources of one guest: every ring and every lane may be of a CPU that the other kind does not have.
+const SOURCES_MAX: usize = 2 * DEVICE_LANES_MAX;
 /// Events of one epoll_wait.
 const EVENTS_MAX: usize = 128;
 const COMMAND: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 const LANDED: u64 = u64::MAX - 2;
 
-/// What is done with a road.
-type Act = fn(&mut Road, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>;
-
-/// What is called with the ledgers when the lanes are closed.
-pub(crate) type Done = Box<dyn FnOnce(Vec<LaneLedger>) + Send>;
-
-/// A session's lanes, made by the caller so that the worker need not.
-#[derive(Debug)]
-pub(crate) struct Attachment {
-    pub(crate) sink: Box<dyn Sink>,
-    pub(crate) lanes: Vec<(Cpu, Lane)>,
-    pub(crate) counters: Vec<Arc<Counters>>,
-}
+/// What is done with a source.
+type Act = fn(&mut RingSource, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>;
 
 /// What others want of the worker.
 pub(crate) enum Command {
@@ -78,48 +65,42 @@ pub(crate) enum Command {
     RingStopped(Cpu, Sender<Option<u16>>),
     Remap(Arc<Memory>, Sender<()>),
     CallChanged(Cpu, Option<OwnedFd>),
-    Attach(Attachment, Sender<bool>),
-    Finish(Vec<LaneSent>, Duration, Done),
-    Detach(Sender<()>),
-    Stop,
+    Session(SessionCommand<Box<dyn Sink>, RingLane>),
     #[cfg(test)]
     Panic(Option<Cpu>),
 }
 
-/// A finish that waits for what is still on its way.
-struct Finish {
-    ends: Vec<LaneSent>,
-    deadline: Instant,
-    done: Done,
+impl DrainCommand for Command {
+    type Sink = Box<dyn Sink>;
+    type Lane = RingLane;
+    fn session(command: SessionCommand<Self::Sink, Self::Lane>) -> Self {
+        Self::Session(command)
+    }
 }
 
-pub(super) struct Worker {
+pub(super) struct RingWorker {
     guest: GuestId,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
     epoll: Epoll,
     timer: TimerFd,
     timer_runs: bool,
-    roads: Vec<Road>,
-    /// Roads that are ready, each once.
+    sources: Vec<RingSource>,
+    /// Sources that are ready, each once.
     ready: Vec<usize>,
     /// Those that are being served.
     serving: Vec<usize>,
-    /// Roads that hold chains, each once; the timer runs if there are any.
+    /// Sources that hold chains, each once; the timer runs if there are any.
     timed: Vec<usize>,
     sink: Box<dyn Sink>,
-    /// Of the lanes there are.
-    counters: Vec<Arc<Counters>>,
-    finish: Option<Finish>,
+    session: Session,
     spans: Vec<Span>,
     discarded_bytes: Arc<AtomicU64>,
-    /// The road that is being served, should it panic.
+    /// The source that is being served, should it panic.
     current: Option<usize>,
-    panics: u32,
-    stopping: bool,
 }
 
-impl Worker {
+impl RingWorker {
     pub(super) fn new(
         guest: GuestId,
         commands: Receiver<Command>,
@@ -130,29 +111,22 @@ impl Worker {
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
         epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, COMMAND))?;
         epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
-        let (timer_runs, stopping, finish, current, panics) = (false, false, None, None, 0);
-        let (roads, counters, spans) = (Vec::new(), Vec::new(), Vec::with_capacity(CHAIN_SPANS_MAX));
-        let list = || Vec::with_capacity(ROADS_MAX);
-        let (ready, serving, timed, sink) = (list(), list(), list(), Box::new(NullSink));
         Ok(Self {
             guest,
             commands,
             wake,
             epoll,
             timer,
-            timer_runs,
-            roads,
-            ready,
-            serving,
-            timed,
-            sink,
-            counters,
-            finish,
-            spans,
+            timer_runs: false,
+            sources: Vec::new(),
+            ready: Vec::with_capacity(SOURCES_MAX),
+            serving: Vec::with_capacity(SOURCES_MAX),
+            timed: Vec::with_capacity(SOURCES_MAX),
+            sink: Box::new(NullSink),
+            session: Session::default(),
+            spans: Vec::with_capacity(CHAIN_SPANS_MAX),
             discarded_bytes,
-            current,
-            panics,
-            stopping,
+            current: None,
         })
     }
 
@@ -161,7 +135,7 @@ impl Worker {
         loop {
             match catch_unwind(AssertUnwindSafe(|| while self.turn() {})) {
                 Ok(()) => return,
-                Err(_) if self.stopping && self.panics >= PANICS_MAX => return,
+                Err(_) if self.session.stopping && self.session.is_broken() => return,
                 Err(_) => self.panicked(),
             }
         }
@@ -187,11 +161,11 @@ impl Worker {
         if commands {
             self.obey();
         }
-        if self.stopping {
+        if self.session.stopping {
             self.detach();
             return false;
         }
-        if self.panics < PANICS_MAX {
+        if !self.session.is_broken() {
             self.serve(tick);
         }
         // What ended meanwhile does not ring again.
@@ -201,23 +175,23 @@ impl Worker {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let ready = self.panics < PANICS_MAX && !self.ready.is_empty();
-        if ready || self.stopping {
+        let ready = !self.session.is_broken() && !self.ready.is_empty();
+        if ready || self.session.stopping {
             return EpollTimeout::ZERO;
         }
-        let Some(finish) = &self.finish else { return EpollTimeout::NONE };
-        let left = finish.deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
+        let Some(deadline) = self.session.deadline() else { return EpollTimeout::NONE };
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
         EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
     }
 
     fn kicked(&mut self, index: u64) {
-        let Some(index) = usize::try_from(index).ok().filter(|index| *index < self.roads.len()) else { return };
-        let road = &mut self.roads[index];
-        if let Some(ring) = road.ring() {
+        let Some(index) = usize::try_from(index).ok().filter(|index| *index < self.sources.len()) else { return };
+        let source = &mut self.sources[index];
+        if let Some(ring) = source.ring() {
             let mut counter = [0; 8];
             // Non-blocking; if another read was faster there is nothing to read, and looking at the ring costs little.
             let _ = nix::unistd::read(ring.kick(), &mut counter);
-            road.ready = true;
+            source.ready = true;
             self.note(index);
         }
     }
@@ -228,16 +202,16 @@ impl Worker {
         true
     }
 
-    /// Puts a road onto the lists that it belongs to. Hot.
+    /// Puts a source onto the lists that it belongs to. Hot.
     fn note(&mut self, index: usize) {
-        let road = &mut self.roads[index];
-        if road.ready && !std::mem::replace(&mut road.queued, true) {
+        let source = &mut self.sources[index];
+        if source.ready && !std::mem::replace(&mut source.queued, true) {
             self.ready.push(index);
         }
-        if road.holds() && !std::mem::replace(&mut road.timed, true) {
+        if source.holds() && !std::mem::replace(&mut source.timed, true) {
             self.timed.push(index);
         }
-        let discarded = road.discarded_bytes();
+        let discarded = source.discarded_bytes();
         if discarded > 0 {
             self.discarded_bytes.fetch_add(discarded, Ordering::Relaxed);
         }
@@ -246,13 +220,13 @@ impl Worker {
     /// Serves the rings that were kicked, and those that hold chains if the time is up. Hot.
     fn serve(&mut self, tick: bool) {
         if tick {
-            self.each_of(|worker| &mut worker.timed, |road| road.timed = false, Road::tick);
+            self.each_of(|worker| &mut worker.timed, |source| source.timed = false, RingSource::tick);
         }
         self.each_of(
             |worker| &mut worker.ready,
-            |road| road.queued = false,
-            |road, sink, spans| {
-                if road.ready { road.serve(sink, spans) } else { Ok(()) }
+            |source| source.queued = false,
+            |source, sink, spans| {
+                if source.ready { source.serve(sink, spans) } else { Ok(()) }
             },
         );
         if !self.timer_runs && !self.timed.is_empty() {
@@ -262,26 +236,26 @@ impl Worker {
         }
     }
 
-    /// Does something with each road that is on a list now, which is empty before the first has its turn. Hot.
-    fn each_of(&mut self, list: fn(&mut Self) -> &mut Vec<usize>, leave: fn(&mut Road), act: Act) {
+    /// Does something with each source that is on a list now, which is empty before the first has its turn. Hot.
+    fn each_of(&mut self, list: fn(&mut Self) -> &mut Vec<usize>, leave: fn(&mut RingSource), act: Act) {
         let mut serving = std::mem::take(&mut self.serving);
         std::mem::swap(&mut serving, list(self));
-        serving.iter().for_each(|index| leave(&mut self.roads[*index]));
+        serving.iter().for_each(|index| leave(&mut self.sources[*index]));
         for index in serving.drain(..) {
-            self.with_road(index, act);
+            self.with_source(index, act);
         }
         self.serving = serving;
     }
 
-    /// Does something with a road; a fault ends its ring. Hot.
-    fn with_road(
+    /// Does something with a source; a fault ends its ring. Hot.
+    fn with_source(
         &mut self,
         index: usize,
-        act: impl FnOnce(&mut Road, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>,
+        act: impl FnOnce(&mut RingSource, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>,
     ) {
         self.current = Some(index);
-        let road = &mut self.roads[index];
-        if let Err(fault) = act(road, &mut *self.sink, &mut self.spans) {
+        let source = &mut self.sources[index];
+        if let Err(fault) = act(source, &mut *self.sink, &mut self.spans) {
             self.end_ring(index, fault);
         }
         self.note(index);
@@ -291,32 +265,24 @@ impl Worker {
     /// Takes the ends of writes; all of them if it shall `wait`: then nothing of any guest's memory is in use. Hot.
     fn land(&mut self, wait: bool) {
         while let Some(Landed { tag, written }) = self.sink.landed(wait) {
-            let index = Lane::numbered(tag);
-            if index < self.roads.len() {
-                self.with_road(index, |road, _, _| road.landed(tag, written));
+            let index = RingLane::numbered(tag);
+            if index < self.sources.len() {
+                self.with_source(index, |source, _, _| source.landed(tag, written));
             }
         }
     }
 
     fn end_ring(&mut self, index: usize, fault: RingFault) {
-        let road = &mut self.roads[index];
-        log::warn!("{}: ring is not served any more: {fault}", LaneId { guest: self.guest, cpu: road.cpu });
-        unwatch(&self.epoll, road);
-        road.end(&mut *self.sink);
+        let source = &mut self.sources[index];
+        log::warn!("{}: ring is not served any more: {fault}", LaneId { guest: self.guest, cpu: source.cpu });
+        unwatch(&self.epoll, source);
+        source.end(&mut *self.sink);
     }
 
     /// Writes what is held, and waits until it is written.
     fn flush_all(&mut self) {
-        for index in 0..self.roads.len() {
-            self.with_road(index, |road, sink, _| road.flush(sink));
-        }
-        self.land(true);
-    }
-
-    /// Takes what waits in each ring, writes it, gives it back.
-    fn drain_all(&mut self) {
-        for index in 0..self.roads.len() {
-            self.with_road(index, |road, sink, spans| if road.runs() { road.drain(sink, spans) } else { Ok(()) });
+        for index in 0..self.sources.len() {
+            self.with_source(index, |source, sink, _| source.flush(sink));
         }
         self.land(true);
     }
@@ -333,50 +299,44 @@ impl Worker {
                     reply(&answer, ());
                 }
                 Command::CallChanged(cpu, call) => {
-                    if let Some(road) = self.roads.iter_mut().find(|road| road.cpu == cpu) {
-                        road.set_call(call);
+                    if let Some(source) = self.sources.iter_mut().find(|source| source.cpu == cpu) {
+                        source.set_call(call);
                     }
                 }
-                Command::Attach(attachment, answer) => reply(&answer, self.attach(attachment)),
-                Command::Finish(ends, wait, done) => self.start_finish(ends, wait, done),
-                Command::Detach(answer) => {
-                    self.detach();
-                    reply(&answer, ());
-                }
-                Command::Stop => self.stopping = true,
+                Command::Session(command) => self.obey_session(command),
                 #[cfg(test)]
                 Command::Panic(cpu) => {
-                    self.current = self.roads.iter().position(|road| Some(road.cpu) == cpu);
+                    self.current = self.sources.iter().position(|source| Some(source.cpu) == cpu);
                     panic!("as the test wants");
                 }
             }
         }
     }
 
-    fn road(&mut self, cpu: Cpu) -> Option<usize> {
-        if let Some(index) = self.roads.iter().position(|road| road.cpu == cpu) {
+    fn source(&mut self, cpu: Cpu) -> Option<usize> {
+        if let Some(index) = self.sources.iter().position(|source| source.cpu == cpu) {
             return Some(index);
         }
-        if let Some(index) = self.roads.iter().position(Road::unused) {
-            self.roads[index].cpu = cpu;
+        if let Some(index) = self.sources.iter().position(RingSource::unused) {
+            self.sources[index].cpu = cpu;
             return Some(index);
         }
-        (self.roads.len() < ROADS_MAX).then(|| {
-            self.roads.push(Road::new(cpu));
-            self.roads.len() - 1
+        (self.sources.len() < SOURCES_MAX).then(|| {
+            self.sources.push(RingSource::new(cpu));
+            self.sources.len() - 1
         })
     }
 
     fn ring_started(&mut self, cpu: Cpu, ring: Ring) {
         self.ring_stopped(cpu);
-        let Some(index) = self.road(cpu) else {
+        let Some(index) = self.source(cpu) else {
             log::warn!("{}: more rings than {DEVICE_LANES_MAX}", LaneId { guest: self.guest, cpu });
             return;
         };
-        let data = u64::try_from(index).expect("at most ROADS_MAX roads");
+        let data = u64::try_from(index).expect("at most SOURCES_MAX sources");
         match self.epoll.add(ring.kick(), EpollEvent::new(EpollFlags::EPOLLIN, data)) {
             Ok(()) => {
-                self.roads[index].start(ring);
+                self.sources[index].start(ring);
                 self.note(index);
             }
             Err(errno) => log::warn!("{}: kick cannot be watched: {errno}", LaneId { guest: self.guest, cpu }),
@@ -384,138 +344,119 @@ impl Worker {
     }
 
     fn ring_stopped(&mut self, cpu: Cpu) -> Option<u16> {
-        let index = self.roads.iter().position(|road| road.cpu == cpu)?;
-        if self.roads[index].runs() {
+        let index = self.sources.iter().position(|source| source.cpu == cpu)?;
+        if self.sources[index].runs() {
             // What waits there would be lost: a driver that falls asleep frees what was not taken.
-            self.with_road(index, Road::drain);
+            self.with_source(index, RingSource::drain);
         }
         self.land(true);
-        unwatch(&self.epoll, &self.roads[index]);
-        self.roads[index].stop()
+        unwatch(&self.epoll, &self.sources[index]);
+        self.sources[index].stop()
     }
 
     fn remap(&mut self, memory: &Arc<Memory>) {
         self.flush_all();
-        for index in 0..self.roads.len() {
-            self.with_road(index, |road, _, _| road.remap(Arc::clone(memory)));
+        for index in 0..self.sources.len() {
+            self.with_source(index, |source, _, _| source.remap(Arc::clone(memory)));
         }
     }
 
-    /// False if there are lanes already.
-    fn attach(&mut self, attachment: Attachment) -> bool {
-        if !self.counters.is_empty() || self.finish.is_some() {
-            return false;
-        }
-        // What is in the rings now was sent before: it is none of these lanes'.
-        self.drain_all();
-        if let Some(bell) = attachment.sink.bell()
-            && let Err(errno) = self.epoll.add(bell, EpollEvent::new(EpollFlags::EPOLLIN, LANDED))
-        {
-            log::warn!("guest{}: the ends of writes cannot be watched: {errno}", self.guest.0);
-            return false;
-        }
-        for (cpu, mut lane) in attachment.lanes {
-            if let Some(index) = self.road(cpu) {
-                lane.number(index);
-                self.roads[index].lane = Some(lane);
-            }
-        }
-        (self.sink, self.counters) = (attachment.sink, attachment.counters);
-        true
-    }
-
-    fn start_finish(&mut self, ends: Vec<LaneSent>, wait: Duration, done: Done) {
-        self.end_finish();
-        let now = Instant::now();
-        let deadline = now.checked_add(wait).unwrap_or(now);
-        self.finish = Some(Finish { ends, deadline, done });
-        self.drain_all();
-    }
-
-    fn check_finish(&mut self) {
-        let Some(finish) = &self.finish else { return };
-        let complete = |end: &LaneSent| {
-            let road = self.roads.iter().find(|road| road.cpu == end.cpu);
-            let lane = road.filter(|road| road.runs()).and_then(|road| road.lane.as_ref());
-            lane.is_none_or(|lane| lane.bytes_in() >= end.bytes_out)
-        };
-        if self.panics >= PANICS_MAX || finish.ends.iter().all(complete) || Instant::now() >= finish.deadline {
-            self.end_finish();
-        }
-    }
-
-    /// Closes the lanes of a finish, if there is one, and says so.
-    fn end_finish(&mut self) {
-        if self.finish.is_none() {
-            return;
-        }
-        self.drain_all();
-        self.close_lanes();
-        if let Some(finish) = self.finish.take() {
-            (finish.done)(std::mem::take(&mut self.counters).iter().map(|counters| counters.read()).collect());
-        }
-    }
-
-    /// Closes all lanes; from now on what comes is discarded. Rings were flushed.
-    fn close_lanes(&mut self) {
-        for index in 0..self.roads.len() {
-            self.with_road(index, |road, sink, _| road.end_lane(sink));
-        }
-        self.land(true);
-        for index in 0..self.roads.len() {
-            let cpu = self.roads[index].cpu;
-            let ends = self.finish.as_ref().map_or(&[][..], |finish| &finish.ends);
-            let sent = ends.iter().find(|end| end.cpu == cpu).map(|end| end.bytes_out);
-            self.with_road(index, |road, sink, _| {
-                road.close(sink, sent);
-                Ok(())
-            });
-        }
-        if let Some(bell) = self.sink.bell() {
-            // It was added when the lanes were attached.
-            let _ = self.epoll.delete(bell);
-        }
-        self.sink = Box::new(NullSink);
-    }
-
-    fn detach(&mut self) {
-        self.end_finish();
-        self.flush_all();
-        self.close_lanes();
-        self.counters.clear();
-    }
-
-    /// A mistake of ours: the lane it happened in ends, the others go on.
+    /// After a panic: the lane in which it happened ends, the others go on.
     fn panicked(&mut self) {
-        self.panics += 1;
-        log::error!("guest{}: drain panicked ({} of {PANICS_MAX})", self.guest.0, self.panics);
-        // Commands may wait behind the one that panicked, and they were all announced once.
+        self.session.panicked(&format!("guest{}", self.guest.0));
+        // Commands may wait after the one that panicked; the eventfd counted them once.
         let _ = self.wake.write(1);
-        // So may roads: the list that was being worked on is gone.
+        // So may sources: the list that was being worked on is gone.
         self.ready.clear();
         self.timed.clear();
-        for index in 0..self.roads.len() {
-            (self.roads[index].queued, self.roads[index].timed) = (false, false);
+        for index in 0..self.sources.len() {
+            (self.sources[index].queued, self.sources[index].timed) = (false, false);
             self.note(index);
         }
         let Some(index) = self.current.take() else { return };
-        let road = &mut self.roads[index];
-        unwatch(&self.epoll, road);
-        road.abandon();
-        let cpu = road.cpu;
-        self.counters.iter().filter(|counters| counters.cpu() == cpu).for_each(|counters| counters.settle());
+        let source = &mut self.sources[index];
+        unwatch(&self.epoll, source);
+        source.abandon();
+        self.session.settle(Some(source.cpu));
+    }
+}
+
+impl Lanes for RingWorker {
+    type Sink = Box<dyn Sink>;
+    type Lane = RingLane;
+
+    fn session(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    fn attach(&mut self, attachment: Attachment<Box<dyn Sink>, RingLane>, answer: Sender<bool>) {
+        // What is in the rings now was sent before: it does not belong to these lanes.
+        self.drain();
+        if let Some(ended) = attachment.sink.ended_fd()
+            && let Err(errno) = self.epoll.add(ended, EpollEvent::new(EpollFlags::EPOLLIN, LANDED))
+        {
+            log::warn!("guest{}: the ends of writes cannot be watched: {errno}", self.guest.0);
+            return reply(&answer, false);
+        }
+        for (cpu, mut lane) in attachment.lanes {
+            if let Some(index) = self.source(cpu) {
+                lane.number(index);
+                self.sources[index].lane = Some(lane);
+            }
+        }
+        self.sink = attachment.sink;
+        self.session.begin(attachment.counters);
+        reply(&answer, true);
+    }
+
+    fn drain(&mut self) {
+        for index in 0..self.sources.len() {
+            self.with_source(
+                index,
+                |source, sink, spans| {
+                    if source.runs() { source.drain(sink, spans) } else { Ok(()) }
+                },
+            );
+        }
+        self.land(true);
+    }
+
+    fn flush(&mut self) {
+        self.flush_all();
+    }
+
+    fn has_received(&self, sent: &LaneSent) -> bool {
+        let source = self.sources.iter().find(|source| source.cpu == sent.cpu);
+        let lane = source.filter(|source| source.runs()).and_then(|source| source.lane.as_ref());
+        lane.is_none_or(|lane| lane.bytes_in() >= sent.bytes_out)
+    }
+
+    /// What comes from now on is discarded. The rings were flushed.
+    fn close(&mut self, sent: &[LaneSent]) {
+        for index in 0..self.sources.len() {
+            self.with_source(index, |source, sink, _| source.end_lane(sink));
+        }
+        self.land(true);
+        for index in 0..self.sources.len() {
+            let cpu = self.sources[index].cpu;
+            let bytes_sent = sent.iter().find(|lane| lane.cpu == cpu).map(|lane| lane.bytes_out);
+            self.with_source(index, |source, sink, _| {
+                source.close(sink, bytes_sent);
+                Ok(())
+            });
+        }
+        if let Some(ended) = self.sink.ended_fd() {
+            // It was added when the lanes were attached.
+            let _ = self.epoll.delete(ended);
+        }
+        self.sink = Box::new(NullSink);
     }
 }
 
 /// Takes a ring's kick out of the epoll set. Closing it would not: the VMM has the same eventfd open.
-fn unwatch(epoll: &Epoll, road: &Road) {
-    if let Some(ring) = road.ring() {
+fn unwatch(epoll: &Epoll, source: &RingSource) {
+    if let Some(ring) = source.ring() {
         // Every ring that is served was added; the descriptor is still open.
         let _ = epoll.delete(ring.kick());
     }
-}
-
-fn reply<T>(answer: &Sender<T>, value: T) {
-    // Nobody waits any more: then nobody needs it.
-    let _ = answer.send(value);
 }

@@ -149,7 +149,7 @@ impl Sink for DirectSink {
         Some(self.land(end))
     }
 
-    fn bell(&self) -> Option<BorrowedFd<'_>> {
+    fn ended_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.writes.as_fd())
     }
 

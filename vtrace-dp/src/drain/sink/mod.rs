@@ -43,12 +43,12 @@ pub trait Sink: Send + fmt::Debug {
         Some(self.write(batch, offset))
     }
     /// The end of a write that was under way, in any order. `None`: none has ended yet, or, if it shall `wait`, none is
-    /// under way. Ask until there is none: not every one rings the bell. Hot.
+    /// under way. Ask until there is none: not every one makes [`Sink::ended_fd`] readable. Hot.
     fn landed(&mut self, _wait: bool) -> Option<Landed> {
         None
     }
     /// Readable when a write that was under way has ended. `None`: no write ever is.
-    fn bell(&self) -> Option<BorrowedFd<'_>> {
+    fn ended_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// Bytes that are worth a write of their own; a batch with fewer waits for more, as long as it may.

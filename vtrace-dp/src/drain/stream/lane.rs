@@ -30,7 +30,7 @@ const COMMIT_AT: u64 = 8;
 
 /// A lane: its area and how far it is filled.
 #[derive(Debug)]
-pub(crate) struct Lane {
+pub(crate) struct StreamLane {
     area: Area,
     page_bytes: u64,
     counters: Arc<Counters>,
@@ -51,7 +51,7 @@ pub(crate) struct Lane {
     cut: bool,
 }
 
-impl Lane {
+impl StreamLane {
     /// A lane that has received nothing. `page_bytes` is at least a header.
     pub(crate) fn new(area: Area, page_bytes: u32, counters: Arc<Counters>) -> Self {
         Self {
@@ -217,16 +217,16 @@ mod tests {
     const PAGE: u64 = 4096;
     const AT: u64 = 8192;
 
-    fn lane(pages: u64) -> (Lane, File, Arc<Counters>) {
+    fn lane(pages: u64) -> (StreamLane, File, Arc<Counters>) {
         let counters = Arc::new(Counters::new(Cpu(3)));
         let area = Area { cpu: Cpu(3), offset: AT, bytes_max: pages * PAGE + 100, begins_again: false };
-        (Lane::new(area, 4096, Arc::clone(&counters)), tempfile::tempfile().unwrap(), counters)
+        (StreamLane::new(area, 4096, Arc::clone(&counters)), tempfile::tempfile().unwrap(), counters)
     }
 
     /// A lane that begins again after so many pages.
-    fn lane_again(pages: u64) -> (Lane, File) {
+    fn lane_again(pages: u64) -> (StreamLane, File) {
         let area = Area { cpu: Cpu(3), offset: AT, bytes_max: pages * PAGE, begins_again: true };
-        (Lane::new(area, 4096, Arc::new(Counters::new(Cpu(3)))), tempfile::tempfile().unwrap())
+        (StreamLane::new(area, 4096, Arc::new(Counters::new(Cpu(3)))), tempfile::tempfile().unwrap())
     }
 
     /// A page whose header says `commit`.
@@ -238,7 +238,7 @@ mod tests {
     }
 
     /// Gives a lane bytes as the worker does.
-    fn feed(lane: &mut Lane, file: &File, mut bytes: &[u8]) {
+    fn feed(lane: &mut StreamLane, file: &File, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let step = usize::try_from(lane.room()).unwrap().min(bytes.len());
             if step == 0 {

@@ -22,7 +22,6 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -32,11 +31,11 @@ use vtrace_common::{
 };
 
 use self::{
-    lane::Lane,
+    lane::StreamLane,
     port::{LanePort, Peers},
-    worker::{Attachment, Command, Worker},
+    worker::{Command, StreamWorker},
 };
-use crate::drain::{Done, Drain, Portless, check, handle::Handle, ledger::Counters};
+use crate::drain::{Done, Drain, Portless, check, handle::Handle, session::Attachment};
 
 /// Handle of the worker. When it is dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
@@ -49,14 +48,10 @@ impl StreamDrain {
     /// Starts the thread for these ports.
     pub(crate) fn spawn(name: &str, ports: Vec<LanePort>, peers: Peers) -> io::Result<Self> {
         let there = ports.iter().map(|port| (port.cpu, port.path.clone(), Arc::clone(&port.is_there))).collect();
-        let handle = Handle::spawn(
-            name,
-            || Command::Stop,
-            |commands, wake| {
-                let worker = Worker::new(name, ports, peers, commands, wake)?;
-                Ok(move || worker.run())
-            },
-        )?;
+        let handle = Handle::spawn(name, |commands, wake| {
+            let worker = StreamWorker::new(name, ports, peers, commands, wake)?;
+            Ok(move || worker.run())
+        })?;
         Ok(Self { handle, there })
     }
 }
@@ -75,23 +70,20 @@ impl Drain for StreamDrain {
         if direct.is_some() {
             log::debug!("streams go through the page cache");
         }
-        let counters: Vec<_> = areas.iter().map(|area| Arc::new(Counters::new(area.cpu))).collect();
-        let lane = |(area, counters): (&Area, &Arc<_>)| (area.cpu, Lane::new(*area, page_bytes, Arc::clone(counters)));
-        let lanes = areas.iter().zip(&counters).map(lane).collect();
-        let attachment = Attachment { file: file.try_clone()?, lanes, counters: counters.clone() };
-        self.handle.attach(counters, |answer| Command::Attach(attachment, answer))
+        let lane = |area, counters| StreamLane::new(area, page_bytes, counters);
+        self.handle.attach(Attachment::new(file.try_clone()?, areas, lane))
     }
 
     fn ledger(&self) -> Vec<LaneLedger> {
         self.handle.ledger()
     }
 
-    fn finish(&self, ends: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
-        self.handle.tell(Command::Finish(ends, Duration::from_millis(wait_ms_max.into()), done));
+    fn finish(&self, sent: Vec<LaneSent>, wait_ms_max: u32, done: Done) {
+        self.handle.finish(sent, wait_ms_max, done);
     }
 
     fn detach(&self) {
-        self.handle.detach(Command::Detach);
+        self.handle.detach();
     }
 
     fn portless(&self, cpu: Cpu) -> Option<Portless> {

@@ -5,7 +5,7 @@
 //! Runs:  on the worker's thread; waits for nothing but the file
 //! Full:  a slow file leaves bytes where they are: the socket or FIFO fills, QEMU stops taking from the queue, the
 //!        guest's ring buffer overwrites and counts
-//! Trust: the guest with nothing: see [`Lane`]
+//! Trust: the guest with nothing: see [`StreamLane`]
 //!
 //! The bytes pass through the kernel only: a FIFO is spliced into the file, a socket into a pipe of ours and on.
 
@@ -17,7 +17,7 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::{lane::Lane, port::Seat};
+use super::{lane::StreamLane, port::Seat};
 use crate::sys::{
     SysError,
     splice::{Pipe, SpliceFlags, splice},
@@ -31,7 +31,7 @@ const FLAGS: SpliceFlags = SpliceFlags::SPLICE_F_MOVE.union(SpliceFlags::SPLICE_
 
 /// What a lane's bytes come out of.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(super) enum StreamSource {
     /// A connection, and the pipe that its bytes go through.
     Socket {
         /// The connection.
@@ -59,12 +59,12 @@ pub(super) enum Turn {
 /// Where bytes go.
 pub(super) struct Target<'a> {
     /// A session's lane and its file.
-    pub(super) lane: Option<(&'a mut Lane, &'a File)>,
+    pub(super) lane: Option<(&'a mut StreamLane, &'a File)>,
     /// /dev/null.
     pub(super) nowhere: &'a File,
 }
 
-impl Source {
+impl StreamSource {
     /// A connection.
     pub(super) fn socket(socket: OwnedFd, seat: Seat) -> Result<Self, SysError> {
         Ok(Self::Socket { socket, pipe: Pipe::new(STEP_BYTES)?, _seat: seat })
@@ -162,9 +162,9 @@ mod tests {
         sys::socket::Peer,
     };
 
-    fn lane() -> Lane {
+    fn lane() -> StreamLane {
         let counters = Arc::new(Counters::new(Cpu(0)));
-        Lane::new(Area { cpu: Cpu(0), offset: 4096, bytes_max: 1 << 20, begins_again: false }, 4096, counters)
+        StreamLane::new(Area { cpu: Cpu(0), offset: 4096, bytes_max: 1 << 20, begins_again: false }, 4096, counters)
     }
 
     fn page(time: u8) -> Vec<u8> {
@@ -174,11 +174,11 @@ mod tests {
         page
     }
 
-    fn connected() -> (UnixStream, Source) {
+    fn connected() -> (UnixStream, StreamSource) {
         let (theirs, ours) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let seat = Peers::new("test").admit(Peer { pid: 1, uid: 0 }).unwrap();
-        (theirs, Source::socket(ours.into(), seat).unwrap())
+        (theirs, StreamSource::socket(ours.into(), seat).unwrap())
     }
 
     #[test]

@@ -20,70 +20,45 @@ use nix::sys::{
     time::TimeSpec,
     timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
 };
-use vtrace_common::{
-    ids::Cpu,
-    wire::client::{LaneLedger, LaneSent},
-};
+use vtrace_common::wire::client::LaneSent;
 
 use super::{
-    lane::Lane,
+    lane::StreamLane,
     port::{LanePort, Peers, Port, accept, open_reader},
-    source::{Source, Target, Turn},
+    source::{StreamSource, Target, Turn},
 };
 use crate::{
-    drain::{Done, ledger::Counters},
+    drain::session::{Attachment, Lanes, Session, SessionCommand, reply},
     sys::{
         SysError,
         uring::{READABLE, Ring},
     },
 };
 
-/// A lane on which nothing has come for so long has nothing of an earlier session on its way: QEMU moves what waits in
+/// A lane on which nothing has come for so long has nothing of an earlier session in transit: QEMU moves what waits in
 /// the queue as soon as there is room.
 const QUIET: Duration = Duration::from_millis(50);
 /// A guest that never is quiet is not waited for longer.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
-/// Panics after which nothing moves any more.
-const PANICS_MAX: u32 = 8;
 
 const COMMAND: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
-/// A session's lanes.
-#[derive(Debug)]
-pub(super) struct Attachment {
-    pub(super) file: File,
-    pub(super) lanes: Vec<(Cpu, Lane)>,
-    pub(super) counters: Vec<Arc<Counters>>,
-}
-
 /// What others want of the worker.
-pub(super) enum Command {
-    Attach(Attachment, Sender<bool>),
-    Finish(Vec<LaneSent>, Duration, Done),
-    Detach(Sender<()>),
-    Stop,
-}
-
-/// A finish that waits for what is still on its way.
-struct Finish {
-    ends: Vec<LaneSent>,
-    deadline: Instant,
-    done: Done,
-}
+pub(super) type Command = SessionCommand<File, StreamLane>;
 
 /// Lanes that wait for the streams to be quiet.
 struct Pending {
-    attachment: Attachment,
+    attachment: Attachment<File, StreamLane>,
     answer: Sender<bool>,
     deadline: Instant,
 }
 
 /// A port and what is known of it.
-struct Way {
-    port: LanePort,
-    source: Option<Source>,
-    lane: Option<Lane>,
+struct StreamPort {
+    spec: LanePort,
+    source: Option<StreamSource>,
+    lane: Option<StreamLane>,
     /// When bytes came that belong to no lane.
     last: Option<Instant>,
     /// It has trouble that was told.
@@ -91,24 +66,21 @@ struct Way {
 }
 
 /// The thread's state.
-pub(super) struct Worker {
+pub(super) struct StreamWorker {
     name: String,
     peers: Peers,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
     ring: Ring,
     timer: TimerFd,
-    ways: Vec<Way>,
+    ports: Vec<StreamPort>,
     nowhere: File,
     file: Option<File>,
-    counters: Vec<Arc<Counters>>,
     pending: Option<Pending>,
-    finish: Option<Finish>,
-    panics: u32,
-    stopping: bool,
+    session: Session,
 }
 
-impl Worker {
+impl StreamWorker {
     pub(super) fn new(
         name: &str,
         ports: Vec<LanePort>,
@@ -123,17 +95,14 @@ impl Worker {
             wake,
             ring: Ring::new(ports.len() + 4)?,
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?,
-            ways: ports.into_iter().map(Way::new).collect(),
+            ports: ports.into_iter().map(StreamPort::new).collect(),
             nowhere: File::options().write(true).open("/dev/null")?,
             file: None,
-            counters: Vec::new(),
             pending: None,
-            finish: None,
-            panics: 0,
-            stopping: false,
+            session: Session::default(),
         };
-        for index in 0..worker.ways.len() {
-            worker.ways[index].open()?;
+        for index in 0..worker.ports.len() {
+            worker.ports[index].open()?;
             worker.watch(index)?;
         }
         worker.ring.push_poll(worker.wake.as_fd(), READABLE, COMMAND)?;
@@ -148,7 +117,7 @@ impl Worker {
                 Ok(()) => return,
                 Err(_) => self.panicked(),
             }
-            if self.panics >= PANICS_MAX {
+            if self.session.is_broken() {
                 return log::error!("{}: its pages are not moved any more", self.name);
             }
         }
@@ -171,7 +140,7 @@ impl Worker {
         }
         self.check_pending();
         self.check_finish();
-        if self.stopping {
+        if self.session.stopping {
             self.detach();
             return false;
         }
@@ -181,20 +150,20 @@ impl Worker {
 
     /// Somebody connects to a port, or bytes have come over it, or its other end is closed.
     fn ready(&mut self, index: usize) {
-        let way = &mut self.ways[index];
-        if way.source.is_none() {
-            way.connect(&self.peers);
+        let port = &mut self.ports[index];
+        if port.source.is_none() {
+            port.connect(&self.peers);
         } else if self.serve(index) == Turn::Ended {
             self.ended(index);
         }
         if let Err(error) = self.watch(index) {
-            log::error!("{}: {} cannot be watched: {error}", self.name, self.ways[index].port.path);
+            log::error!("{}: {} cannot be watched: {error}", self.name, self.ports[index].spec.path);
         }
     }
 
     /// Moves what has come over a port; when it came is noted only while no session wants it.
     fn serve(&mut self, index: usize) -> Turn {
-        let Way { source, lane, last, .. } = &mut self.ways[index];
+        let StreamPort { source, lane, last, .. } = &mut self.ports[index];
         let Some(source) = source else { return Turn::Empty(0) };
         let session = lane.as_mut().zip(self.file.as_ref());
         let idle = session.is_none();
@@ -210,22 +179,22 @@ impl Worker {
 
     /// The other end is closed: whoever opens it next is another QEMU, or the same with another stream.
     fn ended(&mut self, index: usize) {
-        let way = &mut self.ways[index];
-        way.source = None;
-        if let Some(lane) = &mut way.lane {
+        let port = &mut self.ports[index];
+        port.source = None;
+        if let Some(lane) = &mut port.lane {
             lane.cut();
             lane.publish();
         }
-        if let Err(error) = way.open() {
-            way.say(&format!("cannot be opened again: {error}"));
+        if let Err(error) = port.open() {
+            port.say(&format!("cannot be opened again: {error}"));
         }
     }
 
     /// Asks for the next time that something happens on a port. Hot.
     fn watch(&mut self, index: usize) -> Result<(), SysError> {
         let tag = u64::try_from(index).expect("few ports");
-        let way = &self.ways[index];
-        match (&way.source, &way.port.port) {
+        let port = &self.ports[index];
+        match (&port.source, &port.spec.port) {
             (Some(source), _) => self.ring.push_poll(source.fd(), READABLE, tag),
             (None, Port::Socket(listener)) => self.ring.push_poll(listener.as_fd(), READABLE, tag),
             (None, Port::Fifos { .. }) => Ok(()),
@@ -237,32 +206,17 @@ impl Worker {
         let _ = self.wake.read();
         self.ring.push_poll(self.wake.as_fd(), READABLE, COMMAND).expect("a ring takes more than it has room for");
         while let Ok(command) = self.commands.try_recv() {
-            match command {
-                Command::Attach(attachment, answer) => self.attach(attachment, answer),
-                Command::Finish(ends, wait, done) => self.start_finish(ends, wait, done),
-                Command::Detach(answer) => {
-                    self.detach();
-                    reply(&answer, ());
-                }
-                Command::Stop => self.stopping = true,
-            }
+            self.obey_session(command);
         }
-    }
-
-    fn attach(&mut self, attachment: Attachment, answer: Sender<bool>) {
-        if !self.counters.is_empty() || self.finish.is_some() || self.pending.is_some() {
-            return reply(&answer, false);
-        }
-        self.pending = Some(Pending { attachment, answer, deadline: Instant::now() + QUIET_WAIT_MAX });
     }
 
     /// Lanes begin when nothing that was sent before them comes any more.
     fn check_pending(&mut self) {
         let Some(deadline) = self.pending.as_ref().map(|pending| pending.deadline) else { return };
-        for index in 0..self.ways.len() {
+        for index in 0..self.ports.len() {
             if self.serve(index) == Turn::Ended {
                 // Its poll is outstanding, and will say the same.
-                self.ways[index].last = None;
+                self.ports[index].last = None;
             }
         }
         let now = Instant::now();
@@ -271,77 +225,18 @@ impl Worker {
         }
         let Some(Pending { attachment, answer, .. }) = self.pending.take() else { return };
         for (cpu, lane) in attachment.lanes {
-            if let Some(way) = self.ways.iter_mut().find(|way| way.port.cpu == cpu) {
-                way.lane = Some(lane);
+            if let Some(port) = self.ports.iter_mut().find(|port| port.spec.cpu == cpu) {
+                port.lane = Some(lane);
             }
         }
-        (self.file, self.counters) = (Some(attachment.file), attachment.counters);
+        self.file = Some(attachment.sink);
+        self.session.begin(attachment.counters);
         reply(&answer, true);
     }
 
     /// When all lanes will have been quiet for long enough, if nothing comes.
     fn quiet_at(&self) -> Option<Instant> {
-        self.ways.iter().filter_map(|way| way.last).max().map(|last| last + QUIET)
-    }
-
-    fn start_finish(&mut self, ends: Vec<LaneSent>, wait: Duration, done: Done) {
-        self.end_finish();
-        let now = Instant::now();
-        self.finish = Some(Finish { ends, deadline: now.checked_add(wait).unwrap_or(now), done });
-    }
-
-    fn check_finish(&mut self) {
-        let Some(finish) = &self.finish else { return };
-        let complete = |end: &LaneSent| {
-            let way = self.ways.iter().find(|way| way.port.cpu == end.cpu);
-            let lane = way.and_then(|way| way.lane.as_ref());
-            lane.is_none_or(|lane| lane.is_cut() || lane.bytes_in() >= end.bytes_out)
-        };
-        if finish.ends.iter().all(complete) || Instant::now() >= finish.deadline {
-            self.end_finish();
-        }
-    }
-
-    /// Closes the lanes of a finish, if there is one, and says so.
-    fn end_finish(&mut self) {
-        let Some(finish) = self.finish.take() else { return };
-        self.take_rest();
-        self.close_lanes(&finish.ends);
-        (finish.done)(self.ledgers());
-        self.counters.clear();
-    }
-
-    /// Takes what waits in the streams, as far as it is there.
-    fn take_rest(&mut self) {
-        for index in 0..self.ways.len() {
-            // A stream that has ended says so again to whoever polls it.
-            while self.file.is_some() && self.ways[index].lane.is_some() && self.serve(index) == Turn::More {}
-        }
-    }
-
-    fn ledgers(&self) -> Vec<LaneLedger> {
-        self.counters.iter().map(|counters| counters.read()).collect()
-    }
-
-    /// From now on what comes goes nowhere.
-    fn close_lanes(&mut self, ends: &[LaneSent]) {
-        let Some(file) = self.file.take() else { return };
-        for way in &mut self.ways {
-            let Some(lane) = way.lane.take() else { continue };
-            let sent = ends.iter().find(|end| end.cpu == way.port.cpu).map(|end| end.bytes_out);
-            lane.close(&file, sent);
-            way.last = Some(Instant::now());
-        }
-    }
-
-    fn detach(&mut self) {
-        if let Some(pending) = self.pending.take() {
-            reply(&pending.answer, false);
-        }
-        self.end_finish();
-        self.take_rest();
-        self.close_lanes(&[]);
-        self.counters.clear();
+        self.ports.iter().filter_map(|port| port.last).max().map(|last| last + QUIET)
     }
 
     /// Wakes this thread when something is due although nothing happens.
@@ -350,7 +245,7 @@ impl Worker {
             .pending
             .as_ref()
             .map(|pending| self.quiet_at().map_or(pending.deadline, |at| at.min(pending.deadline)));
-        let Some(due) = [quiet, self.finish.as_ref().map(|finish| finish.deadline)].into_iter().flatten().min() else {
+        let Some(due) = [quiet, self.session.deadline()].into_iter().flatten().min() else {
             return;
         };
         let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -358,50 +253,98 @@ impl Worker {
         self.timer.set(time, TimerSetTimeFlags::empty()).expect("a timer of our own takes a short time");
     }
 
-    /// A mistake of ours: the session's lanes end, the streams go on.
+    /// After a panic: the session's lanes end, the streams go on.
     fn panicked(&mut self) {
-        self.panics += 1;
-        log::error!("{}: drain panicked ({} of {PANICS_MAX})", self.name, self.panics);
-        self.ways.iter_mut().for_each(|way| way.lane = None);
-        self.counters.iter().for_each(|counters| counters.settle());
-        (self.file, self.pending) = (None, None);
-        for index in 0..self.ways.len() {
+        self.session.panicked(&self.name);
+        self.ports.iter_mut().for_each(|port| port.lane = None);
+        self.session.settle(None);
+        self.file = None;
+        self.pending = None;
+        for index in 0..self.ports.len() {
             // A second poll of the same port wakes once more than needed.
             let _ = self.watch(index);
         }
         let _ = self.ring.push_poll(self.wake.as_fd(), READABLE, COMMAND);
-        // Commands may wait behind the one that panicked, and they were all announced once.
+        // Commands may wait after the one that panicked; the eventfd counted them once.
         let _ = self.wake.write(1);
     }
 }
 
-impl Way {
+impl Lanes for StreamWorker {
+    type Sink = File;
+    type Lane = StreamLane;
+
+    fn session(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// Waits for the streams to be quiet: [`StreamWorker::check_pending`].
+    fn attach(&mut self, attachment: Attachment<File, StreamLane>, answer: Sender<bool>) {
+        if self.pending.is_some() {
+            return reply(&answer, false);
+        }
+        self.pending = Some(Pending { attachment, answer, deadline: Instant::now() + QUIET_WAIT_MAX });
+    }
+
+    fn drain(&mut self) {
+        for index in 0..self.ports.len() {
+            // A stream that has ended is reported again by its next poll.
+            while self.file.is_some() && self.ports[index].lane.is_some() && self.serve(index) == Turn::More {}
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            reply(&pending.answer, false);
+        }
+        self.drain();
+    }
+
+    fn has_received(&self, sent: &LaneSent) -> bool {
+        let port = self.ports.iter().find(|port| port.spec.cpu == sent.cpu);
+        let lane = port.and_then(|port| port.lane.as_ref());
+        lane.is_none_or(|lane| lane.is_cut() || lane.bytes_in() >= sent.bytes_out)
+    }
+
+    /// What comes from now on goes nowhere.
+    fn close(&mut self, sent: &[LaneSent]) {
+        let Some(file) = self.file.take() else { return };
+        for port in &mut self.ports {
+            let Some(lane) = port.lane.take() else { continue };
+            let bytes_sent = sent.iter().find(|sent| sent.cpu == port.spec.cpu).map(|sent| sent.bytes_out);
+            lane.close(&file, bytes_sent);
+            port.last = Some(Instant::now());
+        }
+    }
+}
+
+impl StreamPort {
     fn new(port: LanePort) -> Self {
-        Self { port, source: None, lane: None, last: None, told: false }
+        Self { spec: port, source: None, lane: None, last: None, told: false }
     }
 
     /// Makes a FIFO ready for whoever opens it next; a socket is, by its listener.
     fn open(&mut self) -> std::io::Result<()> {
-        let is_fifo = match &self.port.port {
+        let is_fifo = match &self.spec.port {
             Port::Socket(_) => false,
             Port::Fifos { from_guest, .. } => {
-                self.source = Some(Source::Fifo(open_reader(from_guest)?));
+                self.source = Some(StreamSource::Fifo(open_reader(from_guest)?));
                 true
             }
         };
-        self.port.is_there.store(is_fifo, Ordering::Relaxed);
+        self.spec.is_there.store(is_fifo, Ordering::Relaxed);
         Ok(())
     }
 
     fn connect(&mut self, peers: &Peers) {
-        let Port::Socket(listener) = &self.port.port else { return };
+        let Port::Socket(listener) = &self.spec.port else { return };
         let source = accept(listener, peers).and_then(|accepted| {
-            let source = accepted.map(|(socket, _, seat)| Source::socket(socket, seat));
+            let source = accepted.map(|(socket, _, seat)| StreamSource::socket(socket, seat));
             Ok(source.transpose()?)
         });
         match source {
             Ok(source) => {
-                self.port.is_there.store(source.is_some(), Ordering::Relaxed);
+                self.spec.is_there.store(source.is_some(), Ordering::Relaxed);
                 self.source = source;
             }
             Err(error) => self.say(&format!("a connection is turned away: {error}")),
@@ -411,12 +354,7 @@ impl Way {
     /// Once a port: a guest must not fill the log.
     fn say(&mut self, what: &str) {
         if !std::mem::replace(&mut self.told, true) {
-            log::warn!("{}: {what}", self.port.path);
+            log::warn!("{}: {what}", self.spec.path);
         }
     }
-}
-
-fn reply<T>(answer: &Sender<T>, value: T) {
-    // Nobody waits any more: then nobody needs it.
-    let _ = answer.send(value);
 }

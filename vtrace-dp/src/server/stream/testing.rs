@@ -11,7 +11,7 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 use vtrace_common::wire::client::{Area, LaneLedger};
 
 use super::cutter::Cutter;
-use crate::drain::{ledger::Counters, stream::lane::Lane};
+use crate::drain::{ledger::Counters, stream::lane::StreamLane};
 
 /// Whole frames out of a stream that comes in `pieces`; of each whether it says that it is a hello.
 pub fn cut(pieces: &[&[u8]]) -> Vec<(bool, Vec<u8>)> {
@@ -26,7 +26,7 @@ pub fn cut(pieces: &[&[u8]]) -> Vec<(bool, Vec<u8>)> {
 /// A lane that gets `pieces` of a stream and then is closed, as the worker does it, but for splice(2).
 pub fn land(pieces: &[&[u8]], file: &File, area: Area, page_bytes: u32) -> LaneLedger {
     let counters = Arc::new(Counters::new(area.cpu));
-    let mut lane = Lane::new(area, page_bytes, Arc::clone(&counters));
+    let mut lane = StreamLane::new(area, page_bytes, Arc::clone(&counters));
     for mut piece in pieces.iter().copied() {
         while !piece.is_empty() {
             let room = usize::try_from(lane.room()).map_or(piece.len(), |room| room.min(piece.len()));

@@ -36,7 +36,7 @@ fn marked(mut page: Vec<u8>) -> Vec<u8> {
 
 struct Bench {
     memory: Arc<Memory>,
-    lane: Lane,
+    lane: RingLane,
     batch: Batch,
     sink: FileSink,
     file: File,
@@ -51,7 +51,7 @@ impl Bench {
 
     fn in_area(file: File, area: Area) -> Self {
         let memory = guest_memory(&[(0, 1 << 20)]);
-        let lane = Lane::new(area, PAGE as u32, Arc::new(Counters::new(Cpu(3))));
+        let lane = RingLane::new(area, PAGE as u32, Arc::new(Counters::new(Cpu(3))));
         let sink = FileSink::new(file.try_clone().unwrap()).unwrap();
         Self { batch: Batch::new(Arc::clone(&memory)), memory, lane, sink, file, next: 0 }
     }
@@ -274,7 +274,7 @@ proptest! {
         let area = Area { cpu: Cpu(3), offset: START, bytes_max: 2 * said as u64, begins_again: again };
         let file = memory_file(0).unwrap();
         let mut bench = Bench::in_area(file.try_clone().unwrap(), area);
-        bench.lane = Lane::new(area, said as u32, Arc::new(Counters::new(Cpu(3))));
+        bench.lane = RingLane::new(area, said as u32, Arc::new(Counters::new(Cpu(3))));
         for number in 0..count {
             let mut page = vec![number as u8; sent];
             page[8..16].copy_from_slice(&(sent as u64 - 16).to_le_bytes());
