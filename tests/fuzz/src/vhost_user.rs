@@ -4,7 +4,8 @@
 //! Input: steps of 6 bytes: which request, which ring, how many descriptors of which kind, where the monitor dies, which
 //! byte is changed, and how.
 //!
-//! Afterwards the next monitor is served, and neither descriptors nor guest memory are left.
+//! Afterwards the next monitor is served, and no descriptor is left but that of the memory: a lane's drain keeps the last
+//! memory until its ring starts again.
 
 use std::{
     fs::File,
@@ -116,7 +117,7 @@ impl Objects {
 
     /// Those that lead to objects only this input has, as /proc names them: eventfds all have one name.
     fn names(&self) -> Vec<PathBuf> {
-        let numbers = [self.memory.as_raw_fd(), self.pipe.0.as_raw_fd(), self.socket.0.as_raw_fd()];
+        let numbers = [self.pipe.0.as_raw_fd(), self.socket.0.as_raw_fd()];
         numbers.iter().map(|number| link(&number.to_string()).expect("it is open")).collect()
     }
 }
@@ -247,7 +248,7 @@ fn within_watchdog(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// Plays a monitor; the next is served, and nothing of the first is left.
+/// Plays a monitor; the next is served, and no descriptor of the first is left but that of its memory.
 pub fn run(bytes: &[u8]) {
     let path = socket_path();
     let objects = Objects::new();
@@ -256,9 +257,6 @@ pub fn run(bytes: &[u8]) {
     play(path, bytes, &objects);
     within_watchdog("the next monitor is served", || serves(path));
     within_watchdog("descriptors of a monitor that is gone are closed", || descriptors_of(&names) <= before);
-    let memory = names[0].display().to_string();
-    let maps = || std::fs::read_to_string("/proc/self/maps").expect("/proc");
-    within_watchdog("its memory is unmapped", || !maps().contains(memory.trim_end_matches(" (deleted)")));
 }
 
 /// A monitor that starts a device as QEMU does, one that sends too many descriptors, one that dies in the middle, and one
