@@ -117,6 +117,11 @@ pub enum FromAgent {
     },
     /// A setting of the buffer was changed while it was recorded. Sent before `Stopped`.
     Changed(SettingChange),
+    /// A line of the closing table about this machine. Sent before `Stopped`.
+    Remark {
+        /// One line.
+        text: String,
+    },
 }
 
 /// What a machine offers. Each kind's text is the file of that name in tracefs.
@@ -344,6 +349,7 @@ impl Message for FromAgent {
                 bounded(armed.spare.len(), LANES_MAX)?;
                 text(&armed.clock)
             }
+            Self::Remark { text: line } => text(line),
             Self::Output(output) => bounded(output.bytes.len(), OUTPUT_BYTES_MAX),
             Self::Exited { command, .. } => bounded(usize::try_from(*command).unwrap_or(usize::MAX), COMMANDS_MAX),
             Self::Lane(lane) => {

@@ -79,6 +79,8 @@ pub(super) struct ArmedSession {
     events_lost: u64,
     /// Settings that had changed when tracing was switched off.
     changes: Vec<SettingChange>,
+    /// What else the closing table has to say about the recording.
+    remarks: Vec<String>,
     instance: Instance,
 }
 
@@ -108,22 +110,21 @@ impl ArmedSession {
         };
         let stats_before = instance.cpus().iter().map(|cpu| (*cpu, instance.stats(*cpu))).collect();
         let pump = start_pump(lanes, instance.page_bytes(), tee)?;
-        let (commands, requests, own_only) = (Vec::new(), arm.commands.clone(), arm.own_only);
-        let (pump, ends) = (Some(pump), Vec::new());
-        let work = Self {
-            commands,
-            requests,
-            own_only,
-            pump,
+        let session = Self {
+            commands: Vec::new(),
+            requests: arm.commands.clone(),
+            own_only: arm.own_only,
+            pump: Some(pump),
             late_cpus,
-            ends,
+            ends: Vec::new(),
             stats_before,
             events_lost: 0,
             changes: Vec::new(),
+            remarks: Vec::new(),
             instance,
         };
         tell(&FromAgent::Armed(armed))?;
-        Ok(work)
+        Ok(session)
     }
 
     /// Readable when the pump has ended; `None` once [`ArmedSession::pumped`] was called.
@@ -170,13 +171,7 @@ impl ArmedSession {
     /// Writes a marker.
     pub(super) fn mark(&self, text: &str) -> Result<FromAgent, Failure> {
         let before = GuestTsc(tsc::read());
-        if let Err(failure) = self.instance.mark(text) {
-            if !self.instance.was_switched_off() {
-                return Err(failure);
-            }
-            // The report names what was switched off; the pages that were recorded before stay.
-            log::warn!("no marker: tracing was switched off: {text}");
-        }
+        self.instance.mark(text)?;
         Ok(FromAgent::Marked { before, after: GuestTsc(tsc::read()) })
     }
 
@@ -204,6 +199,7 @@ impl ArmedSession {
         if let Err(failure) = self.instance.set_tracing(false) {
             log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
         }
+        self.remarks = self.instance.marker_remarks();
         let come = self.late_cpus.arrived_before_end(&self.instance);
         self.begin(come);
         if let Some(pump) = &self.pump {
@@ -239,6 +235,9 @@ impl ArmedSession {
         described(|each| self.instance.describe_end(each), tell)?;
         for change in &self.changes {
             tell(&FromAgent::Changed(change.clone()))?;
+        }
+        for remark in &self.remarks {
+            tell(&FromAgent::Remark { text: shortened(remark.clone()) })?;
         }
         tell(&FromAgent::Stopped)?;
         Ok(())
@@ -285,7 +284,7 @@ impl ArmedSession {
 /// Makes the instance, and says now and then how far it is.
 fn instance(name: &str, arm: &Arm, tell: SendToHost<'_>) -> Result<Instance, Refused> {
     let (mut said, mut told) = (Instant::now(), Ok(()));
-    let made = Tracefs::find_or_mount()?.arm_telling(name, arm, &mut |events| {
+    let made = Tracefs::find_or_mount()?.arm_with_markers(name, arm, &mut |events| {
         if said.elapsed() >= ARMING_EVERY && told.is_ok() {
             said = Instant::now();
             told = tell(&FromAgent::Arming { events: u32::try_from(events).unwrap_or(u32::MAX) });

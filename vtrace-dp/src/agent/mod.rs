@@ -24,7 +24,7 @@
 //! Trust: the kernel; the host may ask anything, in any order, and gets an answer or a refusal
 //!
 //! Depends on `sys`, `tracefs` and `vtrace-common` only, and needs nothing of a C library at run time that a static
-//! one lacks. Works from Linux 5.10 on; needs io_uring and the right to use it.
+//! one lacks. Works from Linux 5.10 on, with io_uring or without it.
 
 mod armed;
 mod command;
@@ -46,7 +46,8 @@ pub mod testing;
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -63,7 +64,7 @@ use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 use self::cpu_placement::CpuPlacement;
 pub use self::cpu_placement::CpuPlacementFault;
 use crate::{
-    sys::{SysError, limit::allow_descriptors, oom},
+    sys::{SysError, limit::allow_descriptors, oom, signal::unblock_in},
     tracefs::{Tracefs, online_cpus, possible_cpus},
 };
 use control::{Control, ControlEnd, ControlOptions};
@@ -217,10 +218,31 @@ fn open_control(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<
             outcome => _ = outcome?,
         }
         if !std::mem::replace(&mut is_logged, true) {
-            log::info!("waiting for control port {}", ports.control);
+            load_drivers();
+            log::info!(
+                "waiting for control port {}; if there is no {}: modprobe virtio_pci virtio_console",
+                ports.control,
+                ports.class.display()
+            );
+            continue;
         }
         if !await_news(news, quit, None)? {
             return Ok(None);
+        }
+    }
+}
+
+/// Loads the drivers of virtio ports, if this kernel has them as modules and they are not loaded.
+fn load_drivers() {
+    if Path::new("/sys/bus/virtio/drivers/virtio_console").exists() {
+        return;
+    }
+    for module in ["virtio_pci", "virtio_console"] {
+        let mut command = Command::new("modprobe");
+        unblock_in(command.arg(module).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()));
+        match command.status() {
+            Ok(status) if status.success() => log::info!("modprobe {module}"),
+            outcome => log::debug!("modprobe {module}: {outcome:?}"),
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The pump: moves pages from taps to ports by splice(2), and sleeps in io_uring until there is something to move.
+//! The pump: moves pages from taps to ports by splice(2), and sleeps in io_uring until there is something to move
+//! (in epoll where io_uring is forbidden).
 //!
 //! In:    taps and ports of a session; orders to drain or to abandon
 //! Out:   pages in the ports; one [`LaneEnd`] per lane when the threads have ended
@@ -34,7 +35,8 @@ use super::{
 use crate::{
     sys::{
         SysError,
-        uring::{Completion, READABLE, Ring, WRITABLE},
+        poll_set::Waits,
+        uring::{Completion, READABLE, WRITABLE},
     },
     tracefs::Tap,
 };
@@ -167,7 +169,7 @@ impl Worker {
         let bell = Arc::new(signal()?);
         let (words, inbox) = channel();
         let lanes = roads.len();
-        let ring = Ring::new(2 * lanes + 4).map_err(PumpError::of("io_uring"))?;
+        let ring = Waits::new(2 * lanes + 4).map_err(PumpError::of("io_uring"))?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(PumpError::of("timerfd"))?;
         let work = Work {
@@ -247,7 +249,7 @@ impl Operation {
 }
 
 struct Work {
-    ring: Ring,
+    ring: Waits,
     roads: Vec<Road>,
     /// Lanes that may have more pages, in order.
     turns: VecDeque<usize>,

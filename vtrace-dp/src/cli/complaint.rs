@@ -186,6 +186,9 @@ fn guest_trouble(guest: &str, trouble: &Trouble) -> Complaint {
     }
 }
 
+/// What to try where lockdown forbids tracing.
+const LOCKDOWN: &str = "boot it without lockdown: lockdown= on its kernel command line, or Secure Boot, turns it on";
+
 fn failed(machine: &str, failure: &Failure) -> Complaint {
     let Failure { kind, object, detail, near } = failure;
     let near = near.join(", ");
@@ -198,6 +201,9 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
         }
         FailureKind::NoSuchClock => {
             Complaint::new(cannot, format!("it has no trace clock {object:?}"), format!("it has: {near}"))
+        }
+        FailureKind::NoTracefs | FailureKind::Kernel if detail.contains("kernel lockdown") => {
+            Complaint::new(cannot, format!("{object}: {detail}"), LOCKDOWN)
         }
         FailureKind::NoTracefs => Complaint::new(
             cannot,
@@ -239,7 +245,18 @@ fn failed(machine: &str, failure: &Failure) -> Complaint {
             format!("{object}: {detail}"),
             "change the policy, /etc/vtrace/agent.toml there (for commands also vtrace agent --allow-exec), and restart the agent",
         ),
-        FailureKind::Kernel => Complaint::new(cannot, format!("{object}: {detail}"), ""),
+        FailureKind::Kernel => Complaint::new(cannot, format!("{object}: {detail}"), kernel_remedy(object, machine)),
+    }
+}
+
+/// What to try when the kernel refuses a file of tracefs.
+fn kernel_remedy(object: &str, machine: &str) -> String {
+    let is_function = ["set_ftrace_", "set_graph_", "current_tracer"].iter().any(|file| object.contains(file));
+    match object {
+        "set_event_pid" => "run it outside the container, or without -P and -F".into(),
+        "kernel.ftrace_enabled" => format!("sysctl kernel.ftrace_enabled=1 on {machine}"),
+        _ if is_function => "record events only (-e), without -p and -l: this kernel forbids function tracing".into(),
+        _ => String::new(),
     }
 }
 

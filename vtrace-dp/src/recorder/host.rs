@@ -53,6 +53,8 @@ pub struct HostReport {
     pub ends: Vec<Option<TapEnd>>,
     /// TSC right after tracing was switched off.
     pub stopped: HostTsc,
+    /// What the closing table has to say about the buffer.
+    pub remarks: Vec<String>,
     /// CPU use of the pump.
     pub pump: PumpUse,
     /// Settings that were changed while it recorded.
@@ -74,15 +76,23 @@ pub enum HostError {
 }
 
 impl HostRecorder {
-    /// Creates an instance named after this process and `session` and applies `arm`; tracing stays off.
+    /// Creates an instance named after this process and `session` and applies `arm`; tracing stays off. It gets the markers
+    /// of applications.
     ///
     /// # Errors
     /// As [`Tracefs::arm`]; `NoTracefs`.
     pub fn arm(arm: &Arm) -> Result<Self, Failure> {
+        Self::arm_buffer(arm, true)
+    }
+
+    fn arm_buffer(arm: &Arm, has_markers: bool) -> Result<Self, Failure> {
         let tracefs = Tracefs::find_or_mount()?;
         tracefs.remove_stale();
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
-        let instance = tracefs.arm(&name, arm)?;
+        let instance = match has_markers {
+            true => tracefs.arm_with_markers(&name, arm, &mut |_| {})?,
+            false => tracefs.arm(&name, arm)?,
+        };
         let (cpus, stats_before, own_only) = (Vec::new(), Vec::new(), arm.own_only);
         Ok(Self { pump: None, cpus, own_only, stats_before, instance })
     }
@@ -175,6 +185,7 @@ impl HostRecorder {
     pub fn stop(&mut self) -> Result<HostReport, Failure> {
         let changes = self.instance.setting_changes();
         self.instance.set_tracing(false)?;
+        let remarks = self.instance.marker_remarks();
         let stopped = HostTsc(tsc::read());
         let pump = self.pump.take().ok_or_else(|| state("nothing of the host is being recorded"))?;
         let pumped = pump.stop();
@@ -185,7 +196,7 @@ impl HostRecorder {
         let lanes = pumped.lanes.iter().zip(before.zip(self.stats()));
         let lanes = lanes.map(|(lane, stats)| report(lane, stats)).collect();
         let ends = pumped.lanes.iter().map(|lane| lane.end).collect();
-        Ok(HostReport { lanes, ends, stopped, pump: pumped.used, changes })
+        Ok(HostReport { lanes, ends, stopped, remarks, pump: pumped.used, changes })
     }
 
     /// The description that is known only after the trace: command lines.
@@ -220,9 +231,10 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// Creates the buffer and describes the machine; tracing stays off.
-    pub(crate) fn arm(arm: &Arm) -> Result<Self, HostError> {
-        let recorder = HostRecorder::arm(arm).map_err(HostError::Refused)?;
+    /// Creates the buffer and describes the machine; tracing stays off. One buffer of a recording has the markers of
+    /// applications.
+    pub(crate) fn arm(arm: &Arm, has_markers: bool) -> Result<Self, HostError> {
+        let recorder = HostRecorder::arm_buffer(arm, has_markers).map_err(HostError::Refused)?;
         let mut metadata = Metadata::default();
         let mut added = Ok(());
         let describe = recorder.describe(arm.kallsyms, &mut |piece| {

@@ -82,7 +82,7 @@ impl<'a> Recording<'a> {
     /// Arms the host, whose tracing stays off, and takes over the guests.
     pub(crate) fn arm(plan: &'a Plan, guests: &mut Option<Guests>) -> Result<Self, RecordError> {
         let calibration = Calibration::begin();
-        let host = Host::arm(&host_arm(plan))?;
+        let host = Host::arm(&host_arm(plan), true)?;
         let instances = instances::arm(plan)?;
         Ok(Self {
             plan,

@@ -19,6 +19,7 @@ pub mod log_limit;
 pub mod oom;
 pub mod page_guest;
 pub mod perf;
+pub mod poll_set;
 pub mod program;
 pub mod realtime;
 pub mod signal;

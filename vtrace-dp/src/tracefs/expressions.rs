@@ -5,7 +5,10 @@
 //! Runs:  on the caller's thread, before the events are switched on
 //! Trust: nothing of the expressions: the kernel parses them
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use vtrace_common::wire::agent::{EventRequest, Failure, FailureKind};
 
@@ -63,6 +66,45 @@ impl<'a> Expression<'a> {
     }
 }
 
+/// Removes all hist triggers of a buffer, whoever made them. One whose variables another one uses goes after that.
+pub(super) fn clear_hist_triggers(buffer: &Path) {
+    for _ in 0..2 {
+        for path in event_directories(buffer).map(|event| event.join("trigger")) {
+            if read(&path).is_ok_and(|text| !trigger_lines(&text).is_empty()) {
+                // Truncation removes them (kernel/trace/trace_events_trigger.c, `event_trigger_regex_open()`).
+                let _ = fs::OpenOptions::new().write(true).truncate(true).open(&path);
+            }
+        }
+    }
+}
+
+/// Removes all filters and triggers of a buffer whose borrower has died.
+pub(super) fn clear(buffer: &Path) {
+    clear_hist_triggers(buffer);
+    for event in event_directories(buffer) {
+        let trigger = event.join("trigger");
+        for line in trigger_lines(&read(&trigger).unwrap_or_default()) {
+            let _ = write(&trigger, &format!("!{line}"));
+        }
+        let filter = event.join("filter");
+        if read(&filter).is_ok_and(|text| text.trim() != "none") {
+            let _ = write(&filter, "0");
+        }
+    }
+}
+
+fn event_directories(buffer: &Path) -> impl Iterator<Item = PathBuf> {
+    let systems = fs::read_dir(buffer.join("events")).into_iter().flatten().flatten();
+    let events = systems.flat_map(|system| fs::read_dir(system.path()).into_iter().flatten().flatten());
+    events.map(|event| event.path())
+}
+
+/// The triggers in a `trigger` file, as they are written: `traceoff:unlimited` is `traceoff`.
+fn trigger_lines(text: &str) -> Vec<String> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.map(|line| line.replace(":unlimited", "").replace(" [active]", "")).collect()
+}
+
 fn write_for(
     buffer: &Path,
     available: &Events,
@@ -115,6 +157,13 @@ fn last_error(log: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn triggers_are_removed_by_the_text_that_sets_them() {
+        let text = "# Available triggers:\n# traceon traceoff\ntraceoff:unlimited if a == 1\nstacktrace:count=3\n";
+        assert_eq!(trigger_lines(text), ["traceoff if a == 1", "stacktrace:count=3"]);
+        assert_eq!(trigger_lines("# none\n"), Vec::<String>::new());
+    }
 
     #[test]
     fn last_error_of_the_kernel_is_found() {

@@ -29,7 +29,9 @@ use vtrace_common::{
 use super::{
     INSTANCE_PREFIX, Tap, Tracefs, cpus, describe,
     events::{Events, switch_on},
-    expressions, failure, nearest, read, refused,
+    expressions, failure,
+    markers::{self, Markers},
+    nearest, read, refused,
     setting_watch::{self, SettingWatch},
     settings, shortened,
     stats::Stats,
@@ -70,6 +72,7 @@ pub struct Instance {
     /// Which CPUs are traced, if not all.
     mask: Option<BTreeSet<Cpu>>,
     on: Events,
+    markers: Option<Markers>,
     watch: Option<SettingWatch>,
     /// Writes that remove its filters and triggers.
     undo: Vec<expressions::Undo>,
@@ -79,26 +82,31 @@ impl Tracefs {
     /// Makes the instance `name` and prepares everything `arm` asks for; tracing stays off.
     ///
     /// # Errors
-    /// As [`Tracefs::arm_telling`].
+    /// As [`Tracefs::arm_with_markers`].
     pub fn arm(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
-        self.arm_telling(name, arm, &mut |_| {})
-    }
-
-    /// The same; `each` is called with the number of events that are on, after each step. On a slow machine arming can take
-    /// minutes.
-    ///
-    /// # Errors
-    /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `NoSuchPageSize`, `Expression`,
-    /// `Memory` (the ring buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else
-    /// `Kernel`. Nothing is left then.
-    pub fn arm_telling(&self, name: &str, arm: &Arm, each: &mut dyn FnMut(usize)) -> Result<Instance, Failure> {
         let mut instance = self.make_instance(name)?;
         if top::is_needed(self.root(), &instance.path, arm) {
             drop(instance);
             instance = self.make_instance(&format!("{name}{}", top::MARK))?;
             instance.borrow_top(top::Borrowed::take(self.root())?)?;
-            log::info!("{}: an instance does not have this: the top buffer is used", arm.tracer.name);
         }
+        self.prepare(instance, arm, &mut |_| {})
+    }
+
+    /// The same, with the markers of applications ([`super::markers`]). `each` is called with the number of events that are
+    /// on, after each step: on a slow machine arming can take minutes.
+    ///
+    /// # Errors
+    /// `NoSuchEvent`, `NoSuchClock`, `NoSuchTracer`, `NoSuchFunction`, `NoSuchOption`, `NoSuchPageSize`, `Expression`,
+    /// `Memory` (the ring buffers do not fit), `State` (an instance of that name, or the top buffer, is in use), else
+    /// `Kernel`. Nothing is left then.
+    pub fn arm_with_markers(&self, name: &str, arm: &Arm, each: &mut dyn FnMut(usize)) -> Result<Instance, Failure> {
+        let mut instance = self.make_buffer(name, arm)?;
+        instance.markers = Some(Markers::arm(self.root(), &instance.path)); // options of the request follow
+        self.prepare(instance, arm, each)
+    }
+
+    fn prepare(&self, mut instance: Instance, arm: &Arm, each: &mut dyn FnMut(usize)) -> Result<Instance, Failure> {
         instance.set_tracing(false)?;
         instance.set_clock(&arm.clock)?;
         if arm.subbuf_kb > 0 {
@@ -109,20 +117,36 @@ impl Tracefs {
         }
         instance.page_bytes = page_bytes(&read(&instance.path.join("events/header_page"))?)?;
         write(&instance.path.join("buffer_percent"), &instance.percent().to_string())?;
+        instance.undo = settings::undo(&instance.path, arm);
+        settings::grow_saved_names(self.root());
         settings::apply(&instance.path, arm)?;
         if !arm.cpu_mask.is_empty() {
             instance.mask = parse_mask(&read(&instance.path.join("tracing_cpumask"))?);
         }
         let available = Events::parse(&read(&self.root().join("available_events"))?);
-        let mut undo = Vec::new();
-        let applied = expressions::apply(&instance.path, &available, &arm.events, &mut undo);
-        match &mut instance.borrowed {
-            Some(borrowed) => borrowed.undo = undo,
-            None => instance.undo = undo,
-        }
-        applied?;
+        expressions::apply(&instance.path, &available, &arm.events, &mut instance.undo)?;
         instance.check_clock(arm)?;
         instance.on = switch_on(&instance.path, &available, &arm.events, each)?;
+        Ok(instance)
+    }
+
+    /// An instance; or the top buffer, if the request needs it, or if it is not in use and has the applications' markers.
+    fn make_buffer(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
+        let instance = self.make_instance(name)?;
+        let is_needed = top::is_needed(self.root(), &instance.path, arm);
+        let is_wanted = !markers::can_copy(&instance.path) && top::is_free(self.root());
+        if !is_needed && !is_wanted {
+            return Ok(instance);
+        }
+        drop(instance);
+        let mut instance = self.make_instance(&format!("{name}{}", top::MARK))?;
+        match top::Borrowed::take(self.root()) {
+            Ok(borrowed) => instance.borrow_top(borrowed)?,
+            // Another recording was faster.
+            Err(_) if !is_needed => return self.make_instance(name),
+            Err(failure) => return Err(failure),
+        }
+        log::info!("the top buffer is used");
         Ok(instance)
     }
 
@@ -153,6 +177,7 @@ impl Tracefs {
             page_bytes: 0,
             mask: None,
             on: Events::default(),
+            markers: None,
             watch: None,
             undo: Vec::new(),
         };
@@ -224,11 +249,6 @@ impl Instance {
         self.watch.as_ref().map(SettingWatch::changes).unwrap_or_default()
     }
 
-    /// Whether tracing was switched off after [`Instance::start_tracing`], by a trigger or another program.
-    pub fn was_switched_off(&self) -> bool {
-        self.watch.is_some() && setting_watch::value(&self.path, "tracing_on").as_deref() == Some("0")
-    }
-
     /// Refuses triggers that made the kernel switch the buffer's clock.
     ///
     /// Source: kernel/trace/trace_events_hist.c, `event_hist_trigger_parse()`: a trigger with `common_timestamp` sets the
@@ -248,11 +268,17 @@ impl Instance {
         Err(failure(FailureKind::Expression, object, &detail))
     }
 
+    /// What the closing table says about the markers of applications.
+    pub fn marker_remarks(&self) -> Vec<String> {
+        self.markers.iter().flat_map(|markers| markers.remarks(&self.tracefs)).collect()
+    }
+
     /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page. Where not all CPUs are traced,
-    /// on one that is.
+    /// on one that is. While tracing or markers are off (`traceoff`, `nomarkers`), or no CPU that is traced is online,
+    /// nothing is written.
     ///
     /// # Errors
-    /// `Kernel`; tracing is off, or no CPU that is traced is online (`EBADF`)
+    /// `Kernel`
     pub fn mark(&self, text: &str) -> Result<(), Failure> {
         let mut marker = self.marker.as_ref().expect("open until it is removed");
         let mut write = || marker.write(text.as_bytes()); // not write_all: what was cut would become a second event
@@ -260,7 +286,15 @@ impl Instance {
             Some(mask) => on_one_of(mask, write),
             None => write(),
         };
-        written.map(|_| ()).map_err(|error| refused(&self.path.join("trace_marker"), &error))
+        match written {
+            Ok(_) => Ok(()),
+            // EBADF: tracing is off. EINVAL: the option `markers` is off.
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EBADF | nix::libc::EINVAL)) => {
+                log::info!("{text:?} is not in the trace: {error}");
+                Ok(())
+            }
+            Err(error) => Err(refused(&self.path.join("trace_marker"), &error)),
+        }
     }
 
     /// per_cpu/cpuN/stats as the kernel writes it; empty if it cannot be read. [`super::stats::Stats`] parses it.
@@ -310,12 +344,14 @@ impl Instance {
         let Some(mut switch) = self.switch.take() else { return Ok(()) };
         let stopped = switch.write_all(b"0");
         drop((switch, self.marker.take(), self.watch.take()));
+        // An instance takes its filters and triggers with it, but for hist triggers, whose variables hold it.
+        let is_borrowed = self.borrowed.is_some();
+        for (path, text) in self.undo.iter().rev().filter(|(_, text)| is_borrowed || text.starts_with("!hist")) {
+            // A trigger whose count has run out is gone already.
+            let _ = write(path, text);
+        }
         if let Some(borrowed) = self.borrowed.take() {
             borrowed.give_back();
-        }
-        // A trigger with a variable keeps its instance.
-        for (path, text) in self.undo.drain(..).rev() {
-            let _ = write(&path, &text);
         }
         let removed = stopped.and(remove_directory(&self.directory));
         removed.map_err(|error| refused(&self.directory, &error))
@@ -418,8 +454,12 @@ impl Drop for Instance {
 /// Removes an instance. While it is busy, tries again for 2 s: the kernel releases the files of an io_uring some time after
 /// it was closed.
 pub(super) fn remove_directory(path: &Path) -> io::Result<()> {
-    for _ in 1..REMOVE_TRIES_MAX {
+    for attempt in 1..REMOVE_TRIES_MAX {
         match fs::remove_dir(path) {
+            // A variable of a hist trigger holds the instance.
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && attempt == 1 => {
+                expressions::clear_hist_triggers(path)
+            }
             Err(error) if error.kind() == ErrorKind::ResourceBusy => sleep(REMOVE_PAUSE),
             removed => return removed,
         }

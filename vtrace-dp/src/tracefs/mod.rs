@@ -14,6 +14,7 @@ mod describe;
 mod events;
 mod expressions;
 mod instance;
+mod markers;
 mod pattern;
 mod pieces;
 mod setting_watch;
@@ -90,9 +91,13 @@ impl Tracefs {
                 .map(|()| MOUNT_POINTS[0])
                 .map_err(|errno| failure(FailureKind::NoTracefs, MOUNT_POINTS[0], errno.desc()))?,
         };
-        fs::read_dir(root)
-            .map_err(|error| failure(FailureKind::NoTracefs, root, &error.to_string()))
-            .map(|_| Self { root: root.into() })
+        let mut entries =
+            fs::read_dir(root).map_err(|error| failure(FailureKind::NoTracefs, root, &error.to_string()))?;
+        if entries.next().is_none() {
+            let cause = lockdown().map_or("is empty".into(), |mode| format!("is empty: kernel lockdown ({mode})"));
+            return Err(failure(FailureKind::NoTracefs, root, &format!("{root} {cause}")));
+        }
+        Ok(Self { root: root.into() })
     }
 
     /// Its mount point.
@@ -167,6 +172,7 @@ impl Tracefs {
         let remove = |entry: &fs::DirEntry| {
             // Its owner died while it had the top buffer.
             if entry.file_name().to_string_lossy().ends_with(top::MARK) {
+                expressions::clear(&self.root);
                 top::reset(&self.root);
                 let _ = write(&self.root.join("tracing_on"), "1");
             }
@@ -198,7 +204,23 @@ fn failure(kind: FailureKind, object: &str, detail: &str) -> Failure {
 /// The failure for an errno of a file in tracefs.
 fn refused(path: &Path, error: &io::Error) -> Failure {
     let kind = if error.raw_os_error() == Some(nix::libc::ENOMEM) { FailureKind::Memory } else { FailureKind::Kernel };
-    failure(kind, &path.to_string_lossy(), &error.to_string())
+    let is_forbidden = matches!(error.raw_os_error(), Some(nix::libc::EPERM | nix::libc::EACCES));
+    let detail = match lockdown().filter(|_| is_forbidden) {
+        Some(mode) => format!("{error}: kernel lockdown ({mode})"),
+        None => error.to_string(),
+    };
+    failure(kind, &path.to_string_lossy(), &detail)
+}
+
+/// The mode of the kernel's lockdown (kernel_lockdown(7)), if it is on.
+fn lockdown() -> Option<String> {
+    locked_down(&fs::read_to_string("/sys/kernel/security/lockdown").ok()?)
+}
+
+/// The mode in brackets, of `none [integrity] confidentiality`.
+fn locked_down(text: &str) -> Option<String> {
+    let (mode, _) = text.split_once('[')?.1.split_once(']')?;
+    (mode != "none").then(|| mode.into())
 }
 
 fn shortened(text: &str) -> String {

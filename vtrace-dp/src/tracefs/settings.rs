@@ -15,11 +15,45 @@ use std::{
 
 use vtrace_common::wire::agent::{Arm, Failure, FailureKind, Tracer};
 
-use super::{failure, nearest, read, refused, write};
+use super::{expressions::Undo, failure, nearest, read, refused, write};
 
 /// A process id that is never used (PID_MAX_LIMIT - 1, include/linux/threads.h), for a list without a process: an empty one
 /// means all.
 const NO_PROCESS: u32 = 4_194_303;
+
+/// The PID namespace of process 1 (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
+const INITIAL_NAMESPACE: &str = "pid:[4026531836]";
+
+/// Tracers that trace functions, and so look at `set_ftrace_pid` (kernel/trace/trace_irqsoff.c, trace_sched_wakeup.c).
+const FUNCTION_TRACERS: [&str; 8] =
+    ["function", "function_graph", "irqsoff", "preemptoff", "preemptirqsoff", "wakeup", "wakeup_rt", "wakeup_dl"];
+
+/// The writes that remove the function commands of `arm` (`FUNC:traceoff`), which clearing the list does not.
+pub(super) fn undo(buffer: &Path, arm: &Arm) -> Vec<Undo> {
+    let commands = arm.tracer.functions.iter().filter(|text| text.contains(':') && !text.contains(":mod:"));
+    commands.map(|text| (buffer.join("set_ftrace_filter"), format!("!{text}\n"))).collect()
+}
+
+/// Task names that the kernel keeps at least, and at most on our request: 20 bytes each.
+const SAVED_NAMES_MIN: u64 = 16 << 10;
+const SAVED_NAMES_MAX: u64 = 64 << 10;
+/// Names for each thread that runs: tasks that end during the recording have to be among them.
+const NAMES_PER_THREAD: u64 = 8;
+
+/// Lets the kernel keep the names of more tasks (saved_cmdlines_size, 128 by default), by the number of threads. The size
+/// stays: a smaller one would discard names that others need.
+pub(super) fn grow_saved_names(root: &Path) {
+    let path = root.join("saved_cmdlines_size");
+    let size: Option<u64> = read(&path).ok().and_then(|text| text.trim().parse().ok());
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let threads: Option<u64> = load.split([' ', '/']).nth(4).and_then(|count| count.parse().ok());
+    let wanted = threads.unwrap_or(0).saturating_mul(NAMES_PER_THREAD).clamp(SAVED_NAMES_MIN, SAVED_NAMES_MAX);
+    if size.is_some_and(|size| size < wanted)
+        && let Err(refusal) = write(&path, &wanted.to_string())
+    {
+        log::debug!("{}: {}", refusal.object, refusal.detail);
+    }
+}
 
 /// Applies everything but clock, sizes and events.
 pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
@@ -52,15 +86,28 @@ fn add_processes(buffer: &Path, pids: &[u32]) -> Result<(), Failure> {
         let path = buffer.join(file);
         append(&path, &list).map_err(|error| (error.kind(), refused(&path, &error)))
     };
+    in_initial_namespace()?;
     add("set_event_pid").map_err(|(_, refusal)| refusal)?;
-    // Function tracers alone read it; a kernel may forbid writing it.
-    if !read(&buffer.join("current_tracer"))?.starts_with("function") {
+    let tracer = read(&buffer.join("current_tracer"))?;
+    if !FUNCTION_TRACERS.contains(&tracer.trim()) {
         return Ok(());
     }
     match add("set_ftrace_pid") {
         // A kernel without the function tracer.
         Err((ErrorKind::NotFound, _)) => Ok(()),
         added => added.map_err(|(_, refusal)| refusal),
+    }
+}
+
+/// The kernel takes the numbers in its lists for those of the initial PID namespace.
+fn in_initial_namespace() -> Result<(), Failure> {
+    match std::fs::read_link("/proc/self/ns/pid") {
+        Ok(namespace) if namespace.as_os_str() != INITIAL_NAMESPACE => Err(failure(
+            FailureKind::Kernel,
+            "set_event_pid",
+            "this process runs in a PID namespace (a container), whose process ids the kernel does not know",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -98,6 +145,10 @@ fn choose_tracer(buffer: &Path, name: &str) -> Result<(), Failure> {
         let detail = format!("this kernel has {}", available.join(", "));
         return Err(Failure { near, ..failure(FailureKind::NoSuchTracer, name, &detail) });
     }
+    let switch = Path::new("/proc/sys/kernel/ftrace_enabled");
+    if FUNCTION_TRACERS.contains(&name) && read(switch).is_ok_and(|text| text.trim() == "0") {
+        return Err(failure(FailureKind::Kernel, "kernel.ftrace_enabled", "0: the kernel traces no functions"));
+    }
     write(&buffer.join("current_tracer"), name)
 }
 
@@ -116,6 +167,6 @@ fn set_option(buffer: &Path, option: &str) -> Result<(), Failure> {
 
 /// Adds a line to a list, which truncation would clear. Without the newline the kernel parses the text when the file is
 /// closed, and its error is lost (kernel/trace/ftrace.c, `ftrace_regex_release()`).
-fn append(path: &Path, text: &str) -> io::Result<()> {
+pub(super) fn append(path: &Path, text: &str) -> io::Result<()> {
     OpenOptions::new().append(true).open(path).and_then(|mut file| file.write_all(format!("{text}\n").as_bytes()))
 }

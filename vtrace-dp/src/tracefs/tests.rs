@@ -51,9 +51,54 @@ fn arming_reports_the_number_of_events_after_each_system_but_the_last() {
     let Some(tracefs) = tracefs() else { return };
     let mut told = Vec::new();
     let instance =
-        tracefs.arm_telling(&name("telling"), &arm(&["sched", "irq", "timer"]), &mut |events| told.push(events));
+        tracefs.arm_with_markers(&name("telling"), &arm(&["sched", "irq", "timer"]), &mut |events| told.push(events));
     let all = usize::try_from(instance.unwrap().events()).unwrap();
     assert!(told.len() == 2 && 0 < told[0] && told[0] < told[1] && told[1] < all, "{told:?} of {all}");
+}
+
+#[test]
+fn markers_of_applications_are_among_the_events_of_the_recording() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm_with_markers(&name("markers"), &arm(&["sched:sched_switch"]), &mut |_| {}).unwrap();
+    instance.set_tracing(true).unwrap();
+    write(&tracefs.root().join("trace_marker"), "of an application").unwrap();
+    write(&tracefs.root().join("trace_marker_raw"), "\u{1}\u{0}\u{0}\u{0}raw").unwrap();
+    instance.set_tracing(false).unwrap();
+    let remarks = instance.marker_remarks();
+    let text = fs::read_to_string(instance.path().join("trace")).unwrap();
+    assert!(text.contains("tracing_mark_write: of an application") && text.contains("# 1 buf: 72 61 77"), "{text}");
+    let is_copied = instance.path() != tracefs.root();
+    assert!(!is_copied || remarks.iter().any(|text| text.ends_with(" markers of applications")), "{remarks:?}");
+}
+
+#[test]
+fn mark_while_tracing_or_markers_are_off_is_no_failure() {
+    let Some(tracefs) = tracefs() else { return };
+    let instance = tracefs.arm(&name("off"), &arm(&[])).unwrap();
+    instance.set_tracing(true).unwrap();
+    write(&instance.path().join("tracing_on"), "0").unwrap();
+    assert_eq!(instance.mark("too late"), Ok(()));
+    let silent = tracefs.arm(&name("nomarkers"), &Arm { options: vec!["nomarkers".into()], ..arm(&[]) }).unwrap();
+    silent.set_tracing(true).unwrap();
+    assert_eq!(silent.mark("not wanted"), Ok(()));
+}
+
+#[test]
+fn processes_are_bound_without_the_function_tracers_list() {
+    let Some(tracefs) = tracefs() else { return };
+    let asked = Arm { pids: vec![1], ..arm(&["sched:sched_switch"]) };
+    let instance = tracefs.arm(&name("pids"), &asked).unwrap();
+    assert_eq!(fs::read_to_string(instance.path().join("set_event_pid")).unwrap(), "1\n");
+    let functions = fs::read_to_string(instance.path().join("set_ftrace_pid"));
+    assert!(functions.is_err() || functions.unwrap() == "no pid\n");
+}
+
+#[test]
+fn kernel_keeps_the_names_of_many_tasks_once_a_recording_is_armed() {
+    let Some(tracefs) = tracefs() else { return };
+    let _instance = tracefs.arm(&name("names"), &arm(&[])).unwrap();
+    let size: u64 = fs::read_to_string(tracefs.root().join("saved_cmdlines_size")).unwrap().trim().parse().unwrap();
+    assert!(size >= 16 << 10, "{size}");
 }
 
 #[test]
@@ -109,7 +154,7 @@ fn page_has_the_size_asked_for_or_the_refusal_says_why() {
 fn marker_is_in_the_trace_only_while_tracing_is_on() {
     let Some(tracefs) = tracefs() else { return };
     let instance = tracefs.arm(&name("mark"), &arm(&[])).unwrap();
-    assert!(instance.mark("too early").is_err());
+    assert_eq!(instance.mark("too early"), Ok(()), "it is only logged");
     instance.set_tracing(true).unwrap();
     instance.mark("in time").unwrap();
     instance.set_tracing(false).unwrap();
@@ -128,6 +173,12 @@ fn instance_of_a_dead_owner_is_stale_and_ours_is_not() {
     assert!(tracefs.remove_stale() >= 1);
     assert!(!dead.exists());
     assert!(instance.path().exists());
+}
+
+#[test]
+fn lockdown_is_the_mode_in_brackets() {
+    assert_eq!(locked_down("none integrity [confidentiality]\n").as_deref(), Some("confidentiality"));
+    assert_eq!((locked_down("[none] integrity confidentiality\n"), locked_down("")), (None, None));
 }
 
 #[test]

@@ -10,17 +10,18 @@ use std::path::{Path, PathBuf};
 
 use vtrace_common::wire::agent::{Arm, Failure, FailureKind};
 
-use super::{expressions::Undo, failure, online_cpus, possible_cpus, read, write};
+use super::{failure, online_cpus, possible_cpus, read, settings::append, stats::Stats, write};
 
 /// Suffix of the name of an instance whose owner has borrowed the top buffer.
 pub(super) const MARK: &str = "-top";
 
 /// Files whose contents are restored.
-const KEPT: [&str; 5] = ["trace_clock", "buffer_percent", "buffer_subbuf_size_kb", "buffer_size_kb", "tracing_cpumask"];
+const KEPT: [&str; 6] =
+    ["trace_clock", "buffer_percent", "buffer_subbuf_size_kb", "buffer_size_kb", "tracing_cpumask", "max_graph_depth"];
 /// The event that the kernel itself enables when a BPF program that can print is loaded, and never disables
 /// (`__set_printk_clr_event()`, kernel/trace/bpf_trace.c).
 const PRINTK: &str = "bpf_trace:bpf_trace_printk";
-/// Lists that are empty while nothing is traced.
+/// Lists of functions and processes, whose entries are restored.
 const LISTS: [&str; 6] = [
     "set_ftrace_filter",
     "set_ftrace_notrace",
@@ -45,12 +46,11 @@ pub(super) fn is_needed(root: &Path, instance: &Path, arm: &Arm) -> bool {
 pub(super) struct Borrowed {
     root: PathBuf,
     kept: Vec<(&'static str, String)>,
+    lists: Vec<(&'static str, Vec<String>)>,
     options: String,
     was_on: bool,
     /// [`PRINTK`] was on.
     prints: bool,
-    /// Filters and triggers, which the end of an event does not end.
-    pub(super) undo: Vec<Undo>,
 }
 
 impl Borrowed {
@@ -63,31 +63,39 @@ impl Borrowed {
         let events = read(&root.join("set_event"))?;
         let prints = events.contains(PRINTK);
         let events = foreign_events(&events);
-        if tracer.trim() != "nop" || !events.is_empty() {
-            let detail = match events.len() {
-                0 => format!("in use with the tracer {}", tracer.trim()),
-                count => format!("in use: {count} events are on"),
-            };
-            return Err(failure(FailureKind::State, &root.to_string_lossy(), &detail));
-        }
-        let kept = KEPT.into_iter().filter_map(|file| Some((file, kept(file, &read(&root.join(file)).ok()?))));
-        let (kept, options) = (kept.collect(), read(&root.join("trace_options"))?);
         let was_on = read(&root.join("tracing_on"))?.trim() == "1";
+        let in_use = |detail: &str| Err(failure(FailureKind::State, &root.to_string_lossy(), detail));
+        if tracer.trim() != "nop" {
+            return in_use(&format!("in use with the tracer {}", tracer.trim()));
+        }
+        if !events.is_empty() {
+            return in_use(&format!("in use: {} events are on", events.len()));
+        }
+        if !was_on && holds_events(root) {
+            return in_use("stopped with events in it, which a recording would discard: empty it first (echo > trace)");
+        }
+        let kept =
+            KEPT.into_iter().filter_map(|file| Some((file, kept(file, &read(&root.join(file)).ok()?)))).collect();
+        let lists = LISTS.into_iter().filter_map(|file| Some((file, entries(&read(&root.join(file)).ok()?)))).collect();
+        let options = read(&root.join("trace_options"))?;
         write(&root.join("tracing_on"), "0")?;
-        let borrowed = Self { root: root.into(), kept, options, was_on, prints, undo: Vec::new() };
+        let borrowed = Self { root: root.into(), kept, lists, options, was_on, prints };
         borrowed.empty();
+        clear_lists(root);
+        let _ = write(&root.join("max_graph_depth"), "0"); // only there with the function graph tracer
         Ok(borrowed)
     }
 
     /// Restores it; what cannot be restored is logged.
     pub(super) fn give_back(&self) {
-        for (path, text) in self.undo.iter().rev() {
-            // A trigger whose count has run out is gone already.
-            let _ = write(path, text);
-        }
         reset(&self.root);
         for (file, text) in &self.kept {
             self.put(file, text);
+        }
+        for (file, entries) in self.lists.iter().filter(|(_, entries)| !entries.is_empty()) {
+            if let Err(error) = append(&self.root.join(file), &entries.join("\n")) {
+                log::warn!("cannot restore {file}: {error}");
+            }
         }
         let now = read(&self.root.join("trace_options")).unwrap_or_default();
         for option in self.options.lines().filter(|option| !now.lines().any(|line| line == *option)) {
@@ -126,9 +134,38 @@ pub(super) fn reset(root: &Path) {
     let _ = write(&root.join("events/enable"), "0");
     let _ = write(&root.join("current_tracer"), "nop");
     let _ = write(&root.join("max_graph_depth"), "0");
+    clear_lists(root);
+}
+
+fn clear_lists(root: &Path) {
     for list in LISTS {
         let _ = std::fs::OpenOptions::new().write(true).truncate(true).open(root.join(list));
     }
+}
+
+/// Whether no event and no tracer is on in the top buffer.
+pub(super) fn is_idle(root: &Path) -> bool {
+    let tracer = read(&root.join("current_tracer")).unwrap_or_default();
+    let events = read(&root.join("set_event")).unwrap_or_default();
+    tracer.trim() == "nop" && foreign_events(&events).is_empty()
+}
+
+/// Whether the top buffer is idle, and was not stopped to look at its contents.
+pub(super) fn is_free(root: &Path) -> bool {
+    is_idle(root) && read(&root.join("tracing_on")).is_ok_and(|text| text.trim() == "1")
+}
+
+/// Whether the top buffer has events.
+fn holds_events(root: &Path) -> bool {
+    let counts = online_cpus().unwrap_or_default().into_iter().map(|cpu| root.join(format!("per_cpu/{cpu}/stats")));
+    counts.filter_map(|path| Stats::parse(&read(&path).ok()?).ok()).any(|stats| stats.entries > 0)
+}
+
+/// The entries of a list. Comments (`#### all functions enabled ####`), `no pid`, and function commands, which stay when the
+/// list is cleared, are none.
+fn entries(text: &str) -> Vec<String> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.filter(|line| *line != "no pid" && !line.contains(':')).map(|line| line.replace(" (M)", "")).collect()
 }
 
 /// The events in `set_event` but for [`PRINTK`].
@@ -156,6 +193,13 @@ mod tests {
     fn event_that_the_kernel_enables_itself_does_not_count() {
         assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\n"), Vec::<String>::new());
         assert_eq!(foreign_events("bpf_trace:bpf_trace_printk\nirq:softirq_exit\n"), ["irq:softirq_exit"]);
+    }
+
+    #[test]
+    fn entries_of_a_list_are_functions_and_processes() {
+        assert_eq!(entries("#### all functions enabled ####\nschedule:traceoff:unlimited\n"), Vec::<String>::new());
+        assert_eq!(entries("vfs_read\nvfs_write\n"), ["vfs_read", "vfs_write"]);
+        assert_eq!((entries("no pid\n"), entries("42\n")), (vec![], vec!["42".to_owned()]));
     }
 
     #[test]

@@ -138,7 +138,7 @@ fn host_machine(recording: &Recording, name: String, file: &MachineFile, report:
         lanes: report.lanes.iter().map(LaneSummary::host).collect(),
         failed: report.ends.iter().flatten().any(|end| !is_size_limit(recording, end)),
         changes: report.changes.clone(),
-        remarks: report.lanes.iter().filter_map(trouble_of).collect(),
+        remarks: report.lanes.iter().filter_map(trouble_of).chain(report.remarks.iter().cloned()).collect(),
         ..MachineSummary::default()
     }
 }

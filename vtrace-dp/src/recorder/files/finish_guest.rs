@@ -101,6 +101,7 @@ fn guest_summary(
     }
     let longest_silence = session.silence.longest(Instant::now());
     remarks.extend(session.trouble.iter().map(ToString::to_string));
+    remarks.extend(session.remarks.iter().cloned());
     remarks.extend(silence::remark(longest_silence));
     if session.is_full {
         let bytes_max = recording.plan.guest_bytes_max.unwrap_or(0);

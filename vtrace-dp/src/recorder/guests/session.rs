@@ -33,6 +33,8 @@ use crate::{
 
 /// How long the server waits for pages that an agent has sent and that have not arrived, ms.
 const WAIT_MS_MAX: u32 = 5000;
+/// Remarks of one agent.
+const REMARKS_MAX: usize = 16;
 
 /// The phase of a guest's session, in order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -129,6 +131,8 @@ pub struct GuestSession {
     events_lost: Vec<(Cpu, u64)>,
     /// Settings of its buffer that were changed while it recorded.
     pub changes: Vec<SettingChange>,
+    /// Remarks of the agent for the closing table.
+    pub remarks: Vec<String>,
     /// Why the agent refused the last probe.
     pub probe_refused: Option<Failure>,
     probing: bool,
@@ -163,6 +167,7 @@ impl GuestSession {
             late: Vec::new(),
             events_lost: Vec::new(),
             changes: Vec::new(),
+            remarks: Vec::new(),
             probe_refused: None,
             probing: false,
             ledgers: Vec::new(),
@@ -306,6 +311,12 @@ impl GuestSession {
             (Phase::Stopping, FromAgent::Changed(change)) => {
                 if self.changes.len() < CHANGES_MAX {
                     self.changes.push(shown_change(&change));
+                }
+                vec![]
+            }
+            (Phase::Stopping, FromAgent::Remark { text }) => {
+                if self.remarks.len() < REMARKS_MAX {
+                    self.remarks.push(printable(&text));
                 }
                 vec![]
             }

@@ -47,7 +47,7 @@ pub(crate) fn arm(plan: &Plan) -> Result<Vec<Instance>, RecordError> {
     let mut instances = Vec::new();
     for instance in &plan.instances {
         let output = OutputFile::open(&part_path(&plan.host.output, &instance.name))?;
-        let host = Host::arm(&instance.arm)?;
+        let host = Host::arm(&instance.arm, false)?;
         instances.push(Instance {
             name: instance.name.clone(),
             buffer_kb: instance.arm.buffer_kb,
