@@ -48,7 +48,7 @@ pub const LISTED: [(&str, &[&str]); 26] = [
 ];
 /// Programs of packages that every Debian has (`Essential: yes`), and those that rustup brings.
 #[cfg(test)]
-const EVERYWHERE: [&str; 14] = [
+const EVERYWHERE: [&str; 15] = [
     "apt-get",
     "cargo",
     "chmod",
@@ -60,6 +60,7 @@ const EVERYWHERE: [&str; 14] = [
     "rustc",
     "sh",
     "tar",
+    "timeout",
     "true",
     "/bin/true",
     "/proc/self/exe",
