@@ -1,4 +1,4 @@
-//! Crashes: an instant that nobody chose, and what a disk has at it.
+//! Crashes: a random instant, and what a disk has at it.
 
 use std::{
     fs::{File, OpenOptions},

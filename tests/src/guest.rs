@@ -11,7 +11,7 @@ use xtask::machine::Machine;
 /// Function tracing takes back every function's hook first.
 const CLEARING: Duration = Duration::from_secs(20);
 
-/// No instance is left. An agent clears up when its session is over, and nobody waits for it but the next session.
+/// No instance is left. An agent clears up when its session is over; only the next session waits for that.
 pub fn is_clear(machine: &Machine) -> Result<()> {
     let left = || Ok::<_, anyhow::Error>(machine.shell("ls /sys/kernel/tracing/instances")?.text());
     let begun = Instant::now();

@@ -68,7 +68,7 @@ pub struct Line {
     pub time: u64,
     /// Its name.
     pub event: String,
-    /// Everything behind the name.
+    /// Everything after the name.
     pub fields: String,
     /// The file, if there are several.
     pub file: Option<String>,

@@ -2,7 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`crash`] | an instant that nobody chose, and what a disk has at it |
+//! | [`crash`] | a random instant, and what a disk has at it |
 //! | [`disk`] | a file system that is small, or hangs |
 //! | [`guest`] | what a session has left in a guest |
 //! | [`heap`] | what is alive of all that a process has allocated |

@@ -26,7 +26,7 @@ use xtask::{
 };
 
 const CPUS: u32 = 2;
-/// The number of a ping that nobody waits for.
+/// The number of a ping whose answer is not awaited.
 const STILL_HERE: u32 = u32::MAX;
 const START: &str = "mkdir -p /tmp/tee; vtrace agent --tee /tmp/tee >>/tmp/agent.log 2>&1 &";
 const INSTANCES: &str = "ls /sys/kernel/tracing/instances";

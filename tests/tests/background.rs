@@ -145,7 +145,7 @@ fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_els
 
     // Its name is free in the background; another user sees whose both are.
     place.works("start", "-o other.dat -e irq")?;
-    let said = as_nobody(&place)?;
+    let said = as_other_user(&place)?;
     ensure!(said.contains("host: belongs to user 0, who alone may see it"), "{said}");
     ensure!(said.contains("another recording: user 0's") && said.lines().count() == 2, "{said}");
     ensure!(!said.contains("pages") && !said.contains(&pid.to_string()), "{said}");
@@ -156,7 +156,7 @@ fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_els
 }
 
 /// What `vtrace status` tells a user who is not root.
-fn as_nobody(place: &Place) -> Result<String> {
+fn as_other_user(place: &Place) -> Result<String> {
     let folder = tempfile::tempdir()?;
     let program = folder.path().join("vtrace");
     fs::copy(xtask::build::vtrace()?, &program)?;

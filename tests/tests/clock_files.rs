@@ -99,7 +99,7 @@ fn options() -> Vec<TraceOption> {
 }
 
 /// What the guest did on both CPUs, and what is known of its clock. `gap_max`: cycles between two events at most; `rest`:
-/// of the host behind the last change.
+/// of the host after the last change.
 fn live(pairs: &[Pair], gap_max: u64, rest: u64) -> Result<(Table, Vec<Story>)> {
     let lives = LANES.map(|cpu| {
         let changes = pairs.iter().map(|pair| Change { after: 17_000_000, pair: *pair }).collect();

@@ -32,7 +32,7 @@ fn online(machine: &Machine, cpu: u32, state: u8) -> Result<()> {
     Ok(())
 }
 
-/// A CPU that came while the recording went on: nothing of it is lost, and it begins behind the others.
+/// A CPU that came while the recording went on: nothing of it is lost, and it begins after the others.
 fn is_recorded_late(recording: &Recording, cpu: u32) -> Result<()> {
     let lanes = recording.machine(GUEST)?["lanes"].as_array().context("a machine has lanes")?;
     let lane = lanes.iter().find(|lane| lane["cpu"] == cpu).context("it has a lane")?;
@@ -92,7 +92,7 @@ fn cpus_that_go_and_come_while_recording_are_recorded_or_counted() -> Result<()>
     ensure!(events_of(&recording, 1)?.len() > 5, "what came before");
     assert_eq!(recording.sum(GUEST, "pages_lost")?, 0);
 
-    // Two come that were not there at the start. One has a port, and is recorded from then on. The other has none: nobody
+    // Two come that were not there at the start. One has a port, and is recorded from then on. The other has none: no source
     // can have its pages, so they are counted and said.
     let child = start(&server, &recorder)?;
     online(&machine, 1, 1)?;
@@ -142,7 +142,7 @@ fn cpu_that_is_plugged_in_is_recorded_from_then_on_and_may_be_pulled_out_meanwhi
     let machine = builder.vhost_user(&server.socket(GUEST)).boot()?;
     server.await_agent(GUEST)?;
 
-    // Its port is there, it is not: nobody sees that.
+    // Its port is there, the CPU is not: the host cannot see that.
     let recording = recorder.run(&format!("--dom {GUEST} -e sched -- true"))?.ok()?;
     assert_eq!((lanes(&recording)?, recording.machine(GUEST)?["clock"]["vcpus"].as_u64()), (vec![0, 1], Some(2)));
     ensure!(events_of(&recording, 0)?.len() > 1, "stock trace-cmd reads it");

@@ -271,7 +271,7 @@ fn switches() -> Result<Vec<(String, u64)>> {
 }
 
 #[test]
-fn idle_guest_wakes_nobody() -> Result<()> {
+fn idle_guest_wakes_no_thread() -> Result<()> {
     let house = House::new()?;
     let _machine = house.builder(Kernel::V6_12).boot()?;
     house.await_agent()?;

@@ -102,7 +102,7 @@ fn every_event_the_kernels_counted_is_in_the_files(recording: &Recording) -> Res
     Ok(())
 }
 
-/// `--ts-check` names every step back in a CPU's events; there is none, so none beyond the bound either.
+/// `--ts-check` names every step back in a CPU's events. No step back means none beyond the bound.
 fn stock_checks_have_nothing_to_say(recording: &Recording) -> Result<()> {
     let (host, guest) = (recording.file("host"), recording.file(GUEST));
     for file in [&host, &guest] {

@@ -85,7 +85,7 @@ fn quiet_says_nothing_and_a_terminal_gets_one_line_that_goes_away() -> Result<()
     ensure!(said.status.success() && said.stdout.is_empty() && said.stderr.is_empty(), "{said:?}");
     let pipe = recorder(folder.path()).command("-e sched -- sleep 2.2")?.output()?;
     let text = String::from_utf8(pipe.stderr)?;
-    assert!(!text.contains('\x1b') && !text.contains("recording "), "nothing moves where nobody looks: {text:?}");
+    assert!(!text.contains('\x1b') && !text.contains("recording "), "no live line without a terminal: {text:?}");
     // script(1) gives it a terminal.
     let vtrace = xtask::build::vtrace()?;
     let command = format!("{} record -o {}/t.dat -e sched -- sleep 2.2", vtrace.display(), folder.path().display());

@@ -173,7 +173,7 @@ fn file_that_was_there_stays_until_the_recording_begins() -> Result<()> {
     assert_eq!((recording.status, fs::read(&file)?), (1, b"precious".to_vec()));
     recorder(folder.path()).run("-e sched -- sleep 0.2")?.ok()?;
     is_valid(&file)?;
-    assert_eq!(fs::read_dir(folder.path())?.count(), 1, "nothing else is left behind");
+    assert_eq!(fs::read_dir(folder.path())?.count(), 1, "nothing else is left");
     Ok(())
 }
 

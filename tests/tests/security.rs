@@ -121,7 +121,7 @@ fn for_everybody() -> Result<(TempDir, PathBuf)> {
     Ok((folder, program))
 }
 
-/// What `vtrace list` says to user nobody with this group.
+/// What `vtrace list` says to an unprivileged user with this group.
 fn list_as(program: &Path, server: &Server, group: &str) -> Result<String> {
     let group = format!("--regid={group}");
     let mut command = Command::new("setpriv");

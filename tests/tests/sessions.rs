@@ -1,4 +1,4 @@
-//! Sessions one after another against one booted guest: nothing stays behind.
+//! Sessions one after another against one booted guest: nothing is left.
 //!
 //! The server runs in this process, whose allocator counts: what is alive is what is held, whatever an allocator keeps.
 
@@ -26,9 +26,9 @@ static HEAP: heap::Counting = heap::Counting;
 
 const GUEST: &str = "guest1";
 /// Sessions before the first look: caches and pools fill.
-const WARM_UP: u32 = 75;
-/// Sessions in all.
-const SESSIONS: u32 = 150;
+const WARM_UP: u32 = 25;
+/// Sessions in all; `cargo xtask soak sessions` runs as many as its minutes hold.
+const SESSIONS: u32 = 75;
 /// How long the last client may be on its way out.
 const SETTLE_MAX: Duration = Duration::from_secs(5);
 
@@ -99,7 +99,7 @@ fn instances() -> Result<BTreeSet<String>> {
     Ok(names.filter(is_left).collect())
 }
 
-/// What is held once nobody is on the way out any more: the same in several looks.
+/// What is held once all clients have gone: the same in several looks.
 fn settled(look: impl Fn() -> Result<Holdings>) -> Result<Holdings> {
     let begun = Instant::now();
     let (mut last, mut same) = (look()?, 0);
@@ -141,7 +141,7 @@ fn await_agent(server: &Server) -> Result<()> {
 }
 
 #[test]
-fn sessions_leave_nothing_behind() -> Result<()> {
+fn sessions_leave_nothing() -> Result<()> {
     let turn = turn()?;
     let (dir, folder) = (tempfile::tempdir()?, tempfile::tempdir_in("/dev/shm")?);
     let server = start(dir.path())?;
@@ -152,7 +152,14 @@ fn sessions_leave_nothing_behind() -> Result<()> {
     let recorder = Recorder { server: dir.path(), folder: folder.path() };
     let words = format!("-e sched:sched_switch --dom {GUEST} -e sched:sched_switch -- true");
     let (mut before, instances_before) = (None, instances()?);
-    for session in 0..SESSIONS {
+    let begun = Instant::now();
+    let minutes = std::env::var(xtask::soak::MINUTES).ok().and_then(|text| text.parse().ok());
+    let end = minutes.map(|minutes: u64| Duration::from_secs(60 * minutes));
+    for session in 0.. {
+        if session >= SESSIONS && end.is_none_or(|end| begun.elapsed() >= end) {
+            println!("{session} sessions in {:?}", begun.elapsed());
+            break;
+        }
         if session == WARM_UP {
             before = Some((settled(Holdings::of_server)?, Holdings::of_agent(&machine)?));
         }

@@ -119,7 +119,7 @@ fn shown(report: &str) -> Result<Vec<Shown>> {
         all[cpu].dropped += said;
         last[cpu] = number;
     }
-    // The last ones written are the last ones there: nothing is overwritten behind them.
+    // The last ones written are the last ones there: nothing after them is overwritten.
     ensure!(last.iter().all(|number| *number == 99_999 + MARKERS), "{last:?}");
     Ok(all)
 }

@@ -124,7 +124,7 @@ fn server_is_started_by_its_first_client_through_the_socket_of_systemd() -> Resu
         ensure!(begun.elapsed() < Duration::from_secs(10), "systemd-socket-activate listens");
         sleep(Duration::from_millis(10));
     }
-    ensure!(!folder.path().join("guest2.sock").exists(), "nobody has asked yet");
+    ensure!(!folder.path().join("guest2.sock").exists(), "no client has asked yet");
     let inode = fs::metadata(&control)?.ino();
     let (is_there, said) = vtrace(&["list", "--dir", dir])?;
     ensure!(is_there && said.contains("guest1:") && said.contains("guest2:"), "{said}");
@@ -136,7 +136,7 @@ fn server_is_started_by_its_first_client_through_the_socket_of_systemd() -> Resu
 }
 
 #[test]
-fn socket_that_belongs_to_nobody_is_refused_and_named() -> Result<()> {
+fn socket_that_is_not_of_this_server_is_refused_and_named() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let dir = folder.path().to_str().context("a temporary folder's name is text")?;
     let stray = format!("{dir}/guest9.sock");
@@ -160,6 +160,6 @@ fn socket_that_belongs_to_nobody_is_refused_and_named() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(said.contains("guest9.sock is neither the clients' nor a guest's"), "{said}");
     ensure!(said.contains("each guest by --dom"), "{said}");
-    ensure!(UnixListener::bind(folder.path().join("control.sock")).is_ok(), "nothing stays behind");
+    ensure!(UnixListener::bind(folder.path().join("control.sock")).is_ok(), "nothing is left");
     Ok(())
 }

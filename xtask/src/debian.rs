@@ -228,13 +228,13 @@ impl Root {
         fs::metadata(self.dir.join("updated")).ok().and_then(age).is_some_and(|age| age < LISTS_AGE_MAX)
     }
 
-    /// The names behind the patterns, or `None` when the lists are missing, old, or know no such package.
+    /// The names that match the patterns, or `None` when the lists are missing, old, or know no such package.
     fn resolve(&self, patterns: &[&str]) -> Result<Option<Vec<String>>> {
         if !self.lists_are_fresh() {
             return Ok(None);
         }
         let first = patterns.first().context("a set names at least one package")?;
-        // Behind `=` stands the version of a name that is whole; apt itself resolves the star in it.
+        // After `=` stands the version of a complete name; apt itself resolves the star in it.
         let Some((prefix, suffix)) = first.split_once('*').filter(|(prefix, _)| !prefix.contains('=')) else {
             return Ok(Some(patterns.iter().map(ToString::to_string).collect()));
         };

@@ -1,7 +1,7 @@
 //! `cargo xtask ebpf`: the eBPF object from its Rust source, and the proof that the two agree.
 //!
 //! In:    vtrace-ebpf and vtrace-common, the pinned toolchain. Out: vtrace-ebpf/vtrace.bpf.o.
-//! Runs:  cargo as a child process, on stable Rust with its unstable switches on; nobody else needs them, because the
+//! Runs:  cargo as a child process, on stable Rust with its unstable switches on; no other task needs them, because the
 //!        object is committed. Full: disk errors go up. Trust: the toolchain, crates.io through Cargo.lock, Debian.
 //!
 //! Two things are made on first use and kept in the cache: bpf-linker, linked with the LLVM of this very rustc, and the

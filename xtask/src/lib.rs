@@ -17,5 +17,6 @@ pub mod lab;
 pub mod machine;
 pub mod packages;
 pub mod qemu;
+pub mod soak;
 pub mod test;
 pub mod tidy;

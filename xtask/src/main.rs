@@ -30,6 +30,8 @@ enum Task {
     Fuzz(xtask::fuzz::Arguments),
     /// Fetch QEMU and kernels, build the static vtrace, make the guest images
     Image,
+    /// Run tests that take long by nature: many sessions, many kills
+    Soak(xtask::soak::Arguments),
     /// Run everything that CI runs: lints, tests, guests, fuzzing
     Test(xtask::test::Arguments),
     /// Check the rules that neither rustc nor clippy checks
@@ -71,6 +73,7 @@ fn main() -> anyhow::Result<()> {
         Task::Demo => xtask::demo::run(),
         Task::Fuzz(arguments) => xtask::fuzz::run(&arguments),
         Task::Image => xtask::image::run(),
+        Task::Soak(arguments) => xtask::soak::run(&arguments),
         Task::Test(arguments) => xtask::test::run(&arguments),
         Task::Tidy(arguments) => xtask::tidy::run(arguments),
         Task::Ebpf { check } => xtask::ebpf::run(check),

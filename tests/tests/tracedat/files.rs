@@ -187,7 +187,7 @@ fn full(mount: &Mount, page_bytes: u32) -> Result<(Writer, Vec<(Cpu, u64)>)> {
     let writer = create(&mount.path(), page_bytes, &[Cpu(0), Cpu(1)])?;
     let filled = fill(&writer, &[(1 << 20) / u64::from(page_bytes), 1 << 20], page_bytes);
     assert!(filled[1].1 > 0 && filled[1].1 < 1 << 30, "the disk is full");
-    // What was written of a page that did not fit would be given back in the end: somebody else takes it.
+    // What was written of a page that did not fit would be given back in the end: another file takes it.
     let torn = i64::try_from(writer.areas()[1].offset + filled[1].1)?;
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate(writer.file(), flags, torn, i64::from(page_bytes))?;
@@ -205,11 +205,11 @@ fn full_disk_has_room_for_what_comes_at_the_end() -> Result<()> {
 }
 
 #[test]
-fn lane_that_cannot_be_moved_stays_behind_its_hole() -> Result<()> {
+fn lane_that_cannot_be_moved_keeps_its_hole() -> Result<()> {
     let mount = Mount::tmpfs("8m")?;
     let page_bytes = 256 << 10;
     let (writer, filled) = full(&mount, page_bytes)?;
-    // What was reserved is just enough for the notes, and pages this large begin behind it.
+    // What was reserved is just enough for the notes, and pages this large begin after it.
     let finished = writer.finish(&filled, b"1 init\n", &[], &"x".repeat(200 << 10))?;
     assert_eq!(finished.compaction, Compaction::Left);
     check(&mount.path(), &filled, page_bytes)?;

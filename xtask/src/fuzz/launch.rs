@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::build::Build;
 
-/// Lines of a log that say what broke; the one behind a panic's place is its message.
+/// Lines of a log that say what broke; the one after a panic's place is its message.
 const TELLING: [&str; 3] = ["ERROR: ", "SUMMARY: ", PANIC];
 const PANIC: &str = "panicked at ";
 
@@ -82,20 +82,20 @@ impl Outcome {
 
     /// Inputs tried.
     pub(super) fn runs(&self) -> &str {
-        behind(&self.text, "stat::number_of_executed_units:").unwrap_or("no")
+        word_after(&self.text, "stat::number_of_executed_units:").unwrap_or("no")
     }
 
     /// The input that broke it.
     pub(super) fn broken_input(&self) -> Option<PathBuf> {
-        behind(&self.text, "Test unit written to ").map(PathBuf::from)
+        word_after(&self.text, "Test unit written to ").map(PathBuf::from)
     }
 
     /// What broke, and how to see it break again.
     pub(super) fn complaint(&self) -> String {
         let lines: Vec<&str> = self.text.lines().collect();
         let is_telling = |at: usize| {
-            let behind_panic = at.checked_sub(1).is_some_and(|before| lines[before].contains(PANIC));
-            behind_panic || TELLING.iter().any(|words| lines[at].contains(words))
+            let after_panic = at.checked_sub(1).is_some_and(|before| lines[before].contains(PANIC));
+            after_panic || TELLING.iter().any(|words| lines[at].contains(words))
         };
         let telling = (0..lines.len()).filter(|&at| is_telling(at)).map(|at| format!("  {}\n", lines[at].trim()));
         let again = match self.broken_input() {
@@ -108,16 +108,16 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let edges = behind(&self.text, "cov: ").unwrap_or("no");
-        let found = behind(&self.text, "stat::new_units_added:").unwrap_or("0");
+        let edges = word_after(&self.text, "cov: ").unwrap_or("no");
+        let found = word_after(&self.text, "stat::new_units_added:").unwrap_or("0");
         let (target, runs, seconds) = (&self.target, self.runs(), self.took.as_secs());
         write!(f, "fuzz {target}: {runs} runs in {seconds} s, {edges} edges, {found} new inputs: ")?;
         if self.status.success() { write!(f, "ok") } else { write!(f, "BROKEN ({})", self.status) }
     }
 }
 
-/// The word behind the last `key`.
-fn behind<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+/// The word after the last `key`.
+fn word_after<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.rsplit_once(key)?.1.split_whitespace().next()
 }
 

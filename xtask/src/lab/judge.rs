@@ -39,7 +39,7 @@ pub const SAME_NS: u64 = 2;
 pub struct Verdict {
     /// Events of the guest, but for those after the host's last.
     pub events: usize,
-    /// Events of the guest after the host's trace had ended: nobody knows of runs there.
+    /// Events of the guest after the host's trace had ended: runs there are unknown.
     pub beyond: usize,
     /// Runs of its vCPUs.
     pub runs: usize,

@@ -85,7 +85,7 @@ impl Shell {
     }
 
     /// The answer to the last command; late answers to earlier ones are passed over. An emulated serial port now and
-    /// then sits on what it has until it is touched again: an empty line, to which nobody listens, does that.
+    /// then sits on what it has until it is touched again: an empty line, whose echo is ignored, does that.
     fn answer(&mut self, end: Instant, may_nudge: bool) -> Result<Output> {
         loop {
             let nudge_at = if may_nudge { end.min(Instant::now() + NUDGE_AFTER) } else { end };

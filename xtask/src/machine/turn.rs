@@ -47,7 +47,7 @@ fn end_leftovers(notes: &str) {
         // Another process may have the number by now; only ours names the folder.
         let is_ours = fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| names(&line, dir));
         if is_ours {
-            eprintln!("ending a virtual machine that a killed test left behind (process {pid})");
+            eprintln!("ending a virtual machine that a killed test left running (process {pid})");
             let _ = Command::new("kill").args(["-KILL", pid]).status();
         }
     }

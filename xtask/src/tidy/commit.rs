@@ -1,4 +1,4 @@
-//! Messages of the commits behind HEAD: `component: reason`, then a body that says why.
+//! Messages of the commits up to HEAD: `component: what`, then a body with the reason.
 
 use anyhow::Result;
 
@@ -58,7 +58,7 @@ pub(super) struct Commit {
     message: String,
 }
 
-/// The commits behind HEAD but merges; those there are, and a word about it, in a shallow clone.
+/// The commits up to HEAD but merges; in a shallow clone those that it has, with a note.
 pub(super) fn log() -> Result<Vec<Commit>> {
     if git(&["rev-parse", "--verify", "--quiet", "HEAD"]).is_err() {
         println!("tidy: no commits here, their messages are not checked");

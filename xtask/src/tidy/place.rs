@@ -1,4 +1,4 @@
-//! The top level, and the names of machines and mirrors that nobody else has.
+//! The top level, and the names of one machine's folders and mirrors.
 
 use super::{
     Finding,
@@ -83,8 +83,7 @@ pub(super) fn named(text: &str) -> Vec<String> {
 
 /// Whether the text names something in this folder at the root, not inside another one.
 fn has_root(text: &str, folder: &str) -> bool {
-    let names_more =
-        |behind: &str| behind.starts_with(|letter: char| letter.is_alphanumeric() || "._".contains(letter));
+    let names_more = |after: &str| after.starts_with(|letter: char| letter.is_alphanumeric() || "._".contains(letter));
     let inside = |before: &str| before.ends_with(|letter: char| letter.is_alphanumeric() || ".-_}~".contains(letter));
     text.match_indices(folder).any(|(at, _)| !inside(&text[..at]) && names_more(&text[at + folder.len()..]))
 }

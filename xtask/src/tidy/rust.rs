@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn function_ends_at_its_brace_and_starts_behind_its_attributes() {
+    fn function_ends_at_its_brace_and_starts_after_its_attributes() {
         let rust = parse("/// Says.\n#[inline]\npub unsafe fn say() {\n    // one\n}\n");
         let function = &rust.functions[0];
         assert_eq!((function.name.as_str(), function.lines.clone(), function.length()), ("say", 3..=5, 3));

@@ -69,17 +69,15 @@ impl Kind {
     /// The unsafe thing that begins with the second of these words; `unsafe fn` as a type is none.
     fn of(before: &str, after: &[Word]) -> Option<Self> {
         let word = |at: usize| after.get(at).map_or("", |word| word.text.as_str());
-        let behind_abi = if word(1).starts_with('"') { word(2) } else { word(1) };
+        let after_abi = if word(1).starts_with('"') { word(2) } else { word(1) };
         match word(0) {
             "{" => Some(Self::Block),
             "impl" => Some(Self::Impl),
             "trait" => Some(Self::Trait),
             "(" if before == "[" => Some(Self::Attribute),
             "fn" if word(1) != "(" => Some(Self::Function),
-            "extern" if behind_abi == "{" => Some(Self::Extern),
-            "extern" if behind_abi == "fn" && !after.iter().take(4).any(|word| word.text == "(") => {
-                Some(Self::Function)
-            }
+            "extern" if after_abi == "{" => Some(Self::Extern),
+            "extern" if after_abi == "fn" && !after.iter().take(4).any(|word| word.text == "(") => Some(Self::Function),
             _ => None,
         }
     }
@@ -151,7 +149,7 @@ mod tests {
 
     #[test]
     fn comment_above_the_statement_or_in_the_line_is_enough() {
-        let above = "fn a() {\n    // SAFETY: nobody else has it,\n    // as b says.\n    #[rustfmt::skip]\n    let c =\n        unsafe { b() };\n}\n";
+        let above = "fn a() {\n    // SAFETY: no other has it,\n    // as b says.\n    #[rustfmt::skip]\n    let c =\n        unsafe { b() };\n}\n";
         let inline = "fn a() {\n    b(/* SAFETY: ours */ unsafe { c() });\n}\n";
         assert!(found(comments, SYS, above).is_empty());
         assert!(found(comments, SYS, inline).is_empty());

@@ -15,6 +15,8 @@ const RETIRED: [(&str, &str); 10] = [
     ("is n", "one"),
     ("a mistake o", "f ours"),
 ];
+/// Folders whose texts are still to be rewritten: `tidy --soon` looks at them, too.
+const OPEN: [&str; 5] = ["bench/", "tests/", "vtrace-common/", "vtrace-dp/src/", "vtrace-ebpf/"];
 /// A doc comment of one of these alone.
 const EMPTY: [&str; 14] = [
     "Whose",
@@ -33,14 +35,26 @@ const EMPTY: [&str; 14] = [
     "Whom",
 ];
 
-/// Lines of Rust and Markdown with a retired word, in names, texts or comments.
+/// Lines of Rust and Markdown with a retired word, in names, texts or comments, outside [`OPEN`] folders.
 pub(super) fn retired(tree: &Tree) -> Vec<Finding> {
-    let words: Vec<String> = RETIRED.iter().map(|(start, end)| format!(" {start}{end} ")).collect();
+    let is_open = |finding: &Finding| OPEN.iter().any(|folder| finding.path.starts_with(folder));
+    retired_anywhere(tree).into_iter().filter(|finding| !is_open(finding)).collect()
+}
+
+/// The same in every folder.
+pub(super) fn retired_anywhere(tree: &Tree) -> Vec<Finding> {
+    let (phrases, words): (Vec<String>, Vec<String>) =
+        RETIRED.iter().map(|(start, end)| format!(" {start}{end} ")).partition(|word| word.trim().contains(' '));
     let mut findings = Vec::new();
     for file in tree.files.iter().filter(|file| file.path.ends_with(".rs") || file.path.ends_with(".md")) {
         for (line, text) in file.lines() {
-            let text = separated(text);
-            let found = words.iter().filter(|word| text.contains(*word));
+            // The account of that name is one of every Unix.
+            let text = text.replace(concat!("\"nob", "ody\""), "").replace(concat!("nob", "ody:"), "");
+            let (names, prose) = (separated(&text), text.replace('_', "-").to_lowercase());
+            let in_prose = phrases
+                .iter()
+                .filter(|phrase| prose.contains(phrase.as_str()) || prose.contains(&format!("{}.", phrase.trim_end())));
+            let found = words.iter().filter(|word| names.contains(*word)).chain(in_prose);
             findings.extend(found.map(|word| Finding::new(&file.path, line, format!("`{}` is retired", word.trim()))));
         }
     }
@@ -96,6 +110,8 @@ mod tests {
         assert_eq!(found(retired, "a.rs", &text), said);
         assert!(found(retired, "docs/a.md", "a broad abroad seated\n").is_empty());
         assert_eq!(found(retired, "docs/a.md", &format!("There {}{}.\n", "is n", "one")).len(), 1);
+        assert!(found(retired, "a.rs", "assert!(a.is_none());\n").is_empty());
+        assert!(found(retired, "a.rs", concat!("// user = \"nob", "ody\"\n")).is_empty());
     }
 
     #[test]
