@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use vtrace_common::ids::Cpu;
-use vtrace_dp::{drain::sink::write_behind::Behind, ftrace::metadata::Metadata, trace::write::Writer};
+use vtrace_dp::{drain::sink::writeback::Writeback, ftrace::metadata::Metadata, trace::write::Writer};
 
 use super::alternately;
 use crate::row::Row;
@@ -66,7 +66,7 @@ fn ours(folder: &Path, lane_bytes: u64) -> Result<f64> {
     let cpus: Vec<Cpu> = (0..LANES).map(Cpu).collect();
     let again = file.try_clone()?;
     let writer = Writer::create(again, &Metadata::default(), "x86-tsc", 4096, &cpus)?;
-    let behind = Behind::start(vec![file.try_clone()?]);
+    let writeback = Writeback::start(vec![file.try_clone()?]);
     let chunk = chunk()?;
     for at in (0..lane_bytes).step_by(usize::try_from(CHUNK_BYTES)?) {
         for area in writer.areas() {
@@ -75,7 +75,7 @@ fn ours(folder: &Path, lane_bytes: u64) -> Result<f64> {
     }
     let filled: Vec<(Cpu, u64)> = cpus.into_iter().map(|cpu| (cpu, lane_bytes)).collect();
     let stopped = Instant::now();
-    drop(behind);
+    drop(writeback);
     let finished = writer.finish(&filled, b"", &[], "{}")?;
     fs::rename(&path, &named)?;
     let seconds = stopped.elapsed().as_secs_f64();

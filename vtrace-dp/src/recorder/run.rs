@@ -137,8 +137,7 @@ impl Recording<'_> {
         let command = HostCommand::start(&self.plan.command, &self.bound_to())?;
         files::begin(files.iter_mut().chain(instances::files(&mut self.instances)));
         tell(&News::Begun);
-        let write_behind =
-            files::write_behind(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
+        let writeback = files::writeback(files.iter().chain(self.instances.iter().filter_map(|one| one.file.as_ref())));
         let begun = Instant::now();
         let status = self.run_command(command, signals, begun, &mut files, tell)?;
         self.surviving(|recording| recording.mark_around("stop"))?;
@@ -155,7 +154,7 @@ impl Recording<'_> {
             self.kvm = watch.finish();
         }
         self.surviving(|recording| recording.guests.as_mut().map_or(Ok(()), release).map_err(Into::into))?;
-        drop(write_behind);
+        drop(writeback);
         Ok(finish::finish(self, files, &report, seconds, status))
     }
 

@@ -112,7 +112,7 @@ impl File {
     }
 }
 
-/// Rust that is none.
+/// Rust files that do not parse.
 pub(super) fn unreadable(tree: &Tree) -> Vec<Finding> {
     tree.files.iter().filter_map(|file| file.fault.clone()).collect()
 }

@@ -66,7 +66,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// The unsafe thing that begins with the second of these words; `unsafe fn` as a type is none.
+    /// The unsafe thing that begins with the second of these words; `unsafe fn` as a type does not count.
     fn of(before: &str, after: &[Word]) -> Option<Self> {
         let word = |at: usize| after.get(at).map_or("", |word| word.text.as_str());
         let after_abi = if word(1).starts_with('"') { word(2) } else { word(1) };

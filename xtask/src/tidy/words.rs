@@ -61,7 +61,7 @@ pub(super) fn retired_anywhere(tree: &Tree) -> Vec<Finding> {
     findings
 }
 
-/// The words of a line in lower case, one blank around each; `WriteBehind` and `write_behind` are two words.
+/// The words of a line in lower case, one blank around each; `WriteBack` and `write_back` are two words.
 fn separated(text: &str) -> String {
     let mut words = String::from(" ");
     let mut was_lower = false;

@@ -83,6 +83,8 @@ impl RingSource {
     pub(super) fn stop(&mut self) -> Option<u16> {
         self.forget_chains();
         (self.broken, self.ready) = (false, false);
+        // The batch is empty. It must not keep the memory of a VMM that is gone mapped.
+        self.batch.remap(&Arc::default());
         self.ring.take().map(|ring| ring.base())
     }
 

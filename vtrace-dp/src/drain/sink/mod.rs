@@ -8,7 +8,7 @@
 
 pub mod choice;
 pub mod direct;
-pub mod write_behind;
+pub mod writeback;
 
 use std::{
     fmt,

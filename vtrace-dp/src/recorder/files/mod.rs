@@ -23,7 +23,7 @@ use self::{
 use super::{plan::Plan, session::Recording};
 use crate::{
     clock::measured::plan,
-    drain::sink::{choice::open_direct, write_behind::Behind},
+    drain::sink::{choice::open_direct, writeback::Writeback},
     trace::format::option::TraceOption,
 };
 
@@ -87,8 +87,8 @@ pub(crate) fn keep_instance_options(recording: &mut Recording, host: &MachineFil
 }
 
 /// Starts writing pages to disk in the background.
-pub(crate) fn write_behind<'a>(files: impl Iterator<Item = &'a MachineFile>) -> Behind {
-    Behind::start(files.filter_map(|file| file.output.file.try_clone().ok()).collect())
+pub(crate) fn writeback<'a>(files: impl Iterator<Item = &'a MachineFile>) -> Writeback {
+    Writeback::start(files.filter_map(|file| file.output.file.try_clone().ok()).collect())
 }
 
 /// The recording has begun: the files get their names and stay from now on.

@@ -6,8 +6,8 @@
 //! Full:  a slow disk blocks this thread alone
 //! Trust: nothing comes in
 //!
-//! Taking the holes out of a file makes ext4 and xfs write back what is dirty behind them and drop what they had
-//! cached (`ext4_collapse_range()`, `xfs_flush_unmap_range()`). Done behind the recording it costs the same work and no
+//! Taking the holes out of a file makes ext4 and xfs write back the dirty pages after them and drop what they had
+//! cached (`ext4_collapse_range()`, `xfs_flush_unmap_range()`). Done during the recording it costs the same work and no
 //! time at the end. It also bounds what a power failure takes. POSIX_FADV_DONTNEED does both: it starts writing what is
 //! dirty and drops what is written; a file system in memory ignores it.
 
@@ -24,7 +24,7 @@ use nix::{
     sys::signal::SigSet,
 };
 
-/// A file that has grown by this much is written behind.
+/// A file that has grown by this much is written back.
 pub const STEP_BYTES: u64 = 16 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// After a look that found a step.
@@ -32,14 +32,14 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Unit of `st_blocks`, whatever the file system's is.
 const BLOCK_BYTES: u64 = 512;
 
-/// Writes behind until it is dropped.
+/// Writes back until it is dropped.
 #[derive(Debug)]
-pub struct Behind {
+pub struct Writeback {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Behind {
+impl Writeback {
     /// Starts the thread. Without it a recording is as right, and ends later.
     pub fn start(files: Vec<File>) -> Self {
         let (stop, stopped) = channel();
@@ -56,17 +56,17 @@ impl Behind {
                 wait = if grown > 0 { LOOK_AGAIN } else { LOOK_EVERY };
             }
         };
-        let thread = Builder::new().name("vtrace-behind".into()).spawn(run);
-        let thread = thread.inspect_err(|error| log::warn!("pages are not written behind: {error}")).ok();
+        let thread = Builder::new().name("vtrace-writeback".into()).spawn(run);
+        let thread = thread.inspect_err(|error| log::warn!("pages are not written back early: {error}")).ok();
         Self { stop: Some(stop), thread }
     }
 }
 
-impl Drop for Behind {
+impl Drop for Writeback {
     fn drop(&mut self) {
         drop(self.stop.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the write-behind panicked");
+            log::error!("the write-back thread panicked");
         }
     }
 }
@@ -90,16 +90,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn behind_ends_when_it_is_dropped_and_takes_no_page_away() {
+    fn writeback_ends_when_it_is_dropped_and_takes_no_page_away() {
         let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let behind = Behind::start(vec![file.try_clone().unwrap()]);
+        let writeback = Writeback::start(vec![file.try_clone().unwrap()]);
         let bytes = vec![7; 1 << 20];
         for at in 0..(2 * STEP_BYTES) >> 20 {
             file.write_all_at(&bytes, at << 20).unwrap();
         }
         sleep(3 * LOOK_EVERY);
         let begun = Instant::now();
-        drop(behind);
+        drop(writeback);
         assert!(begun.elapsed() < Duration::from_secs(5));
         let mut back = vec![0; 1 << 20];
         for at in 0..(2 * STEP_BYTES) >> 20 {
