@@ -101,9 +101,7 @@ fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
     place.works("start", "-o two.dat -e irq --session irqs")?;
     place.complains("stop", "", "2 recordings are in the background", "vtrace stop NAME: host, irqs")?;
     place.complains("stop", "third", "no recording of this name", "host, irqs")?;
-    await_that("counters are shown", || {
-        Ok(place.status()?[0]["state"]["line"].as_str().is_some_and(|line| line.contains(" pages")))
-    })?;
+    await_that("counters are shown", || Ok(place.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"))?;
     let status = place.works("status", "")?;
     ensure!(status.contains("host: recording ") && status.contains("irqs: recording "), "{status}");
 
@@ -126,9 +124,7 @@ fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_els
     let mut command = Command::new(xtask::build::vtrace()?);
     command.args(["record", "-q", "-e", "sched", "--dir"]).arg(place.run.path()).args(["--", "sleep", "4"]);
     let mut child = command.current_dir(place.files.path()).spawn()?;
-    await_that("counters are shown", || {
-        Ok(place.status()?[0]["state"]["line"].as_str().is_some_and(|line| line.contains(" pages")))
-    })?;
+    await_that("counters are shown", || Ok(place.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"))?;
     let pid = child.id();
     let seen = &place.status()?[0];
     let state = &seen["state"];

@@ -30,7 +30,7 @@ use super::{
     INSTANCE_PREFIX, Tap, Tracefs, cpus, describe,
     events::{Events, switch_on},
     expressions, failure,
-    markers::{self, Markers},
+    markers::Markers,
     nearest, read, refused,
     setting_watch::{self, SettingWatch},
     settings, shortened,
@@ -130,22 +130,15 @@ impl Tracefs {
         Ok(instance)
     }
 
-    /// An instance; or the top buffer, if the request needs it, or if it is not in use and has the applications' markers.
+    /// An instance, or the top buffer if the request needs it.
     fn make_buffer(&self, name: &str, arm: &Arm) -> Result<Instance, Failure> {
         let instance = self.make_instance(name)?;
-        let is_needed = top::is_needed(self.root(), &instance.path, arm);
-        let is_wanted = !markers::can_copy(&instance.path) && top::is_free(self.root());
-        if !is_needed && !is_wanted {
+        if !top::is_needed(self.root(), &instance.path, arm) {
             return Ok(instance);
         }
         drop(instance);
         let mut instance = self.make_instance(&format!("{name}{}", top::MARK))?;
-        match top::Borrowed::take(self.root()) {
-            Ok(borrowed) => instance.borrow_top(borrowed)?,
-            // Another recording was faster.
-            Err(_) if !is_needed => return self.make_instance(name),
-            Err(failure) => return Err(failure),
-        }
+        instance.borrow_top(top::Borrowed::take(self.root())?)?;
         log::info!("the top buffer is used");
         Ok(instance)
     }

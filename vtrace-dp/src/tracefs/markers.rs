@@ -8,8 +8,8 @@
 //! | kernel | source |
 //! |---|---|
 //! | with `options/copy_trace_marker` (6.18 has it, 6.12 does not) | the kernel copies each marker to the instance |
-//! | without it, and the top buffer is not in use | the top buffer itself is recorded ([`super::top`]) |
-//! | without it, and the top buffer is in use | none: a remark says so |
+//! | without it, where the request needs the top buffer | the top buffer itself is recorded ([`super::top`]) |
+//! | without it | none: a remark says so |
 //!
 //! A copied marker is written even while `tracing_on` of the top buffer is 0.
 
@@ -41,11 +41,6 @@ pub(super) struct Markers {
     was_on: bool,
 }
 
-/// Whether this kernel can copy markers to an instance.
-pub(super) fn can_copy(instance: &Path) -> bool {
-    instance.join(OPTION).exists()
-}
-
 impl Markers {
     /// Lets the kernel copy markers to `instance` where it can.
     pub(super) fn arm(root: &Path, instance: &Path) -> Self {
@@ -62,8 +57,7 @@ impl Markers {
         match self.source {
             MarkerSource::TopBuffer => Vec::new(),
             MarkerSource::Missing => vec![
-                "markers of applications are not recorded: the top buffer is in use, and this kernel cannot copy them \
-                 (options/copy_trace_marker)"
+                "markers of applications are not recorded: this kernel cannot copy them (options/copy_trace_marker)"
                     .into(),
             ],
             MarkerSource::Copied => {

@@ -150,11 +150,6 @@ pub(super) fn is_idle(root: &Path) -> bool {
     tracer.trim() == "nop" && foreign_events(&events).is_empty()
 }
 
-/// Whether the top buffer is idle, and was not stopped to look at its contents.
-pub(super) fn is_free(root: &Path) -> bool {
-    is_idle(root) && read(&root.join("tracing_on")).is_ok_and(|text| text.trim() == "1")
-}
-
 /// Whether the top buffer has events.
 fn holds_events(root: &Path) -> bool {
     let counts = online_cpus().unwrap_or_default().into_iter().map(|cpu| root.join(format!("per_cpu/{cpu}/stats")));
