@@ -1,4 +1,4 @@
-//! What stock tools make of a file: trace-cmd and the library behind KernelShark, from Debian, run as a user would.
+//! What stock tools make of a file: Debian's trace-cmd and the library that KernelShark uses, run as a user would.
 
 use std::{
     ffi::OsStr,

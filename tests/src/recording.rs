@@ -29,7 +29,7 @@ pub struct Recorder<'a> {
 pub struct Recording {
     /// Exit status.
     pub status: i32,
-    /// The closing table as JSON; null if there is none.
+    /// The closing table as JSON; null if none was printed.
     pub summary: Value,
     /// What it said on stderr.
     pub said: String,

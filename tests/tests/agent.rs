@@ -288,7 +288,7 @@ fn agent_cleans_up_however_a_session_ends() -> Result<()> {
     let (first, said) = text.split_once('\n').context("a process, then words")?;
     ensure!(second.status == 1 && said.contains("in use") && said.contains(&format!("process {first}")), "{text}");
 
-    // Nobody is connected, then somebody is and says nothing: no thread wakes up.
+    // First no host is connected, then one that says nothing: no thread wakes up.
     let before = wake_ups(&machine)?;
     std::thread::sleep(Duration::from_secs(3));
     let without_host = wake_ups(&machine)? - before;

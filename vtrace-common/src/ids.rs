@@ -18,7 +18,7 @@ impl fmt::Display for Cpu {
 #[cfg_attr(feature = "wire", derive(serde::Serialize, serde::Deserialize))]
 pub struct GuestId(pub u16);
 
-/// One CPU's road from its ring buffer to its part of a file.
+/// One CPU's path from its ring buffer to its part of a file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LaneId {
     /// Whose CPU it is.

@@ -9,7 +9,8 @@ use core::mem::{offset_of, size_of};
 
 /// A field that this kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
-/// Bytes from the first to behind the last TSC field that one read covers (104 in 5.10, 112 up to 7.3).
+/// Bytes from the start of the first TSC field to the end of the last one that a single read covers
+/// (104 in 5.10, 112 up to 7.3).
 pub const SPAN_BYTES_MAX: u32 = 128;
 /// vCPUs whose last state the programs remember; beyond it the oldest is forgotten and reported again.
 pub const VCPUS_REMEMBERED_MAX: u32 = 8192;

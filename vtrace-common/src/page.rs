@@ -6,14 +6,14 @@
 //!
 //! Layout (kernel/trace/ring_buffer.c, `struct buffer_data_page`; `events/header_page` in tracefs): u64 time stamp,
 //! u64 commit, data. The low 27 bits of commit are the data's length; bit 31 says that events before this page were
-//! lost; bit 30 that their number (u64) lies behind the data. Bit 31 comes with ones in all higher bits: to the kernel
+//! lost; bit 30 that their number (u64) follows the data. Bit 31 comes with ones in all higher bits: to the kernel
 //! it is an int, `1 << 31`, and adding that to a long subtracts. (Other writers of trace.dat set bit 31 alone.)
 
 /// Bytes of a page's header on a 64-bit kernel.
 pub const HEADER_BYTES: usize = 16;
 /// Commit bit: events were lost before this page (`RB_MISSED_EVENTS`).
 pub const MISSED_EVENTS: u64 = 1 << 31;
-/// Commit bit: how many is stored behind the data (`RB_MISSED_STORED`).
+/// Commit bit: the number of lost events follows the data (`RB_MISSED_STORED`).
 pub const MISSED_STORED: u64 = 1 << 30;
 /// Commit bits that hold the data's length.
 pub const LENGTH_MASK: u64 = (1 << 27) - 1;
@@ -25,11 +25,11 @@ const LOW_MASK: u64 = u32::MAX as u64;
 pub struct Header {
     /// Time stamp of the first event, in the trace clock's unit.
     pub time: u64,
-    /// Bytes of events behind the header.
+    /// Bytes of events after the header.
     pub data_bytes: u32,
     /// Events before this page were lost.
     pub missed: bool,
-    /// Their number lies behind the data.
+    /// The number of lost events follows the data.
     pub missed_stored: bool,
 }
 

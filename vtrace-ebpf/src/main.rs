@@ -37,7 +37,7 @@ fn kvm_exit(context: RawTracePointContext) {
     tsc::watch(if maps::layout!(exit_argument) == 0 { first } else { second }, source::EXIT);
 }
 
-/// `kvm_emulate_insn(vcpu, …)`: the same road as `kvm_entry` for hosts where that one stays silent. Hot.
+/// `kvm_emulate_insn(vcpu, …)`: does the same as `kvm_entry`, for hosts where that one stays silent. Hot.
 #[raw_tracepoint(tracepoint = "kvm_emulate_insn")]
 fn kvm_emulate_insn(context: RawTracePointContext) {
     tsc::watch(context.arg(0), source::EMULATE);

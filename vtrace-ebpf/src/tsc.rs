@@ -165,7 +165,7 @@ fn change(vcpu: *const u8, now: &ReportedState, seen_by: u8) -> TscChange {
     }
 }
 
-/// The `struct kvm_vcpu` behind an open file, if it is one.
+/// The `struct kvm_vcpu` of an open file, if the file is a vCPU's.
 #[inline(always)]
 fn vcpu_of(file: *const u8) -> Option<*const u8> {
     let inode: *const u8 = read(file, layout!(file_inode))?;

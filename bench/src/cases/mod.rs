@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn backend_behind_a_frontend_has_figures_and_loses_nothing() {
+    fn backend_with_a_frontend_has_figures_and_loses_nothing() {
         sane("ring", &ring::measure(1, 16 * MIB).unwrap(), 2 * ring::WAYS.len());
     }
 

@@ -1,6 +1,6 @@
 //! What a client says over the control socket, to a whole server with one guest that is not there.
 //!
-//! Input: u8 (bit 0: our hello is said first), then what is said; the client closes its sending side behind it.
+//! Input: u8 (bit 0: our hello is sent first), then what is sent; the client then closes its sending side.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -44,7 +44,7 @@ fn socket() -> UnixStream {
     socket
 }
 
-/// Says something, reads all answers; then somebody else is served.
+/// Sends the input and reads all answers; then another client must be served.
 pub fn run(bytes: &[u8]) {
     let Some((&setup, said)) = bytes.split_first() else { return };
     let hello = encode(&Hello::ours("seed")).expect("a hello is within its bounds");
@@ -59,7 +59,7 @@ pub fn run(bytes: &[u8]) {
 /// What the server answers until it closes its end; its hello is left out.
 fn answers(said: &[u8]) -> Vec<FromServer> {
     let mut socket = socket();
-    // Who speaks no sense is hung up on in the middle of it.
+    // The server hangs up on nonsense, possibly in the middle of it.
     let _ = socket.write_all(said).and_then(|()| socket.shutdown(Shutdown::Write));
     let (mut decoder, mut piece, mut found) = (Decoder::default(), vec![0; 64 << 10], Vec::new());
     loop {
@@ -79,7 +79,7 @@ fn answers(said: &[u8]) -> Vec<FromServer> {
     }
 }
 
-/// Sessions as a recorder has them, requests out of order, and requests for nobody.
+/// Sessions as a recorder has them, requests out of order, and requests for an unknown guest.
 pub fn seeds() -> Vec<Vec<u8>> {
     let guest = || GUEST.to_owned();
     let areas = vec![Area { cpu: Cpu(0), offset: 8192, bytes_max: 1 << 20, begins_again: false }];

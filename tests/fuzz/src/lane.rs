@@ -112,7 +112,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// A sound page without its mark: the lane sets it behind a gap.
+/// A sound page without its mark, which the lane sets after a gap.
 fn unmarked(page: &[u8]) -> Vec<u8> {
     let header = Header::parse(page, PAGE).expect("a sound page");
     let mut page = page.to_vec();

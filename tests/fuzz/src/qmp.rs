@@ -9,7 +9,7 @@ use vtrace_dp::vmm::{
     qmp::{Qmp, QmpDecoder, QmpMessage},
 };
 
-/// A socket takes so much at once; nobody reads while it is filled.
+/// A socket takes so much at once; the other end is not read while it is filled.
 const BYTES_MAX: usize = 64 << 10;
 /// QEMU says all it says before it is asked.
 const WAIT_MAX: Duration = Duration::from_secs(5);
@@ -34,7 +34,7 @@ pub fn run(bytes: &[u8]) {
     assert!(told.len() < 2048 && !told.chars().any(char::is_control), "{told:?}");
 }
 
-/// The messages, up to the first that is none: then `None`.
+/// The messages, up to the first that is not valid: then `None`.
 fn messages(said: &[u8], step: usize) -> Vec<Option<QmpMessage>> {
     let (mut lines, mut found) = (QmpDecoder::default(), Vec::new());
     for piece in said.chunks(step) {
@@ -59,7 +59,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let answers = |answers: &[&str]| {
         let mut id = 0;
         let lines = answers.iter().map(|answer| {
-            // Events have no number, and nobody asks for them.
+            // Events have no number: they answer no request.
             id += u32::from(!answer.contains("event"));
             format!("{{{answer}, \"id\": {id}}}\n")
         });

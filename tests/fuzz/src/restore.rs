@@ -69,8 +69,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         .clone()
 }
 
-/// The file of a recording that is killed behind so many bytes, or ends.
-fn file(killed_behind: Option<usize>) -> std::io::Result<Vec<u8>> {
+/// The file of a recording that is killed after so many bytes, or ends normally.
+fn file(killed_after: Option<usize>) -> std::io::Result<Vec<u8>> {
     let file = memory_file(0)?;
     let metadata = Metadata {
         header_page: b"page".to_vec(),
@@ -81,13 +81,13 @@ fn file(killed_behind: Option<usize>) -> std::io::Result<Vec<u8>> {
     let writer = Writer::create(file.try_clone()?, &metadata, "local [x86-tsc]", 4096, &[Cpu(0), Cpu(1)])?;
     let page = [&1000_u64.to_le_bytes()[..], &4080_u64.to_le_bytes(), &[1; 4080]].concat();
     let at = writer.areas()[0].offset;
-    writer.file().write_all_at(&[&page[..], &page].concat()[..killed_behind.unwrap_or(4096)], at)?;
-    match killed_behind {
+    writer.file().write_all_at(&[&page[..], &page].concat()[..killed_after.unwrap_or(4096)], at)?;
+    match killed_after {
         Some(_) => drop(writer),
         None => drop(writer.finish(&[(Cpu(0), 4096), (Cpu(1), 0)], b"1 init\n", &[], "{}")?),
     }
     let length = file.metadata()?.len();
-    assert!(at == DATA_AT || killed_behind.is_none(), "data at {at}");
+    assert!(at == DATA_AT || killed_after.is_none(), "data at {at}");
     let read = |at: u64, end: u64| {
         let mut bytes = vec![0; usize::try_from(end.min(length).saturating_sub(at)).expect("a seed is short")];
         file.read_exact_at(&mut bytes, at).map(|()| bytes)

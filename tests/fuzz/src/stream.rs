@@ -33,13 +33,13 @@ pub fn run(bytes: &[u8]) {
 /// Whatever came before, an agent that goes on speaking is heard again.
 fn frames(stream: &[u8], step: usize) {
     let pong = encode(&FromAgent::Pong { id: 7 }).expect("a pong is within its bounds");
-    // More than whatever frame was begun can still swallow.
-    let behind = [&hello()[..], &[0; FRAME_BYTES_MAX], &pong].concat();
-    let pieces: Vec<&[u8]> = stream.chunks(step).chain([&behind[..]]).collect();
+    // Longer than what a frame that has begun can still swallow.
+    let rest = [&hello()[..], &[0; FRAME_BYTES_MAX], &pong].concat();
+    let pieces: Vec<&[u8]> = stream.chunks(step).chain([&rest[..]]).collect();
     let found = cut(&pieces);
     assert_eq!(found.last(), Some(&(false, pong)), "the last frame");
     let bytes: usize = found.iter().map(|(_, bytes)| bytes.len()).sum();
-    assert!(bytes <= stream.len() + behind.len(), "{bytes} bytes of {}", stream.len() + behind.len());
+    assert!(bytes <= stream.len() + rest.len(), "{bytes} bytes of {}", stream.len() + rest.len());
     assert!(found.iter().all(|(_, bytes)| bytes.len() <= HEADER_BYTES + FRAME_BYTES_MAX));
 }
 
@@ -66,13 +66,13 @@ fn pages(stream: &[u8], step: usize) {
         let kept = PAGE * usize::try_from(counts.ledger.pages_out).expect("few pages");
         assert!(
             area[..kept].chunks(PAGE).all(|page| Header::parse(page, PAGE).is_ok()),
-            "a page that is none was kept"
+            "a page that is not valid was kept"
         );
-        assert!(area[kept..].iter().all(|byte| *byte == 0), "something is left behind the last page");
+        assert!(area[kept..].iter().all(|byte| *byte == 0), "something remains after the last page");
     });
 }
 
-/// Frames cut off by a hello, junk; sound pages, one that is none, and half a one.
+/// Frames cut off by a hello, junk; sound pages, one that is not valid, and half a page.
 pub fn seeds() -> Vec<Vec<u8>> {
     let (hello, pong) = (hello(), encode(&FromAgent::Pong { id: 7 }).expect("a pong is within its bounds"));
     let page = |commit: u64| [&9_u64.to_le_bytes()[..], &commit.to_le_bytes(), &[7; PAGE - 16]].concat();

@@ -1,7 +1,7 @@
 //! The wire: any stream, cut anywhere, opened as every family.
 //!
 //! Input: u8 number of cuts (modulo 16), one byte for the length of each piece (255: the link is reopened there), then
-//! the stream. What is left of the stream behind the last cut comes in one piece.
+//! the stream. What is left of the stream after the last cut comes in one piece.
 
 use std::fmt::Debug;
 

@@ -246,7 +246,7 @@ pub struct LaneReport {
     pub stats_after: String,
     /// Why a lane ended early, empty if it did not.
     pub trouble: String,
-    /// The APIC id that its CPU was given at its start; none where there is none, or it never was online.
+    /// The APIC id that its CPU was given at its start; `None` if it has no APIC id or was never online.
     pub apic: Option<u32>,
 }
 

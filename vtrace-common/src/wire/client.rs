@@ -94,7 +94,7 @@ impl Area {
         self.offset + if self.begins_again { written % self.bytes_max } else { written }
     }
 
-    /// Bytes behind that place, up to the end. Hot.
+    /// Bytes from that place to the end. Hot.
     pub fn room(&self, written: u64) -> u64 {
         let used = if self.begins_again { written % self.bytes_max } else { written };
         self.bytes_max.saturating_sub(used)
@@ -216,11 +216,12 @@ pub struct GuestState {
     pub holder_pid: Option<u32>,
     /// Whose process that is.
     pub holder_uid: Option<u32>,
-    /// Its devices behind the first, in order.
+    /// Its devices after the first, in order.
     pub further: Vec<DeviceState>,
     /// CPUs that each of its devices carries at most.
     pub lanes_per_device: u32,
-    /// For how many seconds its agent has owed an answer; 0 if it owes none. Nobody asks one that is idle behind a device.
+    /// Seconds for which its agent has owed an answer; 0 if it owes none. An idle agent that is reached through a
+    /// device is not asked.
     pub silent_s: u32,
 }
 

@@ -65,7 +65,7 @@ pub enum Fault {
         /// The version of its frame.
         theirs: u16,
     },
-    /// A family nobody knows, or one that does not belong on this link.
+    /// An unknown family, or one that does not belong on this link.
     Family(u16),
     /// A payload longer than a frame may be.
     Length(usize),
@@ -139,7 +139,7 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, Fault> {
     Ok(bytes)
 }
 
-/// Cuts a byte stream into frames. Holds at most one frame and what was pushed behind it.
+/// Cuts a byte stream into frames. Holds at most one frame and what was pushed after it.
 #[derive(Default, Debug)]
 pub struct Decoder {
     bytes: Vec<u8>,

@@ -12,7 +12,7 @@
 //! A hello of any version can be read by every other. Sides whose ranges of versions overlap speak the newest version that
 //! both have, and send a message that was added later only to a side whose hello has its capability bit.
 //!
-//! The payload is one message of that family in postcard's encoding, with nothing behind it.
+//! The payload is one message of that family in postcard's encoding, with nothing after it.
 //! [`Decoder`] turns a byte stream into frames; [`encode`] and [`Frame::open`] turn messages into frames and back.
 //!
 //! In:    bytes from the other side (guest-controlled)

@@ -100,7 +100,7 @@ fn frame_longer_than_the_limit_is_refused_before_its_bytes_come() {
 }
 
 #[test]
-fn bytes_behind_a_message_are_refused() {
+fn bytes_after_a_message_are_refused() {
     let mut bytes = encode(&ToAgent::Stop).unwrap();
     bytes.push(0);
     bytes[8] += 1;

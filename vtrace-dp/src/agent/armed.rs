@@ -44,7 +44,7 @@ const ARMING_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Refused {
     /// The request cannot be met: the host is told.
     Failed(Failure),
-    /// There is nobody to tell.
+    /// The host is gone: it cannot be told.
     Gone(HostGone),
 }
 

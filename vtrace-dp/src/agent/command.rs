@@ -101,7 +101,7 @@ impl RunningCommand {
         }
     }
 
-    /// The next piece of an output; `None` if there is none now. Closes the output at its end.
+    /// The next piece of an output; `None` if nothing waits there now. Closes the output at its end.
     pub(super) fn read(&mut self, stream: Stream) -> Option<FromAgent> {
         let mut bytes = vec![0; OUTPUT_BYTES_MAX];
         loop {

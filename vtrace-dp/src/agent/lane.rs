@@ -258,7 +258,7 @@ impl Lane {
     /// Why the lane ended early, in words; empty if it did not.
     pub(super) fn trouble(&self) -> String {
         match self.trouble {
-            _ if self.torn => "the port lost the end of a page: the pages behind it would not be found".into(),
+            _ if self.torn => "the port lost the end of a page: the pages after it would not be found".into(),
             None => String::new(),
             Some((Step::Waiting, errno)) => format!("poll of the ring buffer: {errno}"),
             Some((Step::Filling, errno)) => format!("splice from the ring buffer: {errno}"),

@@ -78,7 +78,7 @@ impl LaneEnd {
 
 /// One lane's descriptors.
 #[derive(Debug)]
-pub(super) struct Road {
+pub(super) struct LaneIo {
     pub(super) tap: Tap,
     pub(super) port: OwnedFd,
     pub(super) lane: Lane,
@@ -88,8 +88,8 @@ pub(super) struct Road {
     is_lossy: bool,
 }
 
-impl Road {
-    /// A road from `tap` to `port`, which no longer blocks from now on.
+impl LaneIo {
+    /// A lane from `tap` to `port`, which does not block from now on.
     pub(super) fn new(tap: Tap, port: OwnedFd, page_bytes: u32, tee: Option<&Path>) -> Result<Self, PumpError> {
         let flags = fcntl(&port, FcntlArg::F_GETFL).map_err(PumpError::of("port"))?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;

@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn cpu_nobody_heard_of_is_found_at_the_end_and_one_without_its_port_is_refused() {
+    fn unannounced_cpu_is_found_at_the_end_and_one_without_its_port_is_refused() {
         let Some(instance) = instance("last") else { return };
         let root = tempfile::tempdir().unwrap();
         let ports = fifo_ports(root.path(), &[], &features(true));

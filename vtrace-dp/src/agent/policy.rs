@@ -277,7 +277,7 @@ mod tests {
         assert!(policy("exec = 7").is_err());
         assert!(policy("exec = \"all\"").unwrap_err().contains("\"any\" or a list"));
         assert!(policy("\nevents_denid = []").unwrap_err().contains("line 2"));
-        assert!(policy("user = \"nobody-of-this-name\"").unwrap_err().contains("no user"));
+        assert!(policy("user = \"no-such-user\"").unwrap_err().contains("no user"));
     }
 
     #[test]

@@ -30,7 +30,7 @@ use nix::{
 
 use super::{
     lane::{Next, Step, Wait},
-    lane_io::{LaneEnd, PumpError, Road},
+    lane_io::{LaneEnd, LaneIo, PumpError},
 };
 use crate::{
     sys::{
@@ -61,8 +61,8 @@ enum Order {
 #[derive(Debug)]
 enum Word {
     Order(Order),
-    /// One more lane. None comes behind an order.
-    Join(Box<Road>),
+    /// One more lane. None follows an order.
+    Join(Box<LaneIo>),
 }
 
 /// A running pump. Dropping it abandons what is on its way.
@@ -88,20 +88,20 @@ struct Worker {
 
 impl Pump {
     /// Starts moving pages from each tap to its port. Neither blocks from now on. With `tee`, a copy of every page goes
-    /// to `TEE/cpuN.raw` before it goes to the port (to verify the way, not to record: it costs as much).
+    /// to `TEE/cpuN.raw` before it goes to the port (to verify the pump, not to record: it costs as much).
     pub(super) fn start(lanes: Vec<(Tap, OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Self, PumpError> {
         let done = Arc::new(signal()?);
         let last = Arc::new(Done(Arc::clone(&done)));
-        let roads = lanes.into_iter().map(|(tap, port)| Road::new(tap, port, page_bytes, tee));
-        let mut roads: VecDeque<Road> = roads.collect::<Result<_, _>>()?;
+        let lanes = lanes.into_iter().map(|(tap, port)| LaneIo::new(tap, port, page_bytes, tee));
+        let mut lanes: VecDeque<LaneIo> = lanes.collect::<Result<_, _>>()?;
         let (threads, tee) = (Vec::new(), tee.map(Path::to_path_buf));
         let mut pump = Self { threads, done, last: Arc::downgrade(&last), page_bytes, tee };
         // Neighbours stay together: they share caches, and memory is near.
-        let share = share(roads.len());
+        let share = share(lanes.len());
         loop {
-            let few = roads.drain(..share.min(roads.len())).collect();
+            let few = lanes.drain(..share.min(lanes.len())).collect();
             pump.threads.push(Worker::start(few, page_bytes, Arc::clone(&last))?);
-            if roads.is_empty() {
+            if lanes.is_empty() {
                 return Ok(pump);
             }
         }
@@ -110,15 +110,15 @@ impl Pump {
     /// Moves the pages of one more tap, until the order to drain is given: by the thread with the fewest lanes, or by
     /// one of its own where all have many.
     pub(super) fn join_lane(&mut self, (tap, port): (Tap, OwnedFd)) -> Result<(), PumpError> {
-        let road = Road::new(tap, port, self.page_bytes, self.tee.as_deref())?;
+        let lane_io = LaneIo::new(tap, port, self.page_bytes, self.tee.as_deref())?;
         let threads = self.threads.len();
         let few = self.threads.iter_mut().min_by_key(|worker| worker.lanes).expect("a pump has a thread");
         if few.lanes < LANES_A_THREAD || threads >= THREADS_MAX {
             few.lanes += 1;
-            return few.say(Word::Join(Box::new(road))).ok_or_else(ended);
+            return few.say(Word::Join(Box::new(lane_io))).ok_or_else(ended);
         }
         let last = self.last.upgrade().ok_or_else(ended)?;
-        self.threads.push(Worker::start(vec![road], self.page_bytes, last)?);
+        self.threads.push(Worker::start(vec![lane_io], self.page_bytes, last)?);
         Ok(())
     }
 
@@ -165,17 +165,17 @@ impl Drop for Pump {
 }
 
 impl Worker {
-    fn start(roads: Vec<Road>, page_bytes: u32, last: Arc<Done>) -> Result<Self, PumpError> {
+    fn start(lanes: Vec<LaneIo>, page_bytes: u32, last: Arc<Done>) -> Result<Self, PumpError> {
         let bell = Arc::new(signal()?);
         let (words, inbox) = channel();
-        let lanes = roads.len();
-        let ring = Waits::new(2 * lanes + 4).map_err(PumpError::of("io_uring"))?;
+        let count = lanes.len();
+        let ring = Waits::new(2 * count + 4).map_err(PumpError::of("io_uring"))?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(PumpError::of("timerfd"))?;
         let work = Work {
             ring,
-            turns: VecDeque::with_capacity(lanes),
-            roads,
+            turns: VecDeque::with_capacity(count),
+            lanes,
             bell: Arc::clone(&bell),
             inbox,
             timer,
@@ -188,7 +188,7 @@ impl Worker {
             let _last = last;
             work.run()
         });
-        Ok(Self { words, bell, lanes, thread: thread.map_err(PumpError::of("thread"))? })
+        Ok(Self { words, bell, lanes: count, thread: thread.map_err(PumpError::of("thread"))? })
     }
 
     /// Tells it; none if it has ended and listens no more.
@@ -250,7 +250,7 @@ impl Operation {
 
 struct Work {
     ring: Waits,
-    roads: Vec<Road>,
+    lanes: Vec<LaneIo>,
     /// Lanes that may have more pages, in order.
     turns: VecDeque<usize>,
     bell: Arc<EventFd>,
@@ -267,18 +267,18 @@ impl Work {
     fn run(mut self) -> Vec<LaneEnd> {
         if let Err(error) = self.work() {
             log::error!("the pump stops: {error}");
-            self.roads.iter_mut().for_each(|road| road.lane.give_up(error.errno));
+            self.lanes.iter_mut().for_each(|lane_io| lane_io.lane.give_up(error.errno));
         }
-        self.roads.iter().map(Road::end).collect()
+        self.lanes.iter().map(LaneIo::end).collect()
     }
 
     fn work(&mut self) -> Result<(), SysError> {
         self.ring.push_poll(self.bell.as_fd(), READABLE, Operation::Bell.tag(0))?;
         self.ring.push_poll(self.timer.as_fd(), READABLE, Operation::Timer.tag(0))?;
-        for index in 0..self.roads.len() {
+        for index in 0..self.lanes.len() {
             self.wait(index, Wait::Page)?;
         }
-        while self.order.is_none() || self.roads.iter().any(|road| road.lane.step() != Step::Ended) {
+        while self.order.is_none() || self.lanes.iter().any(|lane_io| lane_io.lane.step() != Step::Ended) {
             if self.turns.is_empty() {
                 self.ring.submit_and_wait()?
             } else {
@@ -287,10 +287,10 @@ impl Work {
             while let Some(completion) = self.ring.pop() {
                 self.complete(completion)?;
             }
-            // Who has more after its turn stands at the end, behind whoever became ready meanwhile.
+            // A lane that has more after its turn goes to the end, after those that became ready meanwhile.
             for _ in 0..self.turns.len() {
                 let Some(index) = self.turns.pop_front() else { break };
-                let next = self.roads[index].lane.resumed();
+                let next = self.lanes[index].lane.resumed();
                 self.go(index, next)?;
             }
         }
@@ -302,8 +302,8 @@ impl Work {
         let (operation, index) = Operation::of(completion.tag);
         let outcome = completion.outcome();
         let next = match operation {
-            Operation::Page => self.roads[index].lane.readable(outcome),
-            Operation::Room => self.roads[index].lane.writable(outcome),
+            Operation::Page => self.lanes[index].lane.readable(outcome),
+            Operation::Room => self.lanes[index].lane.writable(outcome),
             Operation::Bell => return self.obey(),
             Operation::Timer => return self.resume(),
             Operation::Cancel => return Ok(()),
@@ -313,10 +313,10 @@ impl Work {
 
     /// Does what a lane wants next, until it has to wait. Hot.
     fn go(&mut self, index: usize, next: Next) -> Result<(), SysError> {
-        let road = &mut self.roads[index];
-        let before = road.lane.bytes_moved();
-        let wait = road.go(next, &mut self.scratch);
-        if road.lane.bytes_moved() != before {
+        let lane_io = &mut self.lanes[index];
+        let before = lane_io.lane.bytes_moved();
+        let wait = lane_io.go(next, &mut self.scratch);
+        if lane_io.lane.bytes_moved() != before {
             self.pause = PAUSE_MIN;
         }
         self.wait(index, wait)
@@ -324,19 +324,19 @@ impl Work {
 
     /// Sees to it that a lane hears of what it waits for. Hot (but for the end).
     fn wait(&mut self, index: usize, wait: Wait) -> Result<(), SysError> {
-        let road = &self.roads[index];
+        let lane_io = &self.lanes[index];
         match wait {
-            Wait::Page => self.ring.push_poll(road.tap.fd.as_fd(), READABLE, Operation::Page.tag(index)),
-            Wait::Room => self.ring.push_poll(road.port.as_fd(), WRITABLE, Operation::Room.tag(index)),
+            Wait::Page => self.ring.push_poll(lane_io.tap.fd.as_fd(), READABLE, Operation::Page.tag(index)),
+            Wait::Room => self.ring.push_poll(lane_io.port.as_fd(), WRITABLE, Operation::Room.tag(index)),
             Wait::Turn => {
                 self.turns.push_back(index);
                 Ok(())
             }
             Wait::Timer => self.rest(),
             Wait::End => {
-                let trouble = road.lane.trouble();
+                let trouble = lane_io.lane.trouble();
                 if !trouble.is_empty() {
-                    log::warn!("{} has ended early: {trouble}", road.tap.cpu);
+                    log::warn!("{} has ended early: {trouble}", lane_io.tap.cpu);
                 }
                 Ok(())
             }
@@ -367,9 +367,9 @@ impl Work {
     }
 
     fn resume_pausing(&mut self) -> Result<(), SysError> {
-        for index in 0..self.roads.len() {
-            if self.roads[index].lane.step() == Step::Pausing {
-                let next = self.roads[index].lane.resumed();
+        for index in 0..self.lanes.len() {
+            if self.lanes[index].lane.step() == Step::Pausing {
+                let next = self.lanes[index].lane.resumed();
                 self.go(index, next)?;
             }
         }
@@ -381,10 +381,10 @@ impl Work {
         while let Ok(word) = self.inbox.try_recv() {
             let order = match word {
                 Word::Order(order) => order,
-                Word::Join(road) => {
-                    assert!(self.order.is_none(), "nobody joins lanes that end");
-                    self.roads.push(*road);
-                    self.wait(self.roads.len() - 1, Wait::Page)?;
+                Word::Join(lane_io) => {
+                    assert!(self.order.is_none(), "no lane joins after an order");
+                    self.lanes.push(*lane_io);
+                    self.wait(self.lanes.len() - 1, Wait::Page)?;
                     continue;
                 }
             };
@@ -398,12 +398,12 @@ impl Work {
     }
 
     fn pass_on(&mut self, order: Order) -> Result<(), SysError> {
-        for (index, road) in self.roads.iter_mut().enumerate() {
+        for (index, lane_io) in self.lanes.iter_mut().enumerate() {
             let outstanding = match order {
-                Order::Drain => road.lane.drain(),
-                Order::Abandon => road.lane.cancel(),
+                Order::Drain => lane_io.lane.drain(),
+                Order::Abandon => lane_io.lane.cancel(),
             };
-            let operation = match road.lane.step() {
+            let operation = match lane_io.lane.step() {
                 Step::Waiting => Operation::Page,
                 Step::Blocked => Operation::Room,
                 Step::Filling | Step::Sending | Step::Pausing | Step::Ended => continue,

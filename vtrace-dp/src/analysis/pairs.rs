@@ -144,7 +144,7 @@ struct Cause {
 /// The pairs of one rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct Pairs {
-    /// Which.
+    /// The rule that pairs them.
     pub rule: Rule,
     /// Their order is a fact.
     pub exact: bool,

@@ -18,7 +18,7 @@
 /// One end of a window.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Boundary {
-    /// When.
+    /// The time of this end.
     pub time: u64,
     /// The window begins.
     pub opens: bool,
@@ -153,9 +153,9 @@ impl Gaps {
 
     /// `None`: `time` is in a gap, or has some on both sides.
     fn side(&self, from: u64, to: u64, time: u64) -> Option<Side> {
-        let behind = self.stretches.partition_point(|stretch| stretch.0 <= time);
-        let before = behind.checked_sub(1).map(|at| self.stretches[at]).filter(|stretch| stretch.1 > from);
-        let after = self.stretches.get(behind).is_some_and(|stretch| stretch.0 < to);
+        let following = self.stretches.partition_point(|stretch| stretch.0 <= time);
+        let before = following.checked_sub(1).map(|at| self.stretches[at]).filter(|stretch| stretch.1 > from);
+        let after = self.stretches.get(following).is_some_and(|stretch| stretch.0 < to);
         match (before, after) {
             (Some(stretch), _) if stretch.1 >= time => None,
             (Some(_), true) => None,

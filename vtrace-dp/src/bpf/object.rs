@@ -24,7 +24,7 @@ use super::{BpfError, map_failed, refused};
 /// vtrace-ebpf as `cargo xtask ebpf` builds it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../vtrace-ebpf/vtrace.bpf.o");
 
-/// The loaded object: its programs, and those of its maps that nobody has taken.
+/// The loaded object: its programs, and those of its maps that have not been taken.
 #[derive(Debug)]
 pub struct Object {
     programs: Ebpf,

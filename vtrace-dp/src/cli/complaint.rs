@@ -34,7 +34,7 @@ use crate::{
 pub(super) struct Complaint {
     /// What failed, on what.
     failed: String,
-    /// Why.
+    /// The reason.
     why: String,
     /// Advice; may be empty.
     remedy: String,

@@ -28,7 +28,7 @@ pub(super) fn run(plan: &Plan, name: Option<&str>) -> Result<u8, Complaint> {
     let state = state(plan, name);
     let name = state.name.clone();
     match split().map_err(|error| Complaint::system("fork", error))? {
-        Side::Before(waiting) => match waiting.wait().map_err(|error| Complaint::system("wait", error))? {
+        Side::Parent(waiting) => match waiting.wait().map_err(|error| Complaint::system("wait", error))? {
             Started::Going(pid) => {
                 let dir = &plan.dir;
                 let dir_option =
@@ -40,7 +40,7 @@ pub(super) fn run(plan: &Plan, name: Option<&str>) -> Result<u8, Complaint> {
             }
             Started::Ended(status) => Ok(status),
         },
-        Side::Behind(ready) => {
+        Side::Child(ready) => {
             let background = Background::take(&plan.dir, state).map_err(|fault| complaint("cannot record", &fault))?;
             record_in_background(plan, Recorder { background, ready: Some(ready), rate: RateLine::default() })
         }

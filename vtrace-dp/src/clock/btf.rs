@@ -32,7 +32,7 @@ pub enum BtfError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Why it failed.
         source: io::Error,
     },
     /// A file is not BTF, or is cut.
@@ -63,7 +63,7 @@ pub enum BtfError {
     /// The TSC fields do not lie close enough together, or not at multiples of eight.
     #[error("the TSC fields of this kernel's struct kvm_vcpu span {bytes} bytes; one read takes {SPAN_BYTES_MAX}")]
     TscSpan {
-        /// From the first to behind the last.
+        /// From the start of the first field to the end of the last.
         bytes: u32,
     },
 }
@@ -244,7 +244,7 @@ fn lacking<'a>(file: &Btf<'a>, copies: &[Type<'a>], needed: &[&'static str]) -> 
     Ok(None)
 }
 
-/// The copies of one struct in one file: compilation units that see different types behind a pointer bring one each.
+/// The copies of one struct in one file: compilation units that see different pointee types add one each.
 struct Copies<'a> {
     file: &'a Btf<'a>,
     name: &'static str,

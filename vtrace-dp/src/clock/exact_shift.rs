@@ -129,7 +129,7 @@ mod tests {
         let scaled = Segment { from: HostRange::at(HostTsc(0)), pair: Pair { offset: 0, ratio } };
         assert_eq!(shape(&table(vec![scaled]), &[Cpu(1)], 7), Shape::Rewrite);
         let negative = table(vec![segment(0, 5000u64.wrapping_neg()), segment(2000, 1)]);
-        assert_eq!(shape(&negative, &[Cpu(1)], 7), Shape::Rewrite, "a guest time below zero sorts behind all others");
+        assert_eq!(shape(&negative, &[Cpu(1)], 7), Shape::Rewrite, "a guest time below zero sorts after all others");
     }
 
     #[test]

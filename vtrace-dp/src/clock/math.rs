@@ -156,7 +156,7 @@ mod tests {
             HostRange { low, high } if host < low.0 || host > high.0 => Some("the host time is not among them"),
             HostRange { low, high } if !shows(low.0) || !shows(high.0) => Some("an end shows another guest time"),
             HostRange { low, .. } if low.0 > 0 && shows(low.0 - 1) => Some("one before shows the same"),
-            HostRange { high, .. } if high.0 < u64::MAX && shows(high.0 + 1) => Some("one behind shows the same"),
+            HostRange { high, .. } if high.0 < u64::MAX && shows(high.0 + 1) => Some("one after shows the same"),
             range if range.width() >= pair.resolution() => Some("wider than the clock's resolution"),
             _ => None,
         }

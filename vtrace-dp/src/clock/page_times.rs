@@ -94,12 +94,12 @@ impl<'a> LaneTimes<'a> {
 
     /// Takes the numbers and first times of all pages, the last page first, before the first page is converted.
     pub fn look_ahead(&mut self, pages: impl Iterator<Item = (u64, GuestTsc)>) {
-        let (mut behind, mut remembered): (Option<Vec<(usize, HostRange)>>, usize) = (None, 0);
+        let (mut following, mut remembered): (Option<Vec<(usize, HostRange)>>, usize) = (None, 0);
         for (number, guest) in pages {
             let all = self.places(0, guest, self.position.low);
             let leads = |(segment, range): &(usize, HostRange)| {
                 let follows = |(next, place): &(usize, HostRange)| next >= segment && place.high.0 >= range.low.0;
-                behind.as_ref().is_none_or(|behind| behind.iter().any(follows))
+                following.as_ref().is_none_or(|following| following.iter().any(follows))
             };
             let usable: Vec<_> = all.iter().copied().filter(leads).collect();
             if usable.is_empty() {
@@ -109,7 +109,7 @@ impl<'a> LaneTimes<'a> {
                 remembered += usable.len();
                 self.ahead.insert(number, usable.clone());
             }
-            behind = Some(usable);
+            following = Some(usable);
         }
     }
 
@@ -255,20 +255,20 @@ impl<'a> LaneTimes<'a> {
 
     /// Marks, from the last event to the first, the candidates that lead to the end.
     fn go_back(&mut self) {
-        let mut behind: Option<Vec<(usize, HostTsc)>> = None;
+        let mut following: Option<Vec<(usize, HostTsc)>> = None;
         for event in (0..self.count()).rev() {
             let mut usable = Vec::new();
             let range = self.candidates_of(event);
             for candidate in self.candidates[range].iter_mut().filter(|candidate| candidate.reached) {
                 let leads =
                     |(segment, high): &(usize, HostTsc)| *segment >= candidate.segment && *high >= candidate.range.low;
-                candidate.usable = behind.as_ref().is_none_or(|behind| behind.iter().any(leads));
+                candidate.usable = following.as_ref().is_none_or(|following| following.iter().any(leads));
                 if candidate.usable {
                     usable.push((candidate.segment, candidate.range.high));
                 }
             }
             if !usable.is_empty() {
-                behind = Some(usable);
+                following = Some(usable);
             }
         }
     }
@@ -303,9 +303,9 @@ impl<'a> LaneTimes<'a> {
     /// event after them.
     fn release(&mut self, events: &[StampedTime], anchor: usize, out: &mut Vec<Conversion>) {
         let first = events[0].0;
-        let until = self.usable(anchor).map(|behind| behind.segment).max();
+        let until = self.usable(anchor).map(|candidate| candidate.segment).max();
         let until = until.unwrap_or(self.vcpu.segments().len() - 1);
-        let end = self.usable(anchor).map(|behind| behind.range.high).max().unwrap_or(HostTsc(u64::MAX));
+        let end = self.usable(anchor).map(|candidate| candidate.range.high).max().unwrap_or(HostTsc(u64::MAX));
         let steps = |segment: &usize| {
             let begun = self.vcpu.segments()[*segment];
             distance(begun.pair.to_guest(begun.from.low), first) < 0

@@ -58,7 +58,7 @@ impl Isa {
 pub struct Ratio {
     /// As the hardware takes it.
     pub raw: NonZeroU64,
-    /// Bits behind the point.
+    /// Bits after the binary point.
     pub fraction_bits: u32,
 }
 

@@ -53,9 +53,9 @@ pub enum Refusal {
     /// The ratio is impossible on this machine.
     #[error("the TSC ratio of {cpu} is invalid")]
     Ratio {
-        /// Whose.
+        /// The vCPU.
         cpu: Cpu,
-        /// Why.
+        /// What is wrong with the ratio.
         source: RatioError,
     },
     /// See [`SEGMENTS_MAX`].
@@ -180,7 +180,7 @@ impl History {
         let last = *self.segments.last().expect("there is a first segment");
         let low = match seen.since {
             Since::Reading => seen.at.low,
-            // The one before was the state when it was read; when after that it changed nobody saw.
+            // The previous state held when it was read; the change came at an unknown time after that.
             Since::Before => self.seen_last,
         };
         self.seen_last = self.seen_last.max(seen.at.low);

@@ -129,7 +129,7 @@ mod tests {
         #[test]
         fn true_time_is_always_possible(
             gaps in prop::collection::vec((1u64..1000, 0u64..1000), 1..40), picks in prop::collection::vec(any::<prop::sample::Index>(), 1..8),
-            before in 0u64..5000, behind in 0u64..5000, slack in 0u64..3,
+            before in 0u64..5000, past in 0u64..5000, slack in 0u64..3,
         ) {
             let (mut at, mut list) = (10_000u64, Vec::new());
             for (gap, length) in gaps {
@@ -142,7 +142,7 @@ mod tests {
             }).collect();
             times.sort_unstable();
             let after: Vec<u64> = times.iter().map(|time| (time - times[0]).saturating_sub(slack.min(time - times[0]))).collect();
-            let found = fit(&after, slack, range(times[0] - before, times[0] + behind), Some(&runs(&list)));
+            let found = fit(&after, slack, range(times[0] - before, times[0] + past), Some(&runs(&list)));
             prop_assert!(found.in_runs);
             prop_assert!(found.possible.low.0 <= times[0] && times[0] <= found.possible.high.0, "{found:?} {times:?}");
             prop_assert!(found.possible.low <= found.at && found.at <= found.possible.high);

@@ -195,9 +195,9 @@ impl Table {
         let segments = self.vcpu(cpu).map(Vcpu::segments).unwrap_or_default();
         let wanted = segments.windows(2).filter_map(|pair| {
             let step = step_back(&pair[0], &pair[1])?;
-            let [before, behind] = [pair[0], pair[1]].map(|segment| segment.pair.host_ticks(step));
+            let [before, after] = [pair[0], pair[1]].map(|segment| segment.pair.host_ticks(step));
             let HostRange { low, high } = pair[1].from;
-            Some(HostRange { low: HostTsc(low.0.saturating_sub(before)), high: HostTsc(high.0.saturating_add(behind)) })
+            Some(HostRange { low: HostTsc(low.0.saturating_sub(before)), high: HostTsc(high.0.saturating_add(after)) })
         });
         wanted.collect()
     }

@@ -265,7 +265,7 @@ impl ControlPort {
         Some(AgentEvent::Echo { host_sent, echo, host_received: self.taken_at })
     }
 
-    /// Takes one chain of the guest's; false if there is none and the guest will kick at the next.
+    /// Takes one chain of the guest's; false if the ring is empty and the guest will kick at the next chain.
     pub fn take(&mut self, ring: &mut Ring, spans: &mut Vec<Span>) -> Result<bool, RingFault> {
         debug_assert!(self.unread.is_empty(), "the last chain was read first");
         spans.clear();

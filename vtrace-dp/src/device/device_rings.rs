@@ -233,7 +233,7 @@ impl DeviceRings {
         self.serve_ring(CONTROL_OUT, Self::take_control)
     }
 
-    /// Takes one control message; false if there is none and the guest will kick.
+    /// Takes one control message; false if the ring is empty and the guest will kick.
     fn take_control(&mut self) -> Result<bool, RingFault> {
         let Some(ring) = self.rings[CONTROL_OUT].as_mut() else { return Ok(false) };
         self.spans.clear();
@@ -292,7 +292,7 @@ impl DeviceRings {
         self.serve_ring(CONTROL_IN, Self::give_control)
     }
 
-    /// Gives the guest one control message; false if there is none, or no buffer for it.
+    /// Gives the guest one control message; false if no message is due, or no buffer is free for it.
     fn give_control(&mut self) -> Result<bool, RingFault> {
         let Some(ring) = self.rings[CONTROL_IN].as_mut() else { return Ok(false) };
         let Some(message) = self.console.next() else { return Ok(false) };
@@ -320,7 +320,7 @@ impl DeviceRings {
         }
     }
 
-    /// Takes one event or one chain of the agent; false if there is none, or the owner has no room.
+    /// Takes one event or one chain of the agent; false if neither is there, or the owner has no room.
     fn take_agent(&mut self) -> Result<bool, RingFault> {
         if !self.owner.has_room() {
             return Ok(false);

@@ -16,7 +16,11 @@ use crate::{
     clock::btf::{self, BtfError},
     printable::chain,
     recorder::plan::CLOCK,
-    sys::{page_guest::PageGuest, uring::Ring},
+    sys::{
+        SysError,
+        page_guest::{PageGuest, PageGuestError},
+        uring::Ring,
+    },
     vmm::qemu::{DRIVER, QemuVersion, VHOST_USER_SINCE},
 };
 
@@ -34,8 +38,8 @@ pub fn all(paths: &SystemPaths, qemu: Option<&Path>) -> Vec<Finding> {
         buffers(paths),
         btf(paths),
         tsc(paths),
-        io_uring(paths, &|| Ring::new(2).map(drop).map_err(|error| error.to_string())),
-        kvm(paths, &|| PageGuest::try_halt().map_err(|error| chain(&error))),
+        io_uring(paths, &|| Ring::new(2).map(drop)),
+        kvm(paths, &PageGuest::try_halt),
         self::qemu(paths, qemu),
     ]
 }
@@ -144,7 +148,7 @@ pub fn tsc(paths: &SystemPaths) -> Finding {
 }
 
 /// io_uring: allowed for this user; `ring` sets one up.
-pub fn io_uring(paths: &SystemPaths, ring: &dyn Fn() -> Result<(), String>) -> Finding {
+pub fn io_uring(paths: &SystemPaths, ring: &dyn Fn() -> Result<(), SysError>) -> Finding {
     let remedy =
         "sysctl kernel.io_uring_disabled=0; otherwise no agent runs here, and a server writes through the page cache";
     match text(&paths.proc.join("sys/kernel/io_uring_disabled")).as_deref() {
@@ -161,14 +165,15 @@ pub fn io_uring(paths: &SystemPaths, ring: &dyn Fn() -> Result<(), String>) -> F
     }
     match ring() {
         Ok(()) => Finding::ok("io_uring", "allowed"),
-        Err(why) => {
-            Finding::fail("io_uring", why, "use Linux 5.10 or newer; a container's seccomp filter may forbid io_uring")
+        Err(error) => {
+            let remedy = "use Linux 5.10 or newer; a container's seccomp filter may forbid io_uring";
+            Finding::fail("io_uring", error.to_string(), remedy)
         }
     }
 }
 
 /// KVM: module, device, and whether a guest can run; `run` runs one of a few instructions.
-pub fn kvm(paths: &SystemPaths, run: &dyn Fn() -> Result<(), String>) -> Finding {
+pub fn kvm(paths: &SystemPaths, run: &dyn Fn() -> Result<(), PageGuestError>) -> Finding {
     let device = paths.dev.join("kvm");
     let module = ["kvm_intel", "kvm_amd", "kvm"].into_iter().find(|name| paths.sys.join("module").join(name).exists());
     match (device.exists(), module) {
@@ -183,7 +188,7 @@ pub fn kvm(paths: &SystemPaths, run: &dyn Fn() -> Result<(), String>) -> Finding
                 (Ok(()), None) => Finding::warn("KVM", found, "guest clocks may have to be measured"),
                 (Err(error), _) => {
                     let remedy = "see dmesg; without KVM, QEMU needs -accel tcg; a nested hypervisor may be broken";
-                    Finding::warn("KVM", format!("{found}, but no guest can run: {error}"), remedy)
+                    Finding::warn("KVM", format!("{found}, but no guest can run: {}", chain(&error)), remedy)
                 }
             }
         }

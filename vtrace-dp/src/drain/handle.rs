@@ -58,13 +58,13 @@ impl<C: DrainCommand + Send + 'static> Handle<C> {
 
 impl<C: DrainCommand> Handle<C> {
     pub(crate) fn tell(&self, command: C) {
-        // The worker outlives this handle; were it gone, there would be nobody left to do it.
+        // The worker outlives this handle. If it has died, the command is dropped.
         if self.commands.send(command).is_ok() {
             let _ = self.wake.write(1);
         }
     }
 
-    /// Waits for the answer. None if nobody will give one.
+    /// Waits for the answer. `None` if the worker drops the command unanswered.
     pub(crate) fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> C) -> Option<T> {
         let (answer, answered) = bounded(1);
         self.tell(command(answer));

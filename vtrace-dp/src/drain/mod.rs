@@ -83,7 +83,7 @@ pub(crate) fn check(page_bytes: u32, areas: &[Area]) -> io::Result<()> {
         let whole = !area.begins_again
             || area.bytes_max >= page_bytes.into() && area.bytes_max.is_multiple_of(page_bytes.into());
         let Some(end) = end.filter(|_| whole && area.offset.is_multiple_of(page_bytes.into())) else {
-            return invalid("an area is not aligned to pages, or ends behind the largest file");
+            return invalid("an area is not aligned to pages, or ends past the largest file offset");
         };
         let clash = |other: &Area| {
             let meets = other.offset < end && area.offset < other.offset.saturating_add(other.bytes_max);

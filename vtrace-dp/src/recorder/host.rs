@@ -26,7 +26,7 @@ use vtrace_common::{
 use crate::{
     drain::tap::{
         splice::TapEnd,
-        worker::{Pump, PumpUse, TapReport, Way},
+        worker::{Pump, PumpSettings, PumpUse, TapReport},
     },
     ftrace::metadata::{Metadata, MetadataFault},
     sys::tsc,
@@ -138,8 +138,8 @@ impl HostRecorder {
             detail: error.to_string(),
             near: Vec::new(),
         };
-        let way = Way { page_bytes, batch_pages: self.instance.pages_promised(), priority };
-        self.pump = Some(Pump::spawn(taps, areas.to_vec(), file, way).map_err(refused)?);
+        let settings = PumpSettings { page_bytes, batch_pages: self.instance.pages_promised(), priority };
+        self.pump = Some(Pump::spawn(taps, areas.to_vec(), file, settings).map_err(refused)?);
         self.cpus = areas.iter().map(|area| area.cpu).collect();
         Ok(())
     }

@@ -74,7 +74,7 @@ pub enum News {
     LeftOut {
         /// The guest's name.
         guest: String,
-        /// Why.
+        /// What went wrong with it.
         trouble: Trouble,
     },
     /// A guest's command wrote a line.

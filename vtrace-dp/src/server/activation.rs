@@ -42,7 +42,7 @@ pub enum ActivationFault {
     Descriptor {
         /// Its number.
         number: RawFd,
-        /// Why.
+        /// What is wrong with it.
         source: io::Error,
     },
     /// A socket that no guest and no client has.

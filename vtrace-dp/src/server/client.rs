@@ -29,7 +29,7 @@ use vtrace_common::wire::{
 };
 
 use super::{
-    guest::{Command, GuestSlot, Holder},
+    guest::{DeviceCommand, GuestSlot, Holder},
     outbox::{Meaning, Notifier, Outbox, Session},
     target_file::{LanesFault, check_areas, check_direct, check_file},
 };
@@ -262,7 +262,7 @@ impl Client {
             ToServer::List => Ok(Some(self.list())),
             ToServer::Claim { guest } => self.claim(guest),
             ToServer::Agent { guest, request } => {
-                self.holder(&guest).and_then(|(slot, holder)| command(&slot, Command::Request(holder, request)))
+                self.holder(&guest).and_then(|(slot, holder)| command(&slot, DeviceCommand::Request(holder, request)))
             }
             ToServer::Lanes(lanes) => self.attach(&lanes),
             ToServer::Ledger { guest } => self
@@ -325,7 +325,7 @@ impl Client {
             return Err(state(&guest, "this client has claimed the guest already"));
         }
         let session = Session::new(Arc::clone(&self.outbox), Arc::clone(&slot.notifier));
-        command(&slot, Command::Claim(Holder { peer: self.peer, session: Arc::clone(&session) }))?;
+        command(&slot, DeviceCommand::Claim(Holder { peer: self.peer, session: Arc::clone(&session) }))?;
         self.held.insert(guest, Held { slot, session, phase: Phase::Asked });
         Ok(None)
     }
@@ -368,7 +368,7 @@ impl Client {
         held.phase = Phase::Releasing;
         // Before the guest can be anybody else's.
         held.slot.devices.drains.detach();
-        command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }))
+        command(&held.slot, DeviceCommand::Release(Holder { peer, session: Arc::clone(&held.session) }))
     }
 
     /// The client is gone.
@@ -378,11 +378,11 @@ impl Client {
         if matches!(held.phase, Phase::Held | Phase::Attached) {
             held.slot.devices.drains.detach();
         }
-        let _ = command(&held.slot, Command::Release(Holder { peer, session: Arc::clone(&held.session) }));
+        let _ = command(&held.slot, DeviceCommand::Release(Holder { peer, session: Arc::clone(&held.session) }));
     }
 }
 
-fn command(slot: &GuestSlot, command: Command) -> Result<Option<FromServer>, Refusal> {
+fn command(slot: &GuestSlot, command: DeviceCommand) -> Result<Option<FromServer>, Refusal> {
     slot.command(command).map(|()| None).map_err(|_busy| state(&slot.name, "the device has too much to do"))
 }
 

@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn user_that_is_not_there_is_refused() {
-        let fault = enter(&Confinement::As("nobody-of-this-name".into()), Opens::Nothing, []).unwrap_err();
-        assert_eq!(fault.to_string(), "there is no user \"nobody-of-this-name\"");
+        let fault = enter(&Confinement::As("no-such-user".into()), Opens::Nothing, []).unwrap_err();
+        assert_eq!(fault.to_string(), "there is no user \"no-such-user\"");
     }
 }

@@ -80,7 +80,7 @@ impl PartialEq for Holder {
 
 /// What a client thread wants of a device.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(super) enum DeviceCommand {
     Claim(Holder),
     Request(Holder, ToAgent),
     Release(Holder),
@@ -101,7 +101,7 @@ pub struct GuestSlot {
     /// Its devices.
     pub(super) devices: Devices,
     pub(super) notifier: Arc<Notifier>,
-    commands: Mutex<VecDeque<Command>>,
+    commands: Mutex<VecDeque<DeviceCommand>>,
     state: Mutex<GuestState>,
     /// Since when its agent owes an answer to whatever it was asked.
     asked: Mutex<Option<Instant>>,
@@ -150,9 +150,9 @@ impl GuestSlot {
     }
 
     /// Asks something of the device's thread. Releases and the end always find room: each claim has one.
-    pub(super) fn command(&self, command: Command) -> Result<(), Busy> {
+    pub(super) fn command(&self, command: DeviceCommand) -> Result<(), Busy> {
         let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        if commands.len() >= FRAMES_WAITING_MAX && !matches!(command, Command::Release(_) | Command::Stop) {
+        if commands.len() >= FRAMES_WAITING_MAX && !matches!(command, DeviceCommand::Release(_) | DeviceCommand::Stop) {
             return Err(Busy);
         }
         commands.push_back(command);
@@ -161,7 +161,7 @@ impl GuestSlot {
         Ok(())
     }
 
-    fn next_command(&self) -> Option<Command> {
+    fn next_command(&self) -> Option<DeviceCommand> {
         self.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
@@ -202,12 +202,12 @@ impl Guest {
         *self.slot.asked() = None;
     }
 
-    fn obey(&mut self, command: Command, port: &mut ControlPort) {
+    fn obey(&mut self, command: DeviceCommand, port: &mut ControlPort) {
         match command {
-            Command::Claim(holder) => self.claim(holder),
-            Command::Request(holder, request) => self.pass(&holder, &request, port),
-            Command::Release(holder) => self.release(&holder, port),
-            Command::Stop => {
+            DeviceCommand::Claim(holder) => self.claim(holder),
+            DeviceCommand::Request(holder, request) => self.pass(&holder, &request, port),
+            DeviceCommand::Release(holder) => self.release(&holder, port),
+            DeviceCommand::Stop => {
                 self.stop_at = Some(Instant::now() + STOP_TIME_MAX);
                 if let Some(holder) = self.claims.holder().cloned() {
                     self.release(&holder, port);

@@ -300,7 +300,7 @@ mod tests {
             assert!(!claims.is_in_session());
         }
         let mut claims = held(1);
-        assert!(claims.receives(&ready) && !claims.is_in_session(), "nobody has armed it");
+        assert!(claims.receives(&ready) && !claims.is_in_session(), "no client has armed it");
     }
 
     #[test]

@@ -77,7 +77,7 @@ use self::{
     confine::{Confinement, ConfinementFault, Opens},
     devices::DeviceParts,
     extra_device::ExtraDevice,
-    guest::{Command, Guest},
+    guest::{DeviceCommand, Guest},
     outbox::{Notifier, frame},
     sockets::{Access, Bound},
     stream::{StreamThread, Streams},
@@ -199,9 +199,9 @@ pub enum ServerError {
     /// The directory cannot be made.
     #[error("directory {}", path.display())]
     Directory {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// Why.
+        /// The failed call.
         source: io::Error,
     },
     /// It cannot become the user it was given.
@@ -218,7 +218,7 @@ pub enum ServerError {
     Descriptor {
         /// Its number.
         number: RawFd,
-        /// Why.
+        /// What is wrong with it.
         source: SysError,
     },
     /// A thread or what it needs cannot be had.
@@ -226,15 +226,15 @@ pub enum ServerError {
     Thread {
         /// The guest.
         name: String,
-        /// Why.
+        /// The failed call.
         source: io::Error,
     },
     /// What the server itself needs cannot be had.
     #[error("{what}")]
     System {
-        /// Which call.
+        /// The call that failed.
         what: &'static str,
-        /// Why.
+        /// Its error.
         source: io::Error,
     },
 }
@@ -372,7 +372,7 @@ impl Server {
                 log::warn!("{}: pid {pid} still runs, with a device that is no longer served", slot.name);
             }
             // Commands that end things are never refused.
-            let _ = slot.command(Command::Stop);
+            let _ = slot.command(DeviceCommand::Stop);
         }
         self.devices.into_iter().for_each(Device::join);
         self.stream_threads.into_iter().for_each(StreamThread::join);

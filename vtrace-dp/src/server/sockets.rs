@@ -60,9 +60,9 @@ pub enum SocketFault {
     Refused {
         /// The path.
         path: PathBuf,
-        /// Which call.
+        /// The call that failed.
         call: &'static str,
-        /// Why.
+        /// Its error.
         source: io::Error,
     },
 }
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn socket_that_somebody_listens_on_is_left_alone() {
+    fn socket_with_a_listener_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         let first = bind(&path, Access::Clients).unwrap();
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_that_nobody_listens_on_is_replaced_and_a_file_is_not() {
+    fn socket_without_a_listener_is_replaced_and_a_file_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("guest1.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn server_that_listens_and_accepts_nobody_is_left_alone_and_not_waited_for_for_ever() {
+    fn server_that_listens_and_never_accepts_is_left_alone_after_a_bounded_wait() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         let listener = UnixListener::bind(&path).unwrap();

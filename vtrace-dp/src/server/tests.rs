@@ -302,7 +302,7 @@ fn agent_that_goes_away_is_reported_and_frees_a_guest_that_was_left() {
     assert_eq!(next(&mut link), FromServer::Gone { guest: guest1(), what: Gone::Agent });
     assert!(matches!(refusal(ask(&mut link, &to_agent(ToAgent::Stop))), Refusal::NoAgent { .. }));
     release(&mut link);
-    assert_eq!(house.state("guest1").holder_pid, None, "nobody is waited for");
+    assert_eq!(house.state("guest1").holder_pid, None, "the server does not wait for the agent to close");
 }
 
 #[test]
@@ -387,7 +387,7 @@ fn second_descriptor_is_taken_only_if_it_is_the_same_file_past_the_page_cache() 
 }
 
 #[test]
-fn descriptors_that_nobody_asked_for_are_closed() {
+fn descriptors_that_come_unasked_are_closed() {
     let house = House::new();
     let (_machine, mut link) = (house.guest("guest1"), house.link());
     assert!(is_claimed(&claim(&mut link)));
@@ -398,7 +398,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     assert!(matches!(refusal(ask(&mut link, &lanes(0))), Refusal::Request { .. }), "it is not used later");
     drop(file);
     let mut ours = ours;
-    assert_eq!(ours.read(&mut [0; 1]).unwrap(), 0, "nobody has the other end any more");
+    assert_eq!(ours.read(&mut [0; 1]).unwrap(), 0, "the server has closed the other end");
 }
 
 #[test]
@@ -441,7 +441,7 @@ fn clients_beyond_the_limit_are_told_so() {
 }
 
 #[test]
-fn slow_client_loses_nothing_and_keeps_nobody_from_the_control_queue() {
+fn slow_client_loses_nothing_and_does_not_block_the_control_queue() {
     let house = House::new();
     let (mut machine, mut link) = (house.guest("guest1"), house.link());
     assert!(is_claimed(&claim(&mut link)));
@@ -464,7 +464,7 @@ fn slow_client_loses_nothing_and_keeps_nobody_from_the_control_queue() {
             machine.out[0].reclaim();
         }
     }
-    assert!(sent < count, "the agent's ring is left alone while nobody reads ({sent} sent)");
+    assert!(sent < count, "the agent's ring is left alone while the client does not read ({sent} sent)");
     machine.say(1, PORT_OPEN, 1);
     machine.say(1, PORT_OPEN, 0);
     for id in 0..sent {

@@ -37,7 +37,7 @@ pub fn reserve() {
     }
 }
 
-/// The next connection; `None` if there is none.
+/// The next connection; `None` if no client waits.
 pub fn accept(listener: &UnixListener) -> Result<Option<UnixStream>, AcceptError> {
     match listener.accept() {
         Ok((socket, _)) => Ok(Some(socket)),

@@ -20,10 +20,11 @@ use nix::{
 /// Which of the two this is.
 #[derive(Debug)]
 pub enum Side {
-    /// The one that was started.
-    Before(Waiting),
-    /// The one that does the work, in a session of its own, with the terminal of the other until it is [`Ready`].
-    Behind(Ready),
+    /// The process that was started.
+    Parent(Waiting),
+    /// The process that does the work, in a session of its own; it keeps the parent's terminal until
+    /// [`Ready::release`].
+    Child(Ready),
 }
 
 /// Waits for the background process.
@@ -58,11 +59,11 @@ pub fn split() -> io::Result<Side> {
     let (reader, writer) = pipe()?;
     // SAFETY: this is the only thread, so nothing (a lock, the allocator) is in the middle of something in the child.
     match unsafe { fork() }? {
-        ForkResult::Parent { child } => Ok(Side::Before(Waiting { child, pipe: reader.into() })),
+        ForkResult::Parent { child } => Ok(Side::Parent(Waiting { child, pipe: reader.into() })),
         ForkResult::Child => {
             setsid()?;
             nix::fcntl::fcntl(writer.as_fd(), nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-            Ok(Side::Behind(Ready { pipe: writer.into() }))
+            Ok(Side::Child(Ready { pipe: writer.into() }))
         }
     }
 }
@@ -83,7 +84,7 @@ impl Waiting {
 }
 
 impl Ready {
-    /// Leaves the terminal: from now on what is said goes to `log`, and the one before returns.
+    /// Leaves the terminal: from now on all output goes to `log`, and the parent returns.
     pub fn release(mut self, log: &File) -> io::Result<()> {
         dup2_stdin(File::open("/dev/null")?)?;
         dup2_stdout(log)?;

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn terms_that_nobody_told_are_met_by_nothing() {
+    fn unknown_terms_are_never_met() {
         let terms = Terms { memory_alignment: 0, offset_alignment: 512, is_on_block_device: true };
         assert!(!terms.are_met_by(4096));
         assert!(Terms { memory_alignment: 4, ..terms }.are_met_by(4096));

@@ -50,7 +50,7 @@ pub fn random() -> u64 {
 pub struct SysError {
     /// Its name.
     pub call: &'static str,
-    /// Why.
+    /// The error that it returned.
     pub errno: Errno,
 }
 

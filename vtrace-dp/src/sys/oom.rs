@@ -32,7 +32,7 @@ pub fn set_score_in(command: &mut Command, score: i16) {
         Ok(())
     };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are an open(2), a write(2) and a
-    // close(2) on texts that were made before. Nobody else can touch the child's score.
+    // close(2) on texts that were made before. Nothing else can touch the child's score.
     let _ = unsafe { command.pre_exec(set) };
 }
 

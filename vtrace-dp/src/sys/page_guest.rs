@@ -23,9 +23,9 @@ pub enum PageGuestError {
     /// KVM is not there, or refuses.
     #[error("KVM refuses {what}")]
     Kvm {
-        /// What.
+        /// What it was asked for.
         what: &'static str,
-        /// Why.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
     /// The vCPU stopped for another reason than its last instruction.

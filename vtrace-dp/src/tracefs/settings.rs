@@ -69,8 +69,8 @@ pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
         write(&buffer.join("options/event-fork"), "1")?;
         write(&buffer.join("options/function-fork"), "1")?;
     }
-    let nobody = (arm.own_only && arm.pids.is_empty()).then_some(NO_PROCESS);
-    let pids: Vec<u32> = arm.pids.iter().copied().chain(nobody).collect();
+    let no_process = (arm.own_only && arm.pids.is_empty()).then_some(NO_PROCESS);
+    let pids: Vec<u32> = arm.pids.iter().copied().chain(no_process).collect();
     if pids.is_empty() { Ok(()) } else { add_processes(buffer, &pids) }
 }
 

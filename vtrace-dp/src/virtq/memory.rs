@@ -98,7 +98,7 @@ pub enum MemoryFault {
     File {
         /// Where it begins in the guest.
         gpa: u64,
-        /// Why.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The guest has mapped as much as it may.
@@ -124,7 +124,7 @@ pub enum MemoryFault {
     Map {
         /// Where it begins in the guest.
         gpa: u64,
-        /// Why.
+        /// The error of the mapping.
         source: MmapRegionError,
     },
 }

@@ -59,7 +59,7 @@ impl fmt::Display for Finding {
 type Check = fn(&Tree) -> Vec<Finding>;
 
 /// Every check of files.
-const CHECKS: [Check; 20] = [
+const CHECKS: [Check; 23] = [
     tree::unreadable,
     length::files,
     length::functions,
@@ -79,11 +79,11 @@ const CHECKS: [Check; 20] = [
     place::all,
     items::unused,
     items::unnamed_files,
+    items::repeated_types,
+    items::text_errors,
     words::retired,
+    words::empty_docs,
 ];
-
-/// Checks that the tree does not pass yet; `--soon` runs them.
-const SOON: [Check; 4] = [items::repeated_types, items::text_errors, words::retired_anywhere, words::empty_docs];
 
 /// What to do.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
@@ -91,9 +91,6 @@ pub struct Arguments {
     /// Only print the table of layers, as docs/architecture.md has it
     #[arg(long)]
     layers: bool,
-    /// Run the checks that the tree does not pass yet, too
-    #[arg(long)]
-    soon: bool,
 }
 
 /// Checks this work tree.
@@ -107,8 +104,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     }
     let tree = Tree::tracked()?;
     let commits = commit::log()?;
-    let soon = if arguments.soon { &SOON[..] } else { &[] };
-    let mut findings: Vec<Finding> = CHECKS.iter().chain(soon).flat_map(|check| check(&tree)).collect();
+    let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(&tree)).collect();
     findings.extend(commits.iter().flat_map(commit::check));
     findings.sort();
     findings.dedup();

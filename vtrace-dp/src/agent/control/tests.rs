@@ -293,7 +293,7 @@ fn host_that_reads_nothing_for_ten_seconds_finds_whole_frames_and_an_idle_agent_
         std::thread::sleep(Duration::from_millis(100));
         assert!(begun.elapsed() < 9 * HOST_SILENCE, "the session stays");
     }
-    assert!(rig.drains.iter().all(|drain| !drain.is_finished()), "ports stay open while nobody may hear of it");
+    assert!(rig.drains.iter().all(|drain| !drain.is_finished()), "ports stay open until the host can be told");
     rig.say(&ToAgent::Ping { id: 1 });
     let mut pieces = 0;
     while rig.next::<FromAgent>() != (FromAgent::Pong { id: 1 }) {

@@ -213,7 +213,7 @@ fn nothing_of_a_dropped_pump_stays() {
     instance.remove().unwrap();
 }
 
-/// The threads of a pump that `start` starts: a timer slack nobody else has is handed on to them.
+/// The threads of the pump that `start` starts. They inherit a timer slack that no other thread has.
 fn threads_of<T>(start: impl FnOnce() -> T) -> (T, Vec<String>) {
     static SLACK_NS: AtomicU32 = AtomicU32::new(50_001);
     let slack_ns = SLACK_NS.fetch_add(1, Ordering::Relaxed);
@@ -255,7 +255,7 @@ fn sleep_through(threads: &[String]) {
 }
 
 #[test]
-fn quiet_lanes_and_blocked_lanes_wake_nobody() {
+fn quiet_lanes_and_blocked_lanes_wake_no_thread() {
     let Some(instance) = instance(4096) else { return };
     instance.set_tracing(true).unwrap();
     let ((pump, outlets), threads) = threads_of(|| pump(&instance, pipe_port, None));

@@ -203,7 +203,7 @@ impl Stated {
     }
 }
 
-/// The top instance, or the first one where that is empty: what `-B` behind a `--dom` makes.
+/// The top instance, or the first instance that has pages if the top one is empty, as with `-B` after a `--dom`.
 fn recorded<S: Source>(reader: &Reader<S>) -> Option<&Buffer> {
     let has_pages = |buffer: &&Buffer| buffer.lanes.iter().any(|lane| lane.bytes > 0);
     reader.top().filter(has_pages).or_else(|| reader.buffers().iter().find(has_pages)).or_else(|| reader.top())
@@ -247,7 +247,7 @@ fn notes<S: Source>(host: &Reader<S>, guest: &Reader<S>, stamps: &FileClock, see
         notes.push(format!("the host lost events in {} places: what lies there is not covered", seen.gaps.count()));
     }
     if seen.is_cut {
-        notes.push("the host's file has more windows than are held: what lies behind them is not covered".into());
+        notes.push("the host's file has more windows than are held: what follows them is not covered".into());
     }
     notes
 }

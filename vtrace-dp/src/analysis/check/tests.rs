@@ -34,7 +34,7 @@ const WRITE_MSR: u16 = 5;
 const WAKE: u16 = 6;
 /// Host threads of the vCPUs.
 const THREADS: [u32; 2] = [100, 101];
-/// What the guest's clock is behind.
+/// How far the guest's clock lags the host's.
 const OFFSET: i64 = 5_000;
 const ROUNDS: u64 = 40;
 
@@ -378,9 +378,9 @@ proptest! {
                         _ if time < from || time > last + to => crate::analysis::windows::Coverage::Uncovered,
                         _ if (from..=to).contains(&inside) => crate::analysis::windows::Coverage::Inside,
                         _ => {
-                            let behind = (inside - to).rem_euclid(1000);
+                            let after = (inside - to).rem_euclid(1000);
                             let before = (from - inside).rem_euclid(1000);
-                            crate::analysis::windows::Coverage::Outside(behind.min(before).unsigned_abs())
+                            crate::analysis::windows::Coverage::Outside(after.min(before).unsigned_abs())
                         }
                     };
                     expected.add(place, 0);

@@ -184,13 +184,13 @@ impl<'a> Btf<'a> {
         Ok(None)
     }
 
-    /// What a pointer behind typedefs and qualifiers points to.
+    /// What a pointer points to, once its typedefs and qualifiers are stripped.
     fn pointee(&self, id: u32) -> Option<Type<'a>> {
         let pointer = self.plain(id)?;
         if pointer.kind() == kind::PTR { self.plain(pointer.word) } else { None }
     }
 
-    /// The type behind typedefs, qualifiers and tags.
+    /// The type without its typedefs, qualifiers and tags.
     fn plain(&self, mut id: u32) -> Option<Type<'a>> {
         for _ in 0..DEPTH_MAX {
             let found = self.of(id)?;

@@ -98,7 +98,7 @@ fn watched_vcpu_is_told_once_with_its_true_offset() {
     let (mut feed, _alone) = feed(&[Hook::Entry, Hook::Emulate]);
     let mut micro = Micro::new();
     micro.turn();
-    assert_eq!(changes(&mut feed), [], "nobody is watched yet");
+    assert_eq!(changes(&mut feed), [], "no process is watched yet");
     feed.watch(Watched::Process(me())).unwrap();
     let hits = feed.hits().unwrap();
     let state = state_of(&mut feed, &micro).tsc;

@@ -37,7 +37,7 @@ pub struct Life {
     pub since: u64,
     /// Its clock, from before the trace on; the first one's `after` does not matter.
     pub changes: Vec<Change>,
-    /// How long it lives behind the last change.
+    /// How long it lives after the last change.
     pub rest: u64,
     /// Host ticks of a run and of a pause, at most.
     pub run_max: u64,

@@ -70,7 +70,7 @@ impl Owner for Witness {
         let _ = self.told.send(Reported::Driver(state, ports));
     }
     fn agent(&mut self, event: AgentEvent, _port: &mut ControlPort) {
-        assert!(event != AgentEvent::Says(FromAgent::Pong { id: POISON }), "a mistake of ours");
+        assert!(event != AgentEvent::Says(FromAgent::Pong { id: POISON }), "the owner's bug");
         let _ = self.told.send(Reported::Agent(event));
     }
 }
@@ -206,7 +206,7 @@ fn probe_and_echo_are_stamped_inside_what_the_test_sees() {
 }
 
 #[test]
-fn echo_of_a_probe_nobody_sent_means_nothing() {
+fn echo_of_a_probe_that_was_never_sent_is_ignored() {
     let (bench, mut machine) = talking(1);
     let echo = Echo { id: 9, cpu: Cpu(0), received: GuestTsc(0), sent: GuestTsc(0) };
     for _ in 0..1000 {
@@ -240,7 +240,7 @@ fn half_a_frame_of_a_dead_agent_does_not_reach_its_successor() {
 }
 
 #[test]
-fn garbled_agent_is_not_listened_to_until_it_opens_again_and_blocks_nobody() {
+fn garbled_agent_is_ignored_until_it_opens_again_and_does_not_block_the_device() {
     let (bench, mut machine) = talking(1);
     machine.write(&[0xff; 100]);
     assert!(matches!(bench.agent(), AgentEvent::Garbled(Fault::Magic(_))));
@@ -459,7 +459,7 @@ fn panic_in_the_owner_ends_the_agent_and_nothing_else() {
         machine.answer(&pong(POISON));
         machine.answer(&pong(1));
         machine.say(0, PORT_OPEN, 0);
-        assert_eq!(bench.agent(), AgentEvent::Gone, "the pong behind was not heard");
+        assert_eq!(bench.agent(), AgentEvent::Gone, "the pong after it was not heard");
         machine.start_agent();
         assert_eq!(bench.agent(), AgentEvent::Opened);
         assert!(matches!(bench.agent(), AgentEvent::Hello(_)));

@@ -373,7 +373,7 @@ impl Machine {
             }
             Err(0) => receiver(&self.port_in),
             Err(port) if port == self.ports => receiver(&self.control_in),
-            // Nobody reads a lane's port: its in ring is never used, and any will do.
+            // The guest reads nothing from a lane's port: its in ring is never used, so any address will do.
             Err(_) => receiver(&self.port_in),
         }
     }

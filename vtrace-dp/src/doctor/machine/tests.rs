@@ -2,6 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
+use nix::errno::Errno;
 use tempfile::TempDir;
 
 use super::*;
@@ -87,13 +88,13 @@ fn tsc_that_changes_stops_or_is_not_trusted_is_reported() {
 fn io_uring_that_is_disabled_or_refused_is_reported() {
     let machine = |switch: &str, works: bool| {
         let FakeMachine(_folder, paths) = FakeMachine::new(&[("proc/sys/kernel/io_uring_disabled", switch)]);
-        io_uring(&paths, &|| if works { Ok(()) } else { Err("io_uring_setup: EPERM".into()) })
+        io_uring(&paths, &|| if works { Ok(()) } else { Err(SysError { call: "io_uring_setup", errno: Errno::EPERM }) })
     };
     assert_eq!(machine("0\n", true).verdict, Fine);
     assert_eq!(machine("1\n", true).verdict, Warn);
     assert_eq!(machine("2\n", true).verdict, Fail);
     let refused = machine("0\n", false);
-    assert_eq!((refused.verdict, refused.found.as_str()), (Fail, "io_uring_setup: EPERM"));
+    assert_eq!((refused.verdict, refused.found.as_str()), (Fail, "io_uring_setup: EPERM: Operation not permitted"));
     assert!(machine("2\n", true).remedy.contains("sysctl kernel.io_uring_disabled=0"));
 }
 
@@ -101,12 +102,13 @@ fn io_uring_that_is_disabled_or_refused_is_reported() {
 fn kvm_is_ok_only_if_a_guest_runs() {
     let machine = |files: &[(&str, &str)], runs: bool| {
         let FakeMachine(_folder, paths) = FakeMachine::new(files);
-        kvm(&paths, &|| if runs { Ok(()) } else { Err("KVM internal error".into()) })
+        kvm(&paths, &|| if runs { Ok(()) } else { Err(PageGuestError::Exit("InternalError".into())) })
     };
     let loaded = [("dev/kvm", ""), ("sys/module/kvm_amd/x", "")];
     assert_eq!(machine(&loaded, true).verdict, Fine);
     let broken = machine(&loaded, false);
-    assert!(broken.verdict == Warn && broken.found.contains("no guest can run: KVM internal error"), "{broken}");
+    let found = "no guest can run: the vCPU ended with InternalError instead of halting";
+    assert!(broken.verdict == Warn && broken.found.contains(found), "{broken}");
     assert_eq!(machine(&[("dev/kvm", "")], true).verdict, Warn);
     assert_eq!(machine(&[("sys/module/kvm_intel/x", "")], true).verdict, Warn);
     assert_eq!(machine(&[], true).verdict, Warn);

@@ -3,8 +3,8 @@
 //! In:    spans of guest memory, in the order of the byte stream; a page may begin and end anywhere in them
 //! Out:   batches for a sink, counts
 //! Runs:  on the worker's thread
-//! Full:  pages behind the end of the area (unless it begins again there), and all pages after a write that failed, are
-//!        refused and counted; nothing ever blocks the guest but the time a write takes
+//! Full:  pages past the end of the area (unless it begins again there) and all pages after a failed write are refused
+//!        and counted; only the time of a write ever blocks the guest
 //! Trust: the guest with nothing: headers are copied, then checked; what the file gets comes from guest memory later and
 //!        may differ, so readers check again. Pages are framed by their size alone: a refused page does not shift the next.
 
@@ -20,7 +20,8 @@ use crate::{
     virtq::memory::{Batch, Mark, Outside, Span, Written},
 };
 
-/// Writes of one lane that may be under way, or behind one that is. Those that are over are counted as one.
+/// Queued writes of one lane: those under way, and those that follow one under way. Consecutive finished writes count
+/// as one.
 const FLIGHTS_MAX: usize = 2 * crate::drain::sink::direct::WRITES_MAX + 2;
 /// Bits of a tag that count a lane's writes; the bits above are the lane's.
 const NUMBER_BITS: u32 = 32;
@@ -44,11 +45,11 @@ pub struct RingLane {
     mark: Mark,
     /// Pages were refused since the last one that was kept: the next one says so.
     gap: bool,
-    /// Bytes that were given to the sink, from the lane's first on: behind them the batch goes.
+    /// Bytes given to the sink since the lane's first; the batch follows them.
     submitted: u64,
     /// End of what was ever written.
     written_end: u64,
-    /// Writes whose end is not known, or that come behind such a one; in order.
+    /// Writes that are under way, and those that follow one under way; in order.
     flights: VecDeque<Flight>,
     /// Tag of the next write.
     tag: u64,
@@ -227,7 +228,7 @@ impl RingLane {
         std::mem::take(&mut self.chains_done)
     }
 
-    /// Nobody is to get any chain back: their ring is gone.
+    /// Gives no chain back: their ring is gone.
     pub(super) fn forget_chains(&mut self) {
         self.flights.iter_mut().for_each(|flight| flight.chains = 0);
         (self.chains_held, self.chains_done) = (0, 0);
@@ -263,7 +264,7 @@ impl RingLane {
             Some(last) if flight.bytes == 0 => last.chains += flight.chains,
             Some(Flight { start, bytes, chains, written: Some(written), .. }) if flight.written.is_some() => {
                 *chains += flight.chains;
-                // Behind a fault nothing counts.
+                // After a fault nothing counts.
                 if written.fault.is_none() {
                     (*start, *bytes) = (flight.start, flight.bytes);
                     *written = flight.written.expect("it is over");
@@ -281,7 +282,7 @@ impl RingLane {
         self.arrive();
     }
 
-    /// Counts the writes that are over, and behind none that is not. Hot.
+    /// Counts finished writes, up to the first that is still under way. Hot.
     fn arrive(&mut self) {
         while let Some(Flight { start, bytes, chains, written: Some(written), .. }) =
             self.flights.pop_front_if(|flight| flight.written.is_some())
@@ -307,7 +308,7 @@ impl RingLane {
         self.counts.ledger.set_out(end / page_bytes, page_bytes);
     }
 
-    /// The lane ends at `end`; what was to come behind is refused, from now on, and so is what the batch holds.
+    /// The lane ends at `end`. Everything after it is refused, including what the batch holds.
     fn fail(&mut self, end: u64, errno: i32) {
         self.count_out(end);
         let ledger = &mut self.counts.ledger;
@@ -338,7 +339,8 @@ impl RingLane {
         self.counts.bytes_missing = bytes_sent.map(|sent| sent.saturating_sub(self.bytes_in));
         self.end(batch, sink);
         let end = self.kept_bytes();
-        // What a failed write left behind the last page may be long; it is as dead as the rest of the area.
+        // What a failed write left after the last page may be long. One page of it is erased; the rest is unused, like the
+        // rest of the area.
         let torn = self.written_end.saturating_sub(end).min(u64::from(self.page_bytes));
         if torn > 0 {
             // If even that fails, readers find the end by the count of pages.

@@ -45,7 +45,7 @@ use vtrace_common::{
 
 use self::{
     lane::RingLane,
-    worker::{Command, RingWorker},
+    worker::{RingCommand, RingWorker},
 };
 use super::{
     Done, Drain, check,
@@ -59,7 +59,7 @@ use crate::virtq::{memory::Memory, ring::Ring};
 /// dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub struct RingDrain {
-    pub(crate) handle: Handle<Command>,
+    pub(crate) handle: Handle<RingCommand>,
     discarded_bytes: Arc<AtomicU64>,
 }
 
@@ -76,24 +76,24 @@ impl RingDrain {
 
     /// A lane's ring runs from now on. One that ran before is stopped.
     pub fn ring_started(&self, cpu: Cpu, ring: Ring) {
-        self.handle.tell(Command::RingStarted(cpu, Box::new(ring)));
+        self.handle.tell(RingCommand::RingStarted(cpu, Box::new(ring)));
     }
 
     /// Finishes writes in flight, publishes, gives the ring up: the answer to GET_VRING_BASE. The lane stays and goes on
     /// with the next ring. None if there is no such ring. Waits.
     pub fn ring_stopped(&self, cpu: Cpu) -> Option<u16> {
-        self.handle.ask(|answer| Command::RingStopped(cpu, answer)).flatten()
+        self.handle.ask(|answer| RingCommand::RingStopped(cpu, answer)).flatten()
     }
 
     /// The memory table changed: writes in flight are finished, then the rings are remapped. Waits: afterwards the old
     /// mapping is not used any more.
     pub fn remap(&self, memory: Arc<Memory>) {
-        self.handle.ask(|answer| Command::Remap(memory, answer));
+        self.handle.ask(|answer| RingCommand::Remap(memory, answer));
     }
 
     /// QEMU gave another call eventfd for a running ring.
     pub fn call_changed(&self, cpu: Cpu, call: Option<std::os::fd::OwnedFd>) {
-        self.handle.tell(Command::CallChanged(cpu, call));
+        self.handle.tell(RingCommand::CallChanged(cpu, call));
     }
 
     /// Pages are written to these areas of `file` from now on. Without lanes, what comes is discarded. Rings may start
@@ -136,7 +136,7 @@ impl RingDrain {
         self.handle.ledger()
     }
 
-    /// Bytes that came while nobody wanted them.
+    /// Bytes that came while no lane was attached.
     pub fn discarded_bytes(&self) -> u64 {
         self.discarded_bytes.load(Ordering::Relaxed)
     }

@@ -68,13 +68,13 @@ impl RingSource {
         std::mem::take(&mut self.discarded_bytes)
     }
 
-    /// A ring runs from now on. There is none.
+    /// Starts serving a ring. The source has no ring yet.
     pub(super) fn start(&mut self, ring: Ring) {
         self.batch.remap(ring.memory());
         (self.ring, self.broken, self.ready) = (Some(ring), false, true);
     }
 
-    /// Nobody needs it: another CPU may have it.
+    /// Has neither ring nor lane: another CPU may take this source.
     pub(super) fn unused(&self) -> bool {
         self.ring.is_none() && self.lane.is_none()
     }
@@ -129,7 +129,7 @@ impl RingSource {
         }
     }
 
-    /// Chains are held whose write nobody has begun: somebody must come back in time.
+    /// Holds chains that are not yet given to the sink: the worker has to come back in time.
     pub(super) fn holds(&self) -> bool {
         self.held.0 > 0
     }
@@ -166,7 +166,7 @@ impl RingSource {
             return Ok(());
         };
         spans.iter().for_each(|span| self.batch.memory().prefetch(*span));
-        // Readable spans come first and add up; what is writable is none of ours.
+        // Readable spans come first and add up; writable spans are not read.
         let mut left = chain.readable_bytes;
         for span in spans {
             if left == 0 {

@@ -38,7 +38,7 @@ fn area(cpu: u32) -> Area {
     Area { cpu: Cpu(cpu), offset: u64::from(PAGE) + AREA * u64::from(cpu), bytes_max: AREA, begins_again: false }
 }
 
-/// A sound page that nobody else sends.
+/// A valid page, different for each CPU and number.
 fn page(cpu: u32, number: u32) -> Vec<u8> {
     let mut page = vec![0; PAGE as usize];
     for (at, word) in page.chunks_exact_mut(8).enumerate() {
@@ -363,15 +363,15 @@ fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
             thread::yield_now();
         }
     }
-    bench.drain.handle.tell(Command::Panic(None));
-    bench.drain.handle.tell(Command::Panic(Some(Cpu(0))));
+    bench.drain.handle.tell(RingCommand::Panic(None));
+    bench.drain.handle.tell(RingCommand::Panic(Some(Cpu(0))));
     bench.send(1, &page(1, 1));
     let ledgers = bench.finish(vec![end(0, 1 << 20), end(1, 2 * u64::from(PAGE))], 600_000);
     assert_eq!((ledgers[0].ledger.pages_in, ledgers[0].ledger.pages_out), (1, 1));
     assert_eq!((ledgers[1].ledger.pages_in, ledgers[1].ledger.pages_out), (2, 2));
     assert!(bench.drain.ring_stopped(Cpu(0)).is_some());
     // Too many of them: commands are all that is left.
-    (0..20).for_each(|_| bench.drain.handle.tell(Command::Panic(None)));
+    (0..20).for_each(|_| bench.drain.handle.tell(RingCommand::Panic(None)));
     assert!(bench.drain.ring_stopped(Cpu(1)).is_some());
     assert!(bench.finish(vec![end(1, 1)], 600_000).is_empty());
 }
@@ -391,7 +391,7 @@ impl Sink for Mistaken {
 }
 
 #[test]
-fn lanes_that_waited_behind_one_that_panicked_are_served_without_another_kick() {
+fn lanes_that_waited_for_one_that_panicked_are_served_without_another_kick() {
     let mut bench = Bench::new(8);
     let sink = Mistaken(FileSink::new(bench.file.try_clone().unwrap()).unwrap(), false);
     bench.drain.attach_sink(Box::new(sink), PAGE, (0..8).map(area).collect()).unwrap();

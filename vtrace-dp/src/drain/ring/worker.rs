@@ -59,8 +59,8 @@ const LANDED: u64 = u64::MAX - 2;
 /// What is done with a source.
 type Act = fn(&mut RingSource, &mut dyn Sink, &mut Vec<Span>) -> Result<(), RingFault>;
 
-/// What others want of the worker.
-pub(crate) enum Command {
+/// Commands to the worker.
+pub(crate) enum RingCommand {
     RingStarted(Cpu, Box<Ring>),
     RingStopped(Cpu, Sender<Option<u16>>),
     Remap(Arc<Memory>, Sender<()>),
@@ -70,7 +70,7 @@ pub(crate) enum Command {
     Panic(Option<Cpu>),
 }
 
-impl DrainCommand for Command {
+impl DrainCommand for RingCommand {
     type Sink = Box<dyn Sink>;
     type Lane = RingLane;
     fn session(command: SessionCommand<Self::Sink, Self::Lane>) -> Self {
@@ -80,7 +80,7 @@ impl DrainCommand for Command {
 
 pub(super) struct RingWorker {
     guest: GuestId,
-    commands: Receiver<Command>,
+    commands: Receiver<RingCommand>,
     wake: Arc<EventFd>,
     epoll: Epoll,
     timer: TimerFd,
@@ -103,7 +103,7 @@ pub(super) struct RingWorker {
 impl RingWorker {
     pub(super) fn new(
         guest: GuestId,
-        commands: Receiver<Command>,
+        commands: Receiver<RingCommand>,
         wake: Arc<EventFd>,
         discarded_bytes: Arc<AtomicU64>,
     ) -> io::Result<Self> {
@@ -292,20 +292,20 @@ impl RingWorker {
         let _ = self.wake.read();
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::RingStarted(cpu, ring) => self.ring_started(cpu, *ring),
-                Command::RingStopped(cpu, answer) => reply(&answer, self.ring_stopped(cpu)),
-                Command::Remap(memory, answer) => {
+                RingCommand::RingStarted(cpu, ring) => self.ring_started(cpu, *ring),
+                RingCommand::RingStopped(cpu, answer) => reply(&answer, self.ring_stopped(cpu)),
+                RingCommand::Remap(memory, answer) => {
                     self.remap(&memory);
                     reply(&answer, ());
                 }
-                Command::CallChanged(cpu, call) => {
+                RingCommand::CallChanged(cpu, call) => {
                     if let Some(source) = self.sources.iter_mut().find(|source| source.cpu == cpu) {
                         source.set_call(call);
                     }
                 }
-                Command::Session(command) => self.obey_session(command),
+                RingCommand::Session(command) => self.obey_session(command),
                 #[cfg(test)]
-                Command::Panic(cpu) => {
+                RingCommand::Panic(cpu) => {
                     self.current = self.sources.iter().position(|source| Some(source.cpu) == cpu);
                     panic!("as the test wants");
                 }

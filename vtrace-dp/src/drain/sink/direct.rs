@@ -4,8 +4,8 @@
 //! Out:   bytes in the file
 //! Runs:  on the worker's thread; a write is under way while the worker does something else
 //! Full:  with [`WRITES_MAX`] writes under way it waits for one
-//! Trust: guests with nothing: what is not aligned goes through the page cache, behind all that is under way, so that
-//!        the two never meet in one block. The file is the client's: it may be full, slow, or fail in any way
+//! Trust: guests with nothing: unaligned data goes through the page cache after all writes under way have ended, so
+//!        that the two never meet in one block. The file is the client's: it may be full, slow, or fail in any way
 //!
 //! Nothing is allocated ahead (fallocate). Ext4 starts writes into holes in the kernel's workers, those into an area that
 //! was allocated before on this thread: the CPU time is the same in sum, and with everything allocated before the start

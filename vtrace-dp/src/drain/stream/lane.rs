@@ -1,12 +1,12 @@
-//! One CPU's pages out of a stream: bytes that the kernel has put into the file become whole pages, or go again.
+//! One CPU's pages out of a stream: bytes that the kernel has put into the file become whole pages, or are removed.
 //!
-//! In:    how many bytes were spliced behind the lane's last page, or thrown away; the file
+//! In:    how many bytes were spliced after the lane's last page, or thrown away; the file
 //! Out:   where the next bytes belong and how many; counts
 //! Runs:  on the worker's thread; reads 16 bytes of each page back, writes only what has to be changed
-//! Full:  pages behind the end of the area (unless it begins again there), and all pages after a write that failed, are
-//!        refused and counted
-//! Trust: the guest with nothing: pages are framed by their size alone, and one whose header is none is overwritten by
-//!        what comes behind it. Its bytes are the guest's, and nobody has changed them since they were looked at
+//! Full:  pages past the end of the area (unless it begins again there) and all pages after a failed write are refused
+//!        and counted
+//! Trust: the guest with nothing: pages are framed by their size alone, and a page with an invalid header is overwritten
+//!        by the next one. A page's bytes are the guest's; nothing changes them after its header was checked
 //!
 //! The bytes never pass through this process, so they are looked at where they are: in the file's cached pages. A page
 //! counts as kept when its header has been read; a crash before that leaves a page that readers check again.
@@ -39,7 +39,7 @@ pub(crate) struct StreamLane {
     bytes_in: u64,
     /// Bytes of the pages that were kept, from the lane's first on.
     kept: u64,
-    /// Bytes behind them: the beginning of the current page, or of its refusal.
+    /// Bytes after them: the beginning of the current page, kept or refused.
     have: u64,
     /// End of what was ever written, counted as they are.
     written_end: u64,
@@ -137,7 +137,7 @@ impl StreamLane {
         self.counters.publish(&self.counts);
     }
 
-    /// Removes what the file has behind the last page, and counts what is missing: `bytes_sent` is what the agent says
+    /// Removes what the file has after the last page, and counts what is missing: `bytes_sent` is what the agent says
     /// it sent, if it said anything.
     pub(crate) fn close(mut self, file: &File, bytes_sent: Option<u64>) -> LaneLedger {
         self.counts.bytes_torn += std::mem::take(&mut self.have);
@@ -152,7 +152,7 @@ impl StreamLane {
         self.counts
     }
 
-    /// Keeps the page behind the last one, or lets what is behind it take its place.
+    /// Keeps the page after the last one if its header is valid; otherwise moves what follows into its place.
     fn look(&mut self, file: &File) -> io::Result<()> {
         let at = self.area.place(self.kept);
         let mut header = [0; HEADER_BYTES];
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_lie_one_behind_the_other_and_a_torn_one_is_erased() {
+    fn pages_lie_one_after_the_other_and_a_torn_one_is_erased() {
         let (mut lane, file, counters) = lane(8);
         let pages = [page(1, 100), page(2, 200)].concat();
         feed(&mut lane, &file, &pages[..5000]);
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn page_that_is_none_makes_room_for_the_next_which_says_so() {
+    fn page_with_an_invalid_header_makes_room_for_the_next_which_says_so() {
         let (mut lane, file, _) = lane(8);
         let bytes = [page(1, 100), page(2, u64::from(u32::MAX)), page(3, 300), page(4, 400), vec![9; 10]].concat();
         feed(&mut lane, &file, &bytes);
@@ -284,11 +284,11 @@ mod tests {
         assert_eq!((&kept[..4096], &kept[8192..12288]), (&page(1, 100)[..], &page(4, 400)[..]));
         let third = Header::parse(&kept[4096..], 4096).unwrap();
         assert_eq!((third.time, third.data_bytes, third.missed), (3, 300, true));
-        assert!(kept[12288..].iter().all(|byte| *byte == 0), "nothing of the refused page is left behind the last");
+        assert!(kept[12288..].iter().all(|byte| *byte == 0), "nothing of the refused page is left after the last");
     }
 
     #[test]
-    fn page_behind_the_areas_end_is_refused_and_the_area_behind_is_untouched() {
+    fn page_past_the_areas_end_is_refused_and_the_next_area_is_untouched() {
         let (mut lane, file, _) = lane(2);
         feed(&mut lane, &file, &[page(1, 1), page(2, 2), page(3, 3)].concat());
         feed(&mut lane, &file, &page(4, 4)[..50]);
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn lane_that_begins_again_goes_over_its_oldest_pages_and_nothing_behind_its_area() {
+    fn lane_that_begins_again_goes_over_its_oldest_pages_and_nothing_past_its_area() {
         let (mut lane, file) = lane_again(3);
         let none = page(3, u64::from(u32::MAX));
         let bytes = [page(1, 1), page(2, 2), none, page(4, 4), page(5, 5), page(6, 6), page(7, 7)].concat();
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn write_that_fails_mid_page_refuses_that_page_and_all_behind() {
+    fn write_that_fails_mid_page_refuses_that_page_and_all_after_it() {
         let (mut lane, file, _) = lane(8);
         feed(&mut lane, &file, &[page(1, 1), page(2, 2)].concat()[..5000]);
         lane.fail(&io::Error::from_raw_os_error(libc::ENOSPC));
@@ -392,7 +392,7 @@ mod tests {
             let area = lane.area;
             let counts = lane.close(&file, None);
             prop_assert!(counts.ledger.is_balanced());
-            prop_assert!(file.metadata().unwrap().len() <= AT + 8 * PAGE, "nothing behind the area");
+            prop_assert!(file.metadata().unwrap().len() <= AT + 8 * PAGE, "nothing past the area");
             let good: Vec<u64> = pages.iter().filter(|(_, good)| *good).map(|(time, _)| (*time).into()).collect();
             prop_assert_eq!(counts.ledger.pages_out, u64::try_from(good.len()).unwrap());
             // As many as no step of 20 000 bytes can have gone over.

@@ -33,14 +33,14 @@ use vtrace_common::{
 use self::{
     lane::StreamLane,
     port::{LanePort, Peers},
-    worker::{Command, StreamWorker},
+    worker::{StreamCommand, StreamWorker},
 };
 use crate::drain::{Done, Drain, Portless, check, handle::Handle, session::Attachment};
 
 /// Handle of the worker. When it is dropped the lanes are closed and the thread ends.
 #[derive(Debug)]
 pub(crate) struct StreamDrain {
-    handle: Handle<Command>,
+    handle: Handle<StreamCommand>,
     there: Vec<(Cpu, String, Arc<AtomicBool>)>,
 }
 

@@ -1,4 +1,4 @@
-//! A port's way to the host: a socket that QEMU connects to, or the FIFOs it has opened.
+//! The host end of a port: a socket that QEMU connects to, or the FIFOs it has opened.
 //!
 //! In:    paths that `vtrace setup` chose
 //! Out:   descriptors that bytes come out of and go into, and whose they are
@@ -46,13 +46,13 @@ pub(crate) enum Port {
 /// A lane's port before anything has come over it.
 #[derive(Debug)]
 pub(crate) struct LanePort {
-    /// Whose.
+    /// CPU whose pages come over it.
     pub(crate) cpu: Cpu,
-    /// Its way.
+    /// Its socket or FIFOs.
     pub(crate) port: Port,
-    /// What to call it.
+    /// Its path, for messages.
     pub(crate) path: String,
-    /// Something is connected, or nobody can tell.
+    /// Something is connected, or that cannot be known (FIFOs).
     pub(crate) is_there: Arc<AtomicBool>,
 }
 
@@ -69,9 +69,9 @@ struct Known {
     ports: usize,
 }
 
-/// A place among the ports of one process; given back when dropped.
+/// Counts one port of the admitted process until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct Admission {
     peers: Peers,
 }
 
@@ -81,15 +81,15 @@ impl Peers {
         Self { known: Arc::default(), log: Arc::new(PeerLog::new(guest)) }
     }
 
-    /// A port of `peer`, unless another process has others.
-    pub(crate) fn admit(&self, peer: Peer) -> Result<Seat, Peer> {
+    /// Admits a port of `peer`, unless another process has ports of this guest.
+    pub(crate) fn admit(&self, peer: Peer) -> Result<Admission, Peer> {
         let mut known = self.lock();
         match known.peer.filter(|_| known.ports > 0) {
             Some(other) if other != peer => return Err(other),
             _ => known.peer = Some(peer),
         }
         known.ports += 1;
-        Ok(Seat { peers: self.clone() })
+        Ok(Admission { peers: self.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -97,19 +97,19 @@ impl Peers {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Admission {
     fn drop(&mut self) {
         self.peers.lock().ports -= 1;
     }
 }
 
-/// Accepts whoever connects, if it may: `None` if there is nobody, or nobody who may.
-pub(crate) fn accept(listener: &UnixListener, peers: &Peers) -> io::Result<Option<(OwnedFd, Peer, Seat)>> {
+/// Accepts a connection: `None` if none waits, or if its process is not admitted.
+pub(crate) fn accept(listener: &UnixListener, peers: &Peers) -> io::Result<Option<(OwnedFd, Peer, Admission)>> {
     let Some(socket) = accept_connection(listener)? else { return Ok(None) };
     let peer = Peer::of(&socket)?;
     socket.set_nonblocking(true)?;
     match peers.admit(peer) {
-        Ok(seat) => Ok(Some((socket.into(), peer, seat))),
+        Ok(admission) => Ok(Some((socket.into(), peer, admission))),
         Err(other) => {
             peers
                 .log
@@ -178,9 +178,9 @@ mod tests {
     #[test]
     fn ports_of_a_guest_belong_to_one_process_until_all_are_gone() {
         let (peers, one, other) = (Peers::new("test"), Peer { pid: 7, uid: 0 }, Peer { pid: 8, uid: 0 });
-        let seats = [peers.admit(one).unwrap(), peers.admit(one).unwrap()];
+        let admissions = [peers.admit(one).unwrap(), peers.admit(one).unwrap()];
         assert_eq!(peers.admit(other).unwrap_err(), one);
-        let [first, second] = seats;
+        let [first, second] = admissions;
         drop(first);
         assert_eq!(peers.admit(other).unwrap_err(), one);
         drop(second);
@@ -192,7 +192,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent-ctl-path.in");
         mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        assert!(open_writer(&path).unwrap().is_none(), "nobody reads");
+        assert!(open_writer(&path).unwrap().is_none(), "nothing reads it");
         let _reader = open_reader(&path).unwrap();
         assert!(open_writer(&path).unwrap().is_some());
         assert_eq!(holder(&path).pid, 0, "this process does not count");

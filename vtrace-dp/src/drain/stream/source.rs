@@ -17,13 +17,13 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::{lane::StreamLane, port::Seat};
+use super::{lane::StreamLane, port::Admission};
 use crate::sys::{
     SysError,
     splice::{Pipe, SpliceFlags, splice},
 };
 
-/// Bytes moved by one call at most, and what the pipe behind a socket holds.
+/// Bytes moved by one call at most, and what a socket's pipe holds.
 const STEP_BYTES: usize = 256 << 10;
 /// Steps before other lanes have their turn.
 const STEPS_MAX: usize = 16;
@@ -38,8 +38,8 @@ pub(super) enum StreamSource {
         socket: OwnedFd,
         /// Empty between two turns.
         pipe: Pipe,
-        /// Among the ports of one process.
-        _seat: Seat,
+        /// Keeps the port counted for its process.
+        _admission: Admission,
     },
     /// A FIFO's end.
     Fifo(OwnedFd),
@@ -66,8 +66,8 @@ pub(super) struct Target<'a> {
 
 impl StreamSource {
     /// A connection.
-    pub(super) fn socket(socket: OwnedFd, seat: Seat) -> Result<Self, SysError> {
-        Ok(Self::Socket { socket, pipe: Pipe::new(STEP_BYTES)?, _seat: seat })
+    pub(super) fn socket(socket: OwnedFd, admission: Admission) -> Result<Self, SysError> {
+        Ok(Self::Socket { socket, pipe: Pipe::new(STEP_BYTES)?, _admission: admission })
     }
 
     /// What becomes readable when bytes have come or the other end is closed.
@@ -177,8 +177,8 @@ mod tests {
     fn connected() -> (UnixStream, StreamSource) {
         let (theirs, ours) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let seat = Peers::new("test").admit(Peer { pid: 1, uid: 0 }).unwrap();
-        (theirs, StreamSource::socket(ours.into(), seat).unwrap())
+        let admission = Peers::new("test").admit(Peer { pid: 1, uid: 0 }).unwrap();
+        (theirs, StreamSource::socket(ours.into(), admission).unwrap())
     }
 
     #[test]
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_nobody_wants_go_nowhere() {
+    fn bytes_without_a_lane_go_nowhere() {
         let (mut theirs, mut source) = connected();
         let nowhere = File::create("/dev/null").unwrap();
         theirs.write_all(&[7; 5000]).unwrap();

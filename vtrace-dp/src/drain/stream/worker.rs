@@ -44,8 +44,8 @@ const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
 const COMMAND: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
-/// What others want of the worker.
-pub(super) type Command = SessionCommand<File, StreamLane>;
+/// Commands to the worker.
+pub(super) type StreamCommand = SessionCommand<File, StreamLane>;
 
 /// Lanes that wait for the streams to be quiet.
 struct Pending {
@@ -69,7 +69,7 @@ struct StreamPort {
 pub(super) struct StreamWorker {
     name: String,
     peers: Peers,
-    commands: Receiver<Command>,
+    commands: Receiver<StreamCommand>,
     wake: Arc<EventFd>,
     ring: Ring,
     timer: TimerFd,
@@ -85,7 +85,7 @@ impl StreamWorker {
         name: &str,
         ports: Vec<LanePort>,
         peers: Peers,
-        commands: Receiver<Command>,
+        commands: Receiver<StreamCommand>,
         wake: Arc<EventFd>,
     ) -> std::io::Result<Self> {
         let mut worker = Self {
@@ -148,7 +148,7 @@ impl StreamWorker {
         true
     }
 
-    /// Somebody connects to a port, or bytes have come over it, or its other end is closed.
+    /// A peer connects to a port, bytes have come over it, or its other end is closed.
     fn ready(&mut self, index: usize) {
         let port = &mut self.ports[index];
         if port.source.is_none() {
@@ -339,7 +339,7 @@ impl StreamPort {
     fn connect(&mut self, peers: &Peers) {
         let Port::Socket(listener) = &self.spec.port else { return };
         let source = accept(listener, peers).and_then(|accepted| {
-            let source = accepted.map(|(socket, _, seat)| StreamSource::socket(socket, seat));
+            let source = accepted.map(|(socket, _, admission)| StreamSource::socket(socket, admission));
             Ok(source.transpose()?)
         });
         match source {

@@ -1,7 +1,7 @@
-//! The road around the page cache: tap ─► block of huge pages ─► O_DIRECT write of up to 1 MiB.
+//! Moves host pages past the page cache: tap ─► block of huge pages ─► O_DIRECT write of up to 1 MiB.
 //!
 //! In:    taps of which poll(2) has said that at least `batch` pages are full
-//! Out:   pages at the areas' offsets, one behind the other; a ledger
+//! Out:   pages at the areas' offsets, one after the other; a ledger
 //! Runs:  pages are taken on the pump's thread, written by one more ([`Writer`])
 //! Full:  while more than [`WAITING_MAX`] blocks wait for the disk, the writer goes through the page cache; when no
 //!        block is free, so does the pump itself; an area without room (unless it begins again) and a failed write end the
@@ -31,7 +31,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
-use super::splice::{Road, TapEnd};
+use super::splice::{PageMover, TapEnd};
 use crate::{
     drain::ledger::{Counters, count},
     sys::{
@@ -102,7 +102,7 @@ fn write_all(file: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<(), Torn
     Ok(())
 }
 
-/// Blocks that nobody uses: what one side gives back, the other takes.
+/// One end of the queues of free blocks: the writer gives back, the pump takes.
 #[derive(Debug)]
 pub(crate) struct Free<C> {
     warm: C,
@@ -126,7 +126,7 @@ impl<'b> GiveBack<'b> {
     /// Hot.
     fn give(&self, block: &'b mut [u8]) {
         if let Err(full) = self.warm.try_send(block) {
-            drop(self.cold.try_send(full.into_inner())); // at the end nobody asks for it any more
+            drop(self.cold.try_send(full.into_inner())); // at the end the pump is gone and takes none
         }
     }
 }
@@ -148,8 +148,7 @@ pub(crate) struct Job<'b> {
     block: &'b mut [u8],
 }
 
-/// What pump and writer both know of a lane.
-/// What became of it is settled at the end.
+/// What pump and writer share of a lane. [`Fate::settle`] closes it.
 #[derive(Debug)]
 pub(crate) struct Fate<'a> {
     counters: &'a Counters,
@@ -164,12 +163,12 @@ impl<'a> Fate<'a> {
         Self { counters, area, failed: AtomicBool::new(false), torn: Mutex::new(None) }
     }
 
-    /// Counts a block that was written behind `start` bytes, or remembers where the lane broke off.
+    /// Counts a block written at `start` bytes into the lane, or records where the lane broke off.
     fn record(&self, page_bytes: usize, bytes: usize, start: u64, written: Result<(), Torn>) {
         let Err(torn) = written else { return self.counters.add_out(bytes / page_bytes, page_bytes) };
         let whole = torn.done / page_bytes;
         self.counters.add_out(whole, page_bytes);
-        self.counters.add_lost(bytes / page_bytes - whole); // those behind it too, once it is settled
+        self.counters.add_lost(bytes / page_bytes - whole); // `settle` adds the pages after it
         let end = start + count(whole * page_bytes);
         let mut first = self.torn.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none_or(|(other, _)| end < other) {
@@ -178,7 +177,8 @@ impl<'a> Fate<'a> {
         self.failed.store(true, Relaxed);
     }
 
-    /// What is in the file without a gap; everything behind it counts as lost. Called when nobody writes any more.
+    /// Counts the pages up to the first gap as written and all pages after it as lost. Gives why writing failed, if it
+    /// did. Called once no write is under way.
     pub(crate) fn settle(&self, page_bytes: usize) -> Option<TapEnd> {
         let mut lane = self.counters.read();
         let torn = *self.torn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -315,7 +315,7 @@ impl<'a, 'b> Direct<'a, 'b> {
     }
 }
 
-impl Road for Direct<'_, '_> {
+impl PageMover for Direct<'_, '_> {
     fn has_ended(&self, at: usize) -> bool {
         self.lanes[at].end.is_some() || self.fates[at].failed.load(Relaxed)
     }

@@ -1,7 +1,8 @@
-//! One host CPU's road through the page cache: tap ─► pipe ─► file, by splice.
+//! Moves one host CPU's pages through the page cache: tap ─► pipe ─► file, by splice. Also [`PageMover`], which the pump
+//! drives.
 //!
 //! In:    a tap, a pipe that is empty between two calls
-//! Out:   pages at the area's offset, one behind the other; a ledger
+//! Out:   pages at the area's offset, one after the other; a ledger
 //! Runs:  on the pump's thread; a slow disk blocks it, and the kernel overwrites and counts meanwhile
 //! Full:  an area without room (unless it begins again), and a write that fails, end the lane; what the kernel has by
 //!        then stays with it
@@ -37,9 +38,9 @@ pub enum TapEnd {
     File(SysError),
 }
 
-/// How pages go from taps to the file, for all lanes.
-pub(crate) trait Road {
-    /// Takes no more pages.
+/// Moves pages from the taps of all lanes to the file.
+pub(crate) trait PageMover {
+    /// Whether a lane takes no more pages.
     fn has_ended(&self, at: usize) -> bool;
     /// Moves full pages of a lane whose tap can be read; whether there were any.
     fn take(&mut self, at: usize, tap: BorrowedFd<'_>) -> bool;
@@ -47,21 +48,22 @@ pub(crate) trait Road {
     fn take_rest(&mut self, at: usize, tap: BorrowedFd<'_>);
     /// Whether pages wait here for more to come.
     fn holds_pages(&self) -> bool;
-    /// Sends them on.
+    /// Sends the waiting pages on.
     fn flush(&mut self);
     /// Why a lane takes no more.
     fn end(&self, at: usize) -> Option<TapEnd>;
 }
 
+/// One host CPU's path from its tap to its area.
 #[derive(Debug)]
-pub(crate) struct Lane<'a> {
+pub(crate) struct TapLane<'a> {
     area: Area,
     page_bytes: usize,
     counters: &'a Counters,
     end: Option<TapEnd>,
 }
 
-impl<'a> Lane<'a> {
+impl<'a> TapLane<'a> {
     pub(crate) fn new(area: Area, page_bytes: usize, counters: &'a Counters) -> Self {
         Self { area, page_bytes, counters, end: None }
     }
@@ -87,7 +89,7 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Takes what splice leaves behind: a page that is only partly filled. False when there is nothing more.
+    /// Takes what splice does not: a page that is only partly filled. False when there is nothing more.
     pub(crate) fn move_rest(&mut self, tap: BorrowedFd<'_>, page: &mut [u8], file: BorrowedFd<'_>) -> bool {
         if !self.has_room(self.room()) {
             return false;
@@ -225,7 +227,7 @@ mod tests {
     fn pages_land_in_the_area_in_order() {
         let (tap, pipe, file, counters) =
             (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
-        let mut lane = Lane::new(area(100), PAGE, &counters);
+        let mut lane = TapLane::new(area(100), PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
         assert_eq!((counted(&counters), lane.end()), ([5, 5, 0], None));
         let mut back = [0; 5 * PAGE];
@@ -237,7 +239,7 @@ mod tests {
     fn full_area_ends_the_lane_and_takes_no_page_it_cannot_keep() {
         let (tap, pipe, file, counters) =
             (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
-        let mut lane = Lane::new(Area { bytes_max: 3 * 4096 + 4095, ..area(0) }, PAGE, &counters);
+        let mut lane = TapLane::new(Area { bytes_max: 3 * 4096 + 4095, ..area(0) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
         assert_eq!(counted(&counters), [3, 3, 0]);
         assert_eq!(lane.end(), Some(TapEnd::AreaFull { bytes_max: 3 * 4096 + 4095 }));
@@ -248,7 +250,7 @@ mod tests {
     fn lane_that_begins_again_goes_over_its_oldest_pages() {
         let (tap, pipe, file, counters) =
             (tap(5), Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
-        let mut lane = Lane::new(Area { begins_again: true, ..area(3) }, PAGE, &counters);
+        let mut lane = TapLane::new(Area { begins_again: true, ..area(3) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
         assert_eq!((counted(&counters), lane.end()), ([5, 5, 0], None));
         assert_eq!(file.metadata().unwrap().len(), 8192 + 3 * 4096);
@@ -261,7 +263,7 @@ mod tests {
     fn file_that_cannot_be_written_ends_the_lane_and_every_page_is_accounted_for() {
         let (tap, pipe, counters) = (tap(5), Pipe::new(1 << 20).unwrap(), Counters::default());
         let read_only = File::open("/proc/self/exe").unwrap();
-        let mut lane = Lane::new(area(100), PAGE, &counters);
+        let mut lane = TapLane::new(area(100), PAGE, &counters);
         assert!(lane.move_pages(tap.reader_fd(), &pipe, read_only.as_fd()));
         assert_eq!(counted(&counters), [5, 0, 5]);
         assert!(matches!(lane.end(), Some(TapEnd::File(SysError { errno: Errno::EBADF, .. }))));
@@ -279,7 +281,7 @@ mod tests {
         mount(Some("tmpfs"), directory.path(), Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
         let file = File::create(directory.path().join("trace")).unwrap();
         let (tap, pipe, counters) = (tap(9), Pipe::new(1 << 20).unwrap(), Counters::default());
-        let mut lane = Lane::new(Area { offset: 0, ..area(100) }, PAGE, &counters);
+        let mut lane = TapLane::new(Area { offset: 0, ..area(100) }, PAGE, &counters);
         while lane.move_pages(tap.reader_fd(), &pipe, file.as_fd()) {}
         assert_eq!(counted(&counters), [9, 4, 5]);
         assert!(matches!(lane.end(), Some(TapEnd::File(SysError { errno: Errno::ENOSPC, .. }))));
@@ -291,7 +293,7 @@ mod tests {
     fn rest_is_padded_to_a_page() {
         let (tap, file, counters) = (Pipe::new(1 << 20).unwrap(), tempfile::tempfile().unwrap(), Counters::default());
         File::from(tap.writer.try_clone().unwrap()).write_all(b"partly").unwrap();
-        let mut lane = Lane::new(area(100), PAGE, &counters);
+        let mut lane = TapLane::new(area(100), PAGE, &counters);
         let mut page = vec![0xff; PAGE];
         while lane.move_rest(tap.reader_fd(), &mut page, file.as_fd()) {}
         assert_eq!((counted(&counters), lane.bytes_written()), ([1, 1, 0], 4096));

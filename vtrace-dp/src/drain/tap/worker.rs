@@ -1,9 +1,9 @@
-//! The thread that moves the host's pages, by one of two roads: [`super::direct`], or [`super::splice`].
+//! The thread that moves the host's pages, past the page cache ([`super::direct`]) or through it ([`super::splice`]).
 //!
 //! In:    taps, a file, an area for each
 //! Out:   pages in the areas; [`Pumped`] when it ends
-//! Runs:  one thread (and the direct road's writer), asleep in poll(2) until a buffer
-//!        has filled to `buffer_percent` or it is told to stop
+//! Runs:  one thread (and the writer of [`super::direct`]), asleep in poll(2) until a buffer has filled to
+//!        `buffer_percent` or it is told to stop
 //! Full:  a slow disk blocks the thread; the kernel overwrites the oldest pages and counts them
 //! Trust: the kernel
 //!
@@ -37,7 +37,7 @@ use vtrace_common::{
 
 use super::{
     direct::{BLOCK_BYTES, Direct, Fate, Files, SPARE_BLOCKS, Writer, all_free},
-    splice::{Lane, Road, TapEnd},
+    splice::{PageMover, TapEnd, TapLane},
 };
 use crate::{
     drain::ledger::Counters,
@@ -70,9 +70,9 @@ pub(crate) struct Pump {
     thread: Option<JoinHandle<Pumped>>,
 }
 
-/// How pages are to be moved.
+/// How a pump moves pages.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Way {
+pub(crate) struct PumpSettings {
     /// Bytes of one page.
     pub(crate) page_bytes: usize,
     /// Pages that are full, at least, when poll(2) says that a tap can be read; 0 where it makes no such promise.
@@ -126,8 +126,8 @@ impl Pump {
     ///
     /// # Errors
     /// A descriptor, a thread, or the real-time priority is refused.
-    pub(crate) fn spawn(taps: Vec<Tap>, areas: Vec<Area>, file: File, way: Way) -> io::Result<Self> {
-        let Way { page_bytes, batch_pages, priority } = way;
+    pub(crate) fn spawn(taps: Vec<Tap>, areas: Vec<Area>, file: File, settings: PumpSettings) -> io::Result<Self> {
+        let PumpSettings { page_bytes, batch_pages, priority } = settings;
         assert!(taps.iter().map(|tap| tap.cpu).eq(areas.iter().map(|area| area.cpu)), "an area for each tap");
         let stop = Arc::new(Waker::new()?);
         let counters: Arc<[Counters]> = areas.iter().map(|area| Counters::new(area.cpu)).collect();
@@ -194,7 +194,7 @@ impl Run {
         }
     }
 
-    /// The way around the page cache, and a block for each lane, where both are to be had.
+    /// The file opened with O_DIRECT and the lanes' blocks, where the system gives both.
     fn direct(&self) -> Option<(Files, MmapMut)> {
         if self.batch_pages == 0 {
             return None;
@@ -221,10 +221,10 @@ impl Run {
                 writer.run();
                 thread_cpu_ns()
             });
-            let mut road = Direct::new((files, fates), self.page_bytes, self.batch_pages, jobs, free);
-            let (failed, mut used) = self.pump_all(&mut road);
-            let ends: Vec<Option<TapEnd>> = (0..fates.len()).map(|at| road.end(at)).collect();
-            drop(road);
+            let mut mover = Direct::new((files, fates), self.page_bytes, self.batch_pages, jobs, free);
+            let (failed, mut used) = self.pump_all(&mut mover);
+            let ends: Vec<Option<TapEnd>> = (0..fates.len()).map(|at| mover.end(at)).collect();
+            drop(mover);
             used.cpu_ns += writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             (ends, failed, used)
         });
@@ -237,11 +237,11 @@ impl Run {
     fn run_spliced(self) -> Pumped {
         let counters = self.counters.clone();
         let zip = self.areas.iter().zip(counters.iter());
-        let lanes = zip.map(|(area, counters)| Lane::new(*area, self.page_bytes, counters)).collect();
+        let lanes = zip.map(|(area, counters)| TapLane::new(*area, self.page_bytes, counters)).collect();
         let page = vec![0; self.page_bytes];
-        let mut road = Spliced { lanes, page, pipe: &self.pipe, file: self.file.as_fd() };
-        let (failed, used) = self.pump_all(&mut road);
-        let ends: Vec<Option<TapEnd>> = (0..self.areas.len()).map(|at| road.end(at)).collect();
+        let mut mover = Spliced { lanes, page, pipe: &self.pipe, file: self.file.as_fd() };
+        let (failed, used) = self.pump_all(&mut mover);
+        let ends: Vec<Option<TapEnd>> = (0..self.areas.len()).map(|at| mover.end(at)).collect();
         self.report(&ends, used, failed)
     }
 
@@ -254,31 +254,31 @@ impl Run {
         Pumped { lanes: lanes.collect(), used, failed }
     }
 
-    /// From the first page to the last.
-    fn pump_all(&self, road: &mut dyn Road) -> (Option<SysError>, PumpUse) {
+    /// Moves all pages, from the first to the last.
+    fn pump_all(&self, mover: &mut dyn PageMover) -> (Option<SysError>, PumpUse) {
         let mut used = PumpUse::default();
-        let failed = self.pump(road, &mut used).err();
+        let failed = self.pump(mover, &mut used).err();
         if !self.abandoned.load(Relaxed) {
-            self.taps.iter().enumerate().for_each(|(at, tap)| road.take_rest(at, tap.fd.as_fd()));
+            self.taps.iter().enumerate().for_each(|(at, tap)| mover.take_rest(at, tap.fd.as_fd()));
         }
         used.cpu_ns = thread_cpu_ns();
         (failed, used)
     }
 
     /// Moves full pages until it is told to stop.
-    fn pump(&self, road: &mut dyn Road, used: &mut PumpUse) -> Result<(), SysError> {
+    fn pump(&self, mover: &mut dyn PageMover, used: &mut PumpUse) -> Result<(), SysError> {
         let mut ready = Vec::with_capacity(self.taps.len() + 1);
         let mut flushed = Instant::now();
         loop {
-            let open: Vec<usize> = (0..self.taps.len()).filter(|at| !road.has_ended(*at)).collect();
+            let open: Vec<usize> = (0..self.taps.len()).filter(|at| !mover.has_ended(*at)).collect();
             let taps = open.iter().map(|at| self.taps[*at].fd.as_fd());
             let sources: Vec<_> = std::iter::once(self.stop.as_fd()).chain(taps).collect();
-            readable(&sources, road.holds_pages().then_some(HOLD_MAX), &mut ready)?;
+            readable(&sources, mover.holds_pages().then_some(HOLD_MAX), &mut ready)?;
             if ready.first() == Some(&0) {
                 return Ok(());
             }
             if flushed.elapsed() >= HOLD_MAX {
-                road.flush();
+                mover.flush();
                 flushed = Instant::now();
             }
             if ready.is_empty() {
@@ -288,7 +288,7 @@ impl Run {
             let mut moved = false;
             for source in &ready {
                 let at = open[*source - 1];
-                moved |= road.take(at, self.taps[at].fd.as_fd());
+                moved |= mover.take(at, self.taps[at].fd.as_fd());
             }
             if !moved {
                 used.wakeups_idle += 1;
@@ -298,15 +298,15 @@ impl Run {
     }
 }
 
-/// The road through the page cache.
+/// Moves pages through the page cache.
 struct Spliced<'a> {
-    lanes: Vec<Lane<'a>>,
+    lanes: Vec<TapLane<'a>>,
     page: Vec<u8>,
     pipe: &'a Pipe,
     file: BorrowedFd<'a>,
 }
 
-impl Road for Spliced<'_> {
+impl PageMover for Spliced<'_> {
     fn has_ended(&self, at: usize) -> bool {
         self.lanes[at].end().is_some()
     }

@@ -128,7 +128,7 @@ pub(crate) fn new_entry(entry: &FolderEntry) -> FolderEntry {
     entry.with_suffix(SUFFIX)
 }
 
-/// The file that a recording will replace, locked where a reader's lock does not prevent that; `None` if there is none.
+/// The file that a recording will replace, locked where a reader's lock does not prevent that; `None` if it is missing.
 fn open_old(entry: &FolderEntry) -> io::Result<Option<File>> {
     for _ in 0..TRIES_MAX {
         let old = match entry.open() {

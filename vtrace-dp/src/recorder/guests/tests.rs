@@ -144,7 +144,10 @@ fn guest_that_sleeps_while_it_records_is_waited_for_and_given_up_in_bounded_time
     assert!(asleep.is_finished() && asleep.ledgers[0].ledger.pages_out == 9, "what came is kept");
     let longest = asleep.silence.longest(Instant::now());
     sleep(Duration::from_millis(20));
-    assert!(longest >= bound && asleep.silence.longest(Instant::now()) == longest, "nobody waits for it any more");
+    assert!(
+        longest >= bound && asleep.silence.longest(Instant::now()) == longest,
+        "the recorder no longer waits for it"
+    );
     guests.step_all(GuestSession::close).unwrap();
     guests.wait(Phase::Closed, None).unwrap();
     drop(guests);

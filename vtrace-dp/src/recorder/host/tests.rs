@@ -20,7 +20,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// Rounds of load, of a tenth of a second each, after which there are some hundred KiB of events on any machine.
 const ROUNDS_MAX: u32 = 600;
 
-const WAY: Way = Way { page_bytes: 4096, batch_pages: 0, priority: None };
+const SETTINGS: PumpSettings = PumpSettings { page_bytes: 4096, batch_pages: 0, priority: None };
 
 fn alone() -> Option<MutexGuard<'static, ()>> {
     let can = nix::unistd::geteuid().is_root() && Tracefs::find_or_mount().is_ok();
@@ -119,7 +119,7 @@ fn assert_none_left_open(before: &BTreeSet<(String, String)>) {
 }
 
 #[test]
-fn lanes_that_begin_again_have_their_newest_pages_by_either_road() {
+fn lanes_that_begin_again_keep_their_newest_pages_with_either_page_mover() {
     let Some(_alone) = alone() else { return };
     for folder in [env!("CARGO_MANIFEST_DIR"), "/dev/shm"] {
         let mut recorder = HostRecorder::arm(&arm(0xa6a1, &["sched", "irq", "syscalls"], 0)).unwrap();
@@ -192,7 +192,7 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     assert_none_left_open(&before);
 }
 
-/// The tap is left alone until the kernel has overwritten what nobody read; then everything is moved.
+/// The tap is left alone until the kernel has overwritten unread pages; then everything is moved.
 #[test]
 fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     let Some(_alone) = alone() else { return };
@@ -209,7 +209,8 @@ fn page_after_a_gap_is_read_and_says_how_much_is_missing() {
     for cpu in cpus {
         let (file, area) =
             (tempfile::tempfile().unwrap(), Area { cpu, offset: 0, bytes_max: 1 << 20, begins_again: false });
-        let pump = Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), WAY).unwrap();
+        let pump =
+            Pump::spawn(vec![instance.tap(cpu).unwrap()], vec![area], file.try_clone().unwrap(), SETTINGS).unwrap();
         let lane = report(&pump.stop().lanes[0], (String::new(), instance.stats(cpu)));
         let stats = Stats::parse(&lane.stats_after).unwrap();
         let mut page = [0; 4096];
@@ -233,13 +234,13 @@ fn markers(file: &File, area: Area, pages: u64) -> Vec<u32> {
 }
 
 #[test]
-fn both_roads_bring_the_same_markers_in_the_same_order() {
+fn both_page_movers_bring_the_same_markers_in_the_same_order() {
     const COUNT: u32 = 40_000;
     let Some(_alone) = alone() else { return };
     let tracefs = Tracefs::find_or_mount().unwrap();
     let batch_of = |instance: &Instance, direct: bool| if direct { instance.pages_promised() } else { 0 };
     for direct in [true, false] {
-        let name = format!("{INSTANCE_PREFIX}{}-roads", std::process::id());
+        let name = format!("{INSTANCE_PREFIX}{}-movers", std::process::id());
         let instance = tracefs.arm(&name, &arm(9, &[], 4096)).unwrap();
         let cpus = instance.cpus().to_vec();
         let area = |(at, cpu): (usize, &Cpu)| Area {
@@ -251,8 +252,8 @@ fn both_roads_bring_the_same_markers_in_the_same_order() {
         let areas: Vec<Area> = cpus.iter().enumerate().map(area).collect();
         let taps = cpus.iter().map(|cpu| instance.tap(*cpu).unwrap()).collect();
         let (file, batch_pages) = (tempfile::tempfile().unwrap(), batch_of(&instance, direct));
-        let way = Way { batch_pages, ..WAY };
-        let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), way).unwrap();
+        let settings = PumpSettings { batch_pages, ..SETTINGS };
+        let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), settings).unwrap();
         instance.set_tracing(true).unwrap();
         (0..COUNT).for_each(|number| instance.mark(&format!("number{number:08}")).unwrap());
         instance.set_tracing(false).unwrap();
@@ -314,8 +315,8 @@ fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
         .map(|cpu| Area { cpu: *cpu, offset: u64::from(cpu.0) << 30, bytes_max: 1 << 30, begins_again: false })
         .collect();
     let taps = areas.iter().map(|area| instance.tap(area.cpu).unwrap()).collect();
-    let way = Way { batch_pages: instance.pages_promised(), ..WAY };
-    let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), way).unwrap();
+    let settings = PumpSettings { batch_pages: instance.pages_promised(), ..SETTINGS };
+    let pump = Pump::spawn(taps, areas.clone(), file.try_clone().unwrap(), settings).unwrap();
     instance.set_tracing(true).unwrap();
     (0..4000).for_each(|_| instance.mark(&"m".repeat(1000)).unwrap());
     instance.set_tracing(false).unwrap();

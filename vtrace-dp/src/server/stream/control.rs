@@ -36,7 +36,7 @@ use vtrace_common::{
 use super::cutter::{Cutter, Piece};
 use crate::{
     device::{AgentEvent, ControlPort, Owner, Turn},
-    drain::stream::port::{Peers, Port, Seat, accept, holder, open_reader, open_writer},
+    drain::stream::port::{Admission, Peers, Port, accept, holder, open_reader, open_writer},
     server::guest::{Guest, GuestSlot},
     sys::{socket::Peer, tsc},
 };
@@ -63,7 +63,7 @@ const STREAM: u64 = 2;
 struct Wire {
     reader: std::fs::File,
     writer: std::fs::File,
-    _seat: Option<Seat>,
+    _admission: Option<Admission>,
 }
 
 /// Bytes on their way to the agent.
@@ -207,7 +207,7 @@ impl Control {
             Some(writer) => {
                 let peer = holder(to_guest);
                 self.epoll.add(&writer, edge(STREAM))?;
-                self.connected(Wire { reader, writer: writer.into(), _seat: None }, peer);
+                self.connected(Wire { reader, writer: writer.into(), _admission: None }, peer);
             }
         }
         Ok(())
@@ -220,8 +220,8 @@ impl Control {
             Ok(Some((_, peer, _))) if self.wire.is_some() => {
                 self.slot.log.warn(format_args!("pid {} is turned away: a VMM is connected", peer.pid));
             }
-            Ok(Some((socket, peer, seat))) => {
-                if let Err(error) = self.connect(socket, peer, seat) {
+            Ok(Some((socket, peer, admission))) => {
+                if let Err(error) = self.connect(socket, peer, admission) {
                     self.slot.log.error(format_args!("connection: {error}"));
                 }
             }
@@ -233,10 +233,10 @@ impl Control {
         }
     }
 
-    fn connect(&mut self, socket: OwnedFd, peer: Peer, seat: Seat) -> io::Result<()> {
+    fn connect(&mut self, socket: OwnedFd, peer: Peer, admission: Admission) -> io::Result<()> {
         let writer = socket.try_clone()?.into();
         self.epoll.add(&socket, edge(STREAM))?;
-        self.connected(Wire { reader: socket.into(), writer, _seat: Some(seat) }, peer);
+        self.connected(Wire { reader: socket.into(), writer, _admission: Some(admission) }, peer);
         Ok(())
     }
 

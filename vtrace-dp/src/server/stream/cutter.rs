@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn hello_behind_half_a_frame_is_found_at_once() {
+    fn hello_after_half_a_frame_is_found_at_once() {
         let stream = [&hello()[..], &long()[..33_000], &hello(), &pong(3)].concat();
         let pieces = cut(&stream, 1000);
         assert_eq!(pieces.concat_bytes(), [hello(), hello(), pong(3)].concat());

@@ -164,7 +164,7 @@ fn agent_that_took_our_hello_for_something_else_is_greeted_again() {
 }
 
 #[test]
-fn pages_of_a_session_are_in_the_file_and_those_before_and_behind_are_not() {
+fn pages_of_a_session_are_in_the_file_and_those_before_and_after_it_are_not() {
     let trial = Trial::new(Transport::Socket);
     let _agent = trial.connect("agent-ctl-path");
     let socket = trial.folder.socket("trace-path-cpu1").display().to_string();

@@ -85,7 +85,7 @@ fn guest_of_two_devices_is_one_guest_with_all_their_lanes() {
     release(&mut link);
 }
 
-/// The answer to who asks for a ledger behind the end.
+/// The answer to a request for a ledger after the session has ended.
 fn refused_without_lanes() -> FromServer {
     let detail = "the guest has no lanes yet".into();
     FromServer::Refused(Refusal::State { guest: guest1(), detail })
@@ -149,21 +149,21 @@ fn further_device_has_no_control_port_and_no_more_ports_than_lanes() {
     machine.start();
     assert_eq!(machine.probe_ports(1..3).len(), 2);
     assert!(is_claimed(&claim(&mut link)));
-    // Who opens a control port there, and speaks as an agent does, is nobody.
+    // A process that opens a control port there and speaks like an agent is ignored.
     machine.say(0, PORT_OPEN, 1);
     machine.write(&encode(&Hello::ours("impostor")).unwrap());
     machine.answer(&FromAgent::Stopped);
     machine.say(3, PORT_OPEN, 1);
     assert!(machine.told_nothing());
     assert_eq!(house.state("guest1").agent.unwrap().hello.software, "agent of a test");
-    assert!(machine.out[3].send(&page(9), 4096), "room in a ring that nobody serves");
+    assert!(machine.out[3].send(&page(9), 4096), "a ring that is not served has room");
     link.send_with_file(&lanes_of(&[2, 3]), &tempfile::tempfile().unwrap()).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
     let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: vec![], wait_ms_max: 0 });
     let FromServer::Finished { lanes, .. } = answer else { panic!("not finished: {answer:?}") };
     assert_eq!(lanes.iter().map(|lane| lane.ledger.pages_in).collect::<Vec<_>>(), [0, 0]);
     first.answer(&FromAgent::Pong { id: 1 });
-    assert_eq!(next(&mut link), from_agent(FromAgent::Pong { id: 1 }), "the agent is heard, and nobody else was");
+    assert_eq!(next(&mut link), from_agent(FromAgent::Pong { id: 1 }), "the agent is heard, the impostor was not");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use vtrace_common::{limits::USER_CLIENTS_MAX, wire::client::GuestState};
 use super::*;
 use crate::sys::account::testing::as_user;
 
-/// Nobody's.
+/// A user who is neither root nor in the group: by convention the one without rights.
 const OTHER: u32 = 65_534;
 
 /// A house whose control socket another user may open.

@@ -49,11 +49,11 @@ pub enum WriteState {
 /// the older pages of a lane that began again at its area's start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LaneArea {
-    /// Whose.
+    /// The lane's CPU.
     pub cpu: Cpu,
-    /// The first ones.
+    /// The first pages.
     pub moved: Extent,
-    /// The others, where they were written; of an open file, the whole area.
+    /// The other pages, where they were written; of an open file, the whole area.
     pub rest: Extent,
     /// The guest's own times were replaced by the host's ([`crate::trace::write::host_lanes`]).
     pub is_hosted: bool,

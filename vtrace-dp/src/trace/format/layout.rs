@@ -7,11 +7,11 @@ use vtrace_common::limits::{CMDLINES_BYTES_MAX, CPUS_MAX, METADATA_BYTES_MAX};
 
 /// First bytes of every trace.dat.
 pub const MAGIC: [u8; 10] = *b"\x17\x08\x44tracing";
-/// Behind the magic of a version 7 file: version, little endian, sizeof(long).
+/// After the magic of a version 7 file: version, little endian, sizeof(long).
 pub const VERSION_7: [u8; 4] = *b"7\0\0\x08";
 /// No compression: its name and its version.
 pub const UNCOMPRESSED: [u8; 6] = *b"none\0\0";
-/// Where the offset of the first options section stands in an uncompressed version 7 file: behind magic, version,
+/// Where the offset of the first options section stands in an uncompressed version 7 file: after magic, version,
 /// page size and compression.
 pub const OPTIONS_POINTER_AT: u64 = 24;
 /// Where the first section of such a file begins.

@@ -1,6 +1,6 @@
 //! The 16 bytes in front of every section of a version 7 file.
 //!
-//! Sections lie one behind the other without gaps: a stock reader walks all headers from the first one to the end of
+//! Sections follow each other without gaps: a stock reader walks all headers from the first one to the end of
 //! the file.
 
 use super::layout::{NO_DESCRIPTION, SECTION_COMPRESSED, SECTION_HEADER_BYTES};
@@ -14,7 +14,7 @@ pub struct SectionHeader {
     pub flags: u16,
     /// Where its name stands in the strings section, −1 for none. Cosmetic.
     pub description: u32,
-    /// Bytes behind this header up to the next one.
+    /// Bytes from the end of this header to the next one.
     pub bytes: u64,
 }
 

@@ -15,17 +15,17 @@ pub const DOUBTS_MAX: usize = 1 << 8;
 /// Of one file.
 pub(crate) const UNCERTAINTIES_MAX: usize = 1 << 14;
 
-/// Neighbouring events of one CPU whose times are known within bounds only: behind a step back of the guest's clock, or
-/// beside a change that was seen too late.
+/// Neighbouring events of one CPU whose times are known only within bounds: after a step back of the guest's clock, or
+/// next to a change that was seen too late.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Uncertainty {
-    /// Whose.
+    /// The CPU of the events.
     pub cpu: Cpu,
-    /// How many.
+    /// Their number.
     pub events: u64,
-    /// What the first is shown at.
+    /// The time the first is shown at.
     pub first: HostTsc,
-    /// And the last.
+    /// The time the last is shown at.
     pub last: HostTsc,
     /// How far off any of them can be, host ticks.
     pub error: u64,

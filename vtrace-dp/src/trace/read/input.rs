@@ -1,4 +1,4 @@
-//! Bounded reading of a file that nobody vouches for.
+//! Bounded reading of an untrusted file.
 //!
 //! In:    a [`Source`]: a file or bytes in memory
 //! Out:   integers, texts and byte strings, or why there are none
@@ -19,7 +19,7 @@ pub trait Source {
     fn bytes(&self) -> u64;
     /// Fills `buffer` from `at`.
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()>;
-    /// The first byte from `at` on that may be something else than zero; its size if there is none.
+    /// The offset of the first byte from `at` on that may differ from zero; the size if all are zero.
     fn data_at(&self, at: u64) -> u64 {
         at.min(self.bytes())
     }
@@ -89,7 +89,7 @@ pub enum ReadFault {
     /// Something reaches beyond its end.
     #[error("{what} at {offset:#x} reaches beyond its end")]
     Short {
-        /// What.
+        /// What was read.
         what: &'static str,
         /// Where it begins.
         offset: u64,
@@ -97,9 +97,9 @@ pub enum ReadFault {
     /// A length or count beyond its bound.
     #[error("{what} at {offset:#x} has {count}, more than {count_max}")]
     TooLarge {
-        /// What.
+        /// What was read.
         what: &'static str,
-        /// Where.
+        /// Its offset in the file.
         offset: u64,
         /// How many it claims.
         count: u64,
@@ -109,17 +109,17 @@ pub enum ReadFault {
     /// Contents that no writer writes.
     #[error("{what} at {offset:#x} makes no sense")]
     Nonsense {
-        /// What.
+        /// What was read.
         what: &'static str,
-        /// Where.
+        /// Its offset in the file.
         offset: u64,
     },
     /// The file cannot be read.
     #[error("cannot read at {offset:#x}")]
     Io {
-        /// Where.
+        /// Its offset in the file.
         offset: u64,
-        /// Why.
+        /// Why it failed.
         source: io::Error,
     },
 }
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn text_leaves_the_place_behind_its_nul() {
+    fn text_leaves_the_place_after_its_nul() {
         let bytes: &[u8] = b"abc\0\x05\0rest";
         let mut input = Input::new(&bytes, 0, u64::MAX);
         assert_eq!(input.text(16, "name").unwrap(), b"abc");

@@ -33,7 +33,7 @@ pub struct Merged<'m> {
     pub time: u64,
     /// What: begins with the event's id (u16).
     pub data: &'m [u8],
-    /// Events of this CPU were lost in front of it: the time of the last one before them, 0 if there is none.
+    /// Set if events of this CPU were lost before this one: the time of the last event before them, 0 without one.
     pub lost_since: Option<u64>,
 }
 
@@ -125,7 +125,7 @@ impl<S: Source> LaneCursor<'_, S> {
         }
     }
 
-    /// Turns to the next page; false if there is none.
+    /// Turns to the next page; false at the end.
     fn turn(&mut self) -> Result<bool, WalkFault> {
         self.walk = None;
         let Some(page) = self.pages.next() else { return Ok(false) };

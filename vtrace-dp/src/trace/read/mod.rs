@@ -75,7 +75,7 @@ pub struct Buffer {
 /// Where the pages of one lane are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LaneData {
-    /// Whose.
+    /// The lane's CPU.
     pub cpu: Cpu,
     /// Where they begin.
     pub offset: u64,
@@ -278,8 +278,8 @@ impl<'a, S: Source> LanePages<'a, S> {
         let step = u64::from(page_bytes);
         let place = |page: u64| lane.offset + page * step;
         let begins = |page: u64| Input::new(source, place(page), place(page + 1)).u64("time of a page");
-        // The first page that begins behind `time`.
-        let behind = |time: u64| {
+        // The first page that begins after `time`.
+        let after = |time: u64| {
             let (mut low, mut high) = (0, lane.bytes / step);
             while low < high {
                 let middle = low + (high - low) / 2;
@@ -291,7 +291,7 @@ impl<'a, S: Source> LanePages<'a, S> {
             }
             Ok(low)
         };
-        let (at, end) = (place(behind(from.saturating_sub(1))?.saturating_sub(1)), place(behind(to)?));
+        let (at, end) = (place(after(from.saturating_sub(1))?.saturating_sub(1)), place(after(to)?));
         Ok(Self { source, at, end, page_bytes, chunks: None })
     }
 
@@ -334,7 +334,7 @@ impl<'a, S: Source> LanePages<'a, S> {
 }
 
 impl Contents {
-    /// Header, descriptions, CPUs, options, table of pages: one behind the other.
+    /// Header, descriptions, CPUs, options, table of pages: one after the other.
     fn read_6<S: Source>(&mut self, input: &mut Input<'_, S>, source: &S) -> Result<(), ReadFault> {
         self.version = 6;
         for section in description::FIXED_SECTIONS.into_iter().chain([id::CMDLINES]) {
@@ -417,7 +417,7 @@ impl Contents {
         self.sections.iter().copied().find(|(_, header)| header.id == id && !header.is_compressed())
     }
 
-    /// Reads options up to the last one; gives the place of the next options section, 0 if there is none.
+    /// Reads options up to the last one; returns the offset of the next options section, 0 after the last.
     fn read_options<S: Source>(
         &mut self,
         input: &mut Input<'_, S>,

@@ -138,7 +138,7 @@ fn other_kinds_of_files_are_named() {
 
 proptest! {
     #[test]
-    fn any_bytes_behind_a_head_give_an_answer(version in prop::sample::select(vec!["6", "7"]), bytes: Vec<u8>) {
+    fn any_bytes_after_a_head_give_an_answer(version in prop::sample::select(vec!["6", "7"]), bytes: Vec<u8>) {
         let mut file = [MAGIC.as_slice(), version.as_bytes(), b"\0\0\x08\0\x10\0\0"].concat();
         file.extend(bytes);
         let _ = read_all(&file);

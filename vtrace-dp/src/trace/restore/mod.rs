@@ -1,4 +1,4 @@
-//! Finishes a file whose recording did not.
+//! Finishes a file that its recording left unfinished.
 //!
 //! In:    a file of ours that a killed recording, or a machine that went down, left
 //! Out:   a valid trace.dat in its place, with every whole page that is in it; what was found and what is missing
@@ -114,15 +114,15 @@ pub struct Restored {
 /// What was found of a lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct LaneFound {
-    /// Whose.
+    /// The lane's CPU.
     pub cpu: u32,
     /// Whole pages, all in the file.
     pub pages: u64,
-    /// Pages in front of the last one that were never written, or not to their end.
+    /// Pages before the last one that were never written, or written partly.
     pub pages_missing: u64,
-    /// Pages anywhere that begin and do not end.
+    /// Pages anywhere that were written partly.
     pub pages_torn: u64,
-    /// Whole pages that are not in the file any more: behind a gap wider than a recording leaves.
+    /// Whole pages that are no longer in the file: those after a gap wider than a recording leaves.
     pub pages_left_out: u64,
 }
 
@@ -195,7 +195,7 @@ fn is_packed(source: FileSource) -> bool {
     Reader::open(source).is_ok_and(|reader| reader.options().iter().any(is_ours))
 }
 
-/// Goes on where a recording was killed while it gave its lanes the host's times. Gives how many events got theirs now.
+/// Resumes a recording that was killed while it gave its lanes the host's times. Returns how many events got them now.
 fn host_times(frame: &Frame, areas: &mut Areas, texts: &mut Texts) -> Result<u64, RestoreFault> {
     let pending =
         texts.segments.first().map(|payload| Segments::read(&mut Input::new(&payload.as_slice(), 0, u64::MAX)));
@@ -287,7 +287,7 @@ impl RestorePlan {
                 pages: lane.pages,
                 pages_missing: lane.missing,
                 pages_torn: scan.torn,
-                pages_left_out: if newest { 0 } else { lane.behind },
+                pages_left_out: if newest { 0 } else { lane.left_out },
             });
             self.changes.extend(lane.fillers.iter().map(|(at, time)| (*at, uncounted_pages::filler(*time).to_vec())));
             for at in lane.marks {
@@ -314,7 +314,7 @@ impl RestorePlan {
     }
 }
 
-/// What a file that was never closed says instead of the closing table.
+/// The text that a file that was never closed has instead of the closing table.
 fn notes(plan: &RestorePlan) -> String {
     let note = serde_json::json!({ "restored": { "was": plan.was, "linked": plan.linked, "lanes": plan.lanes } });
     note.to_string()
@@ -349,7 +349,7 @@ fn inspect<S: Source>(source: &S) -> Result<Skeleton, RestoreFault> {
     Err(RestoreFault::NotOurs)
 }
 
-/// Nothing that is moved later may lie over something else.
+/// Checks that nothing that is moved later overlaps anything else.
 fn check(skeleton: &Skeleton) -> Result<(), RestoreFault> {
     let Skeleton { page_bytes, areas, .. } = skeleton;
     let page = usize::try_from(*page_bytes).unwrap_or(0);
@@ -390,7 +390,7 @@ fn open<S: Source>(source: &S, at: u64) -> Result<(Input<'_, S>, SectionHeader),
     Ok((Input::new(source, start, end), header))
 }
 
-/// What was written late, as it was.
+/// The texts and options written at the end, as they were.
 struct Tail {
     texts: Texts,
     clock: String,

@@ -152,7 +152,7 @@ fn newest_pages_of_a_lane_that_began_again_are_in_order() {
             for index in 0..count {
                 writer.file().write_all_at(&page(1000 + index), area.place(index * PAGE)).unwrap();
             }
-            // After a crash nobody knows how much was asked for: all that is there.
+            // After a crash the number of bytes to keep is unknown: all pages present are kept.
             let kept = if crash { area.bytes_max } else { writer.kept_bytes(&area, count * PAGE) } / PAGE;
             if crash {
                 drop(writer);

@@ -1,14 +1,14 @@
-//! The pages of a lane that nobody counted: what a crash left in its area.
+//! The uncounted pages of a lane: what a crash left in its area.
 //!
 //! In:    an area of a file, the size of a page
-//! Out:   stretches of whole pages, one behind the other; then the lane as a file can have it ([`FoundLane`])
-//! Runs:  anywhere; one chunk of pages in memory. Time goes with the bytes that are there: holes cost nothing
-//! Full:  what does not fit the bounds (stretches, gaps) is left out and counted
+//! Out:   runs of adjacent whole pages; then the lane in a form that a file can hold ([`FoundLane`])
+//! Runs:  on any thread; holds one chunk of pages in memory. Time grows with the bytes present: holes cost nothing
+//! Full:  pages beyond the bounds (number of runs, bytes of gaps) are left out and counted
 //! Trust: nothing: a page counts as whole if its header is sane and its events can be walked to the end
 //!
-//! A page that was never written reads as zeros, and so does the data of one that was not written to its end: its
-//! events cannot be walked. With several writes in flight the last pages of a lane can have gaps between them. A lane
-//! cannot: so a gap becomes pages without events, and the page behind it says that events are missing.
+//! A page that was never written reads as zeros, and so does the missing part of a page that was written partly: its
+//! events cannot be walked. With several writes in flight, the last pages of a lane can have gaps between them. A lane
+//! in a file has no gaps: a gap is filled with pages without events, and the page after it says that events are missing.
 
 use vtrace_common::page::{HEADER_BYTES, Header, MISSED_EVENTS};
 
@@ -22,19 +22,19 @@ use crate::{
 
 /// Bytes read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
-/// Stretches of one lane.
+/// Runs of one lane.
 const RUNS_MAX: usize = 4096;
-/// Bytes of all gaps of one lane that are filled with empty pages. More is not what writes in flight leave.
+/// Most bytes of gaps per lane that are filled with empty pages. Writes in flight never leave more.
 const GAP_BYTES_MAX: u64 = 64 << 20;
 
-/// Whole pages, one behind the other.
+/// Adjacent whole pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PageRun {
     /// Where they are.
     pub extent: Extent,
-    /// Time stamp of the first.
+    /// Time stamp of the first page.
     pub first: u64,
-    /// And of the last.
+    /// Time stamp of the last page.
     pub last: u64,
 }
 
@@ -43,31 +43,31 @@ pub struct PageRun {
 pub struct Scan {
     /// Whole pages.
     pub runs: Vec<PageRun>,
-    /// Pages that begin and do not end.
+    /// Pages that were written partly.
     pub torn: u64,
-    /// Whole pages older than the one in front of them.
+    /// Whole pages older than the preceding one.
     pub backward: u64,
-    /// There are more stretches than are looked at.
+    /// The area has more runs than [`RUNS_MAX`]: the rest was not scanned.
     pub cut: bool,
 }
 
-/// A lane as a file can have it.
+/// A lane in a form that a file can hold.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct FoundLane {
-    /// Its older pages, if it began again at its area's start.
+    /// Its older pages, if it wrapped to its area's start.
     pub older: Extent,
-    /// Its pages.
+    /// Its newer pages; all of them, if it did not wrap.
     pub newer: Extent,
-    /// Pages without events to be written into gaps: place and time.
+    /// Pages without events that fill gaps: offset and time.
     pub fillers: Vec<(u64, u64)>,
-    /// Whole pages behind a gap, to be marked.
+    /// Offsets of whole pages after a gap, to be marked.
     pub marks: Vec<u64>,
     /// Whole pages.
     pub pages: u64,
     /// Pages in gaps.
     pub missing: u64,
-    /// Whole pages that are left out: behind a gap that is too wide.
-    pub behind: u64,
+    /// Whole pages that are left out: those after a gap that is too wide.
+    pub left_out: u64,
 }
 
 enum Page {
@@ -88,7 +88,7 @@ fn is_whole(page: &[u8]) -> bool {
     Events::new(page).is_ok_and(|mut events| events.all(|event| event.is_ok()))
 }
 
-/// Looks at every page of an area.
+/// Scans every page of an area.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -120,7 +120,7 @@ impl Scan {
         };
         if let Some(run) = self.runs.last_mut() {
             self.backward += u64::from(time < run.last);
-            // A step back in time is where a lane began again: there it must be possible to cut.
+            // A step back in time is where the lane wrapped: a run ends there, so that the lane can be cut.
             if run.extent.end() == at && time >= run.last {
                 (run.extent.bytes, run.last) = (run.extent.bytes + page, time);
                 return;
@@ -133,14 +133,14 @@ impl Scan {
         self.runs.push(PageRun { extent: Extent { offset: at, bytes: page }, first: time, last: time });
     }
 
-    /// The lane as a file can have it. `unit`: lanes begin at its multiples; `newest`: the lane kept its newest pages
-    /// only; `room_end`: where the area of the next lane begins.
+    /// The lane in the form that a file holds. `unit`: lanes begin at its multiples; `newest`: the lane kept its newest
+    /// pages only; `room_end`: where the area of the next lane begins.
     pub fn lane(&self, area: Extent, page: u64, unit: u64, newest: bool, room_end: u64) -> FoundLane {
         let mut lane = FoundLane::default();
         let mut back = (1..self.runs.len()).filter(|at| newest && self.runs[*at].first < self.runs[*at - 1].last);
-        // Writes in flight may have left new pages among old ones where the lane came round: these are left out.
+        // Writes in flight may have left new pages among old ones where the lane wrapped: these are left out.
         let first = back.next().unwrap_or(self.runs.len());
-        let (newer, older) = (&self.runs[..first], behind_wide_gap(&self.runs[back.next_back().unwrap_or(first)..]));
+        let (newer, older) = (&self.runs[..first], after_wide_gap(&self.runs[back.next_back().unwrap_or(first)..]));
         let mut room = GAP_BYTES_MAX;
         lane.older = lane.put(older, page, (area.offset, unit), &mut room);
         lane.newer = lane.put(newer, page, (area.offset, unit), &mut room);
@@ -151,26 +151,26 @@ impl Scan {
             }
         }
         if lane.older.bytes > 0 && lane.older.end().saturating_add(lane.newer.bytes) > room_end {
-            // What is newer is more than was to be kept.
+            // The newer pages alone are more than was to be kept.
             lane.pages -= older.iter().map(|run| run.extent.bytes / page).sum::<u64>().min(lane.pages);
             lane.older = Extent::default();
         }
         lane
     }
 
-    /// All pages that there are.
+    /// The number of all whole pages.
     pub fn pages(&self, page: u64) -> u64 {
         self.runs.iter().map(|run| run.extent.bytes / page).sum()
     }
 }
 
-/// Where a lane's older pages have a hole, those behind it are newer.
-fn behind_wide_gap(runs: &[PageRun]) -> &[PageRun] {
+/// The runs after the last wide gap: where a lane's older pages have a hole, those after it are newer.
+fn after_wide_gap(runs: &[PageRun]) -> &[PageRun] {
     let wide = |pair: &[PageRun]| pair[1].extent.offset - pair[0].extent.end() > GAP_BYTES_MAX;
     &runs[runs.windows(2).rposition(wide).map_or(0, |at| at + 1)..]
 }
 
-/// The time of a page that is there from its header to its end.
+/// The time of a page, if the page is whole.
 pub fn whole_at(page: &[u8]) -> Option<u64> {
     match look(page) {
         Page::Whole(time) => Some(time),
@@ -179,7 +179,7 @@ pub fn whole_at(page: &[u8]) -> Option<u64> {
 }
 
 impl FoundLane {
-    /// One stretch out of several, as long as the gaps between them fit into `room`.
+    /// Joins runs into one stretch, as long as the gaps between them fit into `room`.
     fn put(&mut self, runs: &[PageRun], page: u64, (least, unit): (u64, u64), room: &mut u64) -> Extent {
         let Some(first) = runs.first() else { return Extent::default() };
         let offset = (first.extent.offset / unit * unit).max(least);
@@ -188,7 +188,7 @@ impl FoundLane {
         for (index, run) in runs.iter().enumerate() {
             let gap = run.extent.offset - whole.end();
             if gap > *room {
-                self.behind += runs[index..].iter().map(|run| run.extent.bytes / page).sum::<u64>();
+                self.left_out += runs[index..].iter().map(|run| run.extent.bytes / page).sum::<u64>();
                 break;
             }
             *room -= gap;
@@ -206,14 +206,14 @@ impl FoundLane {
     }
 }
 
-/// A page's header without events.
+/// The header of a page without events.
 pub(crate) fn filler(time: u64) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     header[..8].copy_from_slice(&time.to_le_bytes());
     header
 }
 
-/// The commit word of a page that says that events before it are missing, if it does not yet.
+/// `commit` with the mark that events before the page are missing; `None` if it has the mark already.
 pub(crate) fn marked(commit: u64) -> Option<u64> {
     (commit & MISSED_EVENTS == 0).then_some(commit | MISSED_EVENTS)
 }
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn gap_is_filled_and_the_page_behind_it_is_marked() {
+    fn gap_is_filled_and_the_page_after_it_is_marked() {
         let (_, lane) = lane(&[10, 0, 1, 13, 14], false);
         assert_eq!((lane.pages, lane.missing), (3, 2));
         assert_eq!(lane.newer, Extent { offset: 0, bytes: 5 * PAGE });
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn oldest_pages_that_nobody_punched_give_way_to_those_behind_the_hole() {
+    fn oldest_unpunched_pages_give_way_to_those_after_the_hole() {
         let mut times = vec![20, 21, 10, 11];
         times.extend(vec![0; usize::try_from(GAP_BYTES_MAX / PAGE).unwrap() + 1]);
         times.extend([12, 13]);
@@ -310,7 +310,7 @@ mod tests {
         times.extend(vec![0; usize::try_from(GAP_BYTES_MAX / PAGE).unwrap() + 1]);
         times.extend([12, 13, 14]);
         let (_, lane) = lane(&times, false);
-        assert_eq!((lane.pages, lane.missing, lane.behind, lane.newer.bytes), (2, 0, 3, 2 * PAGE));
+        assert_eq!((lane.pages, lane.missing, lane.left_out, lane.newer.bytes), (2, 0, 3, 2 * PAGE));
     }
 
     proptest! {

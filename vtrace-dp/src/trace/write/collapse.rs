@@ -1,17 +1,17 @@
 //! Removes the holes between the lanes of a file, in place.
 //!
-//! In:    a file, where its lanes lie ([`Areas`], closed), where the first one shall begin
+//! In:    a file, where its lanes lie ([`Areas`], closed), where the first one is to begin
 //! Out:   adjacent lanes; `areas` records where; the file ends with the last one
 //! Runs:  on the writer's thread, after the last page is written
 //! Full:  copying needs room for one step; without it the lane stays where it is, after its hole
 //! Trust: the file is ours, and nothing else writes to it
 //!
-//! There are two methods. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes; the kernel first writes back the dirty pages
-//! after the hole, so a recording writes back continuously ([`crate::recorder`]'s write-behind). Elsewhere bytes are copied
-//! downwards step by step with copy_file_range (which shares blocks on btrfs), and what was copied is punched out, so
-//! that no second copy of the data ever exists. Before each step that cannot be repeated, `save` has put the new places
+//! There are two methods. FALLOC_FL_COLLAPSE_RANGE (ext4, xfs) moves no bytes; the kernel first writes back the dirty
+//! pages after the hole, so a recording writes back continuously ([`crate::recorder`]'s write-back). Elsewhere bytes are
+//! copied downwards step by step with copy_file_range (which shares blocks on btrfs), and what was copied is punched
+//! out, so that no second copy of the data ever exists. Before each step that cannot be repeated, `save` has put the new places
 //! into the file. Where copying would really move bytes, and more than [`COPY_BYTES_MAX`] (a tmpfs), the holes stay: a
-//! sparse file is as right, and a copy of gigabytes at the end is what this whole file is made to avoid.
+//! sparse file is just as valid, and this module exists to avoid a copy of gigabytes at the end.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -59,7 +59,7 @@ pub(crate) struct Collapse<'a> {
 }
 
 impl Collapse<'_> {
-    /// Moves the lanes together, the first one to `start` (a multiple of the unit, not behind it).
+    /// Moves the lanes together, the first one to `start` (a multiple of the unit, not after its current place).
     pub(crate) fn run(&mut self, start: u64) -> io::Result<Compaction> {
         self.join()?;
         self.cut()?;

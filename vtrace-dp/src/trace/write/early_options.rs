@@ -69,14 +69,14 @@ fn read_slot<S: Source>(source: &S, at: u64) -> Result<Option<(u64, Vec<RawOptio
     Ok((checksum(turn, &payload) == sum).then(|| (turn, decode(&payload))))
 }
 
-/// Options one behind the other.
+/// Encodes options one after the other.
 pub(crate) fn encode(options: &[RawOption]) -> Result<Vec<u8>, OptionFault> {
     let mut out = Vec::new();
     options.iter().try_for_each(|(id, payload)| option::push(&mut out, *id, payload))?;
     Ok(out)
 }
 
-/// The reverse, as far as it goes.
+/// Decodes options up to the first truncated one.
 fn decode(payload: &[u8]) -> Vec<RawOption> {
     let mut input = Input::new(&payload, 0, bytes_of(payload));
     let mut options = Vec::new();

@@ -1,10 +1,10 @@
 //! What is fixed in a file from its beginning, and how its end is written.
 //!
 //! In:    where descriptions, areas and the room for what comes late are; at the end: where the pages are, texts
-//! Out:   a finished file, whoever finishes it: the recording, or `restore` after a crash
-//! Runs:  on the caller's thread; nobody writes pages any more
+//! Out:   a finished file, for the recording as for `restore` after a crash
+//! Runs:  on the caller's thread, after the last page is written
 //! Full:  every step leaves a file that `restore` can finish
-//! Trust: offsets were checked by whoever found them
+//! Trust: the caller has checked all offsets
 //!
 //! Order: areas say *closed* ─► options and all, places of the pages left wrong, no pointer to them yet ─► holes out ─►
 //! the same bytes with the right places ─► pointer ─► areas say *finished*. From the second step on the options can be
@@ -49,11 +49,11 @@ pub enum WriteFault {
     /// A text is too long.
     #[error("{what} of {bytes} bytes, more than {bytes_max}")]
     TooLong {
-        /// Which.
+        /// What the text is.
         what: &'static str,
-        /// How long.
+        /// Its length.
         bytes: usize,
-        /// How long it may be.
+        /// The longest allowed.
         bytes_max: usize,
     },
     /// An option that no file can hold.
@@ -212,7 +212,7 @@ impl Frame {
         let mut bytes = tail.bytes.clone();
         bytes.extend(SectionHeader::plain(id::BUFFER, buffer_bytes).encode());
         bytes.extend((0..padding).map(|_| 0));
-        // Whoever reads the file after an error in between knows that there are no options yet.
+        // After an error in between, a reader of the file sees that it has no options yet.
         self.write(&[0; 8], OPTIONS_POINTER_AT, "write the place of the options")?;
         self.write(&bytes, self.tail_at, "write options")
     }
@@ -238,7 +238,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// Its length with the header of the BUFFER section behind it.
+    /// Its length, including the header of the BUFFER section after it.
     pub(crate) fn bytes(&self) -> u64 {
         bytes_of(&self.bytes) + SECTION_HEADER_BYTES
     }

@@ -1,17 +1,18 @@
-//! The lanes of a file get the host's times, one after the other, so that a kill at any moment loses nothing.
+//! Gives the lanes of a file the host's times, one lane after the other, so that a kill at any moment loses nothing.
 //!
 //! In:    a closed file with the guest's own times; the guest's clock
 //! Out:   the same lanes with the host's times, each at another place in the file; the areas say which and where
-//! Runs:  on the writer's thread, after the last page is written; or in `restore`, which goes on where that was killed
-//! Full:  there has to be room for the largest lane once more; where there is none the lane stays as it is: said
-//! Trust: the file is ours and nobody else writes to it
+//! Runs:  on the writer's thread, after the last page is written; or in `restore`, which resumes after a kill
+//! Full:  needs space for a second copy of the largest lane; a lane that does not fit stays as it is, and is reported
+//! Trust: the file is ours and nothing else writes to it
 //!
-//! Order, for each lane: its pages are written anew to a free place ([`super::host_times`]) ─► the areas say that the lane
-//! lies there and has host times ─► the old place is given back. Whoever is killed before the second step leaves the
-//! guest's own pages whole, and this lane is begun again; what it had written is in no lane. The clock that all of it needs is in
-//! the file before the first lane is touched ([`crate::trace::format::segments::Shown::Pending`]).
+//! Order, for each lane: its pages are rewritten to free space ([`super::host_times`]) ─► the areas record the new
+//! place and that the lane has host times ─► the old place is freed. A kill before the second step leaves the guest's
+//! own pages intact: `restore` starts this lane again, and the partial copy belongs to no lane. The clock needed for
+//! the conversion is in the file before the first lane is touched
+//! ([`crate::trace::format::segments::Shown::Pending`]).
 //!
-//! The last lane goes first: one that needs more room than its area has pushes those behind it up, and lanes stay in order.
+//! The last lane goes first: a lane that outgrows its area pushes the lanes after it up, so lanes stay in order.
 
 use std::fs::File;
 
@@ -36,10 +37,10 @@ pub(crate) const PENDING_NOTE: &str = "{\"pending\":\"host times\"}";
 /// Why a lane keeps the guest's own times.
 #[derive(Debug, thiserror::Error)]
 pub enum HostingFault {
-    /// Its pages could not be written anew.
+    /// Its pages could not be rewritten.
     #[error(transparent)]
     Rewrite(#[from] RewriteFault),
-    /// Its new place could not be said.
+    /// Its new place could not be recorded in the areas.
     #[error(transparent)]
     Write(#[from] WriteFault),
 }
@@ -51,7 +52,7 @@ pub struct Hosted {
     pub lanes: Vec<(Cpu, Rewritten)>,
     /// Which of their times are not exact.
     pub uncertainties: Vec<Uncertainty>,
-    /// Why the others have not.
+    /// Why the other lanes have not.
     pub fault: Option<HostingFault>,
 }
 
@@ -77,7 +78,7 @@ pub(crate) fn host_lanes(
                 hosted.uncertainties.extend(uncertainties.into_iter().take(room));
             }
             Err(fault) => {
-                // Room that the rest of the file may need; best effort.
+                // The rest of the file may need this space; best effort.
                 let _ = punch(file, Extent { offset: to, bytes: room_bytes(lane.bytes(), areas.page_bytes) });
                 hosted.fault = Some(fault.into());
                 return hosted;
@@ -88,7 +89,7 @@ pub(crate) fn host_lanes(
             hosted.fault = Some(fault.into());
             return hosted;
         }
-        // What stays goes with the hole that it is in.
+        // A part that cannot be punched is removed later, with the hole that contains it.
         for part in [lane.moved, lane.rest].into_iter().filter(|part| part.bytes > 0) {
             let _ = punch(file, Extent { bytes: part.bytes.next_multiple_of(unit), ..part });
         }
@@ -96,17 +97,17 @@ pub(crate) fn host_lanes(
     hosted
 }
 
-/// Where the pages of a lane go: right behind those that it has, if all lanes up to it can do so; else so far behind that
-/// the lanes in front find room too.
+/// Where a lane's rewritten pages go: directly after its current ones, if that works for every lane up to this one;
+/// else far enough after them to leave room for the preceding lanes.
 fn place(areas: &Areas, index: usize, unit: u64) -> u64 {
-    let behind = |at: usize| areas.lanes[at].end().next_multiple_of(unit);
+    let after = |at: usize| areas.lanes[at].end().next_multiple_of(unit);
     let room = |at: usize| match areas.lanes[at].is_hosted {
         true => 0,
         false => room_bytes(areas.lanes[at].bytes(), areas.page_bytes).next_multiple_of(unit),
     };
-    let fits = |at: usize| areas.lanes.get(at + 1).is_none_or(|next| behind(at) + room(at) <= next.offset());
+    let fits = |at: usize| areas.lanes.get(at + 1).is_none_or(|next| after(at) + room(at) <= next.offset());
     let pushed: u64 = if (0..=index).all(fits) { 0 } else { (0..index).map(room).sum() };
-    behind(index) + pushed
+    after(index) + pushed
 }
 
 #[cfg(test)]

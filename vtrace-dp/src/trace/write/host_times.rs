@@ -1,19 +1,20 @@
-//! Pages whose times are the host's: for guests whose clock no time shift can describe.
+//! Rewrites pages with the host's times, for guests whose clock no time shift can describe.
 //!
 //! In:    the pages of a lane in a file that is being written; a way through the lane's clock; a free place in the file
 //! Out:   the same events with host times, at that place; how many, and how sure
 //! Runs:  on the caller's thread, when all pages are in the file and before its holes are collapsed
-//! Full:  a page whose events do not fit any more is continued on a page of its own: [`room_bytes`] are enough; a disk
-//!        without room is an error, and the lane is as it was
+//! Full:  events that no longer fit their page continue on an added page: [`room_bytes`] are enough; a full disk is an
+//!        error, and leaves the lane as it was
 //! Trust: pages come from guests: one that cannot be walked is cut where it breaks, and that is counted
 //!
-//! A page is laid out anew: its header has the first event's time, an event what passed since the one before, in its own
-//! 27 bits where that fits, behind a time extend of 8 bytes where it does not. What carried only time or nothing (time
-//! extends, absolute stamps, discarded events) is left out, which nearly always makes room for the extends that a slower
-//! guest needs more of. No time is rounded to fit. Everything else stays: event bytes, order, and the count of lost ones.
+//! A page is laid out anew: its header has the first event's time, and each event the time since the previous one, in
+//! its own 27 bits where that fits, else in a time extend of 8 bytes before it. Entries that carry only time or nothing
+//! (time extends, absolute stamps, discarded events) are left out, which nearly always makes room for the extends that
+//! a slower guest needs more of. No time is rounded to fit. All else stays: event bytes, order, and the count of lost
+//! events.
 //!
-//! Pages are read and written a mebibyte at a time. The guest's own are only read: whoever is killed meanwhile has lost
-//! nothing, and begins again ([`super::host_lanes`]).
+//! Pages are read and written a mebibyte at a time. The guest's own pages are only read: a kill loses nothing, and the
+//! lane is started again ([`super::host_lanes`]).
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -55,7 +56,7 @@ const LEAPS_MAX: u64 = 1 << (64 - EXTEND_BITS);
 pub struct RewriteFault {
     /// What was tried.
     action: &'static str,
-    /// Where.
+    /// Offset of the pages in the file.
     offset: u64,
     /// Why it failed.
     source: io::Error,
@@ -170,7 +171,7 @@ impl Pass<'_> {
         let mut chunk = Vec::new();
         for first in (0..pages).step_by(usize::try_from(step).expect("small")) {
             let count = step.min(pages - first);
-            // One header more: what comes next narrows what the last page can mean.
+            // Read one header more: the next page's time narrows what the last page's times can mean.
             let ahead = if first + count < pages { HEADER_BYTES } else { 0 };
             chunk.resize(usize::try_from(count).expect("small") * page_bytes + ahead, 0);
             self.place.read(&mut chunk, first)?;
@@ -185,8 +186,8 @@ impl Pass<'_> {
 
     /// Rewrites the page at the start of `rest`.
     fn one(&mut self, rest: &[u8], page_bytes: usize) {
-        let (page, behind) = rest.split_at(page_bytes);
-        let next = Header::parse(behind, page_bytes).ok().filter(|header| header.data_bytes > 0);
+        let (page, following) = rest.split_at(page_bytes);
+        let next = Header::parse(following, page_bytes).ok().filter(|header| header.data_bytes > 0);
         let next = next.map(|header| GuestTsc(header.time));
         let is_whole = self.rewriter.rewrite(page, next, &mut self.lane);
         self.done.pages_cut += u64::from(!is_whole);
@@ -237,8 +238,8 @@ impl StoredLane<'_> {
         let [first, second] = self.parts.map(|part| part.bytes / page_bytes);
         let in_first = first.saturating_sub(page).min(second + first);
         let bytes = usize::try_from(in_first * page_bytes).map_or(buffer.len(), |bytes| bytes.min(buffer.len()));
-        let (front, behind) = buffer.split_at_mut(bytes);
-        let at = [(front, self.parts[0], page), (behind, self.parts[1], page.saturating_sub(first))];
+        let (front, back) = buffer.split_at_mut(bytes);
+        let at = [(front, self.parts[0], page), (back, self.parts[1], page.saturating_sub(first))];
         for (buffer, part, page) in at.into_iter().filter(|(buffer, ..)| !buffer.is_empty()) {
             let offset = part.offset + page * page_bytes;
             let read = self.file.read_exact_at(buffer, offset);

@@ -49,11 +49,11 @@ use crate::{clock::table::Table, ftrace::metadata::Metadata};
 pub struct Bounds {
     /// No lane may take more than this.
     pub lane_bytes_max: Option<u64>,
-    /// Each lane keeps its newest bytes only, at least so many and begins again at its area's start when it has reached the end.
+    /// Each lane keeps only its newest bytes, at least this many, and wraps to the start of its area at the end.
     pub newest_bytes: Option<u64>,
 }
 
-/// A trace.dat being written: metadata in front, one area per lane behind, options between them.
+/// A trace.dat being written: metadata first, then options, then one area per lane.
 #[derive(Debug)]
 pub struct Writer {
     frame: Frame,

@@ -1,28 +1,28 @@
 //! Which pages of a lane stay when only the newest are wanted.
 //!
-//! In:    how many bytes an area has, how many of the newest shall stay; how much was written
-//! Out:   which stretch is too old and can be punched out, where the kept pages are
+//! In:    the bytes of an area, how many of the newest to keep; how many were written
+//! Out:   which stretch is too old and can be punched out; where the kept pages are
 //! Runs:  beside the writer of a lane, which begins again at its area's start ([`Area::begins_again`]); pure
-//! Full:  never: where a lane comes round, all is too old by then
+//! Full:  never: by the time a lane wraps, everything it overwrites is too old
 //!
-//! At least `newest_bytes` stay, at most a step more: a step is what one hole costs one call for. [`kept`] says from the
-//! number of bytes alone where the pages are, so writer and finisher need not meet.
+//! At least `newest_bytes` stay, and at most one step more: one call punches out one step. [`kept`] computes where the
+//! pages are from the byte count alone, so the writer and the finisher share no state.
 //!
-//! Who punches hears late how much was written, and must not punch what is new again by then: the [`LATE_BYTES`] of an
-//! area that come next are left alone, and an area that is not much larger is not punched at all. It is overwritten
-//! instead, and takes no more room than it has.
+//! The puncher learns late how much was written, and must not punch pages that were overwritten meanwhile: it leaves
+//! alone the next [`LATE_BYTES`] of an area, and does not punch an area that is not much larger than that. Such an
+//! area is overwritten instead, and never grows.
 //!
 //! [`Area::begins_again`]: vtrace_common::wire::client::Area::begins_again
 
 use crate::trace::format::areas::Extent;
 
-/// Smallest step: a hole costs a call and a change of the file's map.
+/// Smallest step: a hole costs a system call and a change of the file's extent map.
 const STEP_BYTES_MIN: u64 = 1 << 20;
-/// A step is this part of what is kept, or the smallest step.
+/// A step is one part in so many of the kept bytes, but at least the smallest step.
 const STEPS: u64 = 8;
-/// What one lane may have under way at a time, or waiting: writes to one place must not meet.
+/// The most that one lane may have in flight or queued: two writes must not overlap.
 const FLIGHT_BYTES: u64 = 64 << 20;
-/// What one CPU can trace, and more, between two looks at how much was written.
+/// More than one CPU can trace between two reads of the byte count.
 const LATE_BYTES: u64 = 1 << 30;
 
 /// What is punched out of one lane. Offsets are bytes from the start of its area.
@@ -40,18 +40,18 @@ pub struct Newest {
 /// the start of its area.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Kept {
-    /// Behind a wrap: from somewhere to the area's end.
+    /// Pages written before the wrap: from `offset` to the area's end.
     pub older: Extent,
     /// Up to the last page.
     pub newer: Extent,
 }
 
-/// What an area needs at least to keep so many bytes while more are being written.
+/// The smallest area that keeps `newest_bytes` while more are being written.
 pub fn area_bytes_min(newest_bytes: u64, unit: u64) -> u64 {
     (newest_bytes + 3 * step_bytes(newest_bytes, unit) + FLIGHT_BYTES).next_multiple_of(unit)
 }
 
-/// Bytes behind an area that its pages may need to be put in order at the end.
+/// Bytes after an area that its pages may need at the end, when they are put in order.
 pub fn slack_bytes(newest_bytes: u64, unit: u64) -> u64 {
     (newest_bytes + step_bytes(newest_bytes, unit)).next_multiple_of(unit)
 }
@@ -61,7 +61,7 @@ fn step_bytes(newest_bytes: u64, unit: u64) -> u64 {
     (newest_bytes / STEPS).max(STEP_BYTES_MIN).next_multiple_of(unit)
 }
 
-/// Where the pages of a lane are that has written `written` bytes in all.
+/// Where the kept pages of a lane are, once `written` bytes were written in all.
 pub fn kept(area_bytes: u64, newest_bytes: u64, unit: u64, written: u64) -> Kept {
     let step = step_bytes(newest_bytes, unit);
     let from = written.saturating_sub(newest_bytes) / step * step;
@@ -84,15 +84,15 @@ impl Newest {
         Self { area_bytes, newest_bytes, step_bytes, late_bytes, written: 0, punched: 0 }
     }
 
-    /// `written` bytes were written in all when it was last asked. If a step of pages is too old: a stretch to punch out
-    /// (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE); ask again until there is none.
+    /// A stretch that is too old and can be punched out (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE), once that is a
+    /// step or more; call again until it gives `None`. `written`: bytes written in all, as last read.
     pub fn too_old(&mut self, written: u64) -> Option<Extent> {
         self.written = self.written.max(written);
         let Self { area_bytes, newest_bytes, step_bytes, late_bytes, .. } = *self;
         if area_bytes < newest_bytes + 3 * step_bytes + late_bytes {
             return None;
         }
-        // What is new again, or may be by now.
+        // What was overwritten, or may have been by now.
         let again = (self.written + late_bytes).saturating_sub(area_bytes).next_multiple_of(step_bytes);
         self.punched = self.punched.max(again);
         let from = self.written.saturating_sub(newest_bytes) / step_bytes * step_bytes;
@@ -115,7 +115,7 @@ mod tests {
     const PAGE: u64 = 4096;
     const LATE: u64 = 64 * PAGE;
 
-    /// A file that is a list of page numbers, and which are punched out by somebody who looks late.
+    /// A file as a list of page numbers; the puncher learns late how many were written.
     struct WrappingLane {
         newest: Newest,
         pages: Vec<Option<u64>>,
@@ -159,7 +159,7 @@ mod tests {
             for (pages, later) in writes {
                 lane.write(pages);
                 let seen = lane.count;
-                // It writes on while the one who punches has not begun.
+                // The lane goes on writing before the puncher starts.
                 lane.write(later);
                 lane.punch(seen);
             }

@@ -1,10 +1,10 @@
-//! A finished file once more, in another form: version 6, compressed, or with the pages of more instances in it.
+//! Rewrites a finished file in another form: version 6, compressed, or with the pages of more instances in it.
 //!
 //! In:    finished files: that of the top instance, and one of each named one
 //! Out:   one file that stock trace-cmd reads, as if it had written it
-//! Runs:  on the caller's thread, when nobody writes pages any more
-//! Full:  a disk without room is an error; what was read is as it was
-//! Trust: the files are our own, and are read as if they were anyone's
+//! Runs:  on the caller's thread, after the last page is written
+//! Full:  a full disk is an error; the input files are unchanged
+//! Trust: the files are our own, but are read as untrusted input
 //!
 //! Everything but pages comes in front, below 2 GiB. A section need not hold the pages that its option points to: those
 //! of the named instances are empty, and the last one, the top instance's, reaches to the end of the file.
@@ -196,7 +196,7 @@ fn options<'a>(all: impl Iterator<Item = (&'a str, &'a Reader<FileSource>)>) -> 
         }
         raw.extend(reader.other_options().iter().filter(|_| at == 0).cloned());
     }
-    // Behind everything else: a stock reader of version 6 takes the number of CPUs from here.
+    // After everything else: a stock reader of version 6 takes the number of CPUs from here.
     raw.push((id::CPUCOUNT, TraceOption::CpuCount(cpus).encode()?));
     Ok(raw)
 }

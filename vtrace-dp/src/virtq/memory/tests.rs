@@ -34,7 +34,7 @@ fn empty_unaligned_and_wrapping_regions_are_refused() {
 }
 
 #[test]
-fn region_behind_the_end_of_its_file_is_refused() {
+fn region_beyond_the_end_of_its_file_is_refused() {
     let beyond = VhostUserMemoryRegion::new(0, PAGE, VMM_BASE, 8 * PAGE);
     assert!(matches!(map(&[beyond]), Err(MemoryFault::Short { .. })));
 }

@@ -274,7 +274,7 @@ fn segment_across_adjacent_regions_is_split() {
 }
 
 #[test]
-fn readable_segment_behind_a_writable_one_is_a_fault() {
+fn readable_segment_after_a_writable_one_is_a_fault() {
     let mut bare = bare();
     descriptor(&bare.descriptors, 0, DATA, 8, NEXT | WRITE, 1);
     descriptor(&bare.descriptors, 1, DATA, 8, 0, 0);

@@ -203,7 +203,7 @@ fn torn_tail_is_counted_and_leaves_nothing_in_the_file() {
 }
 
 #[test]
-fn pages_behind_the_end_of_the_area_are_refused() {
+fn pages_past_the_end_of_the_area_are_refused() {
     let mut bench = Bench::new(memory_file(0).unwrap(), 2);
     for number in 0..5 {
         bench.come(&page(number, true));
@@ -216,7 +216,7 @@ fn pages_behind_the_end_of_the_area_are_refused() {
 
 #[test]
 fn pages_that_do_not_fit_the_disk_are_counted_with_the_reason() {
-    // What lies behind the end of this file cannot be written: two pages and no more.
+    // Nothing past the end of this file can be written: it takes two pages.
     let mut bench = Bench::new(sealed_file(START + 2 * PAGE as u64).unwrap(), 1000);
     for number in 0..4 {
         bench.come(&page(number, true));
@@ -257,7 +257,7 @@ proptest! {
         let (counts, area) = bench.close(None);
         let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page).collect();
         prop_assert_eq!((counts.ledger.pages_out, counts.ledger.pages_lost), (kept.len() as u64, (pages.len() - kept.len()) as u64));
-        prop_assert!(area.len() <= area_pages * PAGE, "nothing is written behind the area");
+        prop_assert!(area.len() <= area_pages * PAGE, "nothing is written past the area");
         // The oldest may have been touched by a page that never became whole.
         for (index, page) in kept.iter().enumerate().rev().take(area_pages - 1) {
             let found = &area[index % area_pages * PAGE..][..PAGE];

@@ -43,7 +43,7 @@ fn here() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A sound page that nobody else sends.
+/// A valid page, different for each number.
 fn page(number: u64) -> Vec<u8> {
     let mut page: Vec<u8> = (0..512u64).flat_map(|at| (number << 16 | at).to_le_bytes()).collect();
     page[8..16].copy_from_slice(&4000u64.to_le_bytes());
@@ -163,7 +163,7 @@ fn memory_may_go_as_soon_as_a_remap_has_answered() {
 }
 
 #[test]
-fn gap_is_marked_in_the_file_and_pages_behind_it_fly_again() {
+fn gap_is_marked_in_the_file_and_pages_after_it_are_written_directly_again() {
     let Some(files) = files(here(), 64 << 20) else { return };
     let mut bench = Bench::new(files, 63 << 20);
     let mut bad = page(1);
@@ -186,7 +186,7 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
     let again = (files.0.try_clone().unwrap(), files.1.try_clone().unwrap());
     let mut bench = Bench::new(files, 63 << 20);
     bench.send(&pages(1500));
-    bench.drain.handle.tell(crate::drain::ring::worker::Command::Panic(Some(Cpu(0))));
+    bench.drain.handle.tell(crate::drain::ring::worker::RingCommand::Panic(Some(Cpu(0))));
     let base = bench.drain.ring_stopped(Cpu(0)).expect("its base is still known");
     let counts = bench.finish(0);
     assert_eq!(counts.ledger.pages_in, counts.ledger.pages_out + counts.ledger.pages_lost);

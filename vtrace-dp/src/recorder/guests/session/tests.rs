@@ -106,7 +106,7 @@ fn agent_that_goes_away_leaves_what_came() {
 }
 
 #[test]
-fn answer_nobody_asked_for_is_trouble() {
+fn unsolicited_answer_is_trouble() {
     let mut session = running();
     session.on(agent(FromAgent::Stopped));
     let trouble = Trouble::OutOfOrder { phase: Phase::Running, answer: "Stopped".into() };
@@ -224,7 +224,7 @@ fn cpu_that_came_is_one_of_the_lanes_and_one_that_did_not_is_not_mentioned() {
         let stats_after = stats_after.to_owned();
         agent(FromAgent::Lane(LaneReport { cpu: Cpu(cpu), ledger, stats_after, ..LaneReport::default() }))
     };
-    // CPU 2 came and could not be opened, CPU 3 did not come, CPU 4 came and nobody knew it.
+    // CPU 2 came and could not be opened, CPU 3 did not come, CPU 4 came unannounced.
     let said = [(0, 7, stats(0, 70)), (1, 5, stats(0, 50)), (2, 0, stats(20, 0)), (3, 0, String::new())];
     for (cpu, pages, stats) in &said {
         session.on(report(*cpu, *pages, stats));

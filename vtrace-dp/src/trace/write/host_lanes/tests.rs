@@ -134,7 +134,7 @@ fn file_that_is_left_at_any_step_is_restored_to_what_it_would_have_been() {
 }
 
 #[test]
-fn lane_that_does_not_fit_its_area_pushes_those_behind_it_up() {
+fn lane_that_does_not_fit_its_area_pushes_those_after_it_up() {
     let unit = 4096;
     let lane = |cpu, offset, pages| crate::trace::format::areas::LaneArea {
         cpu: Cpu(cpu),
