@@ -69,7 +69,12 @@ impl Host {
 
     fn ask(&mut self, request: &ToAgent) -> Result<FromAgent> {
         self.say(request)?;
-        self.next()
+        loop {
+            match self.next()? {
+                FromAgent::EventsLost { .. } => {} // comes after a pong when a ring buffer has overwritten events
+                other => return Ok(other),
+            }
+        }
     }
 
     /// The next answer that is no description; sizes of what was described are added up.
@@ -77,7 +82,7 @@ impl Host {
         loop {
             match self.next()? {
                 FromAgent::Describe(piece) => *described.entry(piece.part).or_default() += piece.bytes.len(),
-                FromAgent::Pong { id: STILL_HERE } | FromAgent::Arming { .. } => {}
+                FromAgent::Pong { id: STILL_HERE } | FromAgent::Arming { .. } | FromAgent::EventsLost { .. } => {}
                 other => return Ok(other),
             }
         }
