@@ -79,7 +79,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let into = [nothing, nothing, running, none, none, none, memory, refused, cpus, port, refused, bus, none, none];
     let into = [&into[..], &[refused, none, none, nothing, nothing]].concat();
     let gone = r#""event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/vtrace0"}"#;
-    let out = [nothing, chardev, device, label, none, running, nothing, gone, nothing, nothing];
+    let hotpluggable = r#""return": true"#;
+    let out = [nothing, chardev, device, label, hotpluggable, none, running, nothing, gone, nothing, nothing];
     let all = [vec![refused; 6], vec![nothing; 3]].concat();
     let with = |what: u8, said: Vec<u8>| [vec![what], said].concat();
     vec![with(0, answers(&into)), with(1, answers(&out)), with(0, answers(&all)), with(1, b"SSH-2.0-\x07\n".to_vec())]
