@@ -82,7 +82,10 @@ impl Host {
         loop {
             match self.next()? {
                 FromAgent::Describe(piece) => *described.entry(piece.part).or_default() += piece.bytes.len(),
-                FromAgent::Pong { id: STILL_HERE } | FromAgent::Arming { .. } | FromAgent::EventsLost { .. } => {}
+                FromAgent::Pong { id: STILL_HERE }
+                | FromAgent::Arming { .. }
+                | FromAgent::EventsLost { .. }
+                | FromAgent::Remark { .. } => {}
                 other => return Ok(other),
             }
         }
