@@ -25,8 +25,9 @@ use vtrace_common::{
 
 use crate::{
     drain::tap::{
-        splice::TapEnd,
-        worker::{Pump, PumpSettings, PumpUse, TapReport},
+        Pump,
+        lane::TapEnd,
+        worker::{PumpSettings, PumpUse, TapReport},
     },
     ftrace::metadata::{Metadata, MetadataFault},
     sys::tsc,

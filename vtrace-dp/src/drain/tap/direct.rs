@@ -31,7 +31,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::{errno::Errno, libc};
 use vtrace_common::wire::client::Area;
 
-use super::splice::{PageMover, TapEnd};
+use super::{lane::TapEnd, source::PageMover};
 use crate::{
     drain::ledger::{Counters, count},
     sys::{

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     analysis::{host_events::Decoders, vcpu_runs::HostPages},
     clock::math::HostRange,
-    drain::tap::splice::TapEnd,
+    drain::tap::lane::TapEnd,
     ftrace::fields::Formats,
     recorder::{
         guests::session::Trouble,

@@ -1,5 +1,4 @@
-//! Moves one host CPU's pages through the page cache: tap ─► pipe ─► file, by splice. Also [`PageMover`], which the pump
-//! drives.
+//! One host CPU's path from its tap to its area, through the page cache: tap ─► pipe ─► file, by splice.
 //!
 //! In:    a tap, a pipe that is empty between two calls
 //! Out:   pages at the area's offset, one after the other; a ledger
@@ -36,22 +35,6 @@ pub enum TapEnd {
     /// The file cannot be written.
     #[error("file: {0}")]
     File(SysError),
-}
-
-/// Moves pages from the taps of all lanes to the file.
-pub(crate) trait PageMover {
-    /// Whether a lane takes no more pages.
-    fn has_ended(&self, at: usize) -> bool;
-    /// Moves full pages of a lane whose tap can be read; whether there were any.
-    fn take(&mut self, at: usize, tap: BorrowedFd<'_>) -> bool;
-    /// Moves everything that is left, the partly filled page too. Tracing is off.
-    fn take_rest(&mut self, at: usize, tap: BorrowedFd<'_>);
-    /// Whether pages wait here for more to come.
-    fn holds_pages(&self) -> bool;
-    /// Sends the waiting pages on.
-    fn flush(&mut self);
-    /// Why a lane takes no more.
-    fn end(&self, at: usize) -> Option<TapEnd>;
 }
 
 /// One host CPU's path from its tap to its area.
