@@ -24,10 +24,15 @@ fn said(command: &mut Command) -> Result<String> {
 
 /// `trace-cmd WORDS -i FILE -i FILE …`.
 pub fn trace_cmd(words: &[&str], files: &[&Path]) -> Result<String> {
+    let files: Vec<&Path> = files.iter().flat_map(|file| [Path::new("-i"), file]).collect();
+    said(stock_trace_cmd().args(words).args(files))
+}
+
+/// This Debian's trace-cmd, installed if it is not.
+fn stock_trace_cmd() -> Command {
     static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
     INSTALLED.get_or_init(xtask::packages::ensure_listed).as_ref().expect("stock tools are there");
-    let files: Vec<&Path> = files.iter().flat_map(|file| [Path::new("-i"), file]).collect();
-    run("trace-cmd", words, &files)
+    Command::new("trace-cmd")
 }
 
 /// The same by trace-cmd of Debian forky, 3.4 or later, unpacked beside this machine's.
@@ -47,7 +52,7 @@ pub fn convert(from: &Path, version: &str, to: &Path) -> Result<()> {
 
 /// The same, packed with this compression.
 pub fn convert_packed(from: &Path, version: &str, compression: &str, to: &Path) -> Result<()> {
-    let mut command = Command::new("trace-cmd");
+    let mut command = stock_trace_cmd();
     command
         .args(["convert", "--file-version", version, "--compression", compression, "-i"])
         .arg(from)

@@ -181,9 +181,7 @@ fn file_that_was_there_stays_until_the_recording_begins() -> Result<()> {
 fn full_disk_stops_the_recording_and_leaves_a_valid_file() -> Result<()> {
     for (kind, disk) in [("tmpfs", Disk::tmpfs(32 << 20)?), ("ext4", Disk::ext4(32 << 20)?)] {
         let folder = disk.path();
-        let begun = Instant::now();
         let recording = recorder(folder).run("-e sched -e syscalls -- dd if=/dev/zero of=/dev/null bs=1")?;
-        ensure!(begun.elapsed() < Duration::from_secs(60), "it stops by itself");
         assert_eq!((recording.status, &recording.summary["ended"]), (1, &Value::from("cannot-write")), "{kind}");
         ensure!(recording.sum("host", "pages_lost")? > 0, "{kind}: the ledger says what was refused");
         let remarks = recording.machine("host")?["remarks"].to_string();

@@ -282,6 +282,8 @@ fn configuration(dir: &Path) -> String {
         "#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n#clear DPkg::Post-Invoke;\n\
          #clear APT::Architectures;\nAPT::Architecture \"amd64\";\nAPT::Architectures {{ \"amd64\"; }};\n\
          // Root's own folders are closed to the user _apt.\nAPT::Sandbox::User \"root\";\n\
+         // A mirror may be a snapshot of last month; signatures are checked all the same.\n\
+         Acquire::Check-Valid-Until \"false\";\n\
          Acquire::Languages \"none\";\nAcquire::Retries \"3\";\nAPT::Get::List-Cleanup \"true\";\n\
          Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n\
          Acquire::IndexTargets::deb::CNF::DefaultEnabled \"false\";\n\

@@ -48,10 +48,12 @@ impl BareRoot {
         let sources = mirror::of_this_machine()?.sources("deb", &[&release]);
         let dir = cache::dir("roots")?.join(name);
         let _turn = cache::lock(&cache::dir("roots")?.join(".lock"), "another Debian root", PATIENCE)?;
-        let stamp = format!("{release} {}\n", packages.join(" "));
+        let settings = acquire_settings()?;
+        let stamp = format!("{release} {}\n{settings}", packages.join(" "));
         if fs::read_to_string(dir.join("stamp")).ok().as_deref() != Some(&stamp) {
             eprintln!("making an empty Debian {release} with {} packages", packages.len());
             make(&dir, &release, &sources, packages)?;
+            fs::write(dir.join("root/etc/apt/apt.conf.d/90machine"), settings)?;
             fs::write(dir.join("stamp"), stamp)?;
         }
         Ok(Self { dir })
@@ -71,6 +73,16 @@ impl BareRoot {
         command.arg("--").arg(dir).arg(program).env(MARK, "1");
         command
     }
+}
+
+/// How this machine's apt reaches its mirrors: proxies, limits, checks. apt in the root needs the same.
+fn acquire_settings() -> Result<String> {
+    let all = run(Command::new("apt-config").arg("dump"))?;
+    let is_wanted = |line: &&str| {
+        let name = line.strip_prefix("Acquire::").unwrap_or_default();
+        ["Check-", "Force", "http", "socks"].iter().any(|start| name.starts_with(start))
+    };
+    Ok(all.lines().filter(is_wanted).map(|line| format!("{line}\n")).collect())
 }
 
 fn make(dir: &Path, release: &str, sources: &str, packages: &[&str]) -> Result<()> {
