@@ -134,7 +134,7 @@ fn as_stock_tools_write_them(host: &Path, file: &Path, expected: &Value) -> Resu
 
 fn files_that_cannot_be_checked_are_named(host: &Path, file: &Path) -> Result<()> {
     let swapped = vtrace_check(&[], &[file, host])?;
-    assert_eq!(swapped.status, 1, "{}", swapped.stderr);
+    assert_eq!(swapped.status, 2, "{}", swapped.stderr);
     let right = format!("try: vtrace check {} {}\n", host.display(), file.display());
     assert!(swapped.stderr.ends_with(&right), "{}", swapped.stderr);
     let said = vtrace_check(&[], &[host, Path::new("/dev/null")])?;
