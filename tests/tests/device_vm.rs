@@ -223,7 +223,7 @@ fn attach(link: &mut Link, page_bytes: u32, path: &Path) -> Result<()> {
         .collect();
     let lanes = ToServer::Lanes(Lanes { guest: "guest1".into(), page_bytes, areas });
     let file: File = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
-    link.send_with_file(&lanes, &file)?;
+    link.send_with_files(&lanes, &[&file])?;
     assert_eq!(next(link)?, FromServer::LanesReady { guest: "guest1".into() });
     Ok(())
 }

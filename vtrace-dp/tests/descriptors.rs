@@ -23,7 +23,7 @@ use proptest::prelude::*;
 use vtrace_common::wire::{Hello, client::ToServer, encode};
 use vtrace_dp::{
     server::{CONTROL_SOCKET, GuestConfig, GuestSocket, Server, ServerConfig, stream::Streams},
-    sys::socket::{MESSAGE_DESCRIPTORS_MAX, send_all_with},
+    sys::socket::{MESSAGE_DESCRIPTORS_MAX, send_all},
     vmm::setup::{Folder, Setup, Transport},
 };
 
@@ -130,7 +130,7 @@ fn whatever_arrives_on_any_socket_leaves_as_many_descriptors_as_before() {
         socket.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
         for (bytes, first, count, reads) in messages {
             // The server may have closed the connection by now.
-            let _ = send_all_with(socket.as_fd(), &bytes, &objects.many(first, count));
+            let _ = send_all(socket.as_fd(), &bytes, &objects.many(first, count));
             if reads {
                 let _ = socket.read(&mut [0; 4096]);
             }

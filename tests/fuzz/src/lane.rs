@@ -17,8 +17,9 @@ use vtrace_dp::{
         ring::lane::RingLane,
         sink::{FileSink, Sink},
     },
+    sys::{SysError, write_all::Written},
     virtq::{
-        memory::{Batch, Memory, Span, Written},
+        memory::{Batch, Memory, Span},
         testing::{guest_memory, memory_file},
     },
 };
@@ -48,7 +49,10 @@ impl Sink for Watched {
         self.writes_left = self.writes_left.saturating_sub(1);
         if self.writes_left == 0 {
             self.failed = true;
-            return Written { bytes: bytes / 2, fault: Some(io::Error::from_raw_os_error(28)) };
+            return Written {
+                bytes: bytes / 2,
+                fault: Some(SysError { call: "pwritev", errno: nix::errno::Errno::ENOSPC }),
+            };
         }
         self.file.write(batch, offset)
     }

@@ -32,7 +32,7 @@ use nix::{
 };
 use vtrace_dp::{
     server::{GuestConfig, GuestSocket, Server, ServerConfig},
-    sys::socket::{MESSAGE_DESCRIPTORS_MAX, receive, send_all_with},
+    sys::socket::{MESSAGE_DESCRIPTORS_MAX, receive, send_all},
 };
 
 const GUEST: &str = "guest1";
@@ -210,7 +210,7 @@ fn play(path: &Path, bytes: &[u8], objects: &Objects) {
     for step in bytes.as_chunks().0.iter().take(STEPS_MAX) {
         let step = Step::of(step);
         let (bytes, dies) = step.bytes();
-        if send_all_with(socket.as_fd(), &bytes, &step.descriptors(objects)).is_err() || dies {
+        if send_all(socket.as_fd(), &bytes, &step.descriptors(objects)).is_err() || dies {
             return;
         }
         if step.change & 2 == 0 {

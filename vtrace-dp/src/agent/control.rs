@@ -42,7 +42,7 @@ use super::{
     session::{Effect, SessionOutcome, SessionState},
 };
 use crate::{
-    sys::{SysError, tsc},
+    sys::{SysError, tsc, wait::take_events},
     tracefs::{Tracefs, online_cpus},
 };
 
@@ -176,11 +176,7 @@ impl<'a> Control<'a> {
     /// Sleeps until there is an event, and acts on all of them.
     fn turn(&mut self) -> Result<Result<(), HostGone>, SysError> {
         let mut events = [EpollEvent::empty(); 8];
-        let count = match self.epoll.wait(&mut events, self.wait_max()) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => return Err(SysError::of("epoll_wait")(errno)),
-        };
+        let count = take_events(&self.epoll, &mut events, self.wait_max())?;
         let happened = |tag| events[..count].iter().any(|event| event.data() == tag);
         if happened(QUIT) {
             return Ok(Err(HostGone::Asked));

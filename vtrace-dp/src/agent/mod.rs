@@ -53,7 +53,6 @@ use std::{
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
@@ -64,7 +63,7 @@ use vtrace_common::{ids::Cpu, limits::LANES_MAX};
 use self::cpu_placement::CpuPlacement;
 pub use self::cpu_placement::CpuPlacementFault;
 use crate::{
-    sys::{SysError, limit::allow_descriptors, oom, signal::unblock_in},
+    sys::{SysError, limit::allow_descriptors, oom, signal::unblock_in, wait::readable},
     tracefs::{Tracefs, online_cpus, possible_cpus},
 };
 use control::{Control, ControlEnd, ControlOptions};
@@ -276,22 +275,15 @@ fn await_lanes(ports: &SerialPorts, news: &Uevents, quit: &SignalFd) -> Result<b
 
 /// Sleeps until a virtio port has changed, or until `until`. False when asked to quit.
 fn await_news(news: &Uevents, quit: &SignalFd, until: Option<Instant>) -> Result<bool, SysError> {
+    let mut ready = Vec::new();
     loop {
         if news.take() {
             return Ok(true);
         }
-        let timeout = until.map_or(PollTimeout::NONE, |until| {
-            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            PollTimeout::try_from(left).expect("less than a second")
-        });
-        let mut fds = [PollFd::new(news.as_fd(), PollFlags::POLLIN), PollFd::new(quit.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, timeout) {
-            Ok(0) => return Ok(true),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(SysError::of("poll")(errno)),
-        }
-        if fds[1].any() == Some(true) {
-            return Ok(false);
+        let limit = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+        readable(&[news.as_fd(), quit.as_fd()], limit, &mut ready)?;
+        if ready.is_empty() || ready.contains(&1) {
+            return Ok(ready.is_empty());
         }
     }
 }

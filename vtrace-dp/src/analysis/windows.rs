@@ -69,11 +69,6 @@ impl Windows {
         self.boundaries.windows(2).filter(|pair| pair[0].opens && !pair[1].opens).count()
     }
 
-    /// Nothing is known of this thread.
-    pub fn is_empty(&self) -> bool {
-        self.boundaries.is_empty()
-    }
-
     /// The windows of the thread in `from..=to`, and the parts of that period in which they are all known.
     pub fn known(&self, gaps: &Gaps, from: u64, to: u64) -> KnownWindows {
         let mut known = KnownWindows::default();

@@ -6,13 +6,13 @@
 //! Trust: the kernel. A record of an unexpected length is an error
 
 use std::{
-    fmt, io,
+    fmt,
     os::fd::{AsFd, BorrowedFd},
 };
 
 use aya::{
     Pod,
-    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{HashMap, MapData, PerCpuArray, RingBuf},
 };
 
 use super::{BpfError, map_failed, object::Object};
@@ -77,18 +77,6 @@ impl KeySet {
     /// The map is full.
     pub fn insert(&mut self, key: u32) -> Result<(), BpfError> {
         self.map.insert(key, 1, 0).map_err(|source| map_failed(self.name, source))
-    }
-
-    /// Removes `key`, which need not be in the set.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn remove(&mut self, key: u32) -> Result<(), BpfError> {
-        match self.map.remove(&key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(map_failed(self.name, source)),
-        }
     }
 }
 

@@ -135,15 +135,6 @@ impl Feed {
         Ok(self.wanted.insert(key(watched))?)
     }
 
-    /// Stops reporting them; no error if they were not watched. Changes in between are not reported when they are watched
-    /// again: take a new snapshot then.
-    ///
-    /// # Errors
-    /// [`BpfError::Map`].
-    pub fn forget(&mut self, watched: Watched) -> Result<(), FeedError> {
-        Ok(self.wanted.remove(key(watched))?)
-    }
-
     /// The next change; `Ok(None)` if none waits.
     ///
     /// # Errors

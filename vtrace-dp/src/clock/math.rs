@@ -57,9 +57,6 @@ impl HostRange {
 }
 
 impl Pair {
-    /// A guest whose TSC is the host's.
-    pub const SAME: Self = Self { offset: 0, ratio: None };
-
     /// What the guest reads when the host's TSC is `host`. Hot.
     pub fn to_guest(self, host: HostTsc) -> GuestTsc {
         GuestTsc(low_half(self.scale(host)).wrapping_add(self.offset))

@@ -90,13 +90,6 @@ pub fn plan(start: &[Measurement], end: &[Measurement], lanes: &[Cpu], peer: u64
 }
 
 impl ClockPlan {
-    /// The host's TSC when the guest's was `guest`; `None` if that differs between CPUs.
-    pub fn host_tsc(&self, guest: GuestTsc) -> Option<HostTsc> {
-        let mut all = (0..).map(Cpu).zip(&self.time_shift.cpus).map(|(cpu, _)| self.to_host(cpu, guest));
-        let first = all.next()?;
-        all.all(|other| other == first).then_some(first)
-    }
-
     /// The host's TSC when the guest's was `guest` on `cpu`, as readers of the file compute it. A CPU without samples keeps
     /// its time.
     pub fn to_host(&self, cpu: Cpu, guest: GuestTsc) -> HostTsc {
@@ -444,7 +437,8 @@ mod tests {
             let count = u32::try_from(guest.len()).unwrap();
             let plan = plan(&all(|entry| &entry.1), &all(|entry| &entry.2), &cpus(count), 1).unwrap();
             prop_assert!(plan.steady);
-            prop_assert_eq!(plan.host_tsc(GuestTsc(at)).is_some(), plan.shared || guest.len() == 1);
+            let hosts: Vec<HostTsc> = (0..count).map(|cpu| plan.to_host(Cpu(cpu), GuestTsc(at))).collect();
+            prop_assert_eq!(hosts.windows(2).all(|pair| pair[0] == pair[1]), plan.shared || guest.len() == 1);
             let alike = guest.iter().all(|(offset, ..)| *offset == guest[0].0);
             prop_assert!(plan.shared || !alike);
             for (cpu, (offset, ..)) in (0..).zip(&guest) {

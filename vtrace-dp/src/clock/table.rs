@@ -179,11 +179,6 @@ impl Table {
         self.vcpus.iter().find(|vcpu| vcpu.history.cpu() == cpu)
     }
 
-    /// Segments of all vCPUs.
-    pub fn segments(&self) -> usize {
-        self.vcpus.iter().map(|vcpu| vcpu.segments().len()).sum()
-    }
-
     /// The widest boundary of any vCPU, host ticks; 0: every conversion is exact, but for what a guest's ring buffer hid.
     pub fn bound(&self) -> u64 {
         self.histories().map(History::bound).max().unwrap_or(0)

@@ -28,7 +28,7 @@ use vhost::vhost_user::{
 use super::backend::Backend;
 use crate::sys::{
     SysError,
-    socket::{receive_with, send_all_with, send_now},
+    socket::{receive_with, send_all, send_now},
 };
 
 /// Time in which a request that has begun must be whole. QEMU sends each in one call.
@@ -281,7 +281,7 @@ impl Connection {
     ) -> Result<Option<Error>, ConnectionError> {
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         // It is empty and holds much more than a request.
-        send_all_with(self.inner.as_fd(), bytes, &borrowed)?;
+        send_all(self.inner.as_fd(), bytes, &borrowed)?;
         let result = self.handler.handle_request();
         discard(&self.handled)?;
         self.answers = drain(&self.inner)?;

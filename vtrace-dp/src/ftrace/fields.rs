@@ -140,11 +140,6 @@ impl Formats {
         self.0.get(&id(event)?)
     }
 
-    /// The format of this name.
-    pub fn named(&self, system: &str, name: &str) -> Option<&EventFormat> {
-        self.0.values().find(|format| format.system == system && format.name == name)
-    }
-
     /// All of them, in no order.
     pub fn each(&self) -> impl Iterator<Item = &EventFormat> {
         self.0.values()
@@ -215,7 +210,6 @@ mod tests {
         let formats = Formats::parse(&metadata);
         assert_eq!(formats.of_event(&event()).unwrap().name, "sample");
         assert_eq!(formats.of_event(&[1]), None);
-        assert!(formats.named("sched", "sample").is_some() && formats.named("irq", "sample").is_none());
     }
 
     proptest! {

@@ -149,14 +149,6 @@ impl Metadata {
         }
         formats.last_mut().expect("a text that was started has a place")
     }
-
-    /// Bytes of a page according to the header page's text: where the data begins and how much there is.
-    pub fn page_bytes(&self) -> Option<u32> {
-        let text = std::str::from_utf8(&self.header_page).ok()?;
-        let data = text.lines().find(|line| line.contains("field: char data;"))?;
-        let number = |name: &str| data.split(name).nth(1)?.split(';').next()?.parse::<u32>().ok();
-        number("offset:")?.checked_add(number("size:")?)
-    }
 }
 
 /// Systems are named by C identifiers (`TRACE_SYSTEM`), a few modules' with a dash.
@@ -241,14 +233,6 @@ mod tests {
         }
         let more = metadata.add(piece(Part::EventFormat, "sched", b"f", true));
         assert_eq!(more, Err(MetadataFault::TooMany(FORMATS_MAX)));
-    }
-
-    #[test]
-    fn header_page_says_how_large_a_page_is() {
-        let text = b"\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n\tfield: char data;\toffset:16;\tsize:4080;\tsigned:0;\n";
-        let metadata = Metadata { header_page: text.to_vec(), ..Metadata::default() };
-        assert_eq!(metadata.page_bytes(), Some(4096));
-        assert_eq!(Metadata::default().page_bytes(), None);
     }
 
     fn any_part() -> impl Strategy<Value = Part> {

@@ -77,16 +77,12 @@ pub enum HostError {
 }
 
 impl HostRecorder {
-    /// Creates an instance named after this process and `session` and applies `arm`; tracing stays off. It gets the markers
-    /// of applications.
+    /// Creates an instance named after this process and `session` and applies `arm`; tracing stays off. One buffer of a
+    /// recording has the markers of applications.
     ///
     /// # Errors
     /// As [`Tracefs::arm`]; `NoTracefs`.
-    pub fn arm(arm: &Arm) -> Result<Self, Failure> {
-        Self::arm_buffer(arm, true)
-    }
-
-    fn arm_buffer(arm: &Arm, has_markers: bool) -> Result<Self, Failure> {
+    fn arm(arm: &Arm, has_markers: bool) -> Result<Self, Failure> {
         let tracefs = Tracefs::find_or_mount()?;
         tracefs.remove_stale();
         let name = format!("{INSTANCE_PREFIX}{}-{:x}", std::process::id(), arm.session);
@@ -94,8 +90,7 @@ impl HostRecorder {
             true => tracefs.arm_with_markers(&name, arm, &mut |_| {})?,
             false => tracefs.arm(&name, arm)?,
         };
-        let (cpus, stats_before, own_only) = (Vec::new(), Vec::new(), arm.own_only);
-        Ok(Self { pump: None, cpus, own_only, stats_before, instance })
+        Ok(Self { pump: None, cpus: Vec::new(), own_only: arm.own_only, stats_before: Vec::new(), instance })
     }
 
     /// The same answer as an agent's: lanes, page size, clock, number of enabled events.
@@ -208,15 +203,6 @@ impl HostRecorder {
         self.instance.describe_end(each)
     }
 
-    /// Removes the instance.
-    ///
-    /// # Errors
-    /// `Kernel`
-    pub fn close(mut self) -> Result<(), Failure> {
-        drop(self.pump.take());
-        self.instance.remove()
-    }
-
     fn stats(&self) -> Vec<String> {
         self.cpus.iter().map(|cpu| self.instance.stats(*cpu)).collect()
     }
@@ -235,7 +221,7 @@ impl Host {
     /// Creates the buffer and describes the machine; tracing stays off. One buffer of a recording has the markers of
     /// applications.
     pub(crate) fn arm(arm: &Arm, has_markers: bool) -> Result<Self, HostError> {
-        let recorder = HostRecorder::arm_buffer(arm, has_markers).map_err(HostError::Refused)?;
+        let recorder = HostRecorder::arm(arm, has_markers).map_err(HostError::Refused)?;
         let mut metadata = Metadata::default();
         let mut added = Ok(());
         let describe = recorder.describe(arm.kallsyms, &mut |piece| {

@@ -48,7 +48,7 @@ use crate::{
         sync::Measurement,
         watch::{KvmFault, Watch},
     },
-    sys::{signal::Signals, tsc},
+    sys::{signal::Signals, tsc, wait::readable},
 };
 
 /// Interval of the status line, of pings and of the limits' checks.
@@ -319,18 +319,12 @@ impl Recording<'_> {
     }
 
     fn wait_event(&mut self, signals: &Signals, wait: Duration) -> Result<(), RecordError> {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let live = self.guests.as_mut().filter(|guests| guests.is_live());
         let mut descriptors = vec![signals.stop(), signals.child()];
         descriptors.extend(self.watch.as_ref().map(AsFd::as_fd));
         descriptors.extend(live.as_ref().map(|guests| guests.link().as_fd()));
-        let mut polled: Vec<PollFd> = descriptors.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let timeout = PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut polled, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(RecordError::System { call: "poll", source: errno.into() }),
-        }
-        drop(polled);
+        readable(&descriptors, Some(wait + Duration::from_millis(1)), &mut Vec::new())
+            .map_err(|error| RecordError::System { call: error.call, source: error.into() })?;
         live.map_or(Ok(()), Guests::take_all)?;
         self.with_watch(Watch::collect);
         Ok(())

@@ -298,7 +298,7 @@ mod tests {
         let socket = folder.path().join("control.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let (peer, mut file) = (UnixStream::connect(&socket).unwrap(), tempfile::tempfile().unwrap());
-        send_all(peer.as_fd(), b"take it", Some(file.as_fd())).unwrap();
+        send_all(peer.as_fd(), b"take it", &[file.as_fd()]).unwrap();
         confined(&socket, || {
             let (accepted, _) = listener.accept().unwrap();
             let (count, descriptors) = receive(accepted.as_fd(), &mut [0; 64]).unwrap();

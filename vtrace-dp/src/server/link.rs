@@ -18,10 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-};
+use nix::errno::Errno;
 use vtrace_common::{
     limits::{CLIENTS_MAX, USER_CLIENTS_MAX},
     wire::{
@@ -34,7 +31,8 @@ use vtrace_common::{
 use super::CONTROL_SOCKET;
 use crate::sys::{
     SysError,
-    socket::{Peer, receive, send_all_with},
+    socket::{Peer, receive, send_all},
+    wait::readable,
 };
 
 /// How long a server may take to greet.
@@ -164,11 +162,6 @@ impl Link {
         self.request(request, &[])
     }
 
-    /// Sends a request and a descriptor for `file` with it.
-    pub fn send_with_file(&mut self, request: &ToServer, file: &File) -> Result<(), LinkError> {
-        self.send_with_files(request, &[file])
-    }
-
     /// Sends a request and descriptors for `files` with it.
     pub fn send_with_files(&mut self, request: &ToServer, files: &[&File]) -> Result<(), LinkError> {
         let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
@@ -198,7 +191,7 @@ impl Link {
     }
 
     fn transmit(&self, message: &impl Message, with: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
-        match send_all_with(self.socket.as_fd(), &encode(message)?, with) {
+        match send_all(self.socket.as_fd(), &encode(message)?, with) {
             Err(SysError { errno: Errno::EPIPE | Errno::ECONNRESET, .. }) => Err(LinkError::Closed),
             Err(error) if error.would_block() => {
                 Err(LinkError::Stalled { pid: self.peer.pid, waited: self.send_time_max })
@@ -231,14 +224,8 @@ impl Link {
     }
 
     fn wait(&self, left: Option<Duration>) -> Result<(), LinkError> {
-        let timeout = match left {
-            None => PollTimeout::NONE,
-            Some(left) => PollTimeout::from(u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)),
-        };
-        match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(SysError { call: "poll", errno }.into()),
-        }
+        let limit = left.map(|left| left + Duration::from_millis(1));
+        Ok(readable(&[self.socket.as_fd()], limit, &mut Vec::new())?)
     }
 }
 

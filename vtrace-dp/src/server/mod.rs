@@ -239,11 +239,6 @@ pub enum ServerError {
     },
 }
 
-/// What `--print-capabilities` prints (QEMU docs/interop/vhost-user.rst, "Backend programs").
-pub fn capabilities() -> serde_json::Value {
-    serde_json::json!({ "type": "console", "features": [] })
-}
-
 /// Serves until SIGTERM or SIGINT.
 pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     let system = |what| move |errno: Errno| ServerError::System { what, source: errno.into() };

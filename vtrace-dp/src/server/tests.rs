@@ -324,7 +324,7 @@ fn pages_go_to_the_file_that_was_passed() {
     assert!(is_claimed(&claim(&mut link)));
     let path = house.path().parent().unwrap().join(format!("trace-{}.dat", std::process::id()));
     let file = File::create(&path).unwrap();
-    link.send_with_file(&lanes(8192), &file).unwrap();
+    link.send_with_files(&lanes(8192), &[&file]).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
     assert!(matches!(refusal(ask(&mut link, &lanes(8192))), Refusal::State { .. }), "once");
     // A page: time stamp, then the bytes committed.
@@ -351,11 +351,11 @@ fn lanes_without_a_proper_file_are_refused() {
     assert!(is_claimed(&claim(&mut link)));
     assert!(matches!(refusal(ask(&mut link, &lanes(0))), Refusal::Request { .. }));
     for path in ["/dev/null", "/proc/self/status"] {
-        link.send_with_file(&lanes(0), &File::open(path).unwrap()).unwrap();
+        link.send_with_files(&lanes(0), &[&File::open(path).unwrap()]).unwrap();
         assert!(matches!(refusal(next(&mut link)), Refusal::Request { .. }));
     }
     let file = tempfile::tempfile().unwrap();
-    link.send_with_file(&lanes(100), &file).unwrap();
+    link.send_with_files(&lanes(100), &[&file]).unwrap();
     assert!(matches!(refusal(next(&mut link)), Refusal::Request { .. }), "not at a page");
 }
 
@@ -393,7 +393,7 @@ fn descriptors_that_come_unasked_are_closed() {
     assert!(is_claimed(&claim(&mut link)));
     let (ours, theirs) = UnixStream::pair().unwrap();
     let file = File::from(OwnedFd::from(theirs));
-    link.send_with_file(&ToServer::List, &file).unwrap();
+    link.send_with_files(&ToServer::List, &[&file]).unwrap();
     assert!(matches!(next(&mut link), FromServer::Guests(_)));
     assert!(matches!(refusal(ask(&mut link, &lanes(0))), Refusal::Request { .. }), "it is not used later");
     drop(file);
@@ -533,7 +533,7 @@ fn hundred_sessions_leave_no_descriptor_and_no_thread() {
         let mut link = house.link();
         claim_patiently(&mut link);
         arm(&mut link, machine);
-        link.send_with_file(&lanes(0), &tempfile::tempfile().unwrap()).unwrap();
+        link.send_with_files(&lanes(0), &[&tempfile::tempfile().unwrap()]).unwrap();
         assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
         drop(link);
         assert_eq!(machine.read::<ToAgent>(), ToAgent::Close);
@@ -560,10 +560,10 @@ fn frames_and_descriptors_cut_anywhere_are_understood() {
     assert!(is_claimed(&claim(&mut link)));
     let frame = encode(&lanes(0)).unwrap();
     let (first, rest) = frame.split_at(7);
-    send_all(link.as_fd(), &encode(&ToServer::List).unwrap(), None).unwrap();
-    send_all(link.as_fd(), first, Some(tempfile::tempfile().unwrap().as_fd())).unwrap();
+    send_all(link.as_fd(), &encode(&ToServer::List).unwrap(), &[]).unwrap();
+    send_all(link.as_fd(), first, &[tempfile::tempfile().unwrap().as_fd()]).unwrap();
     std::thread::sleep(Duration::from_millis(20));
-    send_all(link.as_fd(), rest, None).unwrap();
+    send_all(link.as_fd(), rest, &[]).unwrap();
     assert!(matches!(next(&mut link), FromServer::Guests(_)));
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
     let _ = receive(link.as_fd(), &mut [0; 1]);

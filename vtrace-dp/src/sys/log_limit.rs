@@ -69,11 +69,6 @@ impl PeerLog {
         Self { name: name.to_owned(), bucket: Mutex::default() }
     }
 
-    /// What its lines begin with.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Logs a line at level info, unless there were too many.
     pub fn info(&self, line: Arguments<'_>) {
         self.log(log::Level::Info, line);
@@ -125,11 +120,6 @@ impl Users {
 }
 
 impl UserLogLimits {
-    /// Limits of which nothing is used up.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Logs a line that user `uid` has caused, unless that user or all together caused too many.
     pub fn log(&self, uid: u32, level: log::Level, line: Arguments<'_>) {
         let admitted = lock(&self.0).admit(uid, Instant::now());

@@ -28,6 +28,7 @@ pub mod splice;
 pub mod tsc;
 pub mod uring;
 pub mod wait;
+pub mod write_all;
 pub mod write_lock;
 pub mod writes;
 
@@ -63,6 +64,11 @@ impl SysError {
     /// Turns nix's answer into ours.
     pub(crate) fn of(call: &'static str) -> impl FnOnce(Errno) -> Self {
         move |errno| Self { call, errno }
+    }
+
+    /// Turns the standard library's answer into ours.
+    pub(crate) fn of_io(call: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self { call, errno: Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)) }
     }
 }
 

@@ -21,6 +21,7 @@ use nix::{
 use super::{
     SysError,
     uring::{Completion, Ring},
+    wait::take_events,
 };
 
 /// Events that are read with one system call.
@@ -139,11 +140,7 @@ impl PollSet {
     fn wait(&mut self, timeout: EpollTimeout) -> Result<(), SysError> {
         let timeout = if self.completed.is_empty() { timeout } else { EpollTimeout::ZERO };
         let mut events = [EpollEvent::empty(); EVENTS];
-        let count = match self.epoll.wait(&mut events, timeout) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => return Err(SysError::of("epoll_wait")(errno)),
-        };
+        let count = take_events(&self.epoll, &mut events, timeout)?;
         for event in &events[..count] {
             // One that was cancelled has completed before.
             if self.waiting.remove(&event.data()) {

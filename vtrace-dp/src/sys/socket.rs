@@ -20,8 +20,8 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
-        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, send,
-        sendmsg, setsockopt, socket,
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, send, sendmsg,
+        setsockopt, socket,
         sockopt::{AcceptConn, PeerCredentials, SendTimeout},
     },
     sys::time::TimeVal,
@@ -148,13 +148,9 @@ pub fn send_now(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_
     transmit(socket, bytes, with.as_slice(), MsgFlags::MSG_DONTWAIT)
 }
 
-/// Sends everything; waits as the socket does. The descriptor, if any, goes with the first byte.
-pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd<'_>>) -> Result<(), SysError> {
-    send_all_with(socket, bytes, with.as_slice())
-}
-
-/// The same with several descriptors, at most [`MESSAGE_DESCRIPTORS_MAX`].
-pub fn send_all_with(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Result<(), SysError> {
+/// Sends everything; waits as the socket does. The descriptors, at most [`MESSAGE_DESCRIPTORS_MAX`], go with the first
+/// byte.
+pub fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Result<(), SysError> {
     let (mut done, mut with) = (0, with);
     while done < bytes.len() {
         match transmit(socket, &bytes[done..], with, MsgFlags::empty()) {
@@ -174,20 +170,6 @@ fn transmit(socket: BorrowedFd<'_>, bytes: &[u8], with: &[BorrowedFd<'_>], flags
     let numbers: Vec<RawFd> = with.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&numbers)];
     sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, flags, None).map_err(SysError::of("sendmsg"))
-}
-
-/// Looks at the first bytes that have come without taking them, nor waiting; 0: the other side closed.
-pub fn peek(socket: BorrowedFd<'_>, into: &mut [u8]) -> Result<usize, SysError> {
-    recv(socket.as_raw_fd(), into, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map_err(SysError::of("recv"))
-}
-
-/// Bytes that have come and are not taken (FIONREAD).
-pub fn waiting_bytes(socket: BorrowedFd<'_>) -> Result<usize, SysError> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: FIONREAD stores one int at the address given, which is a local variable's.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
-    Errno::result(result).map_err(SysError::of("ioctl FIONREAD"))?;
-    Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
 /// A descriptor that was open when this program started and whose number is an argument (`--fd`).
@@ -214,8 +196,8 @@ mod tests {
     fn descriptor_travels_with_its_bytes() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let file = File::open("/dev/null").unwrap();
-        send_all(ours.as_fd(), b"plain", None).unwrap();
-        send_all(ours.as_fd(), b"with", Some(file.as_fd())).unwrap();
+        send_all(ours.as_fd(), b"plain", &[]).unwrap();
+        send_all(ours.as_fd(), b"with", &[file.as_fd()]).unwrap();
         let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
         while bytes.len() < 9 {
             let mut piece = [0; 64];
@@ -224,17 +206,6 @@ mod tests {
             descriptors.extend(more);
         }
         assert_eq!((&bytes[..], descriptors.len()), (&b"plainwith"[..], 1));
-    }
-
-    #[test]
-    fn bytes_and_descriptors_that_were_peeked_at_are_still_there() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        send_all(ours.as_fd(), b"twelve bytes", Some(ours.as_fd())).unwrap();
-        let mut first = [0; 6];
-        assert_eq!(peek(theirs.as_fd(), &mut first).unwrap(), 6);
-        assert_eq!((&first, waiting_bytes(theirs.as_fd()).unwrap()), (b"twelve", 12));
-        let (count, descriptors) = receive(theirs.as_fd(), &mut [0; 64]).unwrap();
-        assert_eq!((count, descriptors.len()), (12, 1));
     }
 
     /// Descriptors of this process that lead to this socket.
@@ -252,7 +223,7 @@ mod tests {
         let (sent, _other) = UnixStream::pair().unwrap();
         for count in [1, 3, 4, 5, 6, 32, MESSAGE_DESCRIPTORS_MAX] {
             for room in [0, 1, DESCRIPTORS_MAX, 32, MESSAGE_DESCRIPTORS_MAX] {
-                send_all_with(ours.as_fd(), b"x", &vec![sent.as_fd(); count]).unwrap();
+                send_all(ours.as_fd(), b"x", &vec![sent.as_fd(); count]).unwrap();
                 let (bytes, descriptors) = receive_with(theirs.as_fd(), &mut [0; 8], room).unwrap();
                 assert_eq!(bytes, 1);
                 let installed = descriptors.len();
@@ -267,7 +238,8 @@ mod tests {
     #[test]
     fn closed_socket_reads_as_nothing_and_an_empty_one_would_block() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        assert!(peek(theirs.as_fd(), &mut [0; 4]).unwrap_err().would_block());
+        theirs.set_nonblocking(true).unwrap();
+        assert!(receive(theirs.as_fd(), &mut [0; 4]).unwrap_err().would_block());
         ours.write_all(b"x").unwrap();
         drop(ours);
         assert_eq!(receive(theirs.as_fd(), &mut [0; 4]).unwrap().0, 1);

@@ -10,10 +10,7 @@
 //! Works from Linux 5.6 on (the probe of operations).
 #![expect(unsafe_code, reason = "the kernel reads submission entries that only unsafe code may push")]
 
-use std::{
-    io,
-    os::fd::{AsRawFd, BorrowedFd},
-};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use io_uring::{IoUring, Probe, opcode, squeue, types::Fd};
 use nix::{errno::Errno, libc};
@@ -60,9 +57,9 @@ impl Ring {
     /// forbids it, `ENOMEM` when the memlock limit is too low (kernels before 5.12).
     pub fn new(operations: usize) -> Result<Self, SysError> {
         let entries = u32::try_from(operations.next_power_of_two()).unwrap_or(u32::MAX);
-        let ring = IoUring::new(entries).map_err(failed("io_uring_setup"))?;
+        let ring = IoUring::new(entries).map_err(SysError::of_io("io_uring_setup"))?;
         let mut probe = Probe::new();
-        ring.submitter().register_probe(&mut probe).map_err(failed("io_uring_register"))?;
+        ring.submitter().register_probe(&mut probe).map_err(SysError::of_io("io_uring_register"))?;
         let needed = [opcode::PollAdd::CODE, opcode::AsyncCancel::CODE];
         if !needed.into_iter().all(|code| probe.is_supported(code)) {
             return Err(SysError { call: "IORING_OP_POLL_ADD", errno: Errno::ENOSYS });
@@ -89,7 +86,7 @@ impl Ring {
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 // The completion queue has overflowed, or the kernel is short of memory: reap, then go on.
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
-                Err(error) => return Err(failed("io_uring_enter")(error)),
+                Err(error) => return Err(SysError::of_io("io_uring_enter")(error)),
             }
         }
     }
@@ -101,7 +98,7 @@ impl Ring {
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
-                Err(error) => return Err(failed("io_uring_enter")(error)),
+                Err(error) => return Err(SysError::of_io("io_uring_enter")(error)),
             }
         }
         Ok(())
@@ -115,7 +112,7 @@ impl Ring {
 
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), SysError> {
         if self.ring.submission().is_full() {
-            self.ring.submit().map_err(failed("io_uring_enter"))?;
+            self.ring.submit().map_err(SysError::of_io("io_uring_enter"))?;
         }
         // SAFETY: the entries built here hold descriptor numbers and no addresses, so nothing in this process has to
         // outlive the operation. A number whose descriptor is closed too early names nothing (EBADF) or another file:
@@ -123,10 +120,6 @@ impl Ring {
         unsafe { self.ring.submission().push(entry) }
             .map_err(|_| SysError { call: "io_uring submission", errno: Errno::EBUSY })
     }
-}
-
-fn failed(call: &'static str) -> impl FnOnce(io::Error) -> SysError {
-    move |error| SysError { call, errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)) }
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use std::{
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::eventfd::{EfdFlags, EventFd},
+    sys::{
+        epoll::{Epoll, EpollEvent, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+    },
 };
 
 use super::SysError;
@@ -30,6 +33,14 @@ pub fn readable(sources: &[BorrowedFd<'_>], limit: Option<Duration>, ready: &mut
         Err(errno) => return Err(SysError { call: "poll", errno }),
     }
     Ok(())
+}
+
+/// Waits for events of an epoll set: how many came, 0 also when a signal did. Hot.
+pub fn take_events(epoll: &Epoll, events: &mut [EpollEvent], limit: EpollTimeout) -> Result<usize, SysError> {
+    match epoll.wait(events, limit) {
+        Err(Errno::EINTR) => Ok(0),
+        taken => taken.map_err(SysError::of("epoll_wait")),
+    }
 }
 
 /// Wakes a thread that waits for it. Stays readable: it is used once.

@@ -10,13 +10,10 @@
 //! of its sender. Works from Linux 5.19 on (IORING_SETUP_COOP_TASKRUN).
 #![expect(unsafe_code, reason = "the kernel reads the memory that the vectors name")]
 
-use std::{
-    io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
-};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::{IoUring, opcode, types::Fd};
-use nix::{errno::Errno, libc};
+use nix::libc;
 
 use super::SysError;
 
@@ -36,7 +33,7 @@ pub fn is_available() -> bool {
 }
 
 fn ring(entries: u32) -> Result<IoUring, SysError> {
-    IoUring::builder().setup_coop_taskrun().build(entries).map_err(failed("io_uring_setup"))
+    IoUring::builder().setup_coop_taskrun().build(entries).map_err(SysError::of_io("io_uring_setup"))
 }
 
 /// One write's end.
@@ -103,7 +100,7 @@ impl<B: Vectors> Writes<B> {
             match self.ring.submit() {
                 Ok(_) => return Ok(()),
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
-                Err(error) => return Err(failed("io_uring_enter")(error)),
+                Err(error) => return Err(SysError::of_io("io_uring_enter")(error)),
             }
         }
     }
@@ -120,7 +117,7 @@ impl<B: Vectors> Writes<B> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
-            Err(error) => Err(failed("io_uring_enter")(error)),
+            Err(error) => Err(SysError::of_io("io_uring_enter")(error)),
         }
     }
 
@@ -154,8 +151,4 @@ impl<B: Vectors> Drop for Writes<B> {
             }
         }
     }
-}
-
-fn failed(call: &'static str) -> impl FnOnce(io::Error) -> SysError {
-    move |error| SysError { call, errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)) }
 }

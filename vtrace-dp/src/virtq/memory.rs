@@ -25,13 +25,16 @@ use std::{
     },
 };
 
+use nix::errno::Errno;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, mmap::MmapRegionError};
 use vtrace_common::limits::MEMORY_REGIONS_MAX;
 
 use self::budget::{MemoryShare, OverBudget, Reservation};
 use crate::sys::{
+    SysError,
     descriptor::{DescriptorFault, check_memory_file},
+    write_all::{Written, write_all},
     writes::Vectors,
 };
 
@@ -423,15 +426,6 @@ pub struct Mark {
     bytes: u64,
 }
 
-/// How far a write came.
-#[derive(Debug)]
-pub struct Written {
-    /// Bytes that are in the file, from the start of the batch.
-    pub bytes: u64,
-    /// Why it ended before all of them were.
-    pub fault: Option<io::Error>,
-}
-
 impl Batch {
     /// An empty batch over `memory`.
     pub fn new(memory: Arc<Memory>) -> Self {
@@ -527,30 +521,24 @@ impl Batch {
         self.write_from(file, offset, 0, 0)
     }
 
-    fn write_from(&mut self, file: BorrowedFd<'_>, offset: u64, mut first: usize, mut done: u64) -> Written {
-        while done < self.bytes {
-            match self.write_once(file, first, offset + done) {
-                Ok(0) => return Written { bytes: done, fault: Some(io::Error::from_raw_os_error(libc::ENOSPC)) },
-                Ok(bytes) => {
-                    done += u64::try_from(bytes).expect("a write is shorter than 2^63 bytes");
-                    first = self.advance(first, bytes);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Written { bytes: done, fault: Some(error) },
-            }
-        }
-        Written { bytes: done, fault: None }
+    fn write_from(&mut self, file: BorrowedFd<'_>, offset: u64, mut first: usize, done: u64) -> Written {
+        write_all(self.bytes, done, |done| {
+            let bytes = self.write_once(file, first, offset + done)?;
+            first = self.advance(first, bytes);
+            Ok(bytes)
+        })
     }
 
-    fn write_once(&self, file: BorrowedFd<'_>, first: usize, offset: u64) -> io::Result<usize> {
+    fn write_once(&self, file: BorrowedFd<'_>, first: usize, offset: u64) -> Result<usize, SysError> {
+        const CALL: &str = "pwritev";
         let entries = &self.entries[first..];
         let count = libc::c_int::try_from(entries.len()).expect("a batch has at most 1024 entries");
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| SysError { call: CALL, errno: Errno::EFBIG })?;
         // SAFETY: `entries` are `count` initialized iovecs, each inside a mapping that `self.memory` keeps alive during
         // the call. The kernel only reads there; the guest and its VMM may write meanwhile, which can change what the
         // file gets and nothing else; a page that is gone gives EFAULT.
         let written = unsafe { libc::pwritev(file.as_raw_fd(), entries.as_ptr(), count, offset) };
-        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+        usize::try_from(written).map_err(|_| SysError { call: CALL, errno: Errno::last() })
     }
 
     /// Moves the entries from `first` on past `bytes`; returns the first that has bytes left.

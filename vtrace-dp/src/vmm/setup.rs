@@ -132,11 +132,6 @@ impl Folder {
         Self { path: root.join(guest) }
     }
 
-    /// Path of the folder.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Path of a port, without its suffix.
     pub fn port(&self, name: &str) -> PathBuf {
         self.path.join(name)
@@ -251,7 +246,7 @@ mod tests {
     use super::*;
 
     fn names(folder: &Folder) -> Vec<String> {
-        let entries = fs::read_dir(folder.path()).unwrap();
+        let entries = fs::read_dir(&folder.path).unwrap();
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
@@ -270,7 +265,7 @@ mod tests {
             assert_eq!((names(&folder), folder.setup().unwrap()), (expected.map(String::from).to_vec(), Some(setup)));
         }
         let mode = |path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(folder.path().into()), mode(folder.fifo_in("trace-path-cpu0"))), (0o750, 0o660));
+        assert_eq!((mode(folder.path.clone()), mode(folder.fifo_in("trace-path-cpu0"))), (0o750, 0o660));
     }
 
     #[test]
@@ -278,7 +273,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::of(root.path(), "guest1");
         folder.make(Setup { transport: Transport::Pipe, cpus: 2 }, None).unwrap();
-        fs::write(folder.path().join("notes"), "a person's").unwrap();
+        fs::write(folder.path.join("notes"), "a person's").unwrap();
         folder.make(Setup { transport: Transport::Socket, cpus: 2 }, None).unwrap();
         assert_eq!(names(&folder), ["guest.toml", "notes"]);
         fs::write(folder.fifo_in("trace-path-cpu0"), "a person's").unwrap();
@@ -298,7 +293,7 @@ mod tests {
         assert!(matches!(fault, SetupFault::Long(_)), "{fault}");
         folder.make(Setup { transport: Transport::Socket, cpus: 1 }, None).unwrap();
         for text in ["transport = \"carrier-pigeon\"\ncpus = 1", "cpus = 1", "transport = \"pipe\"\ncpus = 0"] {
-            fs::write(folder.path().join(FILE), text).unwrap();
+            fs::write(folder.path.join(FILE), text).unwrap();
             assert!(folder.setup().is_err(), "{text}");
         }
     }

@@ -137,13 +137,12 @@ fn descriptors_that_a_request_may_not_have_are_closed_and_the_next_is_understood
         (code::SET_VRING_KICK, 8, 2),
         (999, 4, 200),
     ] {
-        send_all_with(vmm.socket.as_fd(), &message(request, VERSION, &vec![0; body]), &vec![file.as_fd(); count])
-            .unwrap();
+        send_all(vmm.socket.as_fd(), &message(request, VERSION, &vec![0; body]), &vec![file.as_fd(); count]).unwrap();
         assert_eq!(serve(&mut connection, &backend).unwrap().len(), 1, "request {request}");
         if request == code::GET_FEATURES {
             vmm.answer(code::GET_FEATURES);
         }
-        send_all(vmm.socket.as_fd(), &message(code::GET_FEATURES, VERSION, &[]), None).unwrap();
+        send_all(vmm.socket.as_fd(), &message(code::GET_FEATURES, VERSION, &[]), &[]).unwrap();
         serve(&mut connection, &backend).unwrap();
         assert_eq!(vmm.answer(code::GET_FEATURES).len(), 8, "after request {request}");
         assert!(connection.descriptors.is_empty());
@@ -187,7 +186,7 @@ proptest! {
         let (vmm, mut connection, backend) = connected();
         let file = File::open("/dev/null").unwrap();
         for (bytes, count) in pieces {
-            send_all_with(vmm.socket.as_fd(), &bytes, &vec![file.as_fd(); count]).unwrap();
+            send_all(vmm.socket.as_fd(), &bytes, &vec![file.as_fd(); count]).unwrap();
             serve(&mut connection, &backend).unwrap();
             prop_assert!(connection.descriptors.len() <= MAX_ATTACHED_FD_ENTRIES);
         }

@@ -448,7 +448,7 @@ fn half_a_request_does_not_stop_the_control_queue() {
 }
 
 fn send_piece(machine: &Machine, bytes: &[u8]) {
-    crate::sys::socket::send_all(machine.vmm.socket.as_fd(), bytes, None).unwrap();
+    crate::sys::socket::send_all(machine.vmm.socket.as_fd(), bytes, &[]).unwrap();
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl Vmm {
     pub(crate) fn send(&self, request: u32, flags: u32, body: &[u8], descriptor: Option<&OwnedFd>) {
         let size = u32::try_from(body.len()).unwrap();
         let bytes = [&[request, 1 | flags, size].map(u32::to_le_bytes).concat()[..], body].concat();
-        send_all(self.socket.as_fd(), &bytes, descriptor.map(AsFd::as_fd)).unwrap();
+        send_all(self.socket.as_fd(), &bytes, descriptor.map(AsFd::as_fd).as_slice()).unwrap();
     }
 
     /// The answer to `request`.

@@ -17,7 +17,8 @@ use vtrace_common::{
 
 use crate::{
     drain::{ledger::Counters, sink::Sink},
-    virtq::memory::{Batch, Mark, Outside, Span, Written},
+    sys::write_all::Written,
+    virtq::memory::{Batch, Mark, Outside, Span},
 };
 
 /// Queued writes of one lane: those under way, and those that follow one under way. Consecutive finished writes count
@@ -296,7 +297,7 @@ impl RingLane {
             }
             match written.fault {
                 None => self.count_out(start + bytes),
-                Some(fault) => self.fail(start + written.bytes, fault.raw_os_error().unwrap_or(libc::EIO)),
+                Some(fault) => self.fail(start + written.bytes, fault.errno as i32),
             }
         }
         self.counters.publish(&self.counts);

@@ -29,14 +29,7 @@ pub mod lane;
 mod source;
 pub(crate) mod worker;
 
-use std::{
-    fs::File,
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{fs::File, io, sync::Arc};
 
 use vtrace_common::{
     ids::{Cpu, GuestId},
@@ -60,18 +53,16 @@ use crate::virtq::{memory::Memory, ring::Ring};
 #[derive(Debug)]
 pub struct RingDrain {
     pub(crate) handle: Handle<RingCommand>,
-    discarded_bytes: Arc<AtomicU64>,
 }
 
 impl RingDrain {
     /// Starts the thread.
     pub fn spawn(guest: GuestId, name: &str) -> io::Result<Self> {
-        let discarded_bytes = Arc::default();
         let handle = Handle::spawn(name, |commands, wake| {
-            let worker = RingWorker::new(guest, commands, wake, Arc::clone(&discarded_bytes))?;
+            let worker = RingWorker::new(guest, commands, wake)?;
             Ok(move || worker.run())
         })?;
-        Ok(Self { handle, discarded_bytes })
+        Ok(Self { handle })
     }
 
     /// A lane's ring runs from now on. One that ran before is stopped.
@@ -134,11 +125,6 @@ impl RingDrain {
     /// What has come so far; after the lanes are closed, what has come at all, until they are detached.
     pub fn ledger(&self) -> Vec<LaneLedger> {
         self.handle.ledger()
-    }
-
-    /// Bytes that came while no lane was attached.
-    pub fn discarded_bytes(&self) -> u64 {
-        self.discarded_bytes.load(Ordering::Relaxed)
     }
 }
 

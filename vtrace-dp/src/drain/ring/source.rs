@@ -14,8 +14,9 @@ use vtrace_common::{ids::Cpu, limits::RING_ENTRIES_MAX, wire::client::LaneLedger
 use super::lane::RingLane;
 use crate::{
     drain::sink::Sink,
+    sys::write_all::Written,
     virtq::{
-        memory::{Batch, Memory, Span, Written},
+        memory::{Batch, Memory, Span},
         ring::{Chain, Ring, RingFault},
     },
 };
@@ -41,16 +42,23 @@ pub(super) struct RingSource {
     chains: VecDeque<Chain>,
     /// Those, from the last one on, whose bytes were not given to the sink yet: chains and entries of the ring.
     held: (usize, u32),
-    /// Bytes that came while there was no lane, and were not told yet.
-    discarded_bytes: u64,
 }
 
 impl RingSource {
     pub(super) fn new(cpu: Cpu) -> Self {
-        let chains = VecDeque::with_capacity(usize::from(RING_ENTRIES_MAX));
-        let (batch, held, discarded_bytes) = (Batch::new(Arc::default()), (0, 0), 0);
-        let (ready, queued, timed, stale, broken, lane, ring) = (false, false, false, false, false, None, None);
-        Self { cpu, ready, queued, timed, stale, lane, ring, broken, batch, chains, held, discarded_bytes }
+        Self {
+            cpu,
+            ready: false,
+            queued: false,
+            timed: false,
+            stale: false,
+            lane: None,
+            ring: None,
+            broken: false,
+            batch: Batch::new(Arc::default()),
+            chains: VecDeque::with_capacity(usize::from(RING_ENTRIES_MAX)),
+            held: (0, 0),
+        }
     }
 
     /// The ring, if it is served.
@@ -61,11 +69,6 @@ impl RingSource {
     /// The ring to be served is there, and not at fault.
     pub(super) fn runs(&self) -> bool {
         self.ring().is_some()
-    }
-
-    /// Bytes that came while there was no lane; they are told once. Hot.
-    pub(super) fn discarded_bytes(&mut self) -> u64 {
-        std::mem::take(&mut self.discarded_bytes)
     }
 
     /// Starts serving a ring. The source has no ring yet.
@@ -161,7 +164,6 @@ impl RingSource {
 
     fn accept(&mut self, chain: Chain, sink: &mut dyn Sink, spans: &[Span]) -> Result<(), RingFault> {
         let Some(lane) = &mut self.lane else {
-            self.discarded_bytes += u64::from(chain.readable_bytes);
             self.hold(chain);
             return Ok(());
         };

@@ -4,7 +4,7 @@
 
 use std::{
     os::unix::fs::FileExt,
-    sync::mpsc,
+    sync::{atomic::Ordering, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -12,9 +12,12 @@ use std::{
 use vtrace_common::{ledger::Ledger, limits::MEMORY_REGIONS_MAX};
 
 use super::*;
-use crate::virtq::{
-    memory::{Batch, Span, Written},
-    testing::{Driver, descriptor, guest_memory, memory_file, region, sealed_file},
+use crate::{
+    sys::write_all::Written,
+    virtq::{
+        memory::{Batch, Span},
+        testing::{Driver, descriptor, guest_memory, memory_file, region, sealed_file},
+    },
 };
 
 const PAGE: u32 = 4096;
@@ -256,10 +259,9 @@ fn without_lanes_what_comes_is_discarded_and_given_back() {
         bench.send(0, &page(0, number));
     }
     bench.attach();
-    assert_eq!(bench.drain.discarded_bytes(), 200 * u64::from(PAGE), "attach takes what was sent before");
     bench.send(0, &page(0, 5));
     let ledgers = bench.finish(vec![end(0, PAGE.into())], 10_000);
-    assert_eq!(ledgers[0].ledger.pages_in, 1);
+    assert_eq!(ledgers[0].ledger.pages_in, 1, "attach takes what was sent before");
     assert_eq!(bench.content(0, PAGE as usize), page(0, 5));
 }
 

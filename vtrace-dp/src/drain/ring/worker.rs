@@ -11,22 +11,16 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use crossbeam::channel::{Receiver, Sender};
-use nix::{
-    errno::Errno,
-    sys::{
-        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
-        eventfd::EventFd,
-        time::TimeSpec,
-        timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
-    },
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    eventfd::EventFd,
+    time::TimeSpec,
+    timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
 };
 use vtrace_common::{
     ids::{Cpu, GuestId, LaneId},
@@ -40,6 +34,7 @@ use crate::{
         session::{Attachment, DrainCommand, Lanes, Session, SessionCommand, reply},
         sink::{Landed, NullSink, Sink},
     },
+    sys::wait::take_events,
     virtq::{
         memory::{Memory, Span},
         ring::{CHAIN_SPANS_MAX, Ring, RingFault},
@@ -95,18 +90,12 @@ pub(super) struct RingWorker {
     sink: Box<dyn Sink>,
     session: Session,
     spans: Vec<Span>,
-    discarded_bytes: Arc<AtomicU64>,
     /// The source that is being served, should it panic.
     current: Option<usize>,
 }
 
 impl RingWorker {
-    pub(super) fn new(
-        guest: GuestId,
-        commands: Receiver<RingCommand>,
-        wake: Arc<EventFd>,
-        discarded_bytes: Arc<AtomicU64>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(guest: GuestId, commands: Receiver<RingCommand>, wake: Arc<EventFd>) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
         epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, COMMAND))?;
@@ -125,7 +114,6 @@ impl RingWorker {
             sink: Box::new(NullSink),
             session: Session::default(),
             spans: Vec::with_capacity(CHAIN_SPANS_MAX),
-            discarded_bytes,
             current: None,
         })
     }
@@ -145,11 +133,7 @@ impl RingWorker {
     fn turn(&mut self) -> bool {
         let (mut commands, mut tick) = (false, false);
         let mut events = [EpollEvent::empty(); EVENTS_MAX];
-        let count = match self.epoll.wait(&mut events, self.timeout()) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => panic!("epoll_wait on descriptors of our own: {errno}"),
-        };
+        let count = take_events(&self.epoll, &mut events, self.timeout()).expect("an epoll set of our own");
         for event in &events[..count] {
             match event.data() {
                 COMMAND => commands = true,
@@ -210,10 +194,6 @@ impl RingWorker {
         }
         if source.holds() && !std::mem::replace(&mut source.timed, true) {
             self.timed.push(index);
-        }
-        let discarded = source.discarded_bytes();
-        if discarded > 0 {
-            self.discarded_bytes.fetch_add(discarded, Ordering::Relaxed);
         }
     }
 

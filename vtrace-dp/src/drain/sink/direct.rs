@@ -22,10 +22,16 @@ use std::{
     sync::Arc,
 };
 
+use nix::errno::Errno;
+
 use super::{FileSink, Landed, Sink};
 use crate::{
-    sys::writes::{End, Writes},
-    virtq::memory::{Batch, Memory, Written},
+    sys::{
+        SysError,
+        write_all::Written,
+        writes::{End, Writes},
+    },
+    virtq::memory::{Batch, Memory},
 };
 
 /// Writes under way of one guest.
@@ -97,7 +103,9 @@ impl DirectSink {
         let written = match result {
             Ok(done) if done == bytes => Written { bytes, fault: None },
             // A disk that fails: the page cache would only hide it.
-            Err(_) if end.result == -libc::EIO => Written { bytes: 0, fault: Some(io::Error::from_raw_os_error(5)) },
+            Err(_) if end.result == -(Errno::EIO as i32) => {
+                Written { bytes: 0, fault: Some(SysError { call: "pwritev", errno: Errno::EIO }) }
+            }
             _ => {
                 self.quiesce(1);
                 let file = self.buffered.file().as_fd();
@@ -137,7 +145,7 @@ impl Sink for DirectSink {
                 self.flights[slot.expect("room was made")] = (tag, offset);
                 None
             }
-            Err(error) => Some(Written { bytes: 0, fault: Some(error.into()) }),
+            Err(error) => Some(Written { bytes: 0, fault: Some(error) }),
         }
     }
 

@@ -14,15 +14,15 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsFd, BorrowedFd},
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::virtq::memory::{Batch, Written};
+use crate::{
+    sys::write_all::{Written, erase},
+    virtq::memory::Batch,
+};
 
 /// How a write ended that [`Sink::submit`] had left under way.
 #[derive(Debug)]
@@ -100,14 +100,7 @@ impl Sink for FileSink {
     }
 
     fn erase(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
-        const ZEROS: [u8; 4096] = [0; 4096];
-        let mut done = 0;
-        while done < bytes {
-            let step = usize::try_from(bytes - done).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
-            self.file.write_all_at(&ZEROS[..step], offset + done)?;
-            done += u64::try_from(step).expect("at most 4096");
-        }
-        Ok(())
+        erase(&self.file, offset, bytes)
     }
 }
 

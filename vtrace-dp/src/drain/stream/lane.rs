@@ -21,7 +21,7 @@ use vtrace_common::{
     wire::client::{Area, LaneLedger},
 };
 
-use crate::drain::ledger::Counters;
+use crate::{drain::ledger::Counters, sys::write_all::erase};
 
 /// Bytes moved at a time where a page has to go.
 const PIECE_BYTES: usize = 64 << 10;
@@ -191,18 +191,6 @@ fn shift(file: &File, mut from: u64, mut to: u64, mut bytes: u64) -> io::Result<
         file.write_all_at(&piece[..step], to)?;
         let moved = u64::try_from(step).expect("at most PIECE_BYTES");
         (from, to, bytes) = (from + moved, to + moved, bytes - moved);
-    }
-    Ok(())
-}
-
-/// Makes bytes of a file zero again.
-fn erase(file: &File, mut at: u64, mut bytes: u64) -> io::Result<()> {
-    const ZEROS: [u8; 4096] = [0; 4096];
-    while bytes > 0 {
-        let step = usize::try_from(bytes).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
-        file.write_all_at(&ZEROS[..step], at)?;
-        let done = u64::try_from(step).expect("at most 4096");
-        (at, bytes) = (at + done, bytes - done);
     }
     Ok(())
 }

@@ -15,12 +15,9 @@
 
 use std::{
     array,
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, IoSliceMut},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::fd::{AsFd, BorrowedFd},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -28,7 +25,7 @@ use std::{
 };
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use nix::{errno::Errno, libc};
+use nix::errno::Errno;
 use vtrace_common::wire::client::Area;
 
 use super::{lane::TapEnd, source::PageMover};
@@ -36,7 +33,9 @@ use crate::{
     drain::ledger::{Counters, count},
     sys::{
         SysError,
-        splice::{read, read_pieces, write_at},
+        direct::reopen,
+        splice::{read, read_pieces},
+        write_all::{Written, write_all_at},
     },
 };
 
@@ -64,42 +63,19 @@ impl Files {
     /// # Errors
     /// `EINVAL` where the file system has no O_DIRECT.
     pub(crate) fn open(plain: &File) -> io::Result<Self> {
-        let path = format!("/proc/self/fd/{}", plain.as_raw_fd());
-        let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path)?;
-        Ok(Self { direct, plain: plain.try_clone()? })
+        Ok(Self { direct: reopen(plain)?, plain: plain.try_clone()? })
     }
 
     /// Writes all of `bytes`. What O_DIRECT does not take, by its length or place, goes through the page cache.
-    fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Torn> {
-        match write_all(self.direct.as_fd(), bytes, offset) {
-            Err(torn) if torn.error.errno == Errno::EINVAL => {
-                let at = offset + count(torn.done);
-                let rest = write_all(self.plain.as_fd(), &bytes[torn.done..], at);
-                rest.map_err(|rest| Torn { done: torn.done + rest.done, error: rest.error })
-            }
-            written => written,
+    fn write(&self, bytes: &[u8], offset: u64) -> Written {
+        let direct = write_all_at(self.direct.as_fd(), bytes, offset);
+        if direct.fault.is_none_or(|fault| fault.errno != Errno::EINVAL) {
+            return direct;
         }
+        let done = usize::try_from(direct.bytes).expect("at most a block");
+        let rest = write_all_at(self.plain.as_fd(), &bytes[done..], offset + direct.bytes);
+        Written { bytes: direct.bytes + rest.bytes, ..rest }
     }
-}
-
-/// A write that ended early.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Torn {
-    done: usize,
-    error: SysError,
-}
-
-fn write_all(file: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<(), Torn> {
-    let mut done = 0;
-    while done < bytes.len() {
-        match write_at(file, &bytes[done..], offset + count(done)) {
-            Ok(0) => return Err(Torn { done, error: SysError { call: "pwrite", errno: Errno::EIO } }),
-            Ok(more) => done += more,
-            Err(error) if error.errno == Errno::EINTR => {}
-            Err(error) => return Err(Torn { done, error }),
-        }
-    }
-    Ok(())
 }
 
 /// One end of the queues of free blocks: the writer gives back, the pump takes.
@@ -164,15 +140,15 @@ impl<'a> Fate<'a> {
     }
 
     /// Counts a block written at `start` bytes into the lane, or records where the lane broke off.
-    fn record(&self, page_bytes: usize, bytes: usize, start: u64, written: Result<(), Torn>) {
-        let Err(torn) = written else { return self.counters.add_out(bytes / page_bytes, page_bytes) };
-        let whole = torn.done / page_bytes;
+    fn record(&self, page_bytes: usize, bytes: usize, start: u64, written: Written) {
+        let whole = usize::try_from(written.bytes).expect("at most a block") / page_bytes;
         self.counters.add_out(whole, page_bytes);
+        let Some(fault) = written.fault else { return };
         self.counters.add_lost(bytes / page_bytes - whole); // `settle` adds the pages after it
         let end = start + count(whole * page_bytes);
         let mut first = self.torn.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none_or(|(other, _)| end < other) {
-            *first = Some((end, torn.error));
+            *first = Some((end, fault));
         }
         self.failed.store(true, Relaxed);
     }
@@ -208,7 +184,7 @@ impl Writer<'_, '_> {
         for Job { lane, start, bytes, block } in &self.jobs {
             let offset = self.fates[lane].area.place(start);
             let written = match self.jobs.len() {
-                waiting if waiting > WAITING_MAX => write_all(self.files.plain.as_fd(), &block[..bytes], offset),
+                waiting if waiting > WAITING_MAX => write_all_at(self.files.plain.as_fd(), &block[..bytes], offset),
                 _ => self.files.write(&block[..bytes], offset),
             };
             self.fates[lane].record(self.page_bytes, bytes, start, written);
@@ -306,7 +282,7 @@ impl<'a, 'b> Direct<'a, 'b> {
         }
         let Some(next) = self.free.take() else {
             let fate = &self.fates[at];
-            let written = write_all(self.files.plain.as_fd(), &lane.block[..bytes], fate.area.place(start));
+            let written = write_all_at(self.files.plain.as_fd(), &lane.block[..bytes], fate.area.place(start));
             return fate.record(self.page_bytes, bytes, start, written);
         };
         let block = std::mem::replace(&mut lane.block, next);

@@ -16,7 +16,8 @@ use crate::{
     drain::ledger::{Counters, count},
     sys::{
         SysError,
-        splice::{Pipe, SpliceFlags, read, splice, write_at},
+        splice::{Pipe, SpliceFlags, read, splice},
+        write_all::{write_all, write_all_at},
     },
 };
 
@@ -115,35 +116,23 @@ impl<'a> TapLane<'a> {
     /// Moves `bytes` from the pipe into the file. When a write fails, pages that are complete count as written, the
     /// others as lost, and the pipe is emptied.
     fn empty(&mut self, pipe: &Pipe, file: BorrowedFd<'_>, bytes: usize) {
-        let begin = self.area.place(self.bytes_written());
-        let mut offset = begin;
+        let mut offset = self.area.place(self.bytes_written());
         let mut left = bytes;
-        while left > 0 && self.end.is_none() {
-            match splice(pipe.reader_fd(), file, Some(&mut offset), left, SpliceFlags::empty()) {
-                Ok(0) => self.end = Some(TapEnd::File(SysError { call: "splice", errno: Errno::EIO })),
-                Ok(moved) => left -= moved,
-                Err(error) if error.errno == Errno::EINTR => {}
-                Err(error) => self.end = Some(TapEnd::File(error)),
-            }
-        }
-        let written = (bytes - left) / self.page_bytes;
-        self.counters.add_out(written, self.page_bytes);
-        self.counters.add_lost(bytes / self.page_bytes - written);
+        let written = write_all(count(bytes), 0, |_| {
+            let moved = splice(pipe.reader_fd(), file, Some(&mut offset), left, SpliceFlags::empty())?;
+            left -= moved;
+            Ok(moved)
+        });
+        self.end = written.fault.map(TapEnd::File);
+        let pages = (bytes - left) / self.page_bytes;
+        self.counters.add_out(pages, self.page_bytes);
+        self.counters.add_lost(bytes / self.page_bytes - pages);
         discard(pipe, left);
     }
 
     fn write_page(&mut self, page: &[u8], file: BorrowedFd<'_>) {
-        let begin = self.area.place(self.bytes_written());
-        let mut done = 0;
-        while done < page.len() && self.end.is_none() {
-            let at = begin + count(done);
-            match write_at(file, &page[done..], at) {
-                Ok(0) => self.end = Some(TapEnd::File(SysError { call: "pwrite", errno: Errno::EIO })),
-                Ok(bytes) => done += bytes,
-                Err(error) if error.errno == Errno::EINTR => {}
-                Err(error) => self.end = Some(TapEnd::File(error)),
-            }
-        }
+        let written = write_all_at(file, page, self.area.place(self.bytes_written()));
+        self.end = written.fault.map(TapEnd::File);
         match self.end {
             None => self.counters.add_out(1, self.page_bytes),
             Some(_) => self.counters.add_lost(1),

@@ -122,7 +122,7 @@ fn assert_none_left_open(before: &BTreeSet<(String, String)>) {
 fn lanes_that_begin_again_keep_their_newest_pages_with_either_page_mover() {
     let Some(_alone) = alone() else { return };
     for folder in [env!("CARGO_MANIFEST_DIR"), "/dev/shm"] {
-        let mut recorder = HostRecorder::arm(&arm(0xa6a1, &["sched", "irq", "syscalls"], 0)).unwrap();
+        let mut recorder = HostRecorder::arm(&arm(0xa6a1, &["sched", "irq", "syscalls"], 0), true).unwrap();
         let bytes_max = 256 << 10;
         let mut areas = areas(&recorder, bytes_max);
         areas.iter_mut().for_each(|area| area.begins_again = true);
@@ -135,7 +135,7 @@ fn lanes_that_begin_again_keep_their_newest_pages_with_either_page_mover() {
         let rounds = (0..ROUNDS_MAX).take_while(|_| has_room(&recorder));
         rounds.for_each(|_| load(Duration::from_millis(100)));
         let report = recorder.stop().unwrap();
-        recorder.close().unwrap();
+        drop(recorder);
         for (area, lane) in areas.iter().zip(&report.lanes) {
             assert!(
                 lane.ledger.pages_out > 2 * pages && lane.ledger.pages_lost == 0,
@@ -159,7 +159,7 @@ fn lanes_that_begin_again_keep_their_newest_pages_with_either_page_mover() {
 fn every_event_the_kernel_counted_is_in_the_file() {
     let Some(_alone) = alone() else { return };
     let before = open_descriptors();
-    let mut recorder = HostRecorder::arm(&arm(0x10ad, &["sched", "irq"], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(0x10ad, &["sched", "irq"], 0), true).unwrap();
     let path = recorder.instance.path().to_owned();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 30));
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
@@ -187,7 +187,7 @@ fn every_event_the_kernel_counted_is_in_the_file() {
     let mut lines = String::new();
     recorder.describe_end(&mut |piece| lines.push_str(&String::from_utf8_lossy(&piece.bytes))).unwrap();
     assert!(lines.contains("vtrace"));
-    recorder.close().unwrap();
+    drop(recorder);
     assert!(!path.exists());
     assert_none_left_open(&before);
 }
@@ -272,7 +272,7 @@ fn both_page_movers_bring_the_same_markers_in_the_same_order() {
 fn large_pages_reach_the_file_whole() {
     let Some(_alone) = alone() else { return };
     let arm = Arm { subbuf_kb: 64, ..arm(10, &["sched"], 2048) };
-    let mut recorder = match HostRecorder::arm(&arm) {
+    let mut recorder = match HostRecorder::arm(&arm, true) {
         Err(failure) if failure.kind == FailureKind::NoSuchPageSize => return println!("skipped: {}", failure.detail),
         recorder => recorder.unwrap(),
     };
@@ -293,7 +293,7 @@ fn large_pages_reach_the_file_whole() {
 #[test]
 fn priority_that_the_kernel_refuses_is_named_and_nothing_runs() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(11, &[], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(11, &[], 0), true).unwrap();
     let areas = areas(&recorder, 1 << 20);
     let failure = recorder.attach(tempfile::tempfile().unwrap(), &areas, Some(100)).unwrap_err();
     assert_eq!(failure.kind, FailureKind::Kernel);
@@ -333,7 +333,7 @@ fn disk_that_fills_up_keeps_every_page_before_the_first_that_did_not_fit() {
 #[test]
 fn marker_is_the_only_event_of_a_trace_without_events() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(2, &[], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(2, &[], 0), true).unwrap();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 1 << 20));
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     let (before, after) = recorder.start("first words").unwrap();
@@ -351,7 +351,7 @@ fn marker_is_the_only_event_of_a_trace_without_events() {
 #[test]
 fn full_area_ends_its_lane_and_the_rest_is_counted_by_the_kernel() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(3, &["sched"], 64)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(3, &["sched"], 64), true).unwrap();
     let (file, areas) = (tempfile::tempfile().unwrap(), areas(&recorder, 3 * 4096 + 100));
     recorder.attach(file.try_clone().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
@@ -371,7 +371,7 @@ fn full_area_ends_its_lane_and_the_rest_is_counted_by_the_kernel() {
 #[test]
 fn idle_pump_sleeps() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(4, &[], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(4, &[], 0), true).unwrap();
     let areas = areas(&recorder, 1 << 20);
     recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
@@ -384,7 +384,7 @@ fn idle_pump_sleeps() {
 #[test]
 fn buffer_of_a_few_pages_does_not_make_the_pump_spin() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(7, &[], 16)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(7, &[], 16), true).unwrap();
     let areas = areas(&recorder, 1 << 20);
     recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
@@ -399,7 +399,7 @@ fn buffer_of_a_few_pages_does_not_make_the_pump_spin() {
 fn dropped_recorder_leaves_nothing_even_while_tracing() {
     let Some(_alone) = alone() else { return };
     let before = open_descriptors();
-    let mut recorder = HostRecorder::arm(&arm(5, &["sched"], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(5, &["sched"], 0), true).unwrap();
     let (path, areas) = (recorder.instance.path().to_owned(), areas(&recorder, 1 << 20));
     recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
@@ -411,7 +411,7 @@ fn dropped_recorder_leaves_nothing_even_while_tracing() {
 #[test]
 fn calls_out_of_order_are_refused() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(6, &[], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(6, &[], 0), true).unwrap();
     assert_eq!(recorder.start("start").unwrap_err().kind, FailureKind::State);
     assert_eq!(recorder.stop().unwrap_err().kind, FailureKind::State);
     let areas = areas(&recorder, 1 << 20);
@@ -422,7 +422,7 @@ fn calls_out_of_order_are_refused() {
 #[test]
 fn settings_that_are_changed_while_recording_are_reported() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(0x5e77, &["sched:sched_switch"], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(0x5e77, &["sched:sched_switch"], 0), true).unwrap();
     let file = tempfile::tempfile().unwrap();
     let areas = areas(&recorder, 1 << 20);
     recorder.attach(file, &areas, None).unwrap();
@@ -445,7 +445,7 @@ fn settings_that_are_changed_while_recording_are_reported() {
 #[test]
 fn recording_that_is_left_alone_reports_no_change() {
     let Some(_alone) = alone() else { return };
-    let mut recorder = HostRecorder::arm(&arm(0x5e78, &["sched:sched_switch"], 0)).unwrap();
+    let mut recorder = HostRecorder::arm(&arm(0x5e78, &["sched:sched_switch"], 0), true).unwrap();
     let areas = areas(&recorder, 1 << 20);
     recorder.attach(tempfile::tempfile().unwrap(), &areas, None).unwrap();
     recorder.start("start").unwrap();
@@ -458,7 +458,7 @@ fn trigger_that_switches_the_clock_is_refused_with_its_reason() {
     let Some(_alone) = alone() else { return };
     let mut request = arm(0x5e79, &["sched:sched_waking"], 0);
     request.events[0].triggers.push("hist:keys=pid:ts0=common_timestamp.usecs".into());
-    let Err(refusal) = HostRecorder::arm(&request) else { panic!("it was armed") };
+    let Err(refusal) = HostRecorder::arm(&request, true) else { panic!("it was armed") };
     if refusal.detail.contains("Invalid argument") || refusal.detail.contains("no such") {
         println!("skipped: this kernel has no hist triggers");
         return;

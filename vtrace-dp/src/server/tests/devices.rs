@@ -64,7 +64,7 @@ fn guest_of_two_devices_is_one_guest_with_all_their_lanes() {
     let (mut first, mut second, mut link) = (house.guest("guest1"), second(&house), house.link());
     assert!(is_claimed(&claim(&mut link)));
     let file = tempfile::tempfile().unwrap();
-    link.send_with_file(&lanes_of(&[0, 1, 2, 3]), &file).unwrap();
+    link.send_with_files(&lanes_of(&[0, 1, 2, 3]), &[&file]).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
     for (machine, cpus) in [(&mut first, [0, 1]), (&mut second, [2, 3])] {
         for (port, cpu) in (1..).zip(cpus) {
@@ -109,7 +109,7 @@ fn lane_whose_device_is_absent_is_refused_and_the_device_is_named() {
     let house = house();
     let (mut machine, mut link) = (house.guest("guest1"), house.link());
     assert!(is_claimed(&claim(&mut link)));
-    link.send_with_file(&lanes_of(&[1, 2]), &tempfile::tempfile().unwrap()).unwrap();
+    link.send_with_files(&lanes_of(&[1, 2]), &[&tempfile::tempfile().unwrap()]).unwrap();
     let Refusal::Request { detail } = refusal(next(&mut link)) else { panic!("another refusal") };
     assert!(detail.contains("cpu2 has no port") && detail.contains("guest1@2.sock"), "{detail}");
     let failure = |detail: &str| Failure {
@@ -121,7 +121,7 @@ fn lane_whose_device_is_absent_is_refused_and_the_device_is_named() {
     machine.answer(&FromAgent::Failed(failure("no virtio port has this name")));
     let FromServer::Agent { answer: FromAgent::Failed(said), .. } = next(&mut link) else { panic!("not a failure") };
     assert!(said.detail.contains("guest1@2.sock"), "{said:?}");
-    link.send_with_file(&lanes_of(&[0, 1]), &tempfile::tempfile().unwrap()).unwrap();
+    link.send_with_files(&lanes_of(&[0, 1]), &[&tempfile::tempfile().unwrap()]).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() }, "the others can be had");
 }
 
@@ -157,7 +157,7 @@ fn further_device_has_no_control_port_and_no_more_ports_than_lanes() {
     assert!(machine.told_nothing());
     assert_eq!(house.state("guest1").agent.unwrap().hello.software, "agent of a test");
     assert!(machine.out[3].send(&page(9), 4096), "a ring that is not served has room");
-    link.send_with_file(&lanes_of(&[2, 3]), &tempfile::tempfile().unwrap()).unwrap();
+    link.send_with_files(&lanes_of(&[2, 3]), &[&tempfile::tempfile().unwrap()]).unwrap();
     assert_eq!(next(&mut link), FromServer::LanesReady { guest: guest1() });
     let answer = ask(&mut link, &ToServer::Finish { guest: guest1(), sent: vec![], wait_ms_max: 0 });
     let FromServer::Finished { lanes, .. } = answer else { panic!("not finished: {answer:?}") };

@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn history_that_runs_backwards_is_refused() {
-        let segment = |from| Segment { from: HostRange::at(HostTsc(from)), pair: Pair::SAME };
+        let segment = |from| Segment { from: HostRange::at(HostTsc(from)), pair: Pair { offset: 0, ratio: None } };
         assert!(History::from_segments(Cpu(0), vec![segment(5), segment(4)]).is_none());
         assert!(History::from_segments(Cpu(0), vec![]).is_none());
     }

@@ -157,11 +157,6 @@ impl Scan {
         }
         lane
     }
-
-    /// The number of all whole pages.
-    pub fn pages(&self, page: u64) -> u64 {
-        self.runs.iter().map(|run| run.extent.bytes / page).sum()
-    }
 }
 
 /// The runs after the last wide gap: where a lane's older pages have a hole, those after it are newer.
@@ -318,7 +313,8 @@ mod tests {
         fn every_whole_page_is_kept_in_order_of_place(times in prop::collection::vec(prop_oneof![Just(0u64), Just(1), 2..99u64], 0..40)) {
             let (scan, lane) = lane(&times, false);
             let whole = times.iter().filter(|time| **time > 1).count() as u64;
-            prop_assert_eq!((scan.pages(PAGE), lane.pages), (whole, whole));
+            let scanned: u64 = scan.runs.iter().map(|run| run.extent.bytes / PAGE).sum();
+            prop_assert_eq!((scanned, lane.pages), (whole, whole));
             let end = times.iter().rposition(|time| *time > 1).map_or(0, |at| at as u64 + 1);
             prop_assert_eq!(lane.pages + lane.missing, end);
             prop_assert!(lane.newer.bytes == 0 || lane.newer.end() == end * PAGE);

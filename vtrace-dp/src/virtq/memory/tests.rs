@@ -134,7 +134,7 @@ fn write_that_fails_half_way_says_how_far_it_came() {
     let file = sealed_file(2 * PAGE).unwrap();
     let written = batch.write_at(file.as_fd(), 0);
     assert_eq!(written.bytes, 2 * PAGE);
-    assert_eq!(written.fault.unwrap().raw_os_error(), Some(libc::EPERM));
+    assert_eq!(written.fault.unwrap().errno, Errno::EPERM);
 }
 
 proptest! {
