@@ -42,7 +42,7 @@ pub(crate) struct Row {
 impl Row {
     /// A figure and its baseline, with everything that says where it was measured.
     pub(crate) fn new(case: &str, metric: impl Into<String>, round: u32, unit: &str, pair: [f64; 2]) -> Self {
-        let ([value, baseline], metric, place) = (pair, metric.into(), Place::here());
+        let ([value, baseline], metric, origin) = (pair, metric.into(), Origin::here());
         let targets: Vec<_> = target::of(case, &metric).collect();
         let met = targets.iter().all(|target| target.met(value, baseline));
         let said: Vec<String> = targets.iter().map(ToString::to_string).collect();
@@ -58,9 +58,9 @@ impl Row {
             met: (!targets.is_empty()).then_some(met),
             target: (!targets.is_empty()).then(|| said.join(", ")),
             command: format!("cargo run --release -p vtrace-bench -- run {case}"),
-            uname: place.uname.clone(),
-            cpu: place.cpu.clone(),
-            commit: place.commit.clone(),
+            uname: origin.uname.clone(),
+            cpu: origin.cpu.clone(),
+            commit: origin.commit.clone(),
         }
     }
 
@@ -87,15 +87,15 @@ impl fmt::Display for Row {
 }
 
 /// Where rows of this process are made.
-struct Place {
+struct Origin {
     uname: String,
     cpu: String,
     commit: String,
 }
 
-impl Place {
+impl Origin {
     fn here() -> &'static Self {
-        static HERE: OnceLock<Place> = OnceLock::new();
+        static HERE: OnceLock<Origin> = OnceLock::new();
         HERE.get_or_init(|| {
             let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
             let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();

@@ -28,12 +28,12 @@ const GUEST: &str = "guest1";
 const LOAD: &str = "for i in 1 2; do (while :; do sleep 0.01; done) </dev/null >/dev/null 2>&1 & done";
 
 /// A machine without a device of ours, with a QMP socket for vtrace.
-struct Bench {
+struct AttachBench {
     turn: Turn,
     folder: TempDir,
 }
 
-impl Bench {
+impl AttachBench {
     fn new() -> Result<Self> {
         Ok(Self { turn: turn()?, folder: tempfile::tempdir()? })
     }
@@ -179,7 +179,7 @@ fn guest_works(machine: &Machine) -> Result<()> {
 
 #[test]
 fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Result<()> {
-    let (bench, folder) = (Bench::new()?, tempfile::tempdir()?);
+    let (bench, folder) = (AttachBench::new()?, tempfile::tempdir()?);
     let (machine, mut server) = bench.busy_guest_without_a_device()?;
     let dir = server.dir().to_path_buf();
 
@@ -229,7 +229,7 @@ fn running_guest_is_attached_recorded_detached_and_outlives_its_servers() -> Res
 
 #[test]
 fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_guest() -> Result<()> {
-    let (bench, folder) = (Bench::new()?, tempfile::tempdir()?);
+    let (bench, folder) = (AttachBench::new()?, tempfile::tempdir()?);
     let (machine, mut server) = bench.busy_guest_without_a_device()?;
     let dir = server.dir().to_path_buf();
     machine.qmp("stop", &json!(null))?;
@@ -266,7 +266,7 @@ fn server_killed_in_the_middle_of_a_recording_is_replaced_under_the_running_gues
 
 #[test]
 fn qemu_that_cannot_take_the_device_is_told_what_is_missing() -> Result<()> {
-    let bench = Bench::new()?;
+    let bench = AttachBench::new()?;
     let server = Server::start(&[GUEST])?;
     let dir = server.dir();
     bench.complains("attach", dir, "no QMP at", "-qmp unix:")?;

@@ -18,13 +18,13 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vtrace_tests::judge::{lines, trace_cmd};
 
-/// A run directory and a place for files.
-struct Place {
+/// A run directory and a folder for files.
+struct RunFolders {
     run: TempDir,
     files: TempDir,
 }
 
-impl Place {
+impl RunFolders {
     fn new() -> Result<Self> {
         Ok(Self { run: tempfile::tempdir()?, files: tempfile::tempdir()? })
     }
@@ -60,7 +60,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for RunFolders {
     fn drop(&mut self) {
         // A test that failed leaves none running.
         for entry in fs::read_dir(self.run.path()).into_iter().flatten().flatten() {
@@ -89,28 +89,31 @@ fn is_read(file: &Path) -> Result<()> {
 
 #[test]
 fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
-    let place = Place::new()?;
-    place.complains("stop", "", "nothing is recorded in the background", "vtrace start")?;
-    ensure!(place.works("status", "")?.contains("nothing is being recorded"), "status");
-    let said = place.works("start", "-o one.dat -e sched")?;
-    let pid = place.pid("host")?;
-    let how = format!("vtrace stop host --dir {} ends it", place.run.path().display());
+    let folders = RunFolders::new()?;
+    folders.complains("stop", "", "nothing is recorded in the background", "vtrace start")?;
+    ensure!(folders.works("status", "")?.contains("nothing is being recorded"), "status");
+    let said = folders.works("start", "-o one.dat -e sched")?;
+    let pid = folders.pid("host")?;
+    let how = format!("vtrace stop host --dir {} ends it", folders.run.path().display());
     ensure!(said.contains(&format!("host: recording in the background, pid {pid}; {how}")), "{said}");
 
-    place.complains("start", "-o two.dat -e irq", &format!("runs already: pid {pid}"), "vtrace stop host")?;
-    place.works("start", "-o two.dat -e irq --session irqs")?;
-    place.complains("stop", "", "2 recordings are in the background", "vtrace stop NAME: host, irqs")?;
-    place.complains("stop", "third", "no recording of this name", "host, irqs")?;
-    await_that("counters are shown", || Ok(place.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"))?;
-    let status = place.works("status", "")?;
+    folders.complains("start", "-o two.dat -e irq", &format!("runs already: pid {pid}"), "vtrace stop host")?;
+    folders.works("start", "-o two.dat -e irq --session irqs")?;
+    folders.complains("stop", "", "2 recordings are in the background", "vtrace stop NAME: host, irqs")?;
+    folders.complains("stop", "third", "no recording of this name", "host, irqs")?;
+    await_that(
+        "counters are shown",
+        || Ok(folders.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"),
+    )?;
+    let status = folders.works("status", "")?;
     ensure!(status.contains("host: recording ") && status.contains("irqs: recording "), "{status}");
 
-    let summary: Value = serde_json::from_str(&place.works("stop", "irqs --json")?)?;
+    let summary: Value = serde_json::from_str(&folders.works("stop", "irqs --json")?)?;
     assert_eq!(summary["machines"][0]["name"], "host");
-    let table = place.works("stop", "")?;
+    let table = folders.works("stop", "")?;
     ensure!(table.contains("pages in") && table.contains("one.dat"), "{table}");
-    is_read(&place.files.path().join("one.dat"))?;
-    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
+    is_read(&folders.files.path().join("one.dat"))?;
+    assert_eq!(fs::read_dir(folders.run.path())?.count(), 0, "nothing is left in the run directory");
     ensure!(
         !Path::new(&format!("/proc/{pid}")).exists()
             || fs::read_to_string(format!("/proc/{pid}/stat"))?.contains(" Z ")
@@ -120,89 +123,92 @@ fn recording_is_started_seen_and_stopped_by_three_commands() -> Result<()> {
 
 #[test]
 fn recording_of_a_terminal_is_seen_by_its_user_alone_and_is_not_stopped_from_elsewhere() -> Result<()> {
-    let place = Place::new()?;
+    let folders = RunFolders::new()?;
     let mut command = Command::new(xtask::build::vtrace()?);
-    command.args(["record", "-q", "-e", "sched", "--dir"]).arg(place.run.path()).args(["--", "sleep", "4"]);
-    let mut child = command.current_dir(place.files.path()).spawn()?;
-    await_that("counters are shown", || Ok(place.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"))?;
+    command.args(["record", "-q", "-e", "sched", "--dir"]).arg(folders.run.path()).args(["--", "sleep", "4"]);
+    let mut child = command.current_dir(folders.files.path()).spawn()?;
+    await_that(
+        "counters are shown",
+        || Ok(folders.status()?[0]["state"]["progress"]["machines"][0]["name"] == "host"),
+    )?;
     let pid = child.id();
-    let seen = &place.status()?[0];
+    let seen = &folders.status()?[0];
     let state = &seen["state"];
     ensure!(seen["is_running"] == true && state["pid"] == pid && state["uid"] == 0, "{seen}");
     ensure!(state["is_foreground"] == true && state["progress"]["machines"][0]["name"] == "host", "{seen}");
-    let said = place.works("status", "")?;
+    let said = folders.works("status", "")?;
     ensure!(
         said.contains("host: recording ") && said.contains(&format!("(pid {pid} of user 0, in the foreg")),
         "{said}"
     );
     let why = format!("host is recorded in the foreground, by process {pid} of user 0");
-    place.complains("stop", "", &why, &format!("kill -INT {pid}"))?;
-    place.complains("stop", "host", &why, "Ctrl-C where it runs")?;
+    folders.complains("stop", "", &why, &format!("kill -INT {pid}"))?;
+    folders.complains("stop", "host", &why, "Ctrl-C where it runs")?;
 
     // Its name is free in the background; another user sees whose both are.
-    place.works("start", "-o other.dat -e irq")?;
-    let said = as_other_user(&place)?;
+    folders.works("start", "-o other.dat -e irq")?;
+    let said = as_other_user(&folders)?;
     ensure!(said.contains("host: belongs to user 0, who alone may see it"), "{said}");
     ensure!(said.contains("another recording: belongs to user 0") && said.lines().count() == 2, "{said}");
     ensure!(!said.contains("pages") && !said.contains(&pid.to_string()), "{said}");
-    place.works("stop", "")?;
+    folders.works("stop", "")?;
     ensure!(child.wait()?.success());
-    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
-    is_read(&place.files.path().join("trace.dat"))
+    assert_eq!(fs::read_dir(folders.run.path())?.count(), 0, "nothing is left in the run directory");
+    is_read(&folders.files.path().join("trace.dat"))
 }
 
 /// What `vtrace status` tells a user who is not root.
-fn as_other_user(place: &Place) -> Result<String> {
+fn as_other_user(folders: &RunFolders) -> Result<String> {
     let folder = tempfile::tempdir()?;
     let program = folder.path().join("vtrace");
     fs::copy(xtask::build::vtrace()?, &program)?;
-    for path in [folder.path(), &program, place.run.path()] {
+    for path in [folder.path(), &program, folders.run.path()] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     }
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program).args(["status", "--dir"]);
-    let output = command.arg(place.run.path()).output()?;
+    let output = command.arg(folders.run.path()).output()?;
     Ok(String::from_utf8(output.stdout)? + &String::from_utf8_lossy(&output.stderr))
 }
 
 #[test]
 fn what_goes_wrong_before_the_recording_begins_is_said_where_it_was_typed() -> Result<()> {
-    let place = Place::new()?;
-    place.complains("start", "-e no_such_event", "no event matches", "")?;
-    place.complains("start", "--dom guest1 -e sched", "no server at", "vtrace server")?;
-    place.complains(
+    let folders = RunFolders::new()?;
+    folders.complains("start", "-e no_such_event", "no event matches", "")?;
+    folders.complains("start", "--dom guest1 -e sched", "no server at", "vtrace server")?;
+    folders.complains(
         "record",
         "--daemonize -o missing/t.dat -e sched",
         "No such file or directory",
         "create the directory",
     )?;
-    assert_eq!(fs::read_dir(place.run.path())?.count(), 0, "nothing is left in the run directory");
+    assert_eq!(fs::read_dir(folders.run.path())?.count(), 0, "nothing is left in the run directory");
     Ok(())
 }
 
 #[test]
 fn recording_that_ended_by_itself_or_was_killed_has_left_word() -> Result<()> {
-    let place = Place::new()?;
-    place.works("record", "--daemonize -e sched --timeout 1 -- sleep 100")?;
-    let pid = place.pid("host")?;
+    let folders = RunFolders::new()?;
+    folders.works("record", "--daemonize -e sched --timeout 1 -- sleep 100")?;
+    let pid = folders.pid("host")?;
     let session = nix::unistd::getsid(Some(pid))?;
     assert_eq!(session, pid, "it has left our terminal");
-    await_that("it ends by itself", || Ok(place.status()?[0]["is_running"] == false))?;
-    ensure!(place.works("status", "")?.contains("host: ended with status 0"), "said");
-    let said = place.works("stop", "")?;
+    await_that("it ends by itself", || Ok(folders.status()?[0]["is_running"] == false))?;
+    ensure!(folders.works("status", "")?.contains("host: ended with status 0"), "said");
+    let said = folders.works("stop", "")?;
     ensure!(said.contains("host had already ended") && said.contains("pages in"), "{said}");
 
-    place.works("start", "-e sched")?;
-    let pid = place.pid("host")?;
+    folders.works("start", "-e sched")?;
+    let pid = folders.pid("host")?;
     kill(pid, Signal::SIGKILL)?;
-    await_that("it is dead", || Ok(place.status()?[0]["is_running"] == false))?;
-    let status = place.works("status", "")?;
-    let file = place.files.path().join("trace.dat");
+    await_that("it is dead", || Ok(folders.status()?[0]["is_running"] == false))?;
+    let status = folders.works("status", "")?;
+    let file = folders.files.path().join("trace.dat");
     ensure!(status.contains(&format!("host: killed (pid {pid}): vtrace restore {}", file.display())), "{status}");
-    place.complains("stop", "", &format!("pid {pid} was killed"), "vtrace restore")?;
+    folders.complains("stop", "", &format!("pid {pid} was killed"), "vtrace restore")?;
     let restored = Command::new(xtask::build::vtrace()?).arg("restore").arg(&file).output()?;
     ensure!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
-    place.works("start", "-e sched -o next.dat").context("its name is free again")?;
-    place.works("stop", "host")?;
+    folders.works("start", "-e sched -o next.dat").context("its name is free again")?;
+    folders.works("stop", "host")?;
     Ok(())
 }

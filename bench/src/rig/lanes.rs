@@ -32,11 +32,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct Guest {
     pub(crate) file: File,
     pub(crate) memory: Arc<Memory>,
-    pub(crate) lanes: Vec<Lane>,
+    pub(crate) lanes: Vec<RigLane>,
 }
 
 /// One lane's ring and its events, as the frontend hands them on.
-pub(crate) struct Lane {
+pub(crate) struct RigLane {
     pub(crate) driver: Driver,
     pub(crate) kick: EventFd,
     pub(crate) call: EventFd,
@@ -51,7 +51,7 @@ impl Guest {
         let bytes = step * u64::from(lanes);
         let file = memory_file(bytes)?;
         let memory = Memory::map(&[region(0, bytes)], vec![file.try_clone()?])?;
-        let lanes = (0..u64::from(lanes)).map(|lane| Lane::new(&memory, lane * step)).collect::<Result<_>>()?;
+        let lanes = (0..u64::from(lanes)).map(|lane| RigLane::new(&memory, lane * step)).collect::<Result<_>>()?;
         Ok(Self { file, memory, lanes })
     }
 
@@ -114,7 +114,7 @@ impl Guest {
     }
 }
 
-impl Lane {
+impl RigLane {
     fn new(memory: &Arc<Memory>, base: u64) -> Result<Self> {
         let buffers = base + Driver::footprint(ENTRIES, CHAIN) - u64::from(ENTRIES) * u64::from(CHAIN);
         let end = buffers + u64::from(ENTRIES) * u64::from(CHAIN);

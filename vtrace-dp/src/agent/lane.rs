@@ -28,9 +28,9 @@ pub(super) enum Next {
     Fill,
     /// Move this many bytes from the pipe to the port, without waiting.
     Send(u32),
-    /// No whole page is left: read(2) the rest into the pipe, then say how much ([`Lane::read_rest`]).
+    /// No whole page is left: read(2) the rest into the pipe, then say how much ([`PumpLane::read_rest`]).
     ReadRest,
-    /// Throw away what waits in the pipe (it is counted), then go on with [`Lane::discarded`].
+    /// Throw away what waits in the pipe (it is counted), then go on with [`PumpLane::discarded`].
     Discard,
     /// Nothing, until this has happened.
     Wait(Wait),
@@ -70,7 +70,7 @@ pub(super) enum Step {
 
 /// The states and counts of one lane.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct PumpLane {
     page_bytes: u32,
     pipe_bytes: u32,
     step: Step,
@@ -91,7 +91,7 @@ pub(super) struct Lane {
     torn: bool,
 }
 
-impl Lane {
+impl PumpLane {
     /// A lane whose pipe takes `pipe_bytes`, at least one page. It begins with [`Wait::Page`].
     pub(super) fn new(page_bytes: u32, pipe_bytes: u32) -> Self {
         assert!(page_bytes > 0 && pipe_bytes >= page_bytes, "a page fits the pipe: the pump has checked it");
@@ -141,14 +141,14 @@ impl Lane {
     }
 
     /// Tracing is off: move everything, then end. True when the lane's poll has to be cancelled for that (its
-    /// completion goes on); others go on by themselves, or by [`Lane::resumed`].
+    /// completion goes on); others go on by themselves, or by [`PumpLane::resumed`].
     pub(super) fn drain(&mut self) -> bool {
         self.draining = true;
         self.step == Step::Waiting
     }
 
     /// End as soon as the outstanding operation has come back. True when there is one to cancel; otherwise the lane
-    /// ends by [`Lane::resumed`].
+    /// ends by [`PumpLane::resumed`].
     pub(super) fn cancel(&mut self) -> bool {
         self.cancelling = true;
         matches!(self.step, Step::Waiting | Step::Blocked)
@@ -327,19 +327,19 @@ mod tests {
         Ledger { pages_in, pages_out, pages_lost, bytes_out, events_lost: None }
     }
 
-    fn filling() -> Lane {
-        let mut lane = Lane::new(PAGE, 16 * PAGE);
+    fn filling() -> PumpLane {
+        let mut lane = PumpLane::new(PAGE, 16 * PAGE);
         assert_eq!(lane.readable(Ok(())), Next::Fill);
         lane
     }
 
-    fn sending(pages: u32) -> Lane {
+    fn sending(pages: u32) -> PumpLane {
         let mut lane = filling();
         assert_eq!(lane.filled(Ok(pages * PAGE)), Next::Send(pages * PAGE));
         lane
     }
 
-    fn blocked(pages: u32) -> Lane {
+    fn blocked(pages: u32) -> PumpLane {
         let mut lane = sending(pages);
         assert_eq!(lane.sent(Err(Errno::EAGAIN)), Next::Wait(Wait::Room));
         lane
@@ -414,7 +414,7 @@ mod tests {
 
     #[test]
     fn drain_moves_whole_pages_then_the_rest_then_ends() {
-        let mut lane = Lane::new(PAGE, 16 * PAGE);
+        let mut lane = PumpLane::new(PAGE, 16 * PAGE);
         assert!(lane.drain());
         assert_eq!(lane.readable(Err(Errno::ECANCELED)), Next::Fill);
         assert_eq!(lane.filled(Ok(PAGE)), Next::Send(PAGE));
@@ -458,7 +458,7 @@ mod tests {
         /// Whatever the kernel answers, in any order, with drain and cancel at any time: the books balance.
         #[test]
         fn every_byte_is_sent_or_lost(answers in proptest::collection::vec((0u8..8, 0u32..20, 0u8..40), 1..200)) {
-            let mut lane = Lane::new(PAGE, 16 * PAGE);
+            let mut lane = PumpLane::new(PAGE, 16 * PAGE);
             let mut next = Next::Wait(Wait::Page);
             for (kind, amount, chance) in answers {
                 if chance == 0 && !lane.draining { lane.drain(); }
@@ -487,7 +487,7 @@ mod tests {
         /// A poll that says "ready" is answered by a step that moves pages, or by a rest: never by the same poll at once.
         #[test]
         fn poll_is_never_repeated_before_something_moved(pages in 1u32..16, closed in proptest::bool::ANY) {
-            let mut lane = if closed { blocked(pages) } else { Lane::new(PAGE, 16 * PAGE) };
+            let mut lane = if closed { blocked(pages) } else { PumpLane::new(PAGE, 16 * PAGE) };
             let answered = if closed { lane.writable(Ok(())) } else { lane.readable(Ok(())) };
             let after = match answered {
                 Next::Send(_) => lane.sent(Err(Errno::EAGAIN)),

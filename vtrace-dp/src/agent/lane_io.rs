@@ -1,6 +1,6 @@
 //! One lane's descriptors, and what the pump does with them.
 //!
-//! In:    a tap and a port; what [`Lane`] wants next
+//! In:    a tap and a port; what [`PumpLane`] wants next
 //! Out:   pages in the port; what the lane waits for
 //! Runs:  on the pump's thread; no call here sleeps
 //! Full:  a port without room says EAGAIN, and its pages stay in the pipe
@@ -25,7 +25,7 @@ use nix::{
 };
 use vtrace_common::{ids::Cpu, ledger::Ledger};
 
-use super::lane::{Lane, Next, Wait};
+use super::lane::{Next, PumpLane, Wait};
 use crate::{
     sys::{
         SysError,
@@ -81,7 +81,7 @@ impl LaneEnd {
 pub(super) struct LaneIo {
     pub(super) tap: Tap,
     pub(super) port: OwnedFd,
-    pub(super) lane: Lane,
+    pub(super) lane: PumpLane,
     pipe: Pipe,
     tee: Option<Tee>,
     /// It has lost pages, and the log says so.
@@ -101,7 +101,7 @@ impl LaneIo {
             return Err(PumpError::of(object)(Errno::EINVAL));
         }
         let tee = tee.map(|directory| Tee::new(directory, tap.cpu, pipe.bytes_max)).transpose()?;
-        Ok(Self { tap, port, pipe, lane: Lane::new(page_bytes, pipe_bytes), tee, is_lossy: false })
+        Ok(Self { tap, port, pipe, lane: PumpLane::new(page_bytes, pipe_bytes), tee, is_lossy: false })
     }
 
     /// Does what the lane wants next, until it has to wait. `scratch` has room for a page. Hot.

@@ -44,7 +44,7 @@ use crate::{
 /// Lanes of one thread, and threads at most (then they have more lanes each).
 const LANES_A_THREAD: usize = 8;
 const THREADS_MAX: usize = 8;
-/// First and longest rest of lanes whose taps call themselves readable and give nothing: kernels whose poll ignores
+/// First and longest pause of lanes whose taps call themselves readable and give nothing: kernels whose poll ignores
 /// the watermark (before 6.1, where stable updates lack "Have polling block on watermark").
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -57,9 +57,9 @@ enum Order {
     Abandon,
 }
 
-/// What a thread is told.
+/// What a thread is asked.
 #[derive(Debug)]
-enum Word {
+enum PumpCommand {
     Order(Order),
     /// One more lane. None follows an order.
     Join(Box<LaneIo>),
@@ -68,7 +68,7 @@ enum Word {
 /// A running pump. Dropping it abandons what is on its way.
 #[derive(Debug)]
 pub(super) struct Pump {
-    threads: Vec<Worker>,
+    threads: Vec<PumpThread>,
     done: Arc<EventFd>,
     /// Of the threads, while one of them runs.
     last: Weak<Done>,
@@ -76,31 +76,32 @@ pub(super) struct Pump {
     tee: Option<PathBuf>,
 }
 
-/// One of its threads.
+/// Handle of one of its threads.
 #[derive(Debug)]
-struct Worker {
-    words: Sender<Word>,
-    bell: Arc<EventFd>,
-    /// How many it has.
+struct PumpThread {
+    commands: Sender<PumpCommand>,
+    wake: Arc<EventFd>,
     lanes: usize,
-    thread: JoinHandle<Vec<LaneEnd>>,
+    handle: JoinHandle<Vec<LaneEnd>>,
 }
 
 impl Pump {
     /// Starts moving pages from each tap to its port. Neither blocks from now on. With `tee`, a copy of every page goes
     /// to `TEE/cpuN.raw` before it goes to the port (to verify the pump, not to record: it costs as much).
     pub(super) fn start(lanes: Vec<(Tap, OwnedFd)>, page_bytes: u32, tee: Option<&Path>) -> Result<Self, PumpError> {
-        let done = Arc::new(signal()?);
+        let done = Arc::new(eventfd()?);
         let last = Arc::new(Done(Arc::clone(&done)));
-        let lanes = lanes.into_iter().map(|(tap, port)| LaneIo::new(tap, port, page_bytes, tee));
-        let mut lanes: VecDeque<LaneIo> = lanes.collect::<Result<_, _>>()?;
-        let (threads, tee) = (Vec::new(), tee.map(Path::to_path_buf));
-        let mut pump = Self { threads, done, last: Arc::downgrade(&last), page_bytes, tee };
+        let mut lanes = lanes
+            .into_iter()
+            .map(|(tap, port)| LaneIo::new(tap, port, page_bytes, tee))
+            .collect::<Result<VecDeque<_>, _>>()?;
+        let tee = tee.map(Path::to_path_buf);
+        let mut pump = Self { threads: Vec::new(), done, last: Arc::downgrade(&last), page_bytes, tee };
         // Neighbours stay together: they share caches, and memory is near.
         let share = share(lanes.len());
         loop {
-            let few = lanes.drain(..share.min(lanes.len())).collect();
-            pump.threads.push(Worker::start(few, page_bytes, Arc::clone(&last))?);
+            let its_lanes = lanes.drain(..share.min(lanes.len())).collect();
+            pump.threads.push(PumpThread::start(its_lanes, page_bytes, Arc::clone(&last))?);
             if lanes.is_empty() {
                 return Ok(pump);
             }
@@ -112,13 +113,13 @@ impl Pump {
     pub(super) fn join_lane(&mut self, (tap, port): (Tap, OwnedFd)) -> Result<(), PumpError> {
         let lane_io = LaneIo::new(tap, port, self.page_bytes, self.tee.as_deref())?;
         let threads = self.threads.len();
-        let few = self.threads.iter_mut().min_by_key(|worker| worker.lanes).expect("a pump has a thread");
-        if few.lanes < LANES_A_THREAD || threads >= THREADS_MAX {
-            few.lanes += 1;
-            return few.say(Word::Join(Box::new(lane_io))).ok_or_else(ended);
+        let thread = self.threads.iter_mut().min_by_key(|thread| thread.lanes).expect("a pump has a thread");
+        if thread.lanes < LANES_A_THREAD || threads >= THREADS_MAX {
+            thread.lanes += 1;
+            return thread.tell(PumpCommand::Join(Box::new(lane_io))).ok_or_else(ended);
         }
         let last = self.last.upgrade().ok_or_else(ended)?;
-        self.threads.push(Worker::start(vec![lane_io], self.page_bytes, last)?);
+        self.threads.push(PumpThread::start(vec![lane_io], self.page_bytes, last)?);
         Ok(())
     }
 
@@ -134,16 +135,15 @@ impl Pump {
 
     /// What the lanes did, after [`Pump::done`] (or it waits). `None` when a thread has panicked.
     pub(super) fn join(mut self) -> Option<Vec<LaneEnd>> {
-        let ends = self.threads.drain(..).map(|worker| worker.thread.join().ok());
         // All of them are waited for, whatever became of the first.
-        let ends: Vec<_> = ends.collect();
+        let ends: Vec<_> = self.threads.drain(..).map(|thread| thread.handle.join().ok()).collect();
         Some(ends.into_iter().collect::<Option<Vec<_>>>()?.concat())
     }
 
     fn order(&self, order: Order) {
-        for worker in &self.threads {
+        for thread in &self.threads {
             // A thread that has ended has nothing left to do.
-            let _ = worker.say(Word::Order(order));
+            let _ = thread.tell(PumpCommand::Order(order));
         }
     }
 }
@@ -151,8 +151,8 @@ impl Pump {
 impl Drop for Pump {
     fn drop(&mut self) {
         self.order(Order::Abandon);
-        for worker in self.threads.drain(..) {
-            match worker.thread.join() {
+        for thread in self.threads.drain(..) {
+            match thread.handle.join() {
                 Ok(ends) => {
                     for end in ends.iter().filter(|end| end.ledger.pages_lost > 0) {
                         log::warn!("{}: {} pages are abandoned", end.cpu, end.ledger.pages_lost);
@@ -164,37 +164,37 @@ impl Drop for Pump {
     }
 }
 
-impl Worker {
+impl PumpThread {
     fn start(lanes: Vec<LaneIo>, page_bytes: u32, last: Arc<Done>) -> Result<Self, PumpError> {
-        let bell = Arc::new(signal()?);
-        let (words, inbox) = channel();
+        let wake = Arc::new(eventfd()?);
+        let (commands, receiver) = channel();
         let count = lanes.len();
         let ring = Waits::new(2 * count + 4).map_err(PumpError::of("io_uring"))?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(PumpError::of("timerfd"))?;
-        let work = Work {
+        let worker = PumpWorker {
             ring,
             turns: VecDeque::with_capacity(count),
             lanes,
-            bell: Arc::clone(&bell),
-            inbox,
+            wake: Arc::clone(&wake),
+            commands: receiver,
             timer,
             pause: PAUSE_MIN,
-            alarmed: false,
+            timer_runs: false,
             order: None,
             scratch: vec![0; usize::try_from(page_bytes).expect("a page fits memory")],
         };
-        let thread = std::thread::Builder::new().name("vtrace-pump".into()).spawn(move || {
+        let handle = std::thread::Builder::new().name("vtrace-pump".into()).spawn(move || {
             let _last = last;
-            work.run()
+            worker.run()
         });
-        Ok(Self { words, bell, lanes: count, thread: thread.map_err(PumpError::of("thread"))? })
+        Ok(Self { commands, wake, lanes: count, handle: handle.map_err(PumpError::of("thread"))? })
     }
 
-    /// Tells it; none if it has ended and listens no more.
-    fn say(&self, word: Word) -> Option<()> {
-        self.words.send(word).ok()?;
-        self.bell.write(1).expect("a bell of few rings has room");
+    /// Sends a command; `None` if the thread has ended.
+    fn tell(&self, command: PumpCommand) -> Option<()> {
+        self.commands.send(command).ok()?;
+        self.wake.write(1).expect("an eventfd counts a few wake-ups");
         Some(())
     }
 }
@@ -208,17 +208,17 @@ fn share(lanes: usize) -> usize {
     lanes.div_ceil(lanes.div_ceil(LANES_A_THREAD).clamp(1, THREADS_MAX))
 }
 
-/// Rings when the last thread ends, whichever way.
+/// Wakes whoever waits for the pump when its last thread ends, by return or panic.
 #[derive(Debug)]
 struct Done(Arc<EventFd>);
 
 impl Drop for Done {
     fn drop(&mut self) {
-        self.0.write(1).expect("rung once");
+        self.0.write(1).expect("written once");
     }
 }
 
-fn signal() -> Result<EventFd, PumpError> {
+fn eventfd() -> Result<EventFd, PumpError> {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(PumpError::of("eventfd"))
 }
 
@@ -228,13 +228,13 @@ fn signal() -> Result<EventFd, PumpError> {
 enum Operation {
     Page = 1,
     Room = 2,
-    Bell = 3,
+    Command = 3,
     Timer = 4,
     Cancel = 5,
 }
 
 impl Operation {
-    const ALL: [Self; 5] = [Self::Page, Self::Room, Self::Bell, Self::Timer, Self::Cancel];
+    const ALL: [Self; 5] = [Self::Page, Self::Room, Self::Command, Self::Timer, Self::Cancel];
 
     fn tag(self, lane: usize) -> u64 {
         u64::try_from(lane).expect("lanes are few") << 8 | u64::from(self as u8)
@@ -248,32 +248,33 @@ impl Operation {
     }
 }
 
-struct Work {
+/// The state of one thread.
+struct PumpWorker {
     ring: Waits,
     lanes: Vec<LaneIo>,
     /// Lanes that may have more pages, in order.
     turns: VecDeque<usize>,
-    bell: Arc<EventFd>,
-    inbox: Receiver<Word>,
+    wake: Arc<EventFd>,
+    commands: Receiver<PumpCommand>,
     timer: TimerFd,
-    /// The next rest without a page; a page makes it short again.
+    /// The next pause without a page; a page makes it short again.
     pause: Duration,
-    alarmed: bool,
+    timer_runs: bool,
     order: Option<Order>,
     scratch: Vec<u8>,
 }
 
-impl Work {
+impl PumpWorker {
     fn run(mut self) -> Vec<LaneEnd> {
-        if let Err(error) = self.work() {
+        if let Err(error) = self.serve() {
             log::error!("the pump stops: {error}");
             self.lanes.iter_mut().for_each(|lane_io| lane_io.lane.give_up(error.errno));
         }
         self.lanes.iter().map(LaneIo::end).collect()
     }
 
-    fn work(&mut self) -> Result<(), SysError> {
-        self.ring.push_poll(self.bell.as_fd(), READABLE, Operation::Bell.tag(0))?;
+    fn serve(&mut self) -> Result<(), SysError> {
+        self.ring.push_poll(self.wake.as_fd(), READABLE, Operation::Command.tag(0))?;
         self.ring.push_poll(self.timer.as_fd(), READABLE, Operation::Timer.tag(0))?;
         for index in 0..self.lanes.len() {
             self.wait(index, Wait::Page)?;
@@ -304,7 +305,7 @@ impl Work {
         let next = match operation {
             Operation::Page => self.lanes[index].lane.readable(outcome),
             Operation::Room => self.lanes[index].lane.writable(outcome),
-            Operation::Bell => return self.obey(),
+            Operation::Command => return self.obey(),
             Operation::Timer => return self.resume(),
             Operation::Cancel => return Ok(()),
         };
@@ -322,7 +323,7 @@ impl Work {
         self.wait(index, wait)
     }
 
-    /// Sees to it that a lane hears of what it waits for. Hot (but for the end).
+    /// Registers what a lane waits for. Hot (but for the end).
     fn wait(&mut self, index: usize, wait: Wait) -> Result<(), SysError> {
         let lane_io = &self.lanes[index];
         match wait {
@@ -332,7 +333,7 @@ impl Work {
                 self.turns.push_back(index);
                 Ok(())
             }
-            Wait::Timer => self.rest(),
+            Wait::Timer => self.pause(),
             Wait::End => {
                 let trouble = lane_io.lane.trouble();
                 if !trouble.is_empty() {
@@ -343,12 +344,12 @@ impl Work {
         }
     }
 
-    /// Lets a lane pause until the alarm that is set, or a new one. Hot.
-    fn rest(&mut self) -> Result<(), SysError> {
-        if std::mem::replace(&mut self.alarmed, true) { Ok(()) } else { self.alarm(self.pause) }
+    /// Lets a lane pause until the timer that runs, or a new one. Hot.
+    fn pause(&mut self) -> Result<(), SysError> {
+        if std::mem::replace(&mut self.timer_runs, true) { Ok(()) } else { self.set_timer(self.pause) }
     }
 
-    fn alarm(&self, after: Duration) -> Result<(), SysError> {
+    fn set_timer(&self, after: Duration) -> Result<(), SysError> {
         let expiration = Expiration::OneShot(TimeSpec::from_duration(after));
         self.timer.set(expiration, TimerSetTimeFlags::empty()).map_err(SysError::of("timerfd_settime"))
     }
@@ -359,7 +360,7 @@ impl Work {
         }
         // Nothing to read means that the timer has been set again meanwhile: it will fire again.
         if self.timer.wait().is_ok() {
-            self.alarmed = false;
+            self.timer_runs = false;
             self.pause = (self.pause * 2).min(PAUSE_MAX);
             self.resume_pausing()?;
         }
@@ -377,11 +378,11 @@ impl Work {
     }
 
     fn obey(&mut self) -> Result<(), SysError> {
-        while self.bell.read().is_ok() {}
-        while let Ok(word) = self.inbox.try_recv() {
-            let order = match word {
-                Word::Order(order) => order,
-                Word::Join(lane_io) => {
+        while self.wake.read().is_ok() {}
+        while let Ok(command) = self.commands.try_recv() {
+            let order = match command {
+                PumpCommand::Order(order) => order,
+                PumpCommand::Join(lane_io) => {
                     assert!(self.order.is_none(), "no lane joins after an order");
                     self.lanes.push(*lane_io);
                     self.wait(self.lanes.len() - 1, Wait::Page)?;
@@ -390,11 +391,11 @@ impl Work {
             };
             self.order = Some(order);
             if order == Order::Abandon {
-                self.alarm(CANCEL_WAIT)?;
+                self.set_timer(CANCEL_WAIT)?;
             }
             self.pass_on(order)?;
         }
-        self.ring.push_poll(self.bell.as_fd(), READABLE, Operation::Bell.tag(0))
+        self.ring.push_poll(self.wake.as_fd(), READABLE, Operation::Command.tag(0))
     }
 
     fn pass_on(&mut self, order: Order) -> Result<(), SysError> {

@@ -410,7 +410,7 @@ fn lane_cannot_join_a_pump_that_has_ended() {
     let (mut pump, _outlets) = pump(&instance, pipe_port, None);
     pump.drain();
     assert!(is_done(&pump, Duration::from_secs(20)));
-    while !pump.threads.iter().all(|worker| worker.thread.is_finished()) {
+    while !pump.threads.iter().all(|thread| thread.handle.is_finished()) {
         std::thread::sleep(Duration::from_millis(1));
     }
     let tap = instance.tap(instance.cpus()[0]).unwrap();

@@ -26,7 +26,7 @@ const ENTRIES: u16 = 64;
 const AREA: u64 = 64 << 20;
 
 /// A drain, the drivers of its guest, and the file it writes.
-struct Bench {
+struct DrainBench {
     drain: RingDrain,
     memory: Arc<Memory>,
     drivers: Vec<Driver>,
@@ -59,7 +59,7 @@ fn end(cpu: u32, bytes: u64) -> LaneSent {
     LaneSent { cpu: Cpu(cpu), bytes_out: bytes }
 }
 
-impl Bench {
+impl DrainBench {
     /// `cpus` lanes; the rings run.
     fn new(cpus: u32) -> Self {
         let memory = guest_memory(&[(0, footprint() * u64::from(cpus.max(1)))]);
@@ -108,7 +108,7 @@ impl Bench {
 
 #[test]
 fn pages_of_several_lanes_arrive_byte_for_byte_in_their_areas() {
-    let mut bench = Bench::attached(4);
+    let mut bench = DrainBench::attached(4);
     let mut drivers = std::mem::take(&mut bench.drivers);
     thread::scope(|scope| {
         for (cpu, driver) in (0..).zip(&mut drivers) {
@@ -136,7 +136,7 @@ fn pages_of_several_lanes_arrive_byte_for_byte_in_their_areas() {
 
 #[test]
 fn nothing_is_lost_where_the_indices_of_the_ring_wrap_around() {
-    let mut bench = Bench::new(0);
+    let mut bench = DrainBench::new(0);
     let mut driver = Driver::new(Arc::clone(&bench.memory), 0, ENTRIES, BUFFER, true);
     driver.begin_at(65_500);
     bench.drivers.push(driver);
@@ -153,7 +153,7 @@ fn nothing_is_lost_where_the_indices_of_the_ring_wrap_around() {
 
 #[test]
 fn held_chain_comes_back_without_another_kick() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     bench.send(0, &page(0, 0));
     assert!(bench.drivers[0].wait(Duration::from_secs(5)), "the timer gives it back");
     assert_eq!(bench.drivers[0].reclaim(), 1);
@@ -163,7 +163,7 @@ fn held_chain_comes_back_without_another_kick() {
 
 #[test]
 fn stopped_ring_has_written_and_given_back_everything() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     for round in 0..20u16 {
         bench.send(0, &page(0, round.into()));
         // Kicked and perhaps taken, perhaps not: there may be no next ring to take it from.
@@ -185,7 +185,7 @@ fn stopped_ring_has_written_and_given_back_everything() {
 
 #[test]
 fn page_torn_by_a_reboot_of_the_ring_goes_on_with_the_next_ring() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     let whole = page(0, 7);
     bench.send(0, &whole[..1000]);
     let mut base = 0;
@@ -201,7 +201,7 @@ fn page_torn_by_a_reboot_of_the_ring_goes_on_with_the_next_ring() {
 
 #[test]
 fn finish_waits_for_what_is_on_its_way() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     bench.send(0, &page(0, 0));
     let (done, ledgers) = mpsc::channel();
     bench.drain.finish(vec![end(0, 2 * u64::from(PAGE))], 20_000, Box::new(move |lanes| done.send(lanes).unwrap()));
@@ -214,7 +214,7 @@ fn finish_waits_for_what_is_on_its_way() {
 
 #[test]
 fn finish_ends_at_its_deadline_and_counts_what_never_came() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     bench.send(0, &page(0, 0)[..100]);
     let before = Instant::now();
     let ledgers = bench.finish(vec![end(0, 5000)], 60);
@@ -224,7 +224,7 @@ fn finish_ends_at_its_deadline_and_counts_what_never_came() {
 
 #[test]
 fn finish_does_not_wait_for_a_ring_that_is_gone() {
-    let bench = Bench::attached(2);
+    let bench = DrainBench::attached(2);
     let (done, ledgers) = mpsc::channel();
     let ends = vec![end(0, 1 << 20), end(1, 1 << 20)];
     bench.drain.finish(ends, 600_000, Box::new(move |lanes| done.send(lanes).unwrap()));
@@ -237,12 +237,12 @@ fn finish_does_not_wait_for_a_ring_that_is_gone() {
 
 #[test]
 fn finish_without_lanes_answers_with_nothing() {
-    assert!(Bench::new(1).finish(vec![end(0, 1 << 20)], 600_000).is_empty());
+    assert!(DrainBench::new(1).finish(vec![end(0, 1 << 20)], 600_000).is_empty());
 }
 
 #[test]
 fn lane_may_be_attached_before_its_ring_starts() {
-    let mut bench = Bench::new(1);
+    let mut bench = DrainBench::new(1);
     bench.drain.ring_stopped(Cpu(0));
     bench.attach();
     bench.send(0, &page(0, 0));
@@ -254,7 +254,7 @@ fn lane_may_be_attached_before_its_ring_starts() {
 
 #[test]
 fn without_lanes_what_comes_is_discarded_and_given_back() {
-    let mut bench = Bench::new(1);
+    let mut bench = DrainBench::new(1);
     for number in 0..200 {
         bench.send(0, &page(0, number));
     }
@@ -267,7 +267,7 @@ fn without_lanes_what_comes_is_discarded_and_given_back() {
 
 #[test]
 fn sessions_follow_one_another() {
-    let mut bench = Bench::new(1);
+    let mut bench = DrainBench::new(1);
     for session in 0..50 {
         bench.attach();
         let again = bench.drain.attach(bench.file.try_clone().unwrap(), PAGE, vec![area(0)]);
@@ -299,7 +299,7 @@ impl Sink for Slow {
 
 #[test]
 fn slow_file_blocks_the_guest_and_loses_nothing() {
-    let mut bench = Bench::new(1);
+    let mut bench = DrainBench::new(1);
     let sink = Slow(FileSink::new(bench.file.try_clone().unwrap()).unwrap(), Duration::from_millis(30));
     bench.drain.attach_sink(Box::new(sink), PAGE, vec![area(0)]).unwrap();
     let mut refused = 0;
@@ -318,7 +318,7 @@ fn slow_file_blocks_the_guest_and_loses_nothing() {
 
 #[test]
 fn full_disk_never_stalls_the_guest_and_every_page_is_counted() {
-    let mut bench = Bench::new(2);
+    let mut bench = DrainBench::new(2);
     bench.file = sealed_file(area(1).offset + 10 * u64::from(PAGE)).unwrap();
     bench.attach();
     for number in 0..200 {
@@ -336,7 +336,7 @@ fn full_disk_never_stalls_the_guest_and_every_page_is_counted() {
 
 #[test]
 fn ring_at_fault_ends_its_lane_and_no_other() {
-    let mut bench = Bench::attached(2);
+    let mut bench = DrainBench::attached(2);
     bench.send(0, &page(0, 0));
     while bench.drain.ledger()[0].ledger.pages_out == 0 {
         thread::yield_now();
@@ -358,7 +358,7 @@ fn ring_at_fault_ends_its_lane_and_no_other() {
 
 #[test]
 fn panic_ends_the_lane_it_happens_in_and_nothing_else() {
-    let mut bench = Bench::attached(2);
+    let mut bench = DrainBench::attached(2);
     for cpu in [0, 1] {
         bench.send(cpu, &page(cpu, 0));
         while bench.drain.ledger()[cpu as usize].ledger.pages_out == 0 {
@@ -394,7 +394,7 @@ impl Sink for Mistaken {
 
 #[test]
 fn lanes_that_waited_for_one_that_panicked_are_served_without_another_kick() {
-    let mut bench = Bench::new(8);
+    let mut bench = DrainBench::new(8);
     let sink = Mistaken(FileSink::new(bench.file.try_clone().unwrap()).unwrap(), false);
     bench.drain.attach_sink(Box::new(sink), PAGE, (0..8).map(area).collect()).unwrap();
     (0..8).for_each(|cpu| bench.send(cpu, &page(cpu, 0)));
@@ -409,7 +409,7 @@ fn lanes_that_waited_for_one_that_panicked_are_served_without_another_kick() {
 
 #[test]
 fn memory_that_is_plugged_in_while_pages_flow_disturbs_nothing() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     let mut memory = Arc::clone(&bench.memory);
     for number in 0..MEMORY_REGIONS_MAX as u32 - 1 {
         let gpa = (1 << 40) + (u64::from(number) << 20);
@@ -427,7 +427,7 @@ fn memory_that_is_plugged_in_while_pages_flow_disturbs_nothing() {
 
 #[test]
 fn under_load_there_is_one_interrupt_and_one_kick_for_eight_chains_or_more() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     let (chains, sixteen) = (1000, pages(0, 0..16));
     for _ in 0..chains {
         bench.send(0, &sixteen);
@@ -451,7 +451,7 @@ fn sleeps(name: &str) -> u64 {
 
 #[test]
 fn idle_guest_costs_no_wake_up() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     let drain = std::mem::replace(&mut bench.drain, RingDrain::spawn(GuestId(1), "idle").unwrap());
     drop(drain);
     bench.start(0, 0);
@@ -497,7 +497,7 @@ fn files_and_areas_that_cannot_be_used_are_refused() {
 
 #[test]
 fn old_buffers_are_not_read_after_they_were_given_back() {
-    let mut bench = Bench::attached(1);
+    let mut bench = DrainBench::attached(1);
     let (first, second) = (page(0, 1), page(0, 2));
     bench.send(0, &first);
     bench.drivers[0].wait(Duration::from_secs(5));

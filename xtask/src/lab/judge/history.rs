@@ -172,7 +172,7 @@ fn pair_of(text: &str) -> Option<(u32, u64, u64)> {
 
 /// Where an event belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct HostPlace {
     /// The host's TSC.
     pub(super) host: u64,
     /// The guest stepped back, and the page that it was writing then goes on as if it had not: this event is late, by
@@ -183,11 +183,11 @@ pub(super) struct Place {
 /// What the host's TSC was at each event of one vCPU, from the guest's, in the order in which it wrote them. After a step
 /// back the same guest time comes twice: the earliest part that leaves the events in their order, and in a run if one
 /// does, is it.
-pub(super) fn places(guest: &[u64], offsets: &Offsets, runs: &Runs) -> Vec<Place> {
+pub(super) fn places(guest: &[u64], offsets: &Offsets, runs: &Runs) -> Vec<HostPlace> {
     let parts = &offsets.parts;
     let end = |part: usize| parts.get(part + 1).map_or(u64::MAX, |(from, _)| *from);
     let (mut part, mut latest) = (0, 0);
-    let mut places: Vec<Place> = Vec::with_capacity(guest.len());
+    let mut places: Vec<HostPlace> = Vec::with_capacity(guest.len());
     let mut fallen = 0;
     for (index, &time) in guest.iter().enumerate() {
         if let Some(before) = index.checked_sub(1).filter(|before| guest[*before] > time) {
@@ -212,7 +212,7 @@ pub(super) fn places(guest: &[u64], offsets: &Offsets, runs: &Runs) -> Vec<Place
         let unfit = (part, time.wrapping_sub(parts[part].1)); // it will be outside, and that is what the judge is for
         let (found, host) = inside.or_else(|| fits.first()).copied().unwrap_or(unfit);
         (part, latest) = (found, latest.max(host));
-        places.push(Place { host, is_late: false });
+        places.push(HostPlace { host, is_late: false });
     }
     places
 }
@@ -285,7 +285,7 @@ mod tests {
         let runs = Runs { runs: vec![(900, 990), (1010, 1990), (2005, 2500)], unpaired: 0 };
         let truth = [900, 980, 1020, 1400, 1980, 2010, 2200];
         let guest = truth.map(|host: u64| host.wrapping_add(offsets.at(host)));
-        assert_eq!(places(&guest, &offsets, &runs), truth.map(|host| Place { host, is_late: false }));
+        assert_eq!(places(&guest, &offsets, &runs), truth.map(|host| HostPlace { host, is_late: false }));
     }
 
     #[test]
@@ -305,6 +305,6 @@ mod tests {
         let runs = Runs { runs: vec![(1010, 1990), (2005, 9000)], unpaired: 0 };
         // Nothing was written for longer than the step.
         let found = places(&[2000, 2190, 2300, 8000], &offsets, &runs);
-        assert_eq!(found, [1700, 1890, 2310, 8010].map(|host| Place { host, is_late: false }));
+        assert_eq!(found, [1700, 1890, 2310, 8010].map(|host| HostPlace { host, is_late: false }));
     }
 }

@@ -34,7 +34,7 @@ fn marked(mut page: Vec<u8>) -> Vec<u8> {
     page
 }
 
-struct Bench {
+struct LaneBench {
     memory: Arc<Memory>,
     lane: RingLane,
     batch: Batch,
@@ -43,7 +43,7 @@ struct Bench {
     next: u64,
 }
 
-impl Bench {
+impl LaneBench {
     fn new(file: File, pages_max: u64) -> Self {
         let area = Area { cpu: Cpu(3), offset: START, bytes_max: pages_max * PAGE as u64, begins_again: false };
         Self::in_area(file, area)
@@ -91,8 +91,8 @@ impl Bench {
     }
 }
 
-fn bench() -> Bench {
-    Bench::new(memory_file(0).unwrap(), 1000)
+fn bench() -> LaneBench {
+    LaneBench::new(memory_file(0).unwrap(), 1000)
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn page_that_the_kernel_marked_itself_is_left_alone() {
 
 #[test]
 fn more_marks_than_a_batch_has_room_for_are_written_all() {
-    let mut bench = Bench::new(memory_file(0).unwrap(), 1000);
+    let mut bench = LaneBench::new(memory_file(0).unwrap(), 1000);
     for number in 0..300u16 {
         // Two pages in the same place again and again: what is written was checked before.
         bench.next = u64::from(number % 16) * 2 * PAGE as u64;
@@ -204,7 +204,7 @@ fn torn_tail_is_counted_and_leaves_nothing_in_the_file() {
 
 #[test]
 fn pages_past_the_end_of_the_area_are_refused() {
-    let mut bench = Bench::new(memory_file(0).unwrap(), 2);
+    let mut bench = LaneBench::new(memory_file(0).unwrap(), 2);
     for number in 0..5 {
         bench.come(&page(number, true));
         bench.write();
@@ -217,7 +217,7 @@ fn pages_past_the_end_of_the_area_are_refused() {
 #[test]
 fn pages_that_do_not_fit_the_disk_are_counted_with_the_reason() {
     // Nothing past the end of this file can be written: it takes two pages.
-    let mut bench = Bench::new(sealed_file(START + 2 * PAGE as u64).unwrap(), 1000);
+    let mut bench = LaneBench::new(sealed_file(START + 2 * PAGE as u64).unwrap(), 1000);
     for number in 0..4 {
         bench.come(&page(number, true));
     }
@@ -252,7 +252,7 @@ proptest! {
         stream.extend(&page(99, true)[..torn]);
         let bytes_max = (area_pages * PAGE) as u64;
         let area = Area { cpu: Cpu(3), offset: START, bytes_max, begins_again: true };
-        let mut bench = Bench::in_area(memory_file(0).unwrap(), area);
+        let mut bench = LaneBench::in_area(memory_file(0).unwrap(), area);
         bench.come_cut(&stream, cuts);
         let (counts, area) = bench.close(None);
         let kept: Vec<_> = pages.iter().zip(&good).filter(|(_, good)| **good).map(|(page, _)| page).collect();
@@ -273,7 +273,7 @@ proptest! {
         let (said, sent) = (1usize << said, 1usize << sent);
         let area = Area { cpu: Cpu(3), offset: START, bytes_max: 2 * said as u64, begins_again: again };
         let file = memory_file(0).unwrap();
-        let mut bench = Bench::in_area(file.try_clone().unwrap(), area);
+        let mut bench = LaneBench::in_area(file.try_clone().unwrap(), area);
         bench.lane = RingLane::new(area, said as u32, Arc::new(Counters::new(Cpu(3))));
         for number in 0..count {
             let mut page = vec![number as u8; sent];
@@ -294,7 +294,7 @@ proptest! {
         let pages: Vec<_> = good.iter().enumerate().map(|(n, &good)| page(n as u8, good)).collect();
         let mut stream = pages.concat();
         stream.extend(&page(99, true)[..torn]);
-        let mut bench = Bench::new(memory_file(0).unwrap(), pages_max);
+        let mut bench = LaneBench::new(memory_file(0).unwrap(), pages_max);
         let any_write = cuts.iter().any(|(_, write)| *write);
         bench.come_cut(&stream, cuts);
         let (counts, area) = bench.close(Some(stream.len() as u64 + 5));

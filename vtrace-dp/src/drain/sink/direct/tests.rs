@@ -55,14 +55,14 @@ fn pages(count: u64) -> Vec<u8> {
 }
 
 /// One lane of a guest, its driver, its file.
-struct Bench {
+struct DirectBench {
     drain: RingDrain,
     memory: Arc<Memory>,
     driver: Driver,
     file: File,
 }
 
-impl Bench {
+impl DirectBench {
     fn new(files: (File, File), bytes_max: u64) -> Self {
         Self::in_area(files, Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max, begins_again: false })
     }
@@ -103,7 +103,7 @@ impl Bench {
 fn lane_that_begins_again_has_its_newest_pages_with_writes_in_flight() {
     let Some(files) = files(here(), 64 << 20) else { return };
     let area = Area { cpu: Cpu(0), offset: PAGE.into(), bytes_max: 40 << 20, begins_again: true };
-    let mut bench = Bench::in_area(files, area);
+    let mut bench = DirectBench::in_area(files, area);
     let (stream, area_bytes) = (pages(14_000), 40 << 20);
     bench.send(&stream);
     let counts = bench.finish(stream.len() as u64);
@@ -116,7 +116,7 @@ fn lane_that_begins_again_has_its_newest_pages_with_writes_in_flight() {
 #[test]
 fn pages_arrive_byte_for_byte_past_the_page_cache() {
     let Some(files) = files(here(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     let stream = pages(8000);
     bench.send(&stream);
     let counts = bench.finish(stream.len() as u64);
@@ -127,7 +127,7 @@ fn pages_arrive_byte_for_byte_past_the_page_cache() {
 #[test]
 fn stopped_ring_has_nothing_in_flight_and_gave_everything_back() {
     let Some(files) = files(here(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     let stream = pages(16 * 127);
     for (round, chain) in (1u16..).zip(stream.chunks(BUFFER as usize)) {
         bench.driver.send_blocking(chain, PAGE);
@@ -147,7 +147,7 @@ fn stopped_ring_has_nothing_in_flight_and_gave_everything_back() {
 #[test]
 fn memory_may_go_as_soon_as_a_remap_has_answered() {
     let Some(files) = files(here(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     let stream = pages(16 * 100);
     for chain in stream.chunks(BUFFER as usize) {
         bench.driver.send_blocking(chain, PAGE);
@@ -165,7 +165,7 @@ fn memory_may_go_as_soon_as_a_remap_has_answered() {
 #[test]
 fn gap_is_marked_in_the_file_and_pages_after_it_are_written_directly_again() {
     let Some(files) = files(here(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     let mut bad = page(1);
     bad[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
     let stream = [page(0), bad, page(2), pages(2000)].concat();
@@ -184,7 +184,7 @@ fn gap_is_marked_in_the_file_and_pages_after_it_are_written_directly_again() {
 fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land() {
     let Some(files) = files(here(), 64 << 20) else { return };
     let again = (files.0.try_clone().unwrap(), files.1.try_clone().unwrap());
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     bench.send(&pages(1500));
     bench.drain.handle.tell(crate::drain::ring::worker::RingCommand::Panic(Some(Cpu(0))));
     let base = bench.drain.ring_stopped(Cpu(0)).expect("its base is still known");
@@ -206,7 +206,7 @@ fn panic_while_writes_fly_ends_the_lane_and_lets_no_memory_go_before_they_land()
 #[test]
 fn idle_lane_costs_no_wake_up_once_its_writes_have_landed() {
     let Some(files) = files(here(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     bench.send(&pages(1000));
     while bench.drain.ledger()[0].ledger.pages_out < 1000 {
         thread::yield_now();
@@ -270,7 +270,7 @@ impl Drop for Small {
 fn full_disk_ends_the_lane_with_exactly_the_pages_that_are_in_the_file() {
     let Some(small) = Small::new(16 << 20) else { return };
     let Some(files) = files(&small.path(), 64 << 20) else { return };
-    let mut bench = Bench::new(files, 63 << 20);
+    let mut bench = DirectBench::new(files, 63 << 20);
     let stream = pages(8000);
     bench.send(&stream);
     let counts = bench.finish(stream.len() as u64);
