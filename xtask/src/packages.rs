@@ -69,7 +69,7 @@ const EVERYWHERE: [&str; 15] = [
 /// Installs every package of [`LISTED`] that is missing.
 ///
 /// # Errors
-/// As [`ensure`].
+/// As [`ensure()`].
 pub fn ensure_listed() -> Result<()> {
     ensure(&LISTED.map(|(package, _)| package))
 }

@@ -19,6 +19,9 @@ use crate::{build, cache, ebpf, fuzz, image, lab, packages, tidy};
 /// Its fuzz targets need libFuzzer and are built only with this.
 const FUZZ_LINT: [&str; 6] = ["clippy", "--package", "vtrace-fuzz", "--features", "fuzzing", "--bins"];
 
+/// Which links are refused is in Cargo.toml.
+const DOC_LINT: [&str; 5] = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];
+
 /// One step: its name, and what it does; it adds the times of its tests.
 type Step = (&'static str, fn(&mut Session) -> Result<()>);
 
@@ -88,12 +91,13 @@ fn chosen(names: &[String]) -> Result<Vec<Step>> {
     Ok(STEPS.into_iter().filter(is_chosen).collect())
 }
 
-/// Everything that compiles, the fuzz targets too.
+/// Everything that compiles, the fuzz targets too, and the links of the documentation.
 fn clippy() -> Result<()> {
     packages::ensure(&packages::COMPILERS)?;
     let deny = ["--locked", "--", "--deny", "warnings"];
     cargo(&[&["clippy", "--workspace", "--all-targets"][..], &deny].concat())?;
-    cargo(&[&FUZZ_LINT[..], &deny].concat())
+    cargo(&[&FUZZ_LINT[..], &deny].concat())?;
+    cargo(&DOC_LINT)
 }
 
 /// Unit tests with the time of each, then the examples in documentation, whose runner does not tell times.

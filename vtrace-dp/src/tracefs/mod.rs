@@ -1,6 +1,6 @@
 //! tracefs: mounts it, makes instances with events and taps, and describes the machine.
 //!
-//! In:    an [`Arm`](vtrace_common::wire::agent::Arm): clock, events, buffer size
+//! In:    an [`Arm`]: clock, events, buffer size
 //! Out:   an [`Instance`] (taps, switch, marker, stats) and pieces of description; or a [`Failure`] that names the object
 //! Runs:  on the caller's thread; every call may block on the kernel, none on another program
 //! Full:  descriptions come in pieces of `limits::PIECE_BYTES_MAX`; command lines end at `limits::CMDLINES_BYTES_MAX`

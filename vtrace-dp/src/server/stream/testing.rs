@@ -3,7 +3,7 @@
 //! In:    bytes as they come
 //! Out:   frames; pages in a file
 //! Runs:  on the caller's thread
-//! Full:  as [`Cutter`] and [`Lane`] have it
+//! Full:  as [`Cutter`] and [`StreamLane`] have it
 //! Trust: nothing
 
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc};

@@ -14,7 +14,7 @@
 //! events.
 //!
 //! Pages are read and written a mebibyte at a time. The guest's own pages are only read: a kill loses nothing, and the
-//! lane is started again ([`super::host_lanes`]).
+//! lane is started again ([`mod@super::host_lanes`]).
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
