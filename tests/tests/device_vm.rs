@@ -262,7 +262,7 @@ fn switches() -> Result<Vec<(String, u64)>> {
         let field =
             |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned());
         let name = field("Name:").unwrap_or_default();
-        if ["device guest1", "drain-guest1", "acceptor", "client"].contains(&name.as_str()) {
+        if ["vt-dev/guest1", "vt-drain/guest1", "vt-accept", "vt-client"].contains(&name.as_str()) {
             found.push((name, field("voluntary_ctxt_switches:").unwrap_or_default().parse()?));
         }
     }

@@ -106,7 +106,7 @@ fn through(mut guests: Vec<Guest>, files: Vec<File>, bytes_each: u64, all: u64) 
         .collect::<Result<_>>()?;
     Cost::of(
         all,
-        || Ok(measure::threads("drain-")? + measure::io_workers()?),
+        || Ok(measure::threads("vt-drain/")? + measure::io_workers()?),
         || {
             thread::scope(|scope| {
                 let drivers: Vec<_> = guests
@@ -138,7 +138,7 @@ pub(super) fn one_lane(sink: Box<dyn Sink>, bytes: u64) -> Result<Cost> {
     let drain = start(&guest, sink, bytes)?;
     Cost::of(
         bytes,
-        || Ok(measure::threads("drain-")? + measure::io_workers()?),
+        || Ok(measure::threads("vt-drain/")? + measure::io_workers()?),
         || {
             guest.send(bytes)?;
             finish(&drain, guest.ends(bytes))

@@ -50,9 +50,9 @@ pub(super) fn measure(rounds: u32, lanes: u32, watched: Duration) -> Result<Vec<
     for round in 0..rounds {
         // Nothing of the start is counted.
         sleep(watched / 5);
-        let before = [backend_switches()?, measure::switches("vtrace-pump")?];
+        let before = [backend_switches()?, measure::switches("vt-pump")?];
         sleep(watched);
-        let after = [backend_switches()?, measure::switches("vtrace-pump")?];
+        let after = [backend_switches()?, measure::switches("vt-pump")?];
         for (side, what) in [(0, "server"), (1, "agent")] {
             let per_second = measure::real(after[side] - before[side]) / watched.as_secs_f64();
             let metric = format!("wake-ups, {what} of {lanes} lanes");
@@ -64,7 +64,7 @@ pub(super) fn measure(rounds: u32, lanes: u32, watched: Duration) -> Result<Vec<
 }
 
 fn backend_switches() -> Result<u64> {
-    Ok(measure::switches("drain-idle")? + measure::switches("device idle")?)
+    Ok(measure::switches("vt-drain/idle")? + measure::switches("vt-dev/idle")?)
 }
 
 /// Instances enough for the lanes, each with tracing on and nothing to trace.

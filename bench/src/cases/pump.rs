@@ -78,7 +78,7 @@ fn calls(source: &Source, bytes: u64, way: Way) -> Result<f64> {
     source.fill(bytes)?;
     let cpus = online_cpus().context("sysfs names no CPUs")?;
     let (ports, readers) = ports(cpus.len())?;
-    counter.write("events/raw_syscalls/sys_enter/filter", "comm == \"vtrace-pump\" || comm == \"stock-splice\"")?;
+    counter.write("events/raw_syscalls/sys_enter/filter", "comm ~ \"vt-pump*\" || comm == \"stock-splice\"")?;
     counter.write("events/raw_syscalls/sys_enter/enable", "1")?;
     counter.write("tracing_on", "1")?;
     let moved = way(source, ports)?;

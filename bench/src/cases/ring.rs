@@ -62,7 +62,7 @@ fn through(sink: Box<dyn Sink>, bytes: u64) -> Result<Cost> {
 }
 
 fn cpu() -> Result<std::time::Duration> {
-    Ok(measure::threads("drain-bench")? + measure::threads("device bench")?)
+    Ok(measure::threads("vt-drain/bench")? + measure::threads("vt-dev/bench")?)
 }
 
 fn plainly(bytes: u64) -> Result<Cost> {

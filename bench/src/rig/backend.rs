@@ -2,7 +2,7 @@
 //!
 //! In:    guests of [`super::lanes`]; a sink
 //! Out:   pages in the sink; ledgers
-//! Runs:  threads `device NAME` and `drain-NAME`, whose CPU is what the backend costs
+//! Runs:  threads `vt-dev/NAME` and `vt-drain/NAME`, whose CPU is what the backend costs
 //! Trust: a page that is missing in the ledger fails the run
 
 use std::{

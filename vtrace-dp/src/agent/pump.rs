@@ -169,6 +169,7 @@ impl PumpThread {
         let wake = Arc::new(eventfd()?);
         let (commands, receiver) = channel();
         let count = lanes.len();
+        let name = lanes.first().map_or_else(|| "vt-pump".into(), |first| format!("vt-pump/{}", first.tap.cpu.0));
         let ring = Waits::new(2 * count + 4).map_err(PumpError::of("io_uring"))?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(PumpError::of("timerfd"))?;
@@ -184,7 +185,7 @@ impl PumpThread {
             order: None,
             scratch: vec![0; usize::try_from(page_bytes).expect("a page fits memory")],
         };
-        let handle = std::thread::Builder::new().name("vtrace-pump".into()).spawn(move || {
+        let handle = std::thread::Builder::new().name(name).spawn(move || {
             let _last = last;
             worker.run()
         });

@@ -91,7 +91,7 @@ impl Device {
         owner: Box<dyn Owner>,
     ) -> io::Result<Self> {
         let mut device = DeviceThread::new(name, lanes, endpoint, share, drain, owner)?;
-        let thread = thread::Builder::new().name(format!("device {name}")).spawn(move || device.run())?;
+        let thread = thread::Builder::new().name(format!("vt-dev/{name}")).spawn(move || device.run())?;
         Ok(Self { thread })
     }
 

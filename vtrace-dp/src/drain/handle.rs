@@ -2,7 +2,7 @@
 //!
 //! In:    commands
 //! Out:   answers; ledgers
-//! Runs:  on any thread; the worker on `drain-NAME`, until the handle is dropped
+//! Runs:  on any thread; the worker on `vt-drain/NAME`, until the handle is dropped
 //! Full:  who asks waits for the answer; a wait longer than [`SLOW_WAIT`] is said in the log, and when it is over
 //! Trust: its own worker
 
@@ -51,7 +51,7 @@ impl<C: DrainCommand + Send + 'static> Handle<C> {
         let (commands, receiver) = unbounded();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let run = worker(receiver, Arc::clone(&wake))?;
-        let thread = thread::Builder::new().name(format!("drain-{name}")).spawn(run)?;
+        let thread = thread::Builder::new().name(format!("vt-drain/{name}")).spawn(run)?;
         Ok(Self { name: name.into(), commands, wake, counters: Mutex::default(), thread: Some(thread) })
     }
 }

@@ -342,7 +342,7 @@ impl Listening {
             log: Arc::default(),
             clients: Vec::new(),
         };
-        let thread = thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run()).map_err(system)?;
+        let thread = thread::Builder::new().name("vt-accept".into()).spawn(move || acceptor.run()).map_err(system)?;
         Ok(Server { guests, devices, further, stream_threads, acceptor: thread, stop, _sockets: bound })
     }
 }
@@ -536,7 +536,7 @@ impl Acceptor {
             return Err(io::Error::other("too many clients"));
         }
         let client = Client::new(socket, Arc::clone(&self.guests), Arc::clone(&self.stop), Arc::clone(&self.log))?;
-        let thread = thread::Builder::new().name("client".into()).spawn(move || client.run())?;
+        let thread = thread::Builder::new().name("vt-client".into()).spawn(move || client.run())?;
         self.clients.push((peer.uid, thread));
         Ok(())
     }

@@ -56,7 +56,7 @@ impl Transport {
     pub(super) fn receiver_cpu(self) -> Result<Duration> {
         match self {
             Self::VhostUser => {
-                Ok(measure::threads("drain-guest")? + measure::threads("device guest")? + measure::io_workers()?)
+                Ok(measure::threads("vt-drain/guest")? + measure::threads("vt-dev/guest")? + measure::io_workers()?)
             }
             Self::Fifo => measure::threads("receive-fifo"),
             Self::Socket => measure::threads("receive-socket"),

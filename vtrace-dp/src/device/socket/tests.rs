@@ -507,9 +507,9 @@ fn idle_device_sleeps() {
     machine.start_agent();
     while !matches!(bench.agent(), AgentEvent::Says(_)) {}
     std::thread::sleep(Duration::from_millis(100));
-    let before = switches("device idle");
+    let before = switches("vt-dev/idle");
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(switches("device idle"), before, "it was woken for nothing");
+    assert_eq!(switches("vt-dev/idle"), before, "it was woken for nothing");
 }
 
 /// How often the thread of this name has gone to sleep.

@@ -2,7 +2,7 @@
 //!
 //! In:    rings as the VMM starts and stops them; a file and areas of it as a client asks for them
 //! Out:   whole pages at their final place; a ledger for each lane
-//! Runs:  [`RingDrain`] is a handle: its calls are messages to the thread `drain-NAME`, and those that must be over when
+//! Runs:  [`RingDrain`] is a handle: its calls are messages to the thread `vt-drain/NAME`, and those that must be over when
 //!        they return wait for it
 //! Full:  a slow file blocks the guest's ports; nothing is dropped here without a count
 //! Trust: guests with nothing, the VMM with its guest's memory, clients with the file they gave

@@ -463,9 +463,9 @@ fn idle_guest_costs_no_wake_up() {
         thread::yield_now();
     }
     thread::sleep(Duration::from_millis(20));
-    let before = sleeps("drain-idle");
+    let before = sleeps("vt-drain/idle");
     thread::sleep(Duration::from_millis(200));
-    assert_eq!(sleeps("drain-idle"), before);
+    assert_eq!(sleeps("vt-drain/idle"), before);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! In:    kicks, commands, a timer
 //! Out:   pages in the file, used entries, answers
-//! Runs:  as the thread `drain-NAME`. It sleeps in epoll without a timeout; the timer runs only while chains are held, so
+//! Runs:  as the thread `vt-drain/NAME`. It sleeps in epoll without a timeout; the timer runs only while chains are held, so
 //!        an idle guest costs no wake-up
 //! Full:  while it waits for a write nothing else of this guest is served; the guest's ring buffers take that up
 //! Trust: guests end their own rings by what they do wrong. A panic ends the lane it happened in, not the thread

@@ -56,7 +56,7 @@ impl Writeback {
                 wait = if grown > 0 { LOOK_AGAIN } else { LOOK_EVERY };
             }
         };
-        let thread = Builder::new().name("vtrace-writeback".into()).spawn(run);
+        let thread = Builder::new().name("vt-writeback".into()).spawn(run);
         let thread = thread.inspect_err(|error| log::warn!("pages are not written back early: {error}")).ok();
         Self { stop: Some(stop), thread }
     }

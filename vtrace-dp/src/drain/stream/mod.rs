@@ -2,7 +2,7 @@
 //!
 //! In:    files and areas as a client asks for them
 //! Out:   whole pages at their final place; a ledger for each lane
-//! Runs:  [`StreamDrain`] is a handle: its calls are messages to the thread `drain-NAME`; those that answer wait for it
+//! Runs:  [`StreamDrain`] is a handle: its calls are messages to the thread `vt-drain/NAME`; those that answer wait for it
 //! Full:  a slow file blocks the guest's ports; nothing is dropped here without a count
 //! Trust: guests with nothing, clients with the file they gave
 //!

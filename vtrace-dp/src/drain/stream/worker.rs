@@ -2,7 +2,7 @@
 //!
 //! In:    connections and FIFOs with pages; commands
 //! Out:   pages in the file; counts; answers
-//! Runs:  as the thread `drain-NAME`. It sleeps in io_uring, which says for all ports at once which has bytes
+//! Runs:  as the thread `vt-drain/NAME`. It sleeps in io_uring, which says for all ports at once which has bytes
 //! Full:  while it waits for the file nothing else of these lanes moves; the guest's ring buffers take that up
 //! Trust: guests end their own streams by what they do wrong. A panic ends the lanes, not the thread
 

@@ -2,7 +2,7 @@
 //!
 //! In:    taps ([`crate::tracefs::Tap`]), areas of a file
 //! Out:   pages at their final place; counts for each lane
-//! Runs:  [`Pump`] is a handle; the thread `vtrace-pump` lives from [`Pump::spawn`] to [`Pump::stop`]: one session
+//! Runs:  [`Pump`] is a handle; the thread `vt-pump/host` lives from [`Pump::spawn`] to [`Pump::stop`]: one session
 //! Full:  a slow file leaves pages in the ring buffer, which overwrites and counts
 //! Trust: this machine's kernel
 //!
@@ -74,7 +74,7 @@ impl Pump {
             abandoned: Arc::clone(&abandoned),
         };
         let (report, reported) = sync_channel(1);
-        let thread = Builder::new().name("vtrace-pump".into()).spawn(move || {
+        let thread = Builder::new().name("vt-pump/host".into()).spawn(move || {
             let prioritised = settings.priority.map_or(Ok(()), run_in_real_time);
             let refused = prioritised.is_err();
             report.send(prioritised).expect("who started it waits for this");

@@ -2,7 +2,7 @@
 //!
 //! In:    bytes of the control port; commands of the server through [`Guest`]
 //! Out:   what the agent says, to the guest; frames into the stream
-//! Runs:  the thread `device NAME`. It sleeps in epoll_wait; while an agent is there it wakes every [`PING_EVERY`], for
+//! Runs:  the thread `vt-dev/NAME`. It sleeps in epoll_wait; while an agent is there it wakes every [`PING_EVERY`], for
 //!        a stream does not show that an agent is gone
 //! Full:  the stream is left alone while the guest's holder has no room
 //! Trust: nothing of the guest; the folder's permissions for who may be its QEMU

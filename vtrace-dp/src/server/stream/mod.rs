@@ -94,7 +94,7 @@ pub(super) fn start(guest: &GuestConfig, Ports(ports): Ports) -> io::Result<(Arc
     }
     let slot = GuestSlot::new(&guest.name, parts, DEVICE_LANES_MAX)?;
     let control = Control::new(Arc::clone(&slot), control, count, peers)?;
-    let thread = thread::Builder::new().name(format!("device {}", guest.name)).spawn(move || control.run())?;
+    let thread = thread::Builder::new().name(format!("vt-dev/{}", guest.name)).spawn(move || control.run())?;
     Ok((slot, StreamThread { thread }))
 }
 

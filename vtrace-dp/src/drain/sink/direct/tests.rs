@@ -214,8 +214,8 @@ fn idle_lane_costs_no_wake_up_once_its_writes_have_landed() {
     thread::sleep(Duration::from_millis(30));
     let sleeps = || {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-        let ours =
-            tasks.filter(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|c| c.trim() == "drain-direct"));
+        let ours = tasks
+            .filter(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|c| c.trim() == "vt-drain/direct"));
         let count = |task: std::path::PathBuf| {
             let status = std::fs::read_to_string(task.join("status")).unwrap_or_default();
             let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:").map(str::to_owned));
