@@ -199,7 +199,7 @@ impl ArmedSession {
         if let Err(failure) = self.instance.set_tracing(false) {
             log::error!("tracing cannot be switched off: {}: {}", failure.object, failure.detail);
         }
-        self.remarks = self.instance.marker_remarks();
+        self.remarks = self.instance.remarks();
         let come = self.late_cpus.arrived_before_end(&self.instance);
         self.begin(come);
         if let Some(pump) = &self.pump {

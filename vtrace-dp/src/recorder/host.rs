@@ -181,7 +181,7 @@ impl HostRecorder {
     pub fn stop(&mut self) -> Result<HostReport, Failure> {
         let changes = self.instance.setting_changes();
         self.instance.set_tracing(false)?;
-        let remarks = self.instance.marker_remarks();
+        let remarks = self.instance.remarks();
         let stopped = HostTsc(tsc::read());
         let pump = self.pump.take().ok_or_else(|| state("nothing of the host is being recorded"))?;
         let pumped = pump.stop();

@@ -14,23 +14,28 @@ use vtrace_common::wire::agent::{EventRequest, Failure, FailureKind};
 
 use super::{events::Events, failure, read, write};
 
+/// Events that a remark names.
+const UNFIT_NAMED: usize = 8;
+
 /// Writes the filters and triggers of all requests. An expression that fits some of the events of a pattern is kept for
-/// those, as trace-cmd does; one that fits none is refused. For every write, `undo` gets the one that reverts it.
+/// those, as trace-cmd does; one that fits none is refused. For every write, `undo` gets the one that reverts it. Gives a
+/// remark for each expression that does not fit all events of its pattern.
 pub(super) fn apply(
     buffer: &Path,
     available: &Events,
     requests: &[EventRequest],
     undo: &mut Vec<Undo>,
-) -> Result<(), Failure> {
+) -> Result<Vec<String>, Failure> {
+    let mut remarks = Vec::new();
     for request in requests.iter().filter(|request| !request.excluded) {
         if !request.filter.is_empty() {
-            write_for(buffer, available, request, Expression::Filter(&request.filter), undo)?;
+            remarks.extend(write_for(buffer, available, request, Expression::Filter(&request.filter), undo)?);
         }
         for trigger in &request.triggers {
-            write_for(buffer, available, request, Expression::Trigger(trigger), undo)?;
+            remarks.extend(write_for(buffer, available, request, Expression::Trigger(trigger), undo)?);
         }
     }
-    Ok(())
+    Ok(remarks)
 }
 
 /// A file, and the text that removes an expression from it.
@@ -111,11 +116,12 @@ fn write_for(
     request: &EventRequest,
     expression: Expression<'_>,
     undo: &mut Vec<Undo>,
-) -> Result<(), Failure> {
+) -> Result<Option<String>, Failure> {
     let chosen = available.choose(std::slice::from_ref(request))?;
     let (file, text) = (expression.file(), expression.text());
     let mut taken = 0;
     let mut refusal = None;
+    let mut unfit = Vec::new();
     for (system, event) in chosen.each() {
         let path = buffer.join("events").join(system).join(event).join(file);
         match write(&path, text) {
@@ -125,6 +131,7 @@ fn write_for(
             }
             Err(error) => {
                 refusal.get_or_insert_with(|| (format!("{system}:{event} {file}"), error_text(buffer, &error)));
+                unfit.push(format!("{system}:{event}"));
                 // After a refused filter the file holds an error text; it filters nothing.
                 let _ = write(&path, "0");
             }
@@ -134,12 +141,25 @@ fn write_for(
         Some((object, detail)) if taken == 0 => {
             Err(failure(FailureKind::Expression, &object, &format!("{text:?}: {detail}")))
         }
-        Some((object, _)) => {
-            log::warn!("{object}: {text:?} does not fit this event; it is set for {taken} other events of the pattern");
-            Ok(())
-        }
-        None => Ok(()),
+        Some(_) => Ok(Some(partly_fits(expression, &request.pattern, taken, &unfit))),
+        None => Ok(None),
     }
+}
+
+/// The remark about an expression that does not fit `unfit`, of a pattern's events.
+fn partly_fits(expression: Expression<'_>, pattern: &str, taken: usize, unfit: &[String]) -> String {
+    let (file, text) = (expression.file(), expression.text());
+    let named = unfit.iter().take(UNFIT_NAMED).cloned().collect::<Vec<_>>().join(", ");
+    let more = match unfit.len().saturating_sub(UNFIT_NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let effect = match expression {
+        Expression::Filter(_) => "recorded without a filter",
+        Expression::Trigger(_) => "without the trigger",
+    };
+    let events = taken + unfit.len();
+    format!("{file} {text:?} fits {taken} of {events} events of {pattern}; {effect}: {named}{more}")
 }
 
 /// The last error in error_log, in one line; without one, the errno.
@@ -163,6 +183,16 @@ mod tests {
         let text = "# Available triggers:\n# traceon traceoff\ntraceoff:unlimited if a == 1\nstacktrace:count=3\n";
         assert_eq!(trigger_lines(text), ["traceoff if a == 1", "stacktrace:count=3"]);
         assert_eq!(trigger_lines("# none\n"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn remark_names_the_events_that_an_expression_does_not_fit() {
+        let unfit = |count: usize| (0..count).map(|at| format!("sched:e{at}")).collect::<Vec<_>>();
+        let filter = Expression::Filter("pid == 1");
+        let expected = "filter \"pid == 1\" fits 3 of 5 events of sched; recorded without a filter: sched:e0, sched:e1";
+        assert_eq!(partly_fits(filter, "sched", 3, &unfit(2)), expected);
+        let many = partly_fits(Expression::Trigger("traceoff if x"), "sched", 1, &unfit(10));
+        assert!(many.ends_with("without the trigger: sched:e0, sched:e1, sched:e2, sched:e3, sched:e4, sched:e5, sched:e6, sched:e7 and 2 more"), "{many}");
     }
 
     #[test]

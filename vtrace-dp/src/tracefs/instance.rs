@@ -74,6 +74,8 @@ pub struct Instance {
     on: Events,
     markers: Option<Markers>,
     watch: Option<SettingWatch>,
+    /// What was found while it was armed.
+    remarks: Vec<String>,
     /// Writes that remove its filters and triggers.
     undo: Vec<expressions::Undo>,
 }
@@ -124,7 +126,7 @@ impl Tracefs {
             instance.mask = parse_mask(&read(&instance.path.join("tracing_cpumask"))?);
         }
         let available = Events::parse(&read(&self.root().join("available_events"))?);
-        expressions::apply(&instance.path, &available, &arm.events, &mut instance.undo)?;
+        instance.remarks = expressions::apply(&instance.path, &available, &arm.events, &mut instance.undo)?;
         instance.check_clock(arm)?;
         instance.on = switch_on(&instance.path, &available, &arm.events, each)?;
         Ok(instance)
@@ -172,6 +174,7 @@ impl Tracefs {
             on: Events::default(),
             markers: None,
             watch: None,
+            remarks: Vec::new(),
             undo: Vec::new(),
         };
         instance.switch = Some(instance.open_to_write("tracing_on")?);
@@ -261,9 +264,10 @@ impl Instance {
         Err(failure(FailureKind::Expression, object, &detail))
     }
 
-    /// What the closing table says about the markers of applications.
-    pub fn marker_remarks(&self) -> Vec<String> {
-        self.markers.iter().flat_map(|markers| markers.remarks(&self.tracefs)).collect()
+    /// What the summary says about it: filters and triggers that fit some events only, markers of applications.
+    pub fn remarks(&self) -> Vec<String> {
+        let markers = self.markers.iter().flat_map(|markers| markers.remarks(&self.tracefs));
+        self.remarks.iter().cloned().chain(markers).collect()
     }
 
     /// Writes `text` into the trace, as one event; the kernel cuts it to what fits a page. Where not all CPUs are traced,

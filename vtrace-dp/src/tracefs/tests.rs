@@ -64,7 +64,7 @@ fn markers_of_applications_are_among_the_events_of_the_recording() {
     write(&tracefs.root().join("trace_marker"), "of an application").unwrap();
     write(&tracefs.root().join("trace_marker_raw"), "\u{1}\u{0}\u{0}\u{0}raw").unwrap();
     instance.set_tracing(false).unwrap();
-    let remarks = instance.marker_remarks();
+    let remarks = instance.remarks();
     let text = fs::read_to_string(instance.path().join("trace")).unwrap();
     if !instance.path().join("options/copy_trace_marker").exists() {
         assert!(remarks.iter().any(|text| text.contains("are not recorded")), "{remarks:?}");
@@ -72,6 +72,22 @@ fn markers_of_applications_are_among_the_events_of_the_recording() {
     }
     assert!(text.contains("tracing_mark_write: of an application") && text.contains("# 1 buf: 72 61 77"), "{text}");
     assert!(remarks.iter().any(|text| text.ends_with(" markers of applications")), "{remarks:?}");
+}
+
+#[test]
+fn events_that_a_filter_does_not_fit_are_in_the_remarks() {
+    let Some(tracefs) = tracefs() else { return };
+    let mut asked = arm(&["sched:sched_switch"]);
+    asked.events[0].filter = "prev_pid == 1".into();
+    let fits = tracefs.arm(&name("fits"), &asked).unwrap();
+    assert_eq!(fits.remarks(), Vec::<String>::new());
+    asked.events[0].pattern = "sched:sched_s*".into();
+    let partly = tracefs.arm(&name("partly"), &asked).unwrap().remarks();
+    assert_eq!(partly.len(), 1, "{partly:?}");
+    assert!(
+        partly[0].starts_with("filter \"prev_pid == 1\" fits 1 of ") && partly[0].contains("sched:sched_stat_"),
+        "{partly:?}"
+    );
 }
 
 #[test]
