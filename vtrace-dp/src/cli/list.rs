@@ -14,6 +14,7 @@ use super::{
 use crate::{
     recorder::guests::{refusal::holder, silence::SilenceSuffix},
     server::link::Link,
+    vmm::vcpu_threads::{VcpuThread, running_vcpus},
 };
 
 /// Timeout of an answer of the server's.
@@ -26,11 +27,11 @@ pub(super) fn run(args: &ListArgs) -> Result<u8, Complaint> {
     if host || !args.dom.is_empty() {
         return list_offers(args, host);
     }
-    let guests = guests(&mut Link::connect(&args.dir)?)?;
+    let guests: Vec<ListedGuest> = guests(&mut Link::connect(&args.dir)?)?.into_iter().map(ListedGuest::of).collect();
     if args.json {
         put_json(&guests)?;
     } else {
-        put(&guests.iter().flat_map(lines).collect::<Vec<_>>().join("\n"))?;
+        put(&guests.iter().flat_map(ListedGuest::lines).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(0)
 }
@@ -41,6 +42,26 @@ pub(super) fn guests(link: &mut Link) -> Result<Vec<GuestState>, Complaint> {
     match link.receive(Some(ANSWER_MAX))? {
         Some(FromServer::Guests(guests)) => Ok(guests),
         _ => Err(Complaint::new("cannot list guests", "the server did not answer", "see the server's log")),
+    }
+}
+
+/// A guest, and the host threads of its vCPUs where /proc shows them.
+#[derive(Serialize)]
+struct ListedGuest {
+    #[serde(flatten)]
+    state: GuestState,
+    vcpus: Vec<VcpuThread>,
+}
+
+impl ListedGuest {
+    fn of(state: GuestState) -> Self {
+        let vcpus = state.vmm_pid.filter(|pid| *pid != 0).map(running_vcpus).unwrap_or_default();
+        Self { state, vcpus }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let threads = self.vcpus.iter().map(|vcpu| format!("{} {vcpu}", self.state.name));
+        lines(&self.state).into_iter().chain(threads).collect()
     }
 }
 

@@ -17,7 +17,7 @@ use super::plan_fault::PlanFault;
 use crate::recorder::plan::CLOCK;
 
 /// Options of one machine, by clap's id.
-const OPTIONS: [&str; 20] = [
+const OPTIONS: [&str; 21] = [
     "event",
     "filter",
     "trigger",
@@ -37,6 +37,7 @@ const OPTIONS: [&str; 20] = [
     "clock",
     "buffer_kb",
     "subbuf_kb",
+    "newest_kb",
     "exec",
 ];
 
@@ -52,6 +53,7 @@ struct OptionGiven {
 struct MachineOptions<'a> {
     name: &'a str,
     arm: Arm,
+    newest_kb: Option<u32>,
     excludes: bool,
 }
 
@@ -64,6 +66,8 @@ pub(super) struct Arms {
     pub(super) instances: Vec<(String, Arm)>,
     /// The guests, each with the name of its instance.
     pub(super) guests: Vec<(Arm, Option<String>)>,
+    /// `-m` of the host, its instances, and the guests.
+    pub(super) newest_kb: Vec<Option<u32>>,
 }
 
 /// A `-B` after a `--dom`.
@@ -95,8 +99,10 @@ pub(super) fn read(
     let mut names = vec!["the host".to_owned()];
     names.extend(of_host.iter().map(|(_, name)| format!("-B {name}")));
     names.extend(guests.iter().cloned());
-    let mut machines: Vec<MachineOptions<'_>> =
-        names.iter().map(|name| MachineOptions { name, arm: common.clone(), excludes: false }).collect();
+    let mut machines: Vec<MachineOptions<'_>> = names
+        .iter()
+        .map(|name| MachineOptions { name, arm: common.clone(), newest_kb: None, excludes: false })
+        .collect();
     let starts: Vec<usize> = of_host.iter().map(|(index, _)| *index).chain(doms).collect();
     for given in options_given(matches) {
         // The host's instances are before all guests.
@@ -109,11 +115,12 @@ pub(super) fn read(
         }
         machines[owner].add(given.option, given.values)?;
     }
+    let newest_kb = machines.iter().map(|machine| machine.newest_kb).collect();
     let mut arms = machines.into_iter().map(|machine| machine.arm);
     let host = arms.next().expect("the host is the first");
     let host_instances = of_host.iter().map(|(_, name)| (*name).clone()).zip(arms.by_ref()).collect();
     let guest_instances = of_guests.iter().map(|of_guest| of_guest.as_ref().map(|one| one.instance.to_owned()));
-    Ok(Arms { host, instances: host_instances, guests: arms.zip(guest_instances).collect() })
+    Ok(Arms { host, instances: host_instances, guests: arms.zip(guest_instances).collect(), newest_kb })
 }
 
 /// Positions of an option among all arguments.
@@ -177,6 +184,11 @@ impl MachineOptions<'_> {
             "clock" => arm.clock = if word == "tsc2nsec" { CLOCK.into() } else { word },
             "buffer_kb" => return self.size("-b", |arm| &mut arm.buffer_kb, &word),
             "subbuf_kb" => return self.size("--subbuf-size", |arm| &mut arm.subbuf_kb, &word),
+            "newest_kb" => {
+                if self.newest_kb.replace(number(&word)).is_some() {
+                    return Err(PlanFault::Twice { option: "-m", machine: self.name.into() });
+                }
+            }
             option => unreachable!("{option} is not one of OPTIONS"),
         }
         Ok(())

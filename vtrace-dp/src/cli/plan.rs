@@ -27,7 +27,7 @@ use crate::{
 pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Result<Plan, PlanFault> {
     let common = Arm { session, clock: CLOCK.into(), kallsyms: !args.no_kallsyms, ..Arm::default() };
     let arms = machine_options::read(matches, &args.instance, &args.dom, &common)?;
-    let Arms { host: host_arm, instances, guests } = arms;
+    let Arms { host: host_arm, instances, guests, newest_kb } = arms;
     if !records(&host_arm) && instances.is_empty() && guests.is_empty() {
         return Err(PlanFault::Nothing);
     }
@@ -36,6 +36,11 @@ pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Res
     if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
         return Err(PlanFault::InstanceTwice(name.clone()));
     }
+    // The host's applies to machines that have none.
+    let newest_bytes = |machine: usize| {
+        let kb = newest_kb[machine].or_else(|| newest_kb.first().copied().flatten());
+        kb.map(|kb| u64::from(kb) << 10)
+    };
     let mut instance_plans = Vec::new();
     for ((name, arm), number) in instances.into_iter().zip(1..) {
         let arm = Arm { session: session.wrapping_add(number), ..arm };
@@ -45,15 +50,20 @@ pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Res
     for (name, (arm, instance)) in args.dom.iter().zip(guests) {
         guest_plans.push(guest(args, name, arm, instance)?);
     }
+    for (number, plan) in (1..).zip(&mut instance_plans) {
+        plan.newest_bytes = newest_bytes(number);
+    }
+    for (number, plan) in (1 + instance_plans.len()..).zip(&mut guest_plans) {
+        plan.machine.newest_bytes = newest_bytes(number);
+    }
     Ok(Plan {
-        host: MachinePlan { arm: host_arm, output: args.output.clone() },
+        host: MachinePlan { arm: host_arm, output: args.output.clone(), newest_bytes: newest_bytes(0) },
         instances: instance_plans,
         guests: guest_plans,
         command: args.command.clone(),
         rt: args.rt,
         timeout: args.timeout.map(timeout).transpose()?,
         sink: args.sink,
-        newest_bytes: args.newest_kb.map(|kb| u64::from(kb) << 10),
         file_bytes_max: args.max_file,
         guest_bytes_max: args.max_guest_bytes,
         raw_clock: args.raw_clock,
@@ -116,7 +126,7 @@ fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<Ins
         return Err(PlanFault::InstancePages(name));
     }
     check_processes(&format!("-B {name}"), &arm, !args.command.is_empty())?;
-    Ok(InstancePlan { name, arm: Arm { clock, ..arm } })
+    Ok(InstancePlan { name, arm: Arm { clock, ..arm }, newest_bytes: None })
 }
 
 /// Whether a mask is hexadecimal (commas between groups, as tracing_cpumask takes them) and not zero.
@@ -155,7 +165,8 @@ fn guest(args: &RecordArgs, name: &str, arm: Arm, instance: Option<String>) -> R
         return Err(PlanFault::Clock(arm.clock));
     }
     check_processes(name, &arm, !arm.commands.is_empty())?;
-    Ok(GuestPlan { name: name.into(), machine: MachinePlan { arm, output: guest_output(args, name) }, instance })
+    let machine = MachinePlan { arm, output: guest_output(args, name), newest_bytes: None };
+    Ok(GuestPlan { name: name.into(), machine, instance })
 }
 
 /// The file of a guest: `trace-guest1.dat` for `trace.dat`, as trace-cmd names it, and `x-guest1.y.dat` for `x.y`.
@@ -222,6 +233,23 @@ mod tests {
         let plan = plan("vtrace record -e sched ls -e x --dom y").unwrap();
         assert_eq!(plan.command, ["ls", "-e", "x", "--dom", "y"]);
         assert!(plan.guests.is_empty());
+    }
+
+    #[test]
+    fn newest_data_is_kept_of_each_machine_as_it_says_or_as_the_host_does() {
+        let kept = |line: &str| {
+            let plan = plan(line).unwrap();
+            let instances = plan.instances.iter().map(|instance| instance.newest_bytes);
+            let guests = plan.guests.iter().map(|guest| guest.machine.newest_bytes);
+            [plan.host.newest_bytes].into_iter().chain(instances).chain(guests).collect::<Vec<_>>()
+        };
+        let line = "vtrace record -e sched -m 64 -B i -e irq --dom g1 -e sched -m 8 --dom g2 -e sched";
+        assert_eq!(kept(line), [Some(65536), Some(65536), Some(8192), Some(65536)]);
+        let line = "vtrace record -e sched --dom g1 -e sched -m 8 --dom g2 -e sched";
+        assert_eq!(kept(line), [None, Some(8192), None]);
+        assert!(plan(line).unwrap().keeps_newest());
+        let twice = plan("vtrace record -e sched --dom g1 -e sched -m 8 -m 9").unwrap_err();
+        assert_eq!(twice, PlanFault::Twice { option: "-m", machine: "g1".into() });
     }
 
     #[test]

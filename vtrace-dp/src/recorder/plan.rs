@@ -30,8 +30,6 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// How guests' pages are written.
     pub sink: SinkChoice,
-    /// Keep only the newest pages of each lane, at least this many bytes.
-    pub newest_bytes: Option<u64>,
     /// Stop before a file exceeds this many bytes.
     pub file_bytes_max: Option<u64>,
     /// Stop a guest before its file exceeds this many bytes.
@@ -63,6 +61,8 @@ pub struct MachinePlan {
     pub arm: Arm,
     /// The path of its file.
     pub output: PathBuf,
+    /// Keep only the newest pages of each lane, at least this many bytes.
+    pub newest_bytes: Option<u64>,
 }
 
 /// An instance of the host.
@@ -72,6 +72,8 @@ pub struct InstancePlan {
     pub name: String,
     /// What it records.
     pub arm: Arm,
+    /// Keep only the newest pages of each lane, at least this many bytes.
+    pub newest_bytes: Option<u64>,
 }
 
 /// One guest's part.
@@ -91,15 +93,23 @@ impl Plan {
         self.host.records() || !self.instances.is_empty()
     }
 
-    /// Limits of the lanes of the host's files.
-    pub fn bounds(&self) -> Bounds {
-        Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes: self.newest_bytes }
+    /// Limits of the lanes of a file of the host that keeps `newest_bytes` of each.
+    pub fn bounds(&self, newest_bytes: Option<u64>) -> Bounds {
+        Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes }
     }
 
-    /// Limits of the lanes of guests' files.
-    pub fn guest_bounds(&self) -> Bounds {
+    /// Limits of the lanes of a guest's file.
+    pub fn guest_bounds(&self, name: &str) -> Bounds {
+        let guest = self.guests.iter().find(|guest| guest.name == name);
         let lane_bytes_max = [self.file_bytes_max, self.guest_bytes_max].into_iter().flatten().min();
-        Bounds { lane_bytes_max, ..self.bounds() }
+        Bounds { lane_bytes_max, newest_bytes: guest.and_then(|guest| guest.machine.newest_bytes) }
+    }
+
+    /// Whether a file keeps only the newest pages.
+    pub fn keeps_newest(&self) -> bool {
+        let guests = self.guests.iter().map(|guest| guest.machine.newest_bytes);
+        let host = self.instances.iter().map(|instance| instance.newest_bytes).chain([self.host.newest_bytes]);
+        host.chain(guests).any(|newest_bytes| newest_bytes.is_some())
     }
 }
 

@@ -346,7 +346,7 @@ impl Recording<'_> {
         }
         self.ended = self.limit.tick(&states);
         self.stop_full_guests()?;
-        if self.plan.newest_bytes.is_some() {
+        if self.plan.keeps_newest() {
             // Frees the blocks of older pages.
             let (host, guests) = files.split_first_mut().expect("the host has a file");
             let in_order = std::iter::once(host).chain(instances::files(&mut self.instances)).chain(guests);

@@ -20,6 +20,7 @@ use crate::{
     clock::vcpus::Vcpu,
     printable::Nanoseconds,
     tracefs::stats::{Stats, events_read},
+    vmm::vcpu_threads::VcpuThread,
 };
 
 /// [`ClockSummary::source`]: KVM's TSC offsets.
@@ -31,6 +32,8 @@ pub const RAW: &str = "raw";
 
 /// The kernel's size of one CPU's buffer in a new instance (kernel/trace/trace.c, `TRACE_BUF_SIZE_DEFAULT`), KiB.
 const BUFFER_KB_DEFAULT: u64 = 1408;
+/// vCPUs of a guest that the table shows.
+const VCPUS_SHOWN: usize = 8;
 /// Bytes of one event with its header.
 const EVENT_BYTES_MIN: u64 = 16;
 const EVENT_BYTES_MAX: u64 = 4096;
@@ -65,6 +68,8 @@ pub struct MachineSummary {
     pub sink: Option<&'static str>,
     /// How its times become host times; `None` for the host.
     pub clock: Option<ClockSummary>,
+    /// The host threads of its vCPUs at the end; empty where they are not known.
+    pub vcpus: Vec<VcpuThread>,
     /// From the host's start to this guest's, nanoseconds of host time.
     pub start_skew_ns: Option<i64>,
     /// Its commands (`--exec`).
@@ -272,6 +277,12 @@ impl fmt::Display for Summary {
             if let Some(clock) = &machine.clock {
                 writeln!(f, "clock {}: {clock}", machine.name)?;
             }
+            for vcpu in machine.vcpus.iter().take(VCPUS_SHOWN) {
+                writeln!(f, "{} {vcpu}", machine.name)?;
+            }
+            if let more @ 1.. = machine.vcpus.len().saturating_sub(VCPUS_SHOWN) {
+                writeln!(f, "{} has {more} more vCPU{}: --json has all", machine.name, plural(more))?;
+            }
             for CommandSummary { command, status, output_dropped_bytes } in &machine.commands {
                 let end = status.map_or("still running at the end".into(), |status| format!("exit status {status}"));
                 let dropped = match output_dropped_bytes {
@@ -412,6 +423,8 @@ mod tests {
         let lanes = vec![LaneSummary { ledger: ledger(10, 9), ..LaneSummary::default() }];
         let clock =
             ClockSummary { source: MEASURED.into(), vcpus: 2, bound_ns: 1840, steady: true, ..Default::default() };
+        let vcpu =
+            |vcpu| VcpuThread { vcpu, thread: 70 + vcpu, host_cpu: Some(3), host_cpus_allowed: Some("0-3".into()) };
         let machine = MachineSummary {
             commands: Vec::new(),
             changes: Vec::new(),
@@ -421,6 +434,7 @@ mod tests {
             lanes,
             sink: Some("buffered"),
             clock: Some(clock),
+            vcpus: (0..9).map(vcpu).collect(),
             start_skew_ns: Some(-1_840_000),
             silence_ms_max: 35_100,
             failed: true,
@@ -433,6 +447,10 @@ mod tests {
         assert!(text.contains("clock guest1: measured, 2 vCPUs, ±1.8 µs"), "{text}");
         assert!(text.contains("start guest1: 1.8 ms before the host"), "{text}");
         assert!(text.contains("note guest1: its agent went away"), "{text}");
+        assert!(
+            text.contains("\nguest1 vCPU 7: thread 77, CPU 3 of 0-3\nguest1 has 1 more vCPU: --json has all\n"),
+            "{text}"
+        );
         assert!(summary.lost_anything());
     }
 

@@ -68,7 +68,7 @@ pub(crate) fn finish(
 /// where its clock was changed, and where the file cannot be opened again.
 fn host_lanes(recording: &Recording, file: &MachineFile, report: &HostReport) -> Option<HostPages> {
     let has_other_clock = report.changes.iter().any(|change| change.setting == TRACE_CLOCK);
-    if recording.plan.newest_bytes.is_some() || has_other_clock {
+    if recording.plan.host.newest_bytes.is_some() || has_other_clock {
         return None;
     }
     let opened = open_host_lanes(&recording.host, file, report);

@@ -33,6 +33,7 @@ use crate::{
         summary::{MachineSummary, loss_hint},
     },
     trace::{format::option::TraceOption, write::Writer},
+    vmm::vcpu_threads::VcpuThread,
 };
 
 /// Finishes the file of guest `index`.
@@ -63,6 +64,12 @@ pub(super) fn finish_guest(
 
     let mut machine = guest_summary(recording, session, &file, &ledgers, times);
     machine.start_skew_ns = start_skew_ns;
+    match (&link, &session.claimed) {
+        (TraceOption::Guest { vcpus, .. }, Some(claimed)) if threads_known => {
+            machine.vcpus = vcpus.iter().map(|(cpu, thread)| VcpuThread::of(claimed.vmm_pid, *cpu, *thread)).collect();
+        }
+        _ => {}
+    }
     if !threads_known {
         machine.remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }

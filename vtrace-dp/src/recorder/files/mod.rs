@@ -43,9 +43,11 @@ pub(crate) fn create(recording: &Recording, outputs: Vec<OutputFile>) -> Result<
     let plan = recording.plan;
     let mut outputs = outputs.into_iter();
     let host = outputs.next().expect("the host has a file");
-    let mut files = vec![MachineFile::create(&recording.host.metadata, &recording.host.armed, host, plan.bounds())?];
+    let bounds = plan.bounds(plan.host.newest_bytes);
+    let mut files = vec![MachineFile::create(&recording.host.metadata, &recording.host.armed, host, bounds)?];
     for (session, output) in recording.sessions().zip(outputs) {
-        let mut file = MachineFile::create(&session.metadata, session.armed(), output, plan.guest_bounds())?;
+        let bounds = plan.guest_bounds(&session.name);
+        let mut file = MachineFile::create(&session.metadata, session.armed(), output, bounds)?;
         file.direct = open_direct(plan.sink, file.writer.file()).map_err(|source| FileError {
             path: file.output.path().into(),
             what: "open with O_DIRECT",

@@ -109,7 +109,8 @@ fn recorded(dir: &Path, names: &[&str]) -> Guests {
 }
 
 fn plan_of(name: &str) -> GuestPlan {
-    let machine = MachinePlan { arm: vtrace_common::wire::agent::Arm::default(), output: "none".into() };
+    let machine =
+        MachinePlan { arm: vtrace_common::wire::agent::Arm::default(), output: "none".into(), newest_bytes: None };
     GuestPlan { name: name.into(), machine, instance: None }
 }
 

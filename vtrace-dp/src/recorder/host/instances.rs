@@ -74,10 +74,10 @@ fn part_path(host: &Path, name: &str) -> PathBuf {
 
 /// Writes the heads of the files and starts to move pages.
 pub(crate) fn attach(plan: &Plan, instances: &mut [Instance]) -> Result<(), RecordError> {
-    for instance in instances {
+    for (instance, planned) in instances.iter_mut().zip(&plan.instances) {
         let output = instance.output.take().expect("a file is made once");
         let host = &mut instance.host;
-        let file = MachineFile::create(&host.metadata, &host.armed, output, plan.bounds())?;
+        let file = MachineFile::create(&host.metadata, &host.armed, output, plan.bounds(planned.newest_bytes))?;
         host.attach(&file.writer, plan.rt)?;
         instance.file = Some(file);
     }
