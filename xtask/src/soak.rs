@@ -20,7 +20,7 @@ struct Case {
     is_long: bool,
 }
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 6] = [
     Case { name: "sessions", suite: "sessions", test: "sessions_leave_nothing", is_long: true },
     Case { name: "kills", suite: "restore", test: "killed_recording_has_every_page_that_was_written", is_long: false },
     Case {
@@ -36,12 +36,18 @@ const CASES: [Case; 5] = [
         is_long: false,
     },
     Case { name: "guest", suite: "record_guest", test: "record_guest_on_newest_kernel", is_long: false },
+    Case {
+        name: "hostile",
+        suite: "hostile_guest",
+        test: "recording_is_whole_beside_a_vmm_and_an_agent_that_attack",
+        is_long: true,
+    },
 ];
 
 /// Which cases, and how long each.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
-    /// Cases to run: sessions, kills, kills-at-end, kills-set, guest; all if none is named
+    /// Cases to run: sessions, kills, kills-at-end, kills-set, guest, hostile; all if none is named
     cases: Vec<String>,
     /// Minutes for each case
     #[arg(long, default_value_t = 20)]

@@ -19,7 +19,7 @@
 //! | [`stream`] | `vtrace_dp::server::stream` | who goes on speaking is heard; whole pages, inside the area, all counted |
 //! | [`texts`] | rules, setups, versions, tracefs' texts | an answer within its bounds |
 //! | [`tracedat`] | `vtrace_dp::trace::{reader, fields, merge}`, `check` | an answer, in bounded memory; no more events than words |
-//! | [`vhost_user`] | a whole `vtrace_dp::server`, over its vhost-user socket | the next monitor is served; no pipe, socket or event is left |
+//! | [`vhost_user`] | a whole `vtrace_dp::server`, over its vhost-user socket | the next monitor is served; nothing of this one is left |
 //! | [`wire`] | `vtrace_common::wire` | the same frames however the stream is cut; what opens can be sent again |
 //!
 //! A target is three things of one name:
@@ -38,6 +38,7 @@ pub mod console;
 pub mod lane;
 pub mod page;
 pub mod qmp;
+pub mod random;
 pub mod restore;
 pub mod ring;
 pub mod stream;

@@ -1,18 +1,18 @@
 //! What a virtual machine monitor sends over its vhost-user socket, to a whole server: requests as QEMU makes them, with
-//! odd descriptors and changed bytes, and an end after any of their bytes.
+//! odd descriptors and changed bytes, memory of terabytes, rings whose words change while they are served, and an end
+//! after any byte.
 //!
 //! Input: steps of 6 bytes: which request, which ring, how many descriptors of which kind, where the monitor dies, which
-//! byte is changed, and how.
+//! byte is changed, and how. With bit 5 of the first byte set the step writes to a ring and kicks instead.
 //!
-//! Afterwards the next monitor is served, and no descriptor is left but that of the memory: a lane's drain keeps the last
-//! memory until its ring starts again.
+//! Afterwards the next monitor is served, and nothing of the first is left: no descriptor, no mapping of its memory.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{Read, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     path::{Path, PathBuf},
     sync::{
@@ -35,6 +35,8 @@ use vtrace_dp::{
     sys::socket::{MESSAGE_DESCRIPTORS_MAX, receive, send_all},
 };
 
+use crate::random::Random;
+
 const GUEST: &str = "guest1";
 /// Steps of one input.
 const STEPS_MAX: usize = 200;
@@ -46,6 +48,15 @@ const MEMORY_BYTES: u64 = 1 << 20;
 const VMM_BASE: u64 = 1 << 30;
 /// Entries of each ring.
 const ENTRIES: u32 = 16;
+/// Offsets in the page of a ring: of the index of its available ring, of its used ring, of a buffer.
+const AVAILABLE: u64 = 256;
+const BUFFER: u64 = 384;
+const USED: u64 = 1024;
+/// A step that writes two bytes to a ring and kicks.
+const WRITE: u8 = 1 << 5;
+/// Where a monitor dies that does not: its memory regions have [`HUGE_BYTES`].
+const HUGE: u8 = 255;
+const HUGE_BYTES: u64 = 1 << 46;
 
 /// Requests that QEMU makes (docs/interop/vhost-user.rst, "Front-end message types").
 const GET_FEATURES: u32 = 1;
@@ -115,16 +126,24 @@ impl Objects {
         }
     }
 
-    /// Those that lead to objects only this input has, as /proc names them: eventfds all have one name.
-    fn names(&self) -> Vec<PathBuf> {
-        let numbers = [self.pipe.0.as_raw_fd(), self.socket.0.as_raw_fd()];
-        numbers.iter().map(|number| link(&number.to_string()).expect("it is open")).collect()
+    /// The objects as /proc names them. No other input has these.
+    fn names(&self) -> Vec<String> {
+        let descriptors = [self.memory.as_fd(), self.event.as_fd(), self.pipe.0.as_fd(), self.socket.0.as_fd()];
+        descriptors.iter().map(|found| name_of(&found.as_raw_fd().to_string()).expect("it is open")).collect()
+    }
+
+    /// Writes two bytes to the page of a ring and wakes whoever serves it.
+    fn write(&self, step: &Step) {
+        let at = u64::from(step.ring) * 4096 + u64::from(step.changed_at) * 2;
+        self.memory.write_at(&[step.dies_at, step.change], at).expect("memory can be written");
+        let _ = self.event.write(1);
     }
 }
 
-/// One request of a monitor.
+/// One step of a monitor: a request, or a write to its memory.
 struct Step {
     code: u32,
+    is_write: bool,
     ring: u32,
     descriptors: u8,
     dies_at: u8,
@@ -137,7 +156,8 @@ impl Step {
         let [which, ring, descriptors, dies_at, changed_at, change] = *bytes;
         // A few codes are not known.
         let code = REQUESTS.get(usize::from(which & 31)).copied().unwrap_or(u32::from(which));
-        Self { code, ring: u32::from(ring & 15), descriptors, dies_at, changed_at, change }
+        let is_write = which & WRITE != 0;
+        Self { code, is_write, ring: u32::from(ring & 15), descriptors, dies_at, changed_at, change }
     }
 
     fn body(&self) -> Vec<u8> {
@@ -145,14 +165,17 @@ impl Step {
         let longs = |longs: &[u64]| longs.iter().flat_map(|long| long.to_le_bytes()).collect::<Vec<u8>>();
         let ring = u64::from(self.ring);
         let at = VMM_BASE + ring * 4096;
-        let region = [0, MEMORY_BYTES, VMM_BASE, 0];
+        let region = match self.dies_at {
+            HUGE => [ring * HUGE_BYTES, HUGE_BYTES, VMM_BASE, 0],
+            _ => [0, MEMORY_BYTES, VMM_BASE, 0],
+        };
         match self.code {
             SET_FEATURES => longs(&[1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 2]),
             SET_PROTOCOL_FEATURES => longs(&[1 | 1 << 3 | 1 << 9 | 1 << 15]),
             SET_MEM_TABLE => [words(&[1, 0]), longs(&region)].concat(),
             ADD_MEM_REG | REM_MEM_REG => [longs(&[0]), longs(&region)].concat(),
             8 => words(&[self.ring, ENTRIES]),
-            SET_VRING_ADDR => [words(&[self.ring, 0]), longs(&[at, at + 1024, at + 512, 0])].concat(),
+            SET_VRING_ADDR => [words(&[self.ring, 0]), longs(&[at, at + USED, at + AVAILABLE, 0])].concat(),
             10 | 11 => words(&[self.ring, 0]),
             SET_VRING_KICK | SET_VRING_CALL => longs(&[ring]),
             18 => words(&[self.ring, 1]),
@@ -188,15 +211,21 @@ impl Step {
     }
 }
 
-fn link(number: &str) -> Option<PathBuf> {
-    std::fs::read_link(format!("/proc/self/fd/{number}")).ok()
+/// What a descriptor of this process leads to. All eventfds have one link: their number is among the other facts.
+fn name_of(number: &str) -> Option<String> {
+    let link = fs::read_link(format!("/proc/self/fd/{number}")).ok()?.to_string_lossy().into_owned();
+    let facts = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+    let event = facts.lines().find(|line| line.starts_with("eventfd-id")).unwrap_or_default();
+    Some(format!("{link}{event}"))
 }
 
-/// Descriptors of this process that lead to one of these.
-fn descriptors_of(names: &[PathBuf]) -> usize {
-    let entries = std::fs::read_dir("/proc/self/fd").expect("/proc");
-    let links = entries.flatten().filter_map(|entry| link(entry.file_name().to_str()?));
-    links.filter(|link| names.contains(link)).count()
+/// Descriptors of this process that lead to one of these, and mappings.
+fn held(names: &[String]) -> usize {
+    let entries = fs::read_dir("/proc/self/fd").expect("/proc");
+    let found = entries.flatten().filter_map(|entry| name_of(entry.file_name().to_str()?));
+    let maps = fs::read_to_string("/proc/self/maps").expect("/proc");
+    let mapped = maps.lines().filter(|line| names.iter().any(|name| line.ends_with(&**name)));
+    found.filter(|name| names.contains(name)).count() + mapped.count()
 }
 
 /// Plays a monitor that connects at `path`, takes the steps of `bytes` and dies.
@@ -209,6 +238,13 @@ fn play(path: &Path, bytes: &[u8], objects: &Objects) {
     socket.set_write_timeout(Some(Duration::from_millis(100))).expect("a time");
     for step in bytes.as_chunks().0.iter().take(STEPS_MAX) {
         let step = Step::of(step);
+        if step.is_write {
+            objects.write(&step);
+            continue;
+        }
+        if step.dies_at == HUGE {
+            let _ = objects.memory.set_len(HUGE_BYTES);
+        }
         let (bytes, dies) = step.bytes();
         if send_all(socket.as_fd(), &bytes, &step.descriptors(objects)).is_err() || dies {
             return;
@@ -248,19 +284,31 @@ fn within_watchdog(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// Plays a monitor; the next is served, and no descriptor of the first is left but that of its memory.
+/// Plays a monitor; the next is served, and nothing of the first is left.
 pub fn run(bytes: &[u8]) {
     let path = socket_path();
     let objects = Objects::new();
     let names = objects.names();
-    let before = descriptors_of(&names);
+    let before = held(&names);
     play(path, bytes, &objects);
     within_watchdog("the next monitor is served", || serves(path));
-    within_watchdog("descriptors of a monitor that is gone are closed", || descriptors_of(&names) <= before);
+    within_watchdog("nothing of a monitor that is gone is kept", || held(&names) <= before);
 }
 
-/// A monitor that starts a device as QEMU does, one that sends too many descriptors, one that dies in the middle, and one
-/// whose eventfds are full pipes.
+/// Input number `number`: a seed with some bytes changed, its end perhaps twice, or any bytes.
+pub fn random_input(number: u64) -> Vec<u8> {
+    let mut random = Random::new(number);
+    if random.below(8) == 0 {
+        let steps = 1 + random.below(60);
+        return random.bytes(6 * steps);
+    }
+    let input = random.mutated(&seeds());
+    let from = 6 * random.below(input.len() / 6);
+    if random.below(2) == 0 { [&input[..], &input[from..]].concat() } else { input }
+}
+
+/// Monitors that start a device as QEMU does and send a page; that send too many descriptors; that die in the middle;
+/// whose eventfds are full pipes; whose memory is larger than any; whose rings change under the server.
 pub fn seeds() -> Vec<Vec<u8>> {
     let request = |code: u32| {
         let at = REQUESTS.iter().position(|known| *known == code).expect("it is in the table");
@@ -270,7 +318,21 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let begin = [GET_FEATURES, 15, SET_PROTOCOL_FEATURES, SET_FEATURES, 3, ADD_MEM_REG].map(|code| step(code, 0));
     let ring = |ring: u8| [8, 10, SET_VRING_ADDR, SET_VRING_KICK, SET_VRING_CALL, 18].map(|code| step(code, ring));
     let rings: Vec<[u8; 6]> = (0..6).flat_map(ring).collect();
-    let device = [&begin[..], &rings, &[step(11, 5), step(REM_MEM_REG, 0)]].concat();
+    // A descriptor of 8 bytes that lie in the ring's own page; value 1 in them: a control message "device ready".
+    let write = |ring: u8, at: u64, value: u16| {
+        let [low, high] = value.to_le_bytes();
+        [WRITE, ring, 0, low, u8::try_from(at / 2).expect("the first half of a KiB"), high]
+    };
+    let chain = |ring: u8| {
+        let buffer = u16::from(ring) * 4096 + u16::try_from(BUFFER).expect("an offset in a page");
+        [write(ring, 0, buffer), write(ring, 8, 8), write(ring, BUFFER + 6, 1), write(ring, AVAILABLE + 2, 1)]
+    };
+    let chains: Vec<[u8; 6]> = (0..6).flat_map(chain).collect();
+    let device = [&begin[..], &rings, &chains, &[step(11, 5), step(REM_MEM_REG, 0)]].concat();
+    let broken = (0..120u8).map(|at| write(at % 6, u64::from(at) * 4, u16::from(at) << 9 | 1));
+    let broken: Vec<[u8; 6]> = [&begin[..], &rings].concat().into_iter().chain(broken).collect();
+    let huge = (0..16).map(|ring| [request(ADD_MEM_REG), ring, 0, HUGE, 0, 0]);
+    let huge: Vec<[u8; 6]> = begin.into_iter().chain(huge).collect();
     let mut pipes = device.clone();
     for step in &mut pipes {
         if [request(SET_VRING_KICK), request(SET_VRING_CALL)].contains(&step[0]) {
@@ -279,5 +341,5 @@ pub fn seeds() -> Vec<Vec<u8>> {
     }
     let flood: Vec<[u8; 6]> = (0..18).map(|code| [code, 1, 255, 0, 0, 0]).collect();
     let dies = [&begin[..], &[[request(SET_VRING_ADDR), 2, 0, 17, 0, 0]]].concat();
-    [device, pipes, flood, dies].map(|steps| steps.concat()).to_vec()
+    [device, pipes, flood, dies, broken, huge].map(|steps| steps.concat()).to_vec()
 }

@@ -18,11 +18,12 @@ use crate::{cache, debian::bare::BareRoot, packages};
 
 const TEST: [&str; 4] = ["test", "--locked", "--package", "vtrace-tests"];
 /// Suites that boot no guest.
-const BARE: [&str; 9] = [
+const BARE: [&str; 10] = [
     "background",
     "clock_files",
     "completions_man",
     "doctor",
+    "hostile_vmm",
     "kernel_fields",
     "libvirt",
     "restore",
