@@ -99,7 +99,7 @@ use crate::{
         log_limit::UserLogLimits,
         socket::{Peer, inherited, send_now},
     },
-    virtq::memory::budget::{MAPPED_BYTES_MAX, MemoryBudget, MemoryShare},
+    virtq::memory::budget::{MemoryBudget, MemoryShare, mapped_bytes_max},
     vmm::setup::Transport,
 };
 
@@ -259,13 +259,21 @@ pub fn run(config: &ServerConfig) -> Result<(), ServerError> {
     log::info!("serving {count} guest{plural} in {}", config.directory.display());
     let signal = arrivals.read_signal().map_err(system("read signals"))?;
     log::info!("ends: signal {:?}", signal.map(|signal| signal.ssi_signo));
-    thread::spawn(|| {
-        thread::sleep(END_TIME_MAX);
-        log::error!("ends although threads still run: {} s have passed", END_TIME_MAX.as_secs());
-        std::process::exit(1);
-    });
+    end_after(END_TIME_MAX);
     server.stop();
     Ok(())
+}
+
+/// Ends this process after `time`, whatever its threads wait for.
+fn end_after(time: Duration) {
+    let spawned = thread::Builder::new().name("end".into()).spawn(move || {
+        thread::sleep(time);
+        log::error!("ends although threads still run: {time:?} have passed");
+        std::process::exit(1);
+    });
+    if let Err(error) = spawned {
+        log::warn!("its end has no time limit: {error}");
+    }
 }
 
 /// A running server.
@@ -311,7 +319,7 @@ impl Listening {
     fn serve(self, config: &ServerConfig) -> Result<Server, ServerError> {
         let Self { listener, bind_guest, bound } = self;
         reserve();
-        let memory = MemoryBudget::new(MAPPED_BYTES_MAX);
+        let memory = MemoryBudget::new(mapped_bytes_max());
         let (mut slots, mut devices, mut further, mut stream_threads) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for ((number, guest), bind_guest) in (0..).zip(&config.guests).zip(bind_guest) {

@@ -30,6 +30,7 @@ use crate::{
 };
 
 mod devices;
+mod limits;
 mod users;
 
 /// A server of guests `guest1` and `guest2` in its own directory.

@@ -18,6 +18,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 /// One descriptor of the process, closed when it is needed.
 static RESERVE: Mutex<Option<EventFd>> = Mutex::new(None);
 
+/// Calls of [`accept`] in this process.
+#[cfg(test)]
+pub(crate) static ATTEMPTS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum AcceptError {
@@ -29,7 +33,7 @@ pub enum AcceptError {
     Failed(#[from] io::Error),
 }
 
-/// Sets a descriptor aside. Call it before anything is served.
+/// Sets a descriptor aside, unless there is one. Call it before anything is served.
 pub fn reserve() {
     let mut kept = RESERVE.lock().unwrap_or_else(PoisonError::into_inner);
     if kept.is_none() {
@@ -39,8 +43,14 @@ pub fn reserve() {
 
 /// The next connection; `None` if no client waits.
 pub fn accept(listener: &UnixListener) -> Result<Option<UnixStream>, AcceptError> {
+    #[cfg(test)]
+    ATTEMPTS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     match listener.accept() {
-        Ok((socket, _)) => Ok(Some(socket)),
+        Ok((socket, _)) => {
+            // It may have been given up when not even one descriptor was left.
+            reserve();
+            Ok(Some(socket))
+        }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
             Err(turn_away(listener, error))

@@ -1,8 +1,8 @@
 //! What the kernel allows this process.
 //!
 //! In:    what it needs
-//! Out:   a higher limit, as far as it may be raised
-//! Runs:  once, at the start
+//! Out:   its limits; a higher one, as far as it may be raised
+//! Runs:  at the start
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -16,6 +16,11 @@ pub fn allow_descriptors(needed: u64) -> Result<(), SysError> {
         return Ok(());
     }
     setrlimit(Resource::RLIMIT_NOFILE, needed.min(hard), hard).map_err(SysError::of("setrlimit RLIMIT_NOFILE"))
+}
+
+/// Bytes of addresses that this process may use (RLIMIT_AS).
+pub fn address_space_bytes() -> u64 {
+    getrlimit(Resource::RLIMIT_AS).map_or(u64::MAX, |(soft, _)| soft)
 }
 
 #[cfg(test)]

@@ -12,8 +12,15 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::sys::limit::address_space_bytes;
+
 /// Bytes of guest memory in one process: three quarters of the 2^47 bytes that x86-64 gives it.
 pub const MAPPED_BYTES_MAX: u64 = 96 << 40;
+
+/// Bytes of guest memory that this process maps at most: the limit of its address space (RLIMIT_AS) may be lower.
+pub fn mapped_bytes_max() -> u64 {
+    MAPPED_BYTES_MAX.min(address_space_bytes() / 4 * 3)
+}
 
 /// The guest memory of one process.
 #[derive(Debug)]
