@@ -29,6 +29,7 @@ use super::lane::{Next, PumpLane, Wait};
 use crate::{
     sys::{
         SysError,
+        folder_entry::FolderEntry,
         splice::{Pipe, SpliceFlags, splice, tee},
     },
     tracefs::Tap,
@@ -211,7 +212,9 @@ struct Tee {
 impl Tee {
     fn new(directory: &Path, cpu: Cpu, pipe_bytes: usize) -> Result<Self, PumpError> {
         let path = directory.join(format!("{cpu}.raw"));
-        let file = File::create(&path).map_err(PumpError::of(path.display().to_string()))?;
+        // The folder may be /tmp: a link in the place of the file is not followed.
+        let file = FolderEntry::resolve(&path).and_then(|entry| entry.create_anew());
+        let file = file.map_err(PumpError::of(path.display().to_string()))?;
         let pipe = Pipe::new(pipe_bytes).map_err(PumpError::of("pipe"))?;
         Ok(Self { pipe, file, path })
     }

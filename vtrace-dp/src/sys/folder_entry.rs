@@ -8,7 +8,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io,
+    io::{self, Write},
     os::fd::{AsRawFd, OwnedFd},
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -136,6 +136,27 @@ impl FolderEntry {
         Ok(openat(&self.folder, self.name.as_os_str(), flags, mode)?.into())
     }
 
+    /// The same where another file may have this name: it is removed first. Of a link the link itself is removed.
+    ///
+    /// # Errors
+    /// As unlinkat(2) and openat(2).
+    pub fn create_anew(&self) -> io::Result<File> {
+        match self.remove() {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.create_new(),
+        }
+    }
+
+    /// Gives the name to a new file with this content. It is written as `NAME.new`.
+    ///
+    /// # Errors
+    /// As [`FolderEntry::create_anew`], write(2) and renameat2(2).
+    pub fn replace(&self, content: &[u8]) -> io::Result<()> {
+        let new = self.with_suffix(".new");
+        new.create_anew()?.write_all(content)?;
+        new.rename_to(self, true)
+    }
+
     /// Renames it to `other`; replaces what has that name if `replace`.
     ///
     /// # Errors
@@ -228,6 +249,20 @@ mod tests {
         assert_eq!(new.create_new().unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(new.open().unwrap_err().to_string(), "it is not a file");
         assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn replaced_file_follows_no_link_that_was_planted_under_its_new_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let [precious, setup, new] = ["precious", "guest.toml", "guest.toml.new"].map(|name| folder.path().join(name));
+        fs::write(&precious, "precious").unwrap();
+        symlink(&precious, &new).unwrap();
+        FolderEntry::resolve(&setup).unwrap().replace(b"cpus = 1").unwrap();
+        assert_eq!((fs::read(&setup).unwrap(), fs::read(&precious).unwrap()), (b"cpus = 1".into(), b"precious".into()));
+        assert!(!setup.is_symlink() && new.symlink_metadata().is_err());
+        fs::create_dir(&new).unwrap();
+        FolderEntry::resolve(&setup).unwrap().replace(b"cpus = 2").unwrap_err();
+        assert_eq!(fs::read(&setup).unwrap(), b"cpus = 1");
     }
 
     #[test]

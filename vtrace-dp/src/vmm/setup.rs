@@ -23,7 +23,10 @@ use nix::{
 use serde::Deserialize;
 use vtrace_common::limits::{DEVICE_LANES_MAX, LANES_MAX};
 
-use crate::device::lane_range::{CONTROL_PORT_NAME, LANE_PORT_PREFIX};
+use crate::{
+    device::lane_range::{CONTROL_PORT_NAME, LANE_PORT_PREFIX},
+    sys::folder_entry::FolderEntry,
+};
 
 /// Default directory of the guests' folders.
 pub const ROOT: &str = "/var/lib/vtrace/virt";
@@ -196,10 +199,10 @@ impl Folder {
         }
         wanted.iter().try_for_each(|path| make_fifo(path, group))?;
         self.remove_others(&wanted)?;
-        let (path, fresh) = (self.path.join(FILE), self.path.join("guest.toml.new"));
+        let path = self.path.join(FILE);
         let text = format!("transport = \"{}\"\ncpus = {}\n", setup.transport.name(), setup.cpus);
-        fs::write(&fresh, text).map_err(|source| fault(&fresh, "write", source))?;
-        fs::rename(&fresh, &path).map_err(|source| fault(&path, "rename", source))
+        let written = FolderEntry::resolve(&path).and_then(|entry| entry.replace(text.as_bytes()));
+        written.map_err(|source| fault(&path, "write", source))
     }
 
     /// Removes FIFOs of an earlier setup: a QEMU that opened them would wait for ever.
@@ -279,6 +282,18 @@ mod tests {
         fs::write(folder.fifo_in("trace-path-cpu0"), "a person's").unwrap();
         let fault = folder.make(Setup { transport: Transport::Pipe, cpus: 1 }, None).unwrap_err();
         assert!(matches!(fault, SetupFault::NotFifo(_)), "{fault}");
+    }
+
+    #[test]
+    fn link_planted_as_the_new_setup_is_replaced_and_its_target_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::of(root.path(), "guest1");
+        let precious = root.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        fs::create_dir(folder.path()).unwrap();
+        std::os::unix::fs::symlink(&precious, folder.path().join("guest.toml.new")).unwrap();
+        folder.make(Setup { transport: Transport::Socket, cpus: 1 }, None).unwrap();
+        assert_eq!((fs::read(&precious).unwrap(), names(&folder)), (b"precious".into(), vec!["guest.toml".to_owned()]));
     }
 
     #[test]
