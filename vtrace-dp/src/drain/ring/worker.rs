@@ -23,7 +23,7 @@ use nix::sys::{
     timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
 };
 use vtrace_common::{
-    ids::{Cpu, GuestId, LaneId},
+    ids::{Cpu, GuestId},
     limits::DEVICE_LANES_MAX,
     wire::client::LaneSent,
 };
@@ -34,7 +34,7 @@ use crate::{
         session::{Attachment, DrainCommand, Lanes, Session, SessionCommand, reply},
         sink::{Landed, NullSink, Sink},
     },
-    sys::wait::take_events,
+    sys::{log_limit::PeerLog, wait::take_events},
     virtq::{
         memory::{Memory, Span},
         ring::{CHAIN_SPANS_MAX, Ring, RingFault},
@@ -75,6 +75,8 @@ impl DrainCommand for RingCommand {
 
 pub(super) struct RingWorker {
     guest: GuestId,
+    /// What the guest and its VMM cause.
+    log: PeerLog,
     commands: Receiver<RingCommand>,
     wake: Arc<EventFd>,
     epoll: Epoll,
@@ -102,6 +104,7 @@ impl RingWorker {
         epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
         Ok(Self {
             guest,
+            log: PeerLog::new(&format!("guest{}", guest.0)),
             commands,
             wake,
             epoll,
@@ -254,7 +257,7 @@ impl RingWorker {
 
     fn end_ring(&mut self, index: usize, fault: RingFault) {
         let source = &mut self.sources[index];
-        log::warn!("{}: ring is not served any more: {fault}", LaneId { guest: self.guest, cpu: source.cpu });
+        self.log.warn(format_args!("{}: ring is not served any more: {fault}", source.cpu));
         unwatch(&self.epoll, source);
         source.end(&mut *self.sink);
     }
@@ -310,7 +313,7 @@ impl RingWorker {
     fn ring_started(&mut self, cpu: Cpu, ring: Ring) {
         self.ring_stopped(cpu);
         let Some(index) = self.source(cpu) else {
-            log::warn!("{}: more rings than {DEVICE_LANES_MAX}", LaneId { guest: self.guest, cpu });
+            self.log.warn(format_args!("{cpu}: more rings than {DEVICE_LANES_MAX}"));
             return;
         };
         let data = u64::try_from(index).expect("at most SOURCES_MAX sources");
@@ -319,7 +322,7 @@ impl RingWorker {
                 self.sources[index].start(ring);
                 self.note(index);
             }
-            Err(errno) => log::warn!("{}: kick cannot be watched: {errno}", LaneId { guest: self.guest, cpu }),
+            Err(errno) => self.log.warn(format_args!("{cpu}: kick cannot be watched: {errno}")),
         }
     }
 
@@ -375,7 +378,7 @@ impl Lanes for RingWorker {
         if let Some(ended) = attachment.sink.ended_fd()
             && let Err(errno) = self.epoll.add(ended, EpollEvent::new(EpollFlags::EPOLLIN, LANDED))
         {
-            log::warn!("guest{}: the ends of writes cannot be watched: {errno}", self.guest.0);
+            self.log.warn(format_args!("the ends of writes cannot be watched: {errno}"));
             return reply(&answer, false);
         }
         for (cpu, mut lane) in attachment.lanes {
