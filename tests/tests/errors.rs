@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -185,16 +185,51 @@ fn inputs_that_are_no_files_are_named_and_not_waited_for() -> Result<()> {
     let files = tempfile::tempdir()?;
     let recorder = Recorder { server: files.path(), folder: files.path() };
     let trace = recorder.run("-e sched -- sleep 0.2")?.ok()?.file("host");
-    let fifo = folder.path().join("fifo");
+    let path = |name: &str| folder.path().join(name);
+    let (fifo, socket) = (path("fifo"), path("socket"));
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR)?;
-    for (odd, why) in [(fifo.as_path(), "it is a FIFO"), (folder.path(), "it is a directory")] {
+    let _listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let (zero, missing) = (Path::new("/dev/zero"), path("missing"));
+    let odd = [
+        (fifo.as_path(), "it is a FIFO"),
+        (folder.path(), "it is a directory"),
+        (&socket, "it is a socket"),
+        (zero, "it is a device"),
+        (&missing, "No such file"),
+    ];
+    for (odd, why) in odd {
         for paths in [[odd, &trace], [&trace, odd]] {
             let (status, said) = vtrace(&["check"], &paths)?;
-            assert!(status == Some(1) && said.contains(why), "{status:?}: {said}");
+            assert!(status == Some(1) && said.contains(why), "check {paths:?}: {status:?}: {said}");
+        }
+        let (status, said) = vtrace(&["agent", "--policy"], &[odd])?;
+        assert!(
+            status == Some(1) && said.contains(odd.to_str().context("a name")?),
+            "agent {odd:?}: {status:?}: {said}"
+        );
+    }
+    // A directory is searched, and what is in it is opened only if it is a file.
+    for (path, wanted) in [(fifo.as_path(), 1), (&socket, 1), (zero, 1), (&missing, 1), (folder.path(), 0)] {
+        let (status, said) = vtrace(&["restore"], &[path])?;
+        assert_eq!(status, Some(wanted), "restore {path:?}: {said}");
+    }
+    for odd in [fifo.as_path(), folder.path(), &socket, zero] {
+        let (status, said) = vtrace(&["record", "-e", "sched", "-o"], &[odd, Path::new("true")])?;
+        assert!(matches!(status, Some(1 | 2)), "record -o {odd:?}: {status:?}: {said}");
+    }
+    assert!(socket.exists() && fifo.exists() && fs::read_dir(folder.path())?.count() == 2, "nothing is replaced");
+    // Where a program or a socket is wanted, anything else is not waited for.
+    for odd in [fifo.as_path(), folder.path(), zero, &trace] {
+        let setup = ["setup", "guest1", "--root", files.path().to_str().context("a name")?, "--qemu"];
+        for words in [&setup[..], &["doctor", "--qemu"]] {
+            let (status, said) = vtrace(words, &[odd])?;
+            assert!(matches!(status, Some(0..=2)), "{words:?} {odd:?}: {status:?}: {said}");
+        }
+        for words in [&["attach", "guest1", "--qmp"][..], &["detach", "guest1", "--qmp"]] {
+            let (status, said) = vtrace(words, &[odd])?;
+            assert!(matches!(status, Some(1 | 2)), "{words:?} {odd:?}: {status:?}: {said}");
         }
     }
-    let (status, said) = vtrace(&["restore"], &[&fifo])?;
-    assert_eq!(status, Some(1), "{said}");
     let (status, said) = vtrace(&["check"], &[&trace, &trace])?;
     assert!(status == Some(2) && said.contains("are of the same machine"), "{status:?}: {said}");
     Ok(())

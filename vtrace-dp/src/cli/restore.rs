@@ -12,6 +12,7 @@ use super::{
     args::RestoreArgs,
     complaint::Complaint,
     exit_status::{FAILED, LOST},
+    input,
     output::{put, put_json},
 };
 use crate::{
@@ -71,8 +72,7 @@ fn traces(folder: &Path) -> Result<Vec<PathBuf>, Complaint> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        // Opening a FIFO would wait for a writer for ever.
-        if path.is_file() && is_trace(&path) {
+        if is_trace(&path) {
             files.push(path);
         }
     }
@@ -82,8 +82,8 @@ fn traces(folder: &Path) -> Result<Vec<PathBuf>, Complaint> {
 
 fn is_trace(path: &Path) -> bool {
     let mut magic = [0; MAGIC.len()];
-    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    read.is_ok() && magic == MAGIC
+    let Ok(mut file) = input::open(path, fs::OpenOptions::new().read(true)) else { return false };
+    file.read_exact(&mut magic).is_ok() && magic == MAGIC
 }
 
 /// `None` for a trace of another program: it was not named on the command line.
