@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vtrace_dp::{
     server::CONTROL_SOCKET,
-    sys::socket::{MESSAGE_DESCRIPTORS_MAX, send_all_with},
+    sys::socket::{MESSAGE_DESCRIPTORS_MAX, send_all},
 };
 use vtrace_fuzz::{
     client,
@@ -98,7 +98,7 @@ impl Attacks {
             let descriptors = [0, 0, 1, 4, MESSAGE_DESCRIPTORS_MAX][random.below(5)];
             let Ok(mut socket) = UnixStream::connect(socket) else { continue };
             socket.set_write_timeout(Some(Duration::from_millis(100)))?;
-            let _ = send_all_with(socket.as_fd(), &bytes, &vec![memory.as_fd(); descriptors]);
+            let _ = send_all(socket.as_fd(), &bytes, &vec![memory.as_fd(); descriptors]);
             let _ = socket.write_all(&bytes);
             self.clients.fetch_add(1, Ordering::Relaxed);
             if random.below(3) == 0 {

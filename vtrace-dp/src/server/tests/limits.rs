@@ -77,7 +77,7 @@ fn server_without_descriptors_turns_away_without_spinning_and_serves_again() {
 
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     let (vmm, client) = (&waiting[0].0, &waiting[1].0);
-    send_all(vmm.as_fd(), &[code::GET_FEATURES, 1, 0].map(u32::to_le_bytes).concat(), None).unwrap();
+    send_all(vmm.as_fd(), &[code::GET_FEATURES, 1, 0].map(u32::to_le_bytes).concat(), &[]).unwrap();
     assert_eq!((ended(vmm), ended(client)), (Some(false), Some(false)), "both are served now");
     // The reserve is there again.
     setrlimit(Resource::RLIMIT_NOFILE, lowest_free_number(), hard).unwrap();
