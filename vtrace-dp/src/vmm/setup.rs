@@ -290,8 +290,8 @@ mod tests {
         let folder = Folder::of(root.path(), "guest1");
         let precious = root.path().join("precious");
         fs::write(&precious, "precious").unwrap();
-        fs::create_dir(folder.path()).unwrap();
-        std::os::unix::fs::symlink(&precious, folder.path().join("guest.toml.new")).unwrap();
+        fs::create_dir(&folder.path).unwrap();
+        std::os::unix::fs::symlink(&precious, folder.path.join("guest.toml.new")).unwrap();
         folder.make(Setup { transport: Transport::Socket, cpus: 1 }, None).unwrap();
         assert_eq!((fs::read(&precious).unwrap(), names(&folder)), (b"precious".into(), vec!["guest.toml".to_owned()]));
     }
