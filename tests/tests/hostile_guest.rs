@@ -7,6 +7,8 @@
 //!
 //! Some seconds in CI; `cargo xtask soak hostile --minutes 10` for longer.
 
+#![expect(clippy::print_stdout, reason = "a long run shows its numbers")]
+
 use std::{
     fs,
     io::Write,
