@@ -10,7 +10,7 @@
 use std::{
     fs::OpenOptions,
     io::{self, ErrorKind, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use vtrace_common::wire::agent::{Arm, Failure, FailureKind, Tracer};
@@ -55,11 +55,26 @@ pub(super) fn grow_saved_names(root: &Path) {
     }
 }
 
+/// The option of an instance that makes the kernel copy markers of applications to it.
+pub(super) const COPY_MARKERS: &str = "copy_trace_marker";
+
+/// The file of [`COPY_MARKERS`], which older kernels do not have.
+pub(super) fn copy_option(buffer: &Path) -> PathBuf {
+    buffer.join("options").join(COPY_MARKERS)
+}
+
+/// Whether `arm` asks for markers that only the top buffer has.
+pub(super) fn need_top_for_markers(instance: &Path, arm: &Arm) -> bool {
+    arm.options.iter().any(|option| option == COPY_MARKERS) && !copy_option(instance).exists()
+}
+
 /// Applies everything but clock, sizes and events.
 pub(super) fn apply(buffer: &Path, arm: &Arm) -> Result<(), Failure> {
     choose_functions(buffer, &arm.tracer)?;
     choose_tracer(buffer, &arm.tracer.name)?;
-    for option in &arm.options {
+    // The top buffer has the markers itself.
+    let is_needless = |option: &str| option == COPY_MARKERS && !copy_option(buffer).exists();
+    for option in arm.options.iter().filter(|option| !is_needless(option)) {
         set_option(buffer, option)?;
     }
     if !arm.cpu_mask.is_empty() {

@@ -10,7 +10,12 @@ use std::path::{Path, PathBuf};
 
 use vtrace_common::wire::agent::{Arm, Failure, FailureKind};
 
-use super::{failure, online_cpus, possible_cpus, read, settings::append, stats::Stats, write};
+use super::{
+    failure, online_cpus, possible_cpus, read,
+    settings::{append, need_top_for_markers},
+    stats::Stats,
+    write,
+};
 
 /// Suffix of the name of an instance whose owner has borrowed the top buffer.
 pub(super) const MARK: &str = "-top";
@@ -38,7 +43,8 @@ pub(super) fn is_needed(root: &Path, instance: &Path, arm: &Arm) -> bool {
     };
     let (tracer, functions) = (&arm.tracer.name, &arm.tracer.graph_functions);
     let by_tracer = !tracer.is_empty() && !has(instance, tracer) && has(root, tracer);
-    by_tracer || !functions.is_empty() || arm.tracer.graph_depth_max > 0
+    let by_markers = need_top_for_markers(instance, arm);
+    by_tracer || by_markers || !functions.is_empty() || arm.tracer.graph_depth_max > 0
 }
 
 /// The top buffer, and how it was.
