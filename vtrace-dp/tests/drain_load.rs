@@ -97,12 +97,12 @@ fn finish(drain: &RingDrain, bytes_out: u64) -> LaneLedger {
 fn nothing_is_allocated_while_pages_flow() {
     let (memory, mut driver) = guest();
     let file = memory_file(0).unwrap();
-    let drain = start("counted", &memory, &driver, Box::new(FileSink::new(file).unwrap()));
+    let drain = start("count", &memory, &driver, Box::new(FileSink::new(file).unwrap()));
     driver.send_again_blocking(BUFFER, PAGE);
     while drain.ledger()[0].ledger.pages_out == 0 {
         std::thread::yield_now();
     }
-    WATCHED.store(thread_named("drain-counted"), Ordering::Relaxed);
+    WATCHED.store(thread_named("vt-drain/count"), Ordering::Relaxed);
     // Bursts, so that the timer and the half ring both give back, and pages that no area takes.
     for chain in 0..2000u32 {
         driver.send_again_blocking(if chain % 7 == 0 { 4000 } else { BUFFER }, PAGE);

@@ -48,7 +48,8 @@ pub const LISTED: [(&str, &[&str]); 26] = [
 ];
 /// Programs of packages that every Debian has (`Essential: yes`), and those that rustup brings.
 #[cfg(test)]
-const EVERYWHERE: [&str; 15] = [
+const EVERYWHERE: [&str; 16] = [
+    "apt-config",
     "apt-get",
     "cargo",
     "chmod",
