@@ -138,6 +138,10 @@ fn files_that_cannot_be_checked_are_named(host: &Path, file: &Path) -> Result<()
     let right = format!("try: vtrace check {} {}\n", host.display(), file.display());
     assert!(swapped.stderr.ends_with(&right), "{}", swapped.stderr);
     let said = vtrace_check(&[], &[host, Path::new("/dev/null")])?;
+    assert!(said.status == 1 && said.stderr.contains("it is a device, not a file"), "{}", said.stderr);
+    let text = host.with_file_name("text");
+    std::fs::write(&text, "no trace")?;
+    let said = vtrace_check(&[], &[host, &text])?;
     assert!(said.status == 1 && said.stderr.contains("not a trace.dat"), "{}", said.stderr);
     assert_eq!(vtrace_check(&[], &[host])?.status, 2, "{}", said.stderr);
     Ok(())
