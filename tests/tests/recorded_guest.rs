@@ -55,7 +55,8 @@ fn markers_are_in_the_file_in_order(recorder: &Recorder, machine: &Machine, kern
     let mut child = recorder.start(&words)?;
     let rings = "sleep 1.5; ls -l /proc/$(pidof vtrace)/fd | grep -c io_uring";
     let rings = machine.shell(rings)?.text();
-    ensure!(rings.trim() == "0", "the agent has {rings} io_uring");
+    // The sysctl exists since 6.6.
+    ensure!(rings.trim() == "0" || kernel == Kernel::V6_1, "the agent has {rings} io_uring");
     ensure!(child.try_wait()?.is_none(), "it was recording");
     let recording = recorder.finish(child)?.ok()?.whole(GUEST)?;
     let report = trace_cmd(&["report"], &[&recording.file(GUEST)])?;

@@ -205,13 +205,6 @@ fn is_whole(recording: &Recording) -> Result<()> {
 #[test]
 fn recording_stops_before_its_file_is_larger_than_asked() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let refused = recorder(folder.path()).run("--max-file 64K -e sched -- true")?;
-    ensure!(
-        refused.status == 1 && refused.said.contains("limit of 65536 bytes: its descriptions alone take"),
-        "{}",
-        refused.said
-    );
-    assert_eq!(fs::read_dir(folder.path())?.count(), 0, "nothing is left");
     let words = "--max-file 16M -e sched -e syscalls:sys_enter_read -- dd if=/dev/zero of=/dev/null bs=16k";
     let recording = recorder(folder.path()).run(words)?;
     assert_eq!((recording.status, &recording.summary["ended"]), (0, &Value::from("file-size")), "{}", recording.said);

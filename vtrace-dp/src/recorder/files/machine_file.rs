@@ -4,7 +4,7 @@
 //! Out:   a [`Writer`] whose areas receive the pages
 //! Runs:  on record's thread; the pump and the server write into the areas at the same time
 
-use std::{fs::File, io};
+use std::fs::File;
 
 use vtrace_common::{
     ids::Cpu,
@@ -44,14 +44,6 @@ impl MachineFile {
         let file = output.file.try_clone().map_err(failed)?;
         let writer = Writer::create_bounded(file, metadata, &armed.clock, armed.page_bytes, &armed.lanes, bounds);
         let writer = writer.map_err(|fault| failed(fault.into()))?;
-        let head_bytes = writer.areas().first().map_or(0, |area| area.offset);
-        if let Some(limit) = bounds.lane_bytes_max.filter(|limit| *limit < head_bytes) {
-            let why = format!(
-                "its descriptions alone take {head_bytes} bytes: without symbols (--no-kallsyms) they are shorter"
-            );
-            let source = io::Error::new(io::ErrorKind::FileTooLarge, format!("limit of {limit} bytes: {why}"));
-            return Err(failed(source));
-        }
         Ok(Self { output, trace_id: random() | 1, writer, direct: None })
     }
 
