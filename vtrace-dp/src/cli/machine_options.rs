@@ -66,7 +66,7 @@ pub(super) struct Arms {
     pub(super) instances: Vec<(String, Arm)>,
     /// The guests, each with the name of its instance.
     pub(super) guests: Vec<(Arm, Option<String>)>,
-    /// `-m` of the host, its instances, and the guests.
+    /// `-m` of the host, its instances, and the guests; the host's where a machine has none.
     pub(super) newest_kb: Vec<Option<u32>>,
 }
 
@@ -115,7 +115,7 @@ pub(super) fn read(
         }
         machines[owner].add(given.option, given.values)?;
     }
-    let newest_kb = machines.iter().map(|machine| machine.newest_kb).collect();
+    let newest_kb = machines.iter().map(|machine| machine.newest_kb.or(machines[0].newest_kb)).collect();
     let mut arms = machines.into_iter().map(|machine| machine.arm);
     let host = arms.next().expect("the host is the first");
     let host_instances = of_host.iter().map(|(_, name)| (*name).clone()).zip(arms.by_ref()).collect();

@@ -36,28 +36,20 @@ pub(super) fn plan(args: &RecordArgs, matches: &ArgMatches, session: u64) -> Res
     if let Some(name) = twice(instances.iter().map(|(name, _)| name)) {
         return Err(PlanFault::InstanceTwice(name.clone()));
     }
-    // The host's applies to machines that have none.
-    let newest_bytes = |machine: usize| {
-        let kb = newest_kb[machine].or_else(|| newest_kb.first().copied().flatten());
-        kb.map(|kb| u64::from(kb) << 10)
-    };
+    let mut newest_bytes = newest_kb.into_iter().map(|kb| kb.map(|kb| u64::from(kb) << 10));
+    let mut newest_bytes = || newest_bytes.next().expect("one for each machine");
+    let host = MachinePlan { arm: host_arm, output: args.output.clone(), newest_bytes: newest_bytes() };
     let mut instance_plans = Vec::new();
     for ((name, arm), number) in instances.into_iter().zip(1..) {
         let arm = Arm { session: session.wrapping_add(number), ..arm };
-        instance_plans.push(instance(args, name, arm, &host_arm)?);
+        instance_plans.push(instance(args, (name, arm), newest_bytes(), &host.arm)?);
     }
     let mut guest_plans = Vec::new();
     for (name, (arm, instance)) in args.dom.iter().zip(guests) {
-        guest_plans.push(guest(args, name, arm, instance)?);
-    }
-    for (number, plan) in (1..).zip(&mut instance_plans) {
-        plan.newest_bytes = newest_bytes(number);
-    }
-    for (number, plan) in (1 + instance_plans.len()..).zip(&mut guest_plans) {
-        plan.machine.newest_bytes = newest_bytes(number);
+        guest_plans.push(guest(args, name, (arm, instance), newest_bytes())?);
     }
     Ok(Plan {
-        host: MachinePlan { arm: host_arm, output: args.output.clone(), newest_bytes: newest_bytes(0) },
+        host,
         instances: instance_plans,
         guests: guest_plans,
         command: args.command.clone(),
@@ -107,7 +99,12 @@ fn twice<T: PartialEq>(mut all: impl Iterator<Item = T> + Clone) -> Option<T> {
     None
 }
 
-fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<InstancePlan, PlanFault> {
+fn instance(
+    args: &RecordArgs,
+    (name, arm): (String, Arm),
+    newest_bytes: Option<u64>,
+    host: &Arm,
+) -> Result<InstancePlan, PlanFault> {
     if check_name(&name).is_err() {
         return Err(PlanFault::InstanceName(name));
     }
@@ -126,7 +123,7 @@ fn instance(args: &RecordArgs, name: String, arm: Arm, host: &Arm) -> Result<Ins
         return Err(PlanFault::InstancePages(name));
     }
     check_processes(&format!("-B {name}"), &arm, !args.command.is_empty())?;
-    Ok(InstancePlan { name, arm: Arm { clock, ..arm }, newest_bytes: None })
+    Ok(InstancePlan { name, arm: Arm { clock, ..arm }, newest_bytes })
 }
 
 /// Whether a mask is hexadecimal (commas between groups, as tracing_cpumask takes them) and not zero.
@@ -148,7 +145,12 @@ fn check_processes(machine: &str, arm: &Arm, has_command: bool) -> Result<(), Pl
     Ok(())
 }
 
-fn guest(args: &RecordArgs, name: &str, arm: Arm, instance: Option<String>) -> Result<GuestPlan, PlanFault> {
+fn guest(
+    args: &RecordArgs,
+    name: &str,
+    (arm, instance): (Arm, Option<String>),
+    newest_bytes: Option<u64>,
+) -> Result<GuestPlan, PlanFault> {
     if check_name(name).is_err() {
         return Err(PlanFault::GuestName(name.into()));
     }
@@ -165,7 +167,7 @@ fn guest(args: &RecordArgs, name: &str, arm: Arm, instance: Option<String>) -> R
         return Err(PlanFault::Clock(arm.clock));
     }
     check_processes(name, &arm, !arm.commands.is_empty())?;
-    let machine = MachinePlan { arm, output: guest_output(args, name), newest_bytes: None };
+    let machine = MachinePlan { arm, output: guest_output(args, name), newest_bytes };
     Ok(GuestPlan { name: name.into(), machine, instance })
 }
 

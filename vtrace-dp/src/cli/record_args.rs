@@ -59,8 +59,8 @@ pub struct RecordArgs {
     #[arg(long, value_name = "PRIO", num_args = 0..=1, require_equals = true, default_missing_value = "1",
           value_parser = clap::value_parser!(u8).range(1..=99), help_heading = SESSION)]
     pub rt: Option<u8>,
-    /// Keep only the newest data of each CPU, at least this many KiB. Before the first -B and --dom it applies to all machines that have
-    /// none of their own
+    /// Keep only the newest data of each CPU, at least this many KiB. Before the first -B and --dom it applies to all
+    /// machines that have none of their own
     #[arg(short = 'm', long = "newest", value_name = "KB", value_parser = clap::value_parser!(u32).range(1..), help_heading = FILES)]
     pub newest_kb: Vec<u32>,
     /// Ignored, for compatibility with trace-cmd: recording does not wake up at an interval

@@ -98,11 +98,15 @@ impl Plan {
         Bounds { lane_bytes_max: self.file_bytes_max, newest_bytes }
     }
 
+    /// The guest of this name.
+    pub fn guest(&self, name: &str) -> Option<&GuestPlan> {
+        self.guests.iter().find(|guest| guest.name == name)
+    }
+
     /// Limits of the lanes of a guest's file.
     pub fn guest_bounds(&self, name: &str) -> Bounds {
-        let guest = self.guests.iter().find(|guest| guest.name == name);
         let lane_bytes_max = [self.file_bytes_max, self.guest_bytes_max].into_iter().flatten().min();
-        Bounds { lane_bytes_max, newest_bytes: guest.and_then(|guest| guest.machine.newest_bytes) }
+        Bounds { lane_bytes_max, newest_bytes: self.guest(name).and_then(|guest| guest.machine.newest_bytes) }
     }
 
     /// Whether a file keeps only the newest pages.

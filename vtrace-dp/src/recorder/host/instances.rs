@@ -62,7 +62,7 @@ pub(crate) fn arm(plan: &Plan) -> Result<Vec<Instance>, RecordError> {
 
 /// The name of a guest's buffer in its file; `None` for the top buffer.
 pub(crate) fn of_guest<'a>(plan: &'a Plan, session: &GuestSession) -> Option<&'a str> {
-    plan.guests.iter().find(|guest| guest.name == session.name)?.instance.as_deref()
+    plan.guest(&session.name)?.instance.as_deref()
 }
 
 /// The file of an instance until it is merged into the host's.
