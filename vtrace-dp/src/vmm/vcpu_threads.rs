@@ -17,10 +17,20 @@ use crate::clock::vcpus::Vcpu;
 /// The host thread of each vCPU.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VcpuThreads {
+    /// The VMM's process.
+    pub vmm_pid: u32,
     /// vCPU and thread, for each requested CPU.
     pub threads: Vec<(Cpu, u32)>,
     /// Whether all threads are known; otherwise the process stands in for some.
     pub known: bool,
+}
+
+impl VcpuThreads {
+    /// Each with its host CPU; nothing unless all threads are known.
+    pub fn on_host_cpus(&self) -> Vec<VcpuThread> {
+        let threads = self.threads.iter().filter(|_| self.known);
+        threads.map(|(vcpu, thread)| VcpuThread::of(self.vmm_pid, *vcpu, *thread)).collect()
+    }
 }
 
 /// A vCPU, its host thread, and the host CPUs of that thread.
@@ -76,7 +86,7 @@ pub fn vcpu_threads(vmm_pid: u32, cpus: &[Cpu], by_kvm: &[Vcpu]) -> VcpuThreads 
     let mut found = named_threads(vmm_pid);
     found.extend(by_kvm.iter().filter(|vcpu| vcpu.tid != 0).map(|vcpu| (vcpu.cpu, vcpu.tid)));
     let threads = cpus.iter().map(|cpu| (*cpu, found.get(cpu).copied().unwrap_or(vmm_pid))).collect();
-    VcpuThreads { threads, known: cpus.iter().all(|cpu| found.contains_key(cpu)) }
+    VcpuThreads { vmm_pid, threads, known: cpus.iter().all(|cpu| found.contains_key(cpu)) }
 }
 
 /// The vCPU threads of a process by their names.
@@ -128,7 +138,7 @@ mod tests {
     fn process_stands_in_for_threads_without_a_name() {
         let pid = std::process::id();
         let found = vcpu_threads(pid, &[Cpu(0), Cpu(1)], &[]);
-        assert_eq!(found, VcpuThreads { threads: vec![(Cpu(0), pid), (Cpu(1), pid)], known: false });
+        assert_eq!(found, VcpuThreads { vmm_pid: pid, threads: vec![(Cpu(0), pid), (Cpu(1), pid)], known: false });
     }
 
     #[test]
@@ -137,7 +147,7 @@ mod tests {
         let pid = std::process::id();
         let cpus = [Cpu(0), Cpu(1)];
         let found = vcpu_threads(pid, &cpus, &[vcpu(1, 41), vcpu(0, 40)]);
-        assert_eq!(found, VcpuThreads { threads: vec![(Cpu(0), 40), (Cpu(1), 41)], known: true });
+        assert_eq!(found, VcpuThreads { vmm_pid: pid, threads: vec![(Cpu(0), 40), (Cpu(1), 41)], known: true });
         assert!(!vcpu_threads(pid, &cpus, &[vcpu(1, 41), vcpu(0, 0)]).known);
     }
 }

@@ -16,7 +16,7 @@ use super::{
     finish_file::{Reform, note_old_pages, trouble_of, write},
     finish_form::WantedForm,
     machine_file::{MachineFile, filled},
-    options::{cpu_stats, guest_link, guest_uname, machine_options, recorded_clock},
+    options::{cpu_stats, guest_link, guest_threads, guest_uname, machine_options, recorded_clock},
     unreported_pages,
 };
 use crate::{
@@ -33,7 +33,6 @@ use crate::{
         summary::{MachineSummary, loss_hint},
     },
     trace::{format::option::TraceOption, write::Writer},
-    vmm::vcpu_threads::VcpuThread,
 };
 
 /// Finishes the file of guest `index`.
@@ -49,7 +48,8 @@ pub(super) fn finish_guest(
     let ledgers = final_ledgers(session, &file.writer, armed);
     let lanes = lanes_in_use(armed, &ledgers);
     let clock = GuestClock::of(recording, index, (session, lanes.clone()), shared, host);
-    let (link, threads_known) = guest_link(session, file.trace_id, &lanes, &clock.kvm);
+    let threads = guest_threads(session, &lanes, &clock.kvm);
+    let link = guest_link(session, file.trace_id, &threads);
     let start_skew_ns = start_skew_ns(recording, shared, session, &clock);
 
     let written = filled(&ledgers);
@@ -64,13 +64,8 @@ pub(super) fn finish_guest(
 
     let mut machine = guest_summary(recording, session, &file, &ledgers, times);
     machine.start_skew_ns = start_skew_ns;
-    match (&link, &session.claimed) {
-        (TraceOption::Guest { vcpus, .. }, Some(claimed)) if threads_known => {
-            machine.vcpus = vcpus.iter().map(|(cpu, thread)| VcpuThread::of(claimed.vmm_pid, *cpu, *thread)).collect();
-        }
-        _ => {}
-    }
-    if !threads_known {
+    machine.vcpus = threads.on_host_cpus();
+    if !threads.known {
         machine.remarks.push("its vCPU threads are not known: start QEMU with -name GUEST,debug-threads=on".into());
     }
     options.extend(cpu_stats(&machine, &session.reports));

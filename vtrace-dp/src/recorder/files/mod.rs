@@ -17,7 +17,7 @@ mod unreported_pages;
 
 use self::{
     machine_file::MachineFile,
-    options::{guest_link, guest_uname, machine_options, uname},
+    options::{guest_link, guest_threads, guest_uname, machine_options, uname},
     output::{FileError, OutputFile},
 };
 use super::{plan::Plan, session::Recording};
@@ -71,7 +71,7 @@ pub(crate) fn keep_options(recording: &Recording, files: &mut [MachineFile]) {
         let clock = plan(&readings.start, &readings.end, &armed.lanes, shared.host_id)
             .or_else(|| plan(&readings.start, &readings.end, &lanes, shared.host_id));
         options.extend(clock.map(|clock| TraceOption::TimeShift(clock.time_shift)));
-        links.push(guest_link(session, file.trace_id, &lanes, &[]).0);
+        links.push(guest_link(session, file.trace_id, &guest_threads(session, &lanes, &[])));
         file.keep(&options);
     }
     let mut options = machine_options(&shared, &recording.host.armed.clock, &uname(), shared.host_id);

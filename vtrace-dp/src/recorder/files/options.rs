@@ -18,7 +18,7 @@ use crate::{
     },
     trace::format::option::TraceOption,
     tracefs::TRACE_CLOCK,
-    vmm::vcpu_threads::vcpu_threads,
+    vmm::vcpu_threads::{VcpuThreads, vcpu_threads},
 };
 
 /// The text of a marker: the same in all files of a session.
@@ -50,21 +50,17 @@ pub(crate) fn machine_options(shared: &SharedFacts, clock: &str, uname: &str, tr
     options
 }
 
-/// The option that links a guest's file from the host's, and whether the threads of its vCPUs are known.
-pub(super) fn guest_link(
-    session: &GuestSession,
-    trace_id: u64,
-    lanes: &[Cpu],
-    kvm_vcpus: &[Vcpu],
-) -> (TraceOption, bool) {
-    let (vcpus, are_known) = match &session.claimed {
-        Some(claimed) => {
-            let found = vcpu_threads(claimed.vmm_pid, lanes, kvm_vcpus);
-            (found.threads, found.known)
-        }
-        None => (Vec::new(), true),
-    };
-    (TraceOption::Guest { name: session.name.clone(), trace_id, vcpus }, are_known)
+/// The host threads of a guest's vCPUs; none for a guest that was not claimed.
+pub(super) fn guest_threads(session: &GuestSession, lanes: &[Cpu], kvm_vcpus: &[Vcpu]) -> VcpuThreads {
+    match &session.claimed {
+        Some(claimed) => vcpu_threads(claimed.vmm_pid, lanes, kvm_vcpus),
+        None => VcpuThreads { vmm_pid: 0, threads: Vec::new(), known: true },
+    }
+}
+
+/// The option that links a guest's file from the host's.
+pub(super) fn guest_link(session: &GuestSession, trace_id: u64, threads: &VcpuThreads) -> TraceOption {
+    TraceOption::Guest { name: session.name.clone(), trace_id, vcpus: threads.threads.clone() }
 }
 
 /// The guest's `uname`, as its agent reported it.
